@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__name__)
 
+_WRITABLE_BY_OTHERS = stat.S_IWGRP | stat.S_IWOTH
+_OPEN_TO_OTHERS = stat.S_IRWXG | stat.S_IRWXO
+
 
 @dataclass(frozen=True, slots=True)
 class SlotFiles:
@@ -57,7 +60,8 @@ def ensure_private_directory() -> str:
     """Make the node's own lock directory where it is missing, check it, and return its path.
 
     Raises:
-        StorageError: If it cannot be made, or what is there under its name is not private.
+        StorageError: If it cannot be made, or what is there under its name is a link, is not the
+            user's own, or may be written to by others.
     """
     path = os.path.join(tempfile.gettempdir(), f"dcp-hf-writer-{os.geteuid()}")
     try:
@@ -66,9 +70,15 @@ def ensure_private_directory() -> str:
         # In a directory that all may write to, such as /tmp, someone else may have put anything
         # under the name first, a link to a directory of ours included.
         status = os.lstat(path)
+        _require_safe(path, status)
+        if status.st_mode & _OPEN_TO_OTHERS:
+            # filelock makes a directory that vanished under it anew, with the mode of the umask.
+            # Nobody else could write to it, so making it private is enough.
+            os.chmod(path, 0o700)
+    except StorageError:  # an OSError too
+        raise
     except OSError as error:
         raise _directory_error(path, error) from error
-    _require_safe(path, status, forbidden=0o077)
     return path
 
 
@@ -84,37 +94,32 @@ def ensure_given_directory(path: str) -> str:
         status = os.stat(path)
     except OSError as error:
         raise _directory_error(path, error) from error
-    _require_safe(path, status, forbidden=0o022)
+    _require_safe(path, status)
     return path
 
 
-def _require_safe(path: str, status: os.stat_result, *, forbidden: int) -> None:
+def _require_safe(path: str, status: os.stat_result) -> None:
     """Refuse a directory in which someone else could have placed a lock file.
 
     Whoever may write to it could link one of our files to a lock's name, and see it overwritten
     with the holder's number.
 
-    Args:
-        path: The directory.
-        status: Its status.
-        forbidden: Mode bits that it may not have.
-
     Raises:
-        StorageError: If it is not safe.
+        StorageError: If `status`, that of `path`, shows that it is not safe.
     """
-    flaw = _directory_flaw(status, forbidden=forbidden)
+    flaw = _directory_flaw(status)
     if flaw is not None:
         raise StorageError(
             "the directory of write slots is not safe to use",
             phase="write",
             path=path,
-            expected=f"a directory of user {os.geteuid()} without the mode bits {forbidden:03o}",
+            expected=f"a directory of user {os.geteuid()} that others cannot write to",
             found=flaw,
             hint="remove it, or pass WriteSlots(directory=...) with a private directory",
         )
 
 
-def _directory_flaw(status: os.stat_result, *, forbidden: int) -> str | None:
+def _directory_flaw(status: os.stat_result) -> str | None:
     """Return what makes a directory with `status` unsafe, `None` where nothing does."""
     if stat.S_ISLNK(status.st_mode):
         return "a symbolic link"
@@ -122,7 +127,7 @@ def _directory_flaw(status: os.stat_result, *, forbidden: int) -> str | None:
         return "not a directory"
     if status.st_uid != os.geteuid():
         return f"owned by user {status.st_uid}, not {os.geteuid()}"
-    if status.st_mode & forbidden:
+    if status.st_mode & _WRITABLE_BY_OTHERS:
         return f"mode {stat.S_IMODE(status.st_mode):04o}"
     return None
 
