@@ -9,7 +9,6 @@ The exit status is 0 only if every proof passed.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import statistics
@@ -141,6 +140,8 @@ def _prove(checkpoint: str, root: str, line: _Line) -> list[Proof]:
 
 
 def _table(saves: list[list[dict[str, Any]]], last: str) -> Table:
+    from contents import read_phases  # noqa: PLC0415
+
     ours, torch = (_summary(saves, writer) for writer in ("ours", "torch"))
     counted = sum(s["writer"] == "ours" for s in saves[0]) - 1
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -159,7 +160,7 @@ def _table(saves: list[list[dict[str, Any]]], last: str) -> Table:
     row("written per second", "GB/s", "gb_per_s")
     row("DCP", "MB", "dcp", 1e-6, 1)
     table.add_row("HuggingFace", f"[bold]{ours['hf'] * 1e-6:.1f} MB[/]", "-", "")
-    for phase, seconds in _phases(last).items():
+    for phase, seconds in read_phases(last).items():
         table.add_row(f"[dim]  {phase}[/]", f"[dim]{seconds * 1e3:.0f} ms[/]", "", "")
     return table
 
@@ -179,15 +180,6 @@ def _summary(saves: list[list[dict[str, Any]]], writer: str) -> dict[str, float]
         "gb_per_s": sum(nbytes.values()) / background / 1e9,
         **nbytes,
     }
-
-
-def _phases(checkpoint: str) -> dict[str, float]:
-    path = os.path.join(checkpoint, "dcp-hf.json")
-    if not os.path.exists(path):
-        return {}
-    with open(path, encoding="utf-8") as file:
-        timings = json.load(file).get("timings", {})
-    return {name: seconds for name, seconds in timings.items() if isinstance(seconds, float)}
 
 
 def _tree(checkpoint: str, root: str) -> Tree:

@@ -40,22 +40,39 @@ def draw(results: list[Result], title: str, machine: str, path: str) -> None:
     plt.close(figure)
 
 
+def _limit(medians: list[float], samples: list[float]) -> float:
+    """End of the axis: the slowest contender may run out of it, lest it squash all others."""
+    *_, second, slowest = [0.001, 0.001, *sorted(medians)]
+    return 2 * second if slowest > 3 * second else 1.18 * max([slowest, *samples])
+
+
 def _panel(axis: Axes, results: list[Result], samples: list[list[float]], title: str) -> None:
     places = list(range(len(results)))[::-1]
     colours = [{"ours": _OURS, "floor": _FLOOR}.get(r.name, _PEER) for r in results]
     medians = [median(values) if values else 0.0 for values in samples]
+    limit = _limit(medians, [v for values in samples for v in values])
+    axis.set_xlim(0, limit)
     axis.barh(places, medians, color=colours, height=0.62, zorder=2)
     for place, values, middle in zip(places, samples, medians, strict=True):
         if len(values) > 1:
             axis.plot(values, [place] * len(values), "o", ms=3, color="black", alpha=0.45, zorder=3)
-        end = max([middle, *values])
-        text = f"{middle:.2f}" if values else "n/a"
+        text, end = f"{middle:.2f}" if values else "n/a", max([middle, *values])
+        cut = end > 0.86 * limit
+        if cut and middle > limit:
+            text += " →"
         axis.annotate(
-            text, (end, place), xytext=(5, 0), textcoords="offset points", va="center", fontsize=9
+            text,
+            (limit if cut else end, place),
+            xytext=(-4 if cut else 5, 0),
+            textcoords="offset points",
+            ha="right" if cut else "left",
+            va="center",
+            fontsize=9,
+            bbox={"boxstyle": "round,pad=0.15", "fc": "white", "ec": "none"} if cut else None,
+            zorder=4,
         )
     axis.set_yticks(places, [f"{r.title}\n({r.formats})" for r in results], fontsize=9)
     axis.set_title(title, fontsize=10, loc="left")
-    axis.set_xlim(0, 1.15 * max([0.001, *medians, *(v for values in samples for v in values)]))
     axis.grid(axis="x", color="#dddddd", zorder=0)
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(axis="y", length=0)

@@ -144,10 +144,13 @@ def sentence_pairs(count: int) -> list[tuple[str, str]]:
 
 def train(rank: Rank, job: Job) -> list[dict[str, Any]]:
     """Body of a rank: train, save in turns, leave what the proofs need; rank 0 reports."""
+    from dcp_hf_writer import HFExport  # noqa: PLC0415
+
     # Collectives of training and of saving run in different threads, so each needs its own group.
     # On GPUs this is so by itself: NCCL trains, gloo saves.
     group = dist.new_group()
     model, optimizer, tokenizer = build(job.base, DeviceMesh.from_group(group, "cpu"))
+    export = HFExport(assets=(model.config, tokenizer), max_shard_size=MAX_SHARD_SIZE)
     model.train()
     done: list[Save] = []
     last: Save | None = None
@@ -162,7 +165,7 @@ def train(rank: Rank, job: Job) -> list[dict[str, Any]]:
             if step == max(job.saves):
                 _leave_expected(model, optimizer, tokenizer, job, rank)
             dist.barrier(group)
-            last = _save(job, step, model, optimizer, tokenizer)
+            last = _save(job, step, model, optimizer, export)
     _finish(last, done, rank, group)
     return [_facts(save) for save in done]
 
@@ -251,8 +254,8 @@ def _batches(job: Job, rank: Rank) -> Iterator[list[tuple[str, str]]]:
         yield list(itertools.islice(mine, job.pairs_per_rank))
 
 
-def _save(job: Job, step: int, model: Any, optimizer: Any, tokenizer: Any) -> Save:
-    from dcp_hf_writer import HFDualWriter, HFExport  # noqa: PLC0415
+def _save(job: Job, step: int, model: Any, optimizer: Any, export: Any) -> Save:
+    from dcp_hf_writer import HFDualWriter  # noqa: PLC0415
 
     writer_name = job.saves[step]
     path = os.path.join(job.directory, f"{writer_name}-step-{step}")
@@ -260,7 +263,6 @@ def _save(job: Job, step: int, model: Any, optimizer: Any, tokenizer: Any) -> Sa
     state = {"model": model_state, "optim": optim_state}
     start = time.perf_counter()
     if writer_name == OURS:
-        export = HFExport(assets=(model.config, tokenizer), max_shard_size=MAX_SHARD_SIZE)
         future = dcp.async_save(state, storage_writer=HFDualWriter(path, export=export))
     else:
         future = dcp.async_save(state, storage_writer=dcp.FileSystemWriter(path))
