@@ -108,7 +108,8 @@ def tensor_difference(
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
     """Return the bytes of a tensor in row-major order, so that NaN equals itself."""
-    return tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    resolved = tensor.detach().resolve_conj().resolve_neg()
+    return resolved.contiguous().reshape(-1).view(torch.uint8)
 
 
 def _weight_files(directory: Path) -> set[str]:

@@ -16,7 +16,7 @@ import time
 import traceback
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,8 @@ import torch.distributed as dist
 if TYPE_CHECKING:
     from multiprocessing import connection
     from pathlib import Path
+
+    from typing_extensions import Self
 
 # A rank ends itself this long after its deadline, should the parent be gone by then.
 ORPHAN_MARGIN_S = 60
@@ -33,6 +35,29 @@ JOINED = b"joined"
 
 class RankFailedError(Exception):
     """A rank ended without a result, or raised what cannot be pickled."""
+
+
+class RankTracebackError(Exception):
+    """Cause of an error that a rank raised: its traceback and the end of its output, as text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Raised:
+    """An error that a rank caught, so that it may go on and tell at the end; it pickles."""
+
+    error: BaseException
+    """What was raised."""
+    text: str
+    """Its traceback."""
+
+    @classmethod
+    def of(cls, error: BaseException) -> Self:
+        """Keep an error that was just caught."""
+        return cls(error, "".join(traceback.format_exception(error)))
+
+    def reraise(self) -> NoReturn:
+        """Raise the error again, in another process, from where it came."""
+        raise self.error from RankTracebackError(self.text)
 
 
 @dataclass(frozen=True, slots=True)

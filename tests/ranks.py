@@ -28,7 +28,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch.distributed as dist
 
-from rank_process import JOINED, Job, RankFailedError, limit_of, rank_main
+from rank_process import (
+    JOINED,
+    Job,
+    RankFailedError,
+    RankTracebackError,
+    limit_of,
+    rank_main,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -67,10 +74,6 @@ MAX_LOG_CHARS = 6000
 
 class RankHangError(Exception):
     """A rank gave no result, or did not leave, within the deadline; holds the stacks."""
-
-
-class RankTracebackError(Exception):
-    """Cause of an error that a rank raised: its traceback and the end of its output, as text."""
 
 
 @dataclass(frozen=True, slots=True)
