@@ -56,14 +56,15 @@ def _panel(axis: Axes, results: list[Result], samples: list[list[float]], title:
     for place, values, middle in zip(places, samples, medians, strict=True):
         if len(values) > 1:
             axis.plot(values, [place] * len(values), "o", ms=3, color="black", alpha=0.45, zorder=3)
-        text, end = f"{middle:.2f}" if values else "n/a", max([middle, *values])
-        cut = end > 0.86 * limit
-        if cut and middle > limit:
+        text = f"{middle:.2f}" if values else "n/a"
+        cut = middle > 0.86 * limit
+        if middle > limit:
             text += " →"
         axis.annotate(
             text,
-            (limit if cut else end, place),
-            xytext=(-4 if cut else 5, 0),
+            (limit if cut else middle, place),
+            # Above the dots, which lie on the middle line.
+            xytext=(-4, 0) if cut else (4, 8),
             textcoords="offset points",
             ha="right" if cut else "left",
             va="center",
