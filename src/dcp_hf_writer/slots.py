@@ -145,6 +145,14 @@ class WriteSlots:
         finally:
             release(lock)
 
+    def is_shared_by_halves(self) -> bool:
+        """Whether one hold admits a process to both halves, as without overrides for one of them.
+
+        Raises:
+            ConfigError: If a variable of the environment is not a whole number >= 0.
+        """
+        return not any(self._resolve(half)[1] for half in HALF_ENV)
+
     def _resolve(self, half: Literal["dcp", "hf"]) -> tuple[int, bool]:
         """Return the count for `half` and whether it has a set of its own."""
         own = _count_from_env(HALF_ENV[half])

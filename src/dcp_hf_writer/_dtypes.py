@@ -1,0 +1,77 @@
+"""The dtypes of safetensors: name, torch dtype, element size, and order within a file."""
+
+from __future__ import annotations
+
+import torch
+
+from dcp_hf_writer.errors import ConfigError, LayoutError
+
+# safetensors 0.8 sorts the tensors of a file by its dtype enumeration, descending, then by name.
+# The order below is that enumeration, largest first; a test compares it with the library.
+_ORDERED: tuple[tuple[str, torch.dtype], ...] = (
+    ("U64", torch.uint64),
+    ("I64", torch.int64),
+    ("F64", torch.float64),
+    ("C64", torch.complex64),
+    ("F32", torch.float32),
+    ("U32", torch.uint32),
+    ("I32", torch.int32),
+    ("BF16", torch.bfloat16),
+    ("F16", torch.float16),
+    ("U16", torch.uint16),
+    ("I16", torch.int16),
+    ("F8_E5M2FNUZ", torch.float8_e5m2fnuz),
+    ("F8_E4M3FNUZ", torch.float8_e4m3fnuz),
+    ("F8_E4M3", torch.float8_e4m3fn),
+    ("F8_E5M2", torch.float8_e5m2),
+    ("I8", torch.int8),
+    ("U8", torch.uint8),
+    ("BOOL", torch.bool),
+)
+
+TORCH_BY_NAME: dict[str, torch.dtype] = dict(_ORDERED)
+NAME_BY_TORCH: dict[torch.dtype, str] = {dtype: name for name, dtype in _ORDERED}
+SORT_RANK: dict[str, int] = {name: rank for rank, (name, _) in enumerate(_ORDERED)}
+ITEMSIZE: dict[str, int] = {name: dtype.itemsize for name, dtype in _ORDERED}
+
+# Only these are ever cast by `HFExport.dtype`: fp8 carries scales that a cast would invalidate,
+# integers and bools are indices and masks.
+CASTABLE: frozenset[torch.dtype] = frozenset(
+    {torch.float64, torch.float32, torch.bfloat16, torch.float16}
+)
+
+
+def safetensors_name(dtype: torch.dtype, *, fqn: str) -> str:
+    """Return the safetensors name of a dtype.
+
+    Raises:
+        LayoutError: If safetensors has no such dtype.
+    """
+    name = NAME_BY_TORCH.get(dtype)
+    if name is None:
+        msg = "dtype cannot be stored in safetensors"
+        raise LayoutError(
+            msg,
+            phase="plan",
+            fqn=fqn,
+            expected=f"one of {', '.join(sorted(SORT_RANK))}",
+            found=str(dtype),
+            hint="leave the tensor out of the model's entry, or cast it before saving",
+        )
+    return name
+
+
+def export_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
+    """Normalise the `dtype` option of an export: `torch.bfloat16`, `"bfloat16"` or `None`.
+
+    Raises:
+        ConfigError: If the value is not a floating-point dtype that a cast may produce.
+    """
+    if value is None:
+        return None
+    dtype = getattr(torch, value.removeprefix("torch."), None) if isinstance(value, str) else value
+    if dtype not in CASTABLE:
+        msg = "export dtype must be a floating-point dtype"
+        names = ", ".join(sorted(str(one) for one in CASTABLE))
+        raise ConfigError(msg, expected=f"one of {names}, or None", found=repr(value))
+    return dtype

@@ -1,0 +1,403 @@
+"""Plan the export: runtime tensors -> HuggingFace tensors -> output files -> byte offsets.
+
+Pure: values in, values out; no storage, no process group. The result says where each byte of the
+export lies, and is the same on every rank for the same input.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from dcp_hf_writer._boxes import Box, Shape, intersect, tiling_fault
+from dcp_hf_writer._dtypes import CASTABLE, NAME_BY_TORCH, safetensors_name
+from dcp_hf_writer._header import HFTensor, encode_header, in_file_order
+from dcp_hf_writer.errors import CoverageError, LayoutError, SpecError
+from dcp_hf_writer.spec import LoadSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    import torch
+
+    from dcp_hf_writer.export import HFExport
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+# A key that safetensors itself reserves: the library writes such a tensor and cannot read it back.
+_RESERVED = "__metadata__"
+
+_MANY = 20
+"""How many names an error lists."""
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeTensor:
+    """One tensor of the model's entry, as all ranks together hold it."""
+
+    fqn: str
+    """Its FQN in the state dict."""
+    name: str
+    """Its FQN within the model's entry."""
+    shape: Shape
+    """Its global shape."""
+    dtype: torch.dtype
+    """Its runtime dtype."""
+    chunks: tuple[Box, ...]
+    """The parts that the ranks write, each element once."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartTarget:
+    """Where one part of a runtime tensor goes."""
+
+    key: str
+    """HuggingFace name."""
+    file: int
+    """Index of the output file in the layout."""
+    start: int
+    """Offset of the tensor's first byte in that file."""
+    dtype: str
+    """safetensors dtype on disk."""
+    part: Box
+    """The part of the runtime tensor; its sizes are the shape on disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One safetensors file of the export."""
+
+    name: str
+    """File name within the export directory."""
+    header: bytes
+    """Its first bytes: length, JSON, padding."""
+    nbytes: int
+    """Its whole size, header included."""
+    keys: tuple[str, ...]
+    """Its tensors, in file order."""
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The whole export, as planned."""
+
+    files: tuple[OutputFile, ...]
+    """Output files, in the order of their names."""
+    targets: Mapping[str, tuple[PartTarget, ...]]
+    """Where the parts of each runtime tensor go, by FQN in the state dict."""
+    index: bytes | None
+    """`model.safetensors.index.json`; `None` where one file holds everything."""
+    tied: Mapping[str, str]
+    """Names that were left out, and the name that holds their bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Assigned:
+    tensor: HFTensor
+    fqn: str
+    part: Box
+
+
+def plan_layout(
+    tensors: Sequence[RuntimeTensor],
+    export: HFExport,
+    *,
+    tied: Mapping[str, str],
+    file_of_key: Mapping[str, str] | None = None,
+) -> Layout:
+    """Plan the export of a model.
+
+    Args:
+        tensors: Tensors of the model's entry, in state-dict order.
+        export: Options of the export.
+        tied: Tensors that share storage, as names within the model: `{dropped: kept}`; used where
+            `export.tied` is `None`.
+        file_of_key: File of each key, from the index of `export.like`.
+
+    Raises:
+        LayoutError: If names, dtypes or sizes cannot be held by the format, or keys are not those
+            that the export expects.
+        SpecError: If a spec names no tensor, or does not fit the one it names.
+        CoverageError: If the ranks' parts of a tensor leave a gap or overlap.
+    """
+    dropped = _check_tied(tensors, tied if export.tied is None else export.tied, export)
+    ordered = sorted(tensors, key=_natural) if export.is_in_natural_order else list(tensors)
+    assigned = _assign_keys(ordered, export, dropped)
+    _check_keys(assigned, export)
+    groups = (
+        _greedy_files(assigned, export.max_shard_nbytes)
+        if file_of_key is None
+        else _files_like(assigned, file_of_key)
+    )
+    names = _file_names(len(groups)) if file_of_key is None else list(groups)
+    return _place(dict(zip(names, groups.values(), strict=True)), export, dropped)
+
+
+def _natural(tensor: RuntimeTensor) -> list[tuple[Any, ...]]:
+    """Order names as people count: split at dots, digits as numbers."""
+    key: list[tuple[Any, ...]] = []
+    for part in tensor.name.split("."):
+        if part.isdigit():
+            key.append((0, int(part)))
+            continue
+        text = part.rstrip("0123456789")
+        digits = part[len(text) :]
+        key.append((1, text, int(digits)) if digits else (1, text))
+    return key
+
+
+def _check_tied(
+    tensors: Sequence[RuntimeTensor], tied: Mapping[str, str], export: HFExport
+) -> dict[str, str]:
+    if not tied:
+        return {}
+    names = {tensor.name for tensor in tensors}
+    keys = {key for spec in export.spec_by_fqn.values() for key in spec.hf_keys}
+    known = names | keys
+    for drop, keep in tied.items():
+        if drop in tied.values() or keep not in known or drop == keep:
+            msg = "tied names must lead from a dropped tensor to one that is kept"
+            raise LayoutError(msg, phase="plan", key=drop, expected="a kept tensor", found=keep)
+    return dict(tied)
+
+
+def _assign_keys(
+    tensors: Sequence[RuntimeTensor], export: HFExport, dropped: Mapping[str, str]
+) -> list[_Assigned]:
+    unused = export.spec_by_fqn.keys() - {tensor.name for tensor in tensors}
+    if unused:
+        msg = "specs name tensors that the model does not have"
+        raise SpecError(msg, phase="plan", expected="FQNs within the model", found=_some(unused))
+    keep = [re.compile(pattern) for pattern in export.keep_dtype]
+    owner: dict[str, str] = {}
+    assigned: list[_Assigned] = []
+    for tensor in tensors:
+        if tensor.name in dropped:
+            continue
+        spec = export.spec_by_fqn.get(tensor.name)
+        if spec is None:
+            spec = LoadSpec(tensor.name, (tensor.name,), tensor.shape)
+        _check_tensor(tensor, spec)
+        for part in spec.parts():
+            if part.key in dropped:
+                continue
+            if part.key in owner:
+                _refuse_key(
+                    part.key,
+                    "two runtime tensors have one HuggingFace key",
+                    f"{owner[part.key]!r} and {tensor.fqn!r}",
+                )
+            owner[part.key] = tensor.fqn
+            dtype = safetensors_name(_on_disk(tensor, spec, part.key, export, keep), fqn=tensor.fqn)
+            assigned.append(
+                _Assigned(HFTensor(part.key, dtype, part.box.sizes), tensor.fqn, part.box)
+            )
+    return assigned
+
+
+def _on_disk(
+    tensor: RuntimeTensor,
+    spec: LoadSpec,
+    key: str,
+    export: HFExport,
+    keep: Iterable[re.Pattern[str]],
+) -> torch.dtype:
+    wanted = spec.dtype or export.dtype
+    if wanted is None or tensor.dtype not in CASTABLE or isinstance(wanted, str):
+        return tensor.dtype
+    if spec.dtype is None and any(pattern.search(key) for pattern in keep):
+        return tensor.dtype
+    return wanted
+
+
+def _check_tensor(tensor: RuntimeTensor, spec: LoadSpec) -> None:
+    if spec.global_shape != tensor.shape:
+        msg = "a spec has another shape than its tensor"
+        raise SpecError(
+            msg,
+            phase="plan",
+            fqn=tensor.fqn,
+            expected=f"shape {list(tensor.shape)}",
+            found=f"global_shape {list(spec.global_shape)}",
+        )
+    fault = tiling_fault(tensor.chunks, tensor.shape)
+    if fault is not None:
+        msg = "the ranks' parts do not cover a tensor exactly once"
+        raise CoverageError(
+            msg,
+            phase="plan",
+            fqn=tensor.fqn,
+            expected=f"parts that tile {list(tensor.shape)}",
+            found=fault,
+            hint="every rank of the mesh must take part in the save; tensors sharded by hand need "
+            "a planner that knows their shards",
+        )
+
+
+def _check_keys(assigned: Sequence[_Assigned], export: HFExport) -> None:
+    keys = {one.tensor.key for one in assigned}
+    for key in keys:
+        if not key or key == _RESERVED:
+            _refuse_key(key, "a HuggingFace key is reserved or empty", repr(key))
+        try:
+            key.encode()
+        except UnicodeEncodeError:
+            _refuse_key(key, "a HuggingFace key is not valid Unicode", repr(key))
+    if not keys:
+        msg = "the model's entry holds no tensors to export"
+        raise LayoutError(
+            msg, phase="plan", hint="pass HFExport(key=...), or export=None for DCP only"
+        )
+    if export.expect_keys is not None and keys != export.expect_keys:
+        expected = frozenset(export.expect_keys)
+        msg = "the export would not have the expected keys"
+        raise LayoutError(
+            msg,
+            phase="plan",
+            expected=f"also {_some(expected - keys)}" if expected - keys else None,
+            found=f"unexpected {_some(keys - expected)}" if keys - expected else None,
+        )
+
+
+def _greedy_files(
+    assigned: Sequence[_Assigned], max_nbytes: int
+) -> dict[int, list[_Assigned]]:
+    """Fill files in order, as `save_pretrained` does.
+
+    Source:
+        huggingface_hub, "Save a state dict": greedy in order of the keys; a tensor above the limit
+        gets a file of its own and does not close the one being filled.
+    """
+    files: list[list[_Assigned]] = []
+    current: list[_Assigned] = []
+    filled = 0
+    for one in assigned:
+        nbytes = one.tensor.nbytes
+        if nbytes > max_nbytes:
+            files.append([one])
+            continue
+        if filled + nbytes > max_nbytes:
+            files.append(current)
+            current, filled = [], 0
+        current.append(one)
+        filled += nbytes
+    if current:
+        files.append(current)
+    return dict(enumerate(files))
+
+
+def _files_like(
+    assigned: Sequence[_Assigned], file_of_key: Mapping[str, str]
+) -> dict[str, list[_Assigned]]:
+    missing = [one.tensor.key for one in assigned if one.tensor.key not in file_of_key]
+    if missing:
+        msg = "keys of the export are not in the index of `like`"
+        raise LayoutError(
+            msg,
+            phase="plan",
+            found=_some(missing),
+            hint="give the specs that lead to the base model's names, or do not pass like=",
+        )
+    files: dict[str, list[_Assigned]] = {}
+    for one in assigned:
+        files.setdefault(file_of_key[one.tensor.key], []).append(one)
+    return dict(sorted(files.items()))
+
+
+def _file_names(count: int) -> list[str]:
+    if count == 1:
+        return [SINGLE_NAME]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def _place(
+    groups: Mapping[str, Sequence[_Assigned]], export: HFExport, tied: Mapping[str, str]
+) -> Layout:
+    files: list[OutputFile] = []
+    targets: dict[str, list[PartTarget]] = {}
+    for number, (name, group) in enumerate(groups.items()):
+        ordered = in_file_order([one.tensor for one in group])
+        header, starts = encode_header(
+            ordered, metadata=export.metadata or {}, align=export.header_align
+        )
+        nbytes = len(header) + sum(tensor.nbytes for tensor in ordered)
+        files.append(OutputFile(name, header, nbytes, tuple(t.key for t in ordered)))
+        for one in group:
+            key = one.tensor.key
+            targets.setdefault(one.fqn, []).append(
+                PartTarget(key, number, starts[key], one.tensor.dtype, one.part)
+            )
+    return Layout(
+        files=tuple(files),
+        targets={fqn: tuple(parts) for fqn, parts in targets.items()},
+        index=_encode_index(groups),
+        tied=dict(tied),
+    )
+
+
+def _encode_index(groups: Mapping[str, Sequence[_Assigned]]) -> bytes | None:
+    if list(groups) == [SINGLE_NAME]:
+        return None
+    tensors = [one.tensor for group in groups.values() for one in group]
+    index = {
+        "metadata": {
+            "total_parameters": sum(math.prod(tensor.shape) for tensor in tensors),
+            "total_size": sum(tensor.nbytes for tensor in tensors),
+        },
+        "weight_map": {one.tensor.key: name for name, group in groups.items() for one in group},
+    }
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """One block of elements that a rank copies from its local tensor into one output file."""
+
+    target: PartTarget
+    """The tensor on disk."""
+    local: Box
+    """The block within the rank's chunk."""
+    disk: Box
+    """The same block within the tensor on disk."""
+
+
+def chunk_regions(chunk: Box, targets: Iterable[PartTarget]) -> list[Region]:
+    """Cut one chunk of a runtime tensor into the blocks that go to each of its targets.
+
+    Args:
+        chunk: The chunk, in indices of the runtime tensor; a rank holds it as a local tensor.
+        targets: Parts of that runtime tensor.
+    """
+    regions = []
+    for target in targets:
+        common = intersect(chunk, target.part)
+        if common is not None:
+            local = common.shifted(chunk.offsets, sign=-1)
+            regions.append(Region(target, local, common.shifted(target.part.offsets, sign=-1)))
+    return regions
+
+
+def needs_cast(dtype: torch.dtype, target: PartTarget) -> bool:
+    """Whether a tensor of `dtype` is stored in another one."""
+    return NAME_BY_TORCH.get(dtype) != target.dtype
+
+
+def _some(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    more = len(ordered) - _MANY
+    return f"{ordered[:_MANY]}" + (f" and {more} more" if more > 0 else "")
+
+
+def _refuse_key(key: str, problem: str, found: str) -> None:
+    raise LayoutError(
+        problem,
+        phase="plan",
+        key=key,
+        expected="distinct, non-empty names other than '__metadata__'",
+        found=found,
+        hint="rename a tensor with HFExport(specs=...)",
+    )

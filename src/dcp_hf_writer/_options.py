@@ -1,0 +1,61 @@
+"""Checks of what `HFDualWriter` is given."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from dcp_hf_writer.errors import ConfigError
+
+# A rank needs room for its bounce buffer and for the archives of one group of small tensors.
+_MIN_HOST_BUDGET = 32 << 20
+
+
+def local_path(value: str | os.PathLike[str]) -> str:
+    """Return the absolute form of a local path.
+
+    Raises:
+        ConfigError: If it is empty, or the URL of another kind of storage.
+    """
+    text = os.fspath(value)
+    if isinstance(text, str) and text.startswith("file://"):
+        text = text.removeprefix("file://")
+    if not isinstance(text, str) or not text or "\0" in text:
+        msg = "path must be a local path"
+        raise ConfigError(msg, expected="a directory name", found=repr(value))
+    if "://" in text:
+        msg = "object stores cannot be written yet"
+        raise ConfigError(
+            msg,
+            path=text,
+            expected="a path on a mounted file system",
+            hint="save to a local or shared file system and copy the committed directory",
+        )
+    return os.path.abspath(text)
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...], *, hint: str | None = None) -> None:
+    """Check an option that is one of a few words.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if value not in allowed:
+        msg = f"{name} must be a known one"
+        raise ConfigError(msg, expected=" or ".join(map(repr, allowed)), found=repr(value), hint=hint)
+
+
+def check_numbers(*, timeout_s: float, host_budget_bytes: int) -> None:
+    """Check the numeric options.
+
+    Raises:
+        ConfigError: If one is out of range.
+    """
+    is_number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
+    if not is_number or not timeout_s > 0 or math.isinf(timeout_s):
+        msg = "timeout_s must be a number of seconds above zero"
+        raise ConfigError(msg, expected="such as 1800", found=repr(timeout_s))
+    if not isinstance(host_budget_bytes, int) or host_budget_bytes < _MIN_HOST_BUDGET:
+        msg = "host_budget_bytes is too small to write with"
+        raise ConfigError(msg, expected=f"at least {_MIN_HOST_BUDGET}", found=repr(host_budget_bytes))

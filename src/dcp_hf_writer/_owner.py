@@ -1,0 +1,135 @@
+"""Who makes a checkpoint: enough of a process to tell later, on any host, whether it is dead."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import threading
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+# States of /proc/<pid>/stat in which a process writes nothing any more.
+_GONE = frozenset("ZXx")
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A process, named so that it cannot be mistaken for a later one with the same number."""
+
+    host: str
+    """Host name."""
+    boot_id: str
+    """Identifier of the host's boot; equal for the containers of a host."""
+    pid_namespace: str
+    """Within which `pid` has a meaning."""
+    pid: int
+    """Process number."""
+    started: int
+    """Start of the process, in clock ticks since boot."""
+
+    @classmethod
+    def me(cls) -> Owner:
+        """Return this process."""
+        pid = os.getpid()
+        return cls(socket.gethostname(), host_id(), _pid_namespace(), pid, _started(pid)[1])
+
+    @classmethod
+    def from_json(cls, value: Any) -> Owner | None:
+        """Read a record; `None` if it is not one."""
+        if not isinstance(value, dict) or set(value) != set(cls.__slots__):
+            return None
+        texts = all(isinstance(value[k], str) for k in ("host", "boot_id", "pid_namespace"))
+        numbers = all(isinstance(value[k], int) for k in ("pid", "started"))
+        return cls(**value) if texts and numbers else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as plain values."""
+        return asdict(self)
+
+    def is_dead(self) -> bool | None:
+        """Whether the process is gone; `None` where that cannot be told from here."""
+        if self.host == socket.gethostname() and self.boot_id != host_id():
+            return True
+        if self.boot_id != host_id() or self.pid_namespace != _pid_namespace():
+            return None
+        state, started = _started(self.pid)
+        return state in _GONE or started != self.started
+
+
+def host_id() -> str:
+    """Name the kernel instance: processes with equal ids share one page cache."""
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> tuple[str, int]:
+    """Return state and start time of a process; `("X", -1)` if there is none.
+
+    Source:
+        proc_pid_stat(5): the name in parentheses may hold any character, fields 3 and 22.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "X", -1
+    return fields[0], int(fields[19])
+
+
+_active: set[str] = set()
+_active_lock = threading.Lock()
+
+
+def new_save_id() -> str:
+    """Make the id of a save: sortable by time, unique, and naming its process."""
+    now = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    return f"{now}-{_host_tag()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+
+
+def made_here_by_dead(save_id: str) -> bool:
+    """Whether the id alone tells that its process ran on this host and is gone."""
+    fields = save_id.split("-")
+    is_here = len(fields) > _PID_FIELD and fields[1] == _host_tag() and fields[2].isdigit()
+    return is_here and _started(int(fields[_PID_FIELD]))[0] in _GONE
+
+
+_PID_FIELD = 2
+
+
+def _host_tag() -> str:
+    """Name host and pid namespace in eight characters."""
+    return hashlib.sha256((host_id() + _pid_namespace()).encode()).hexdigest()[:8]
+
+
+def mark_active(save_id: str) -> None:
+    """Note that a save of this process is under way."""
+    with _active_lock:
+        _active.add(save_id)
+
+
+def mark_ended(save_id: str) -> None:
+    """Note that a save of this process has ended, well or not."""
+    with _active_lock:
+        _active.discard(save_id)
+
+
+def is_abandoned(save_id: str, owner: Owner) -> bool | None:
+    """Whether nobody works on a save any more; `None` where that cannot be told."""
+    if owner == Owner.me():
+        with _active_lock:
+            return save_id not in _active
+    return owner.is_dead()

@@ -1,0 +1,297 @@
+"""What travels with DCP's plans, and the global plan that DCP's cache makes the coordinator miss."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
+
+from dcp_hf_writer._boxes import Box
+from dcp_hf_writer._layout import Layout, PartTarget, RuntimeTensor, plan_layout
+from dcp_hf_writer._model_entry import model_prefix, names_in_model
+from dcp_hf_writer._source import chunk_of
+from dcp_hf_writer.errors import LayoutError, PlanningError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from dcp_hf_writer._model_entry import Path
+    from dcp_hf_writer.export import HFExport
+
+_DCP_ONLY = "dcp-only"
+
+
+@dataclass(frozen=True, slots=True)
+class LocalFacts:
+    """What only a rank knows before the global plan; its local plan carries it."""
+
+    host: str
+    """Id of its kernel instance."""
+    host_name: str
+    """Name of its host."""
+    order: tuple[str, ...] | None
+    """FQNs in state-dict order, from the coordinator; `None` from the others."""
+    tied: tuple[tuple[str, ...], ...]
+    """Groups of FQNs whose tensors are the same memory."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankPlan:
+    """What a rank needs to write its part; its final plan carries it.
+
+    Holds no path, time or id of a save: with plan caching DCP hands out that of an earlier save.
+    """
+
+    dcp: Any
+    """`storage_data` of the DCP writer."""
+    fingerprint: str
+    """Of the export's layout; the coordinator announces the one that it works from."""
+    world_size: int
+    """Number of ranks that take part."""
+    host_rank: int
+    """Index among the ranks of the same host."""
+    host_size: int
+    """Number of ranks of the same host."""
+    files: tuple[tuple[str, int], ...]
+    """`(name, bytes)` of each output file."""
+    targets: Mapping[str, tuple[PartTarget, ...]]
+    """Where the parts of each tensor go that this rank writes, by FQN."""
+    tied: tuple[tuple[str, str], ...]
+    """`(dropped, kept)` FQNs that were taken for tied because some rank found them to be."""
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalPlan:
+    """The coordinator's result."""
+
+    plans: list[SavePlan]
+    """One a rank, as DCP made them, without ours."""
+    layout: Layout | None
+    """The export; `None` without one."""
+    fingerprint: str
+    """Of the layout."""
+    options: str
+    """Fingerprint of the export options that led to it."""
+    hosts: tuple[str, ...]
+    """Host of each rank."""
+    tied: tuple[tuple[str, str], ...]
+    """`(dropped, kept)` FQNs."""
+
+
+def plan_globally(
+    plans: list[SavePlan],
+    export: HFExport | None,
+    *,
+    options: str,
+    file_of_key: Mapping[str, str] | None,
+) -> GlobalPlan:
+    """Plan the export from DCP's deduplicated plans (coordinator).
+
+    Raises:
+        PlanningError: If the state dict cannot be exported as asked.
+    """
+    facts = [_facts(plan) for plan in plans]
+    hosts = tuple(fact.host for fact in facts)
+    if export is None:
+        return GlobalPlan(plans, None, _DCP_ONLY, options, hosts, ())
+    tensors, fqn_of_name = _runtime_tensors(plans, facts, export.key)
+    name_of_fqn = {fqn: name for name, fqn in fqn_of_name.items()}
+    tied = _tied_names(facts, name_of_fqn)
+    layout = plan_layout(tensors, export, tied=tied, file_of_key=file_of_key)
+    found = tied if export.tied is None else {}
+    return GlobalPlan(
+        plans=plans,
+        layout=layout,
+        fingerprint=_fingerprint(layout),
+        options=options,
+        hosts=hosts,
+        tied=tuple((fqn_of_name[drop], fqn_of_name[keep]) for drop, keep in found.items()),
+    )
+
+
+def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
+    """Attach to each rank's plan what it needs, and nothing of the others'.
+
+    Args:
+        plan: The global plan.
+        dcp: The same plans as the DCP writer prepared them.
+    """
+    seen: dict[str, int] = {}
+    sizes = {host: plan.hosts.count(host) for host in set(plan.hosts)}
+    files = () if plan.layout is None else tuple((f.name, f.nbytes) for f in plan.layout.files)
+    targets = {} if plan.layout is None else plan.layout.targets
+    result = []
+    for host, own, prepared in zip(plan.hosts, plan.plans, dcp, strict=True):
+        host_rank = seen.get(host, 0)
+        seen[host] = host_rank + 1
+        fqns = {item.index.fqn for item in own.items}
+        data = RankPlan(
+            dcp=prepared.storage_data,
+            fingerprint=plan.fingerprint,
+            world_size=len(plan.plans),
+            host_rank=host_rank,
+            host_size=sizes[host],
+            files=files,
+            targets={fqn: targets[fqn] for fqn in fqns if fqn in targets},
+            tied=plan.tied,
+        )
+        result.append(replace(prepared, storage_data=data))
+    return result
+
+
+def options_fingerprint(
+    export: HFExport | None, file_of_key: Mapping[str, str] | None
+) -> str:
+    """Name the options that a layout follows from, equal for equal options."""
+    if export is None:
+        return _DCP_ONLY
+    keys = None if export.expect_keys is None else sorted(export.expect_keys)
+    parts = (
+        export.key,
+        sorted(export.spec_by_fqn.items()),
+        export.dtype,
+        export.keep_dtype,
+        export.max_shard_nbytes,
+        None if file_of_key is None else sorted(file_of_key.items()),
+        None if export.tied is None else sorted(export.tied.items()),
+        keys,
+        export.header_align,
+        export.metadata,
+        export.is_in_natural_order,
+    )
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _fingerprint(layout: Layout) -> str:
+    digest = hashlib.sha256()
+    for file in layout.files:
+        digest.update(file.name.encode() + b"\0" + file.header)
+    return digest.hexdigest()
+
+
+def _facts(plan: SavePlan) -> LocalFacts:
+    facts = plan.storage_data
+    if not isinstance(facts, LocalFacts):
+        msg = "a rank's plan was not made by HFDualWriter"
+        raise PlanningError(
+            msg,
+            phase="plan",
+            expected="the same kind of storage_writer on every rank",
+            found=type(facts).__name__,
+            hint="with enable_plan_caching, use a planner that no other writer has used",
+        )
+    return facts
+
+
+def _runtime_tensors(
+    plans: Sequence[SavePlan], facts: Sequence[LocalFacts], key: str | None
+) -> tuple[list[RuntimeTensor], dict[str, str]]:
+    """Collect the model's tensors from all plans, in state-dict order."""
+    chunks: dict[str, list[Box]] = {}
+    kinds: dict[str, Any] = {}
+    paths: dict[str, Path] = {}
+    for plan in plans:
+        known = plan.planner_data if isinstance(plan.planner_data, dict) else {}
+        for item in plan.items:
+            if item.type == WriteItemType.BYTE_IO:
+                continue
+            fqn = item.index.fqn
+            chunks.setdefault(fqn, []).append(chunk_of(item))
+            if fqn not in kinds:
+                kinds[fqn] = item.tensor_data
+                paths[fqn] = tuple(known.get(fqn, (fqn,)))
+    order = next((fact.order for fact in facts if fact.order is not None), ())
+    ranked = {fqn: i for i, fqn in enumerate(order)}
+    fqns = sorted(paths, key=lambda fqn: ranked.get(fqn, len(ranked)))
+    ordered = {fqn: paths[fqn] for fqn in fqns}
+    names = names_in_model(ordered, model_prefix(ordered, key=key))
+    tensors = [
+        RuntimeTensor(
+            fqn=fqn,
+            name=name,
+            shape=tuple(kinds[fqn].size),
+            dtype=kinds[fqn].properties.dtype,
+            chunks=tuple(chunks[fqn]),
+        )
+        for fqn, name in names.items()
+    ]
+    return tensors, {name: fqn for fqn, name in names.items()}
+
+
+def _tied_names(facts: Iterable[LocalFacts], names: Mapping[str, str]) -> dict[str, str]:
+    """Join the groups that ranks found; the first name in state-dict order is kept.
+
+    A rank that holds no element of a tensor cannot tell, so any rank's finding counts here, and
+    each rank checks the result against its own memory before it writes.
+    """
+    order = {fqn: i for i, fqn in enumerate(names)}
+    tied: dict[str, str] = {}
+    for fact in facts:
+        for group in fact.tied:
+            members = sorted((fqn for fqn in group if fqn in order), key=order.__getitem__)
+            for fqn in members[1:]:
+                tied.setdefault(names[fqn], names[members[0]])
+    # A chain a -> b -> c, found in two halves by two ranks, ends at its last name.
+    for drop in tied:
+        while tied[drop] in tied:
+            tied[drop] = tied[tied[drop]]
+    return tied
+
+
+def check_tied(
+    tied: Iterable[tuple[str, str]], memory: Mapping[str, int], *, rank: int
+) -> None:
+    """Check that tensors which some rank found tied are not two different ones here.
+
+    Raises:
+        LayoutError: If they are, so that leaving one out would lose data.
+    """
+    for drop, keep in tied:
+        if drop in memory and keep in memory and memory[drop] != memory[keep]:
+            msg = "tensors share their memory on some ranks only"
+            raise LayoutError(
+                msg,
+                rank=rank,
+                phase="write",
+                fqn=drop,
+                expected=f"the memory of {keep!r}, as on another rank",
+                found="memory of its own",
+                hint="pass HFExport(tied={...}), with {} for tensors that are not tied",
+            )
+
+
+_remembered: dict[int, GlobalPlan] = {}
+
+
+def remember(plan: GlobalPlan) -> None:
+    """Keep a global plan for the saves of which DCP's cache shows the coordinator nothing."""
+    _remembered.clear()
+    if SavePlanner._cached_global_plan:
+        _remembered[len(plan.plans)] = plan
+
+
+def merge_with_remembered(plans: list[SavePlan]) -> tuple[list[SavePlan], GlobalPlan | None]:
+    """Fill in the plans that DCP's cache left out.
+
+    Returns:
+        Whole plans, and the remembered result if none of them is new.
+
+    Raises:
+        PlanningError: If there is nothing to fill in from.
+    """
+    if all(plan.usable for plan in plans):
+        return plans, None
+    known = _remembered.get(len(plans))
+    if known is None:
+        msg = "DCP reuses a plan that HFDualWriter has not seen"
+        raise PlanningError(
+            msg,
+            phase="plan",
+            hint="the planner's cache was filled by another writer; give this one a planner of "
+            "its own class, or enable_plan_caching=False",
+        )
+    if not any(plan.usable for plan in plans):
+        return known.plans, known
+    return [new if new.usable else old for new, old in zip(plans, known.plans, strict=True)], None

@@ -1,0 +1,230 @@
+"""The slab: one reused block of host memory per process that holds the staged copy of a state dict.
+
+It is a memory file without a name: one file descriptor in all, which a checkpointer process maps as
+well, and which the kernel frees when the last process that maps it is gone, so that a dead run
+leaves nothing behind. Its pages are faulted in when it is made: a fresh page costs ten times the
+copy that goes into it. Where CUDA is present it is pinned.
+"""
+
+from __future__ import annotations
+
+import logging
+import mmap
+import os
+import threading
+import time
+import uuid
+import weakref
+from multiprocessing import reduction
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from dcp_hf_writer.errors import StagingError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_log = logging.getLogger(__name__)
+
+# Tensors start on a cache line, which is also the alignment of torch's own allocator.
+ALIGN_NBYTES = 64
+
+# Linux 5.14: fault in all pages now. Python has no name for it before 3.12.
+_MADV_POPULATE_WRITE = 23
+
+# Small growth of a state dict (a new buffer, a longer list of metrics) must not move the slab.
+_HEADROOM = 1 / 64
+
+_POLL_S = 0.02
+_SAY_AFTER_S = 1.0
+
+
+class Slab:
+    """A shared memory file of fixed size, mapped into this process. Not thread-safe by itself."""
+
+    def __init__(self, nbytes: int, *, fd: int | None = None, slab_id: str | None = None) -> None:
+        """Make a slab, or map the one behind `fd`, which is taken over.
+
+        Raises:
+            StagingError: If the memory cannot be had.
+        """
+        self.slab_id = slab_id or uuid.uuid4().hex
+        self.nbytes = nbytes
+        self.pid = os.getpid()
+        is_new = fd is None
+        try:
+            if fd is None:
+                fd = os.memfd_create(f"dcp-hf-{self.slab_id[:8]}", os.MFD_CLOEXEC)
+                os.ftruncate(fd, nbytes)
+            self._map = mmap.mmap(fd, nbytes)
+        except (OSError, ValueError, MemoryError) as error:
+            msg = "host memory for the staged copy could not be had"
+            raise StagingError(
+                msg,
+                phase="stage",
+                expected=f"{nbytes} bytes of shared memory",
+                found=str(error),
+                hint="free host memory, or save fewer tensors from this rank",
+            ) from error
+        self._fd = fd
+        weakref.finalize(self, os.close, fd)
+        if is_new:
+            self._fault_in()
+        self.is_pinned = self._pin()
+
+    def _fault_in(self) -> None:
+        # Huge pages shorten both the faults and the copies; both calls are hints, and an old kernel
+        # that lacks one of them faults the pages in at the first copy.
+        for advice in (mmap.MADV_HUGEPAGE, _MADV_POPULATE_WRITE):
+            try:
+                self._map.madvise(advice)
+            except OSError as error:
+                _log.debug("madvise(%d) on the slab: %s", advice, error)
+
+    def _pin(self) -> bool:
+        if not torch.cuda.is_available():
+            return False
+        result = torch.cuda.cudart().cudaHostRegister(self.tensor(0, torch.uint8, (1,)).data_ptr(), self.nbytes, 0)
+        if int(result) != 0:
+            _log.warning("the staging slab could not be pinned (CUDA error %d)", int(result))
+            return False
+        return True
+
+    @property
+    def fd(self) -> int:
+        """Descriptor of the memory file; owned by the slab."""
+        return self._fd
+
+    def tensor(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """Return a contiguous tensor over the slab whose storage is exactly its own bytes.
+
+        A view into one large storage would be cloned by torch's writer, item by item.
+
+        Args:
+            offset: First byte within the slab, a multiple of `ALIGN_NBYTES`.
+            dtype: Its dtype.
+            shape: Its shape.
+        """
+        count = 1
+        for n in shape:
+            count *= n
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _attach, (self.slab_id, self.nbytes, reduction.DupFd(self._fd))
+
+
+_attached: dict[str, Slab] = {}
+
+
+def _attach(slab_id: str, nbytes: int, shared: Any) -> Slab:
+    """Map a slab of another process, once; an older one is dropped when the owner has grown."""
+    fd = shared.detach()
+    slab = _attached.get(slab_id)
+    if slab is not None:
+        os.close(fd)
+        return slab
+    _attached.clear()
+    _attached[slab_id] = Slab(nbytes, fd=fd, slab_id=slab_id)
+    return _attached[slab_id]
+
+
+class Lease:
+    """The right of one save to the slab; ends with the save.
+
+    A save that fails gives a storage writer no last call, so the lease ends by whichever comes
+    first: `release`, the end of the thread that runs the save, or the staged state dict being
+    dropped before any thread took it up.
+    """
+
+    def __init__(self, slab: Slab, what: str) -> None:
+        """Take the slab for the save that `what` describes."""
+        self.slab = slab
+        self.what = what
+        self._released = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def release(self) -> None:
+        """Give the slab back; safe to call twice and from any thread."""
+        self._released.set()
+
+    def bind(self, thread: threading.Thread) -> None:
+        """Name the thread that runs the save."""
+        self._thread = thread
+
+    def tie_to(self, staged: object) -> None:
+        """End the lease when `staged` is dropped before a thread took it up."""
+        weakref.finalize(staged, self._drop)
+
+    def _drop(self) -> None:
+        if self._thread is None:
+            self.release()
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the save may still read the slab."""
+        if self._released.is_set():
+            return False
+        return self._thread is None or self._thread.is_alive()
+
+
+class SlabPool:
+    """The slab of this process and the save that holds it."""
+
+    def __init__(self) -> None:
+        """Start without memory."""
+        self._lock = threading.Lock()
+        self._slab: Slab | None = None
+        self._lease: Lease | None = None
+
+    def acquire(
+        self, nbytes: int, *, what: str, deadline: float, before_growth: Callable[[], None]
+    ) -> tuple[Lease, float]:
+        """Take the slab, waiting for a save that is in flight.
+
+        Args:
+            nbytes: Size needed; a smaller slab is replaced by one of this size and some headroom.
+            what: The save, for messages.
+            deadline: `time.monotonic()` after which waiting ends.
+            before_growth: Called before the old slab is replaced, to drop tensors that map it.
+
+        Returns:
+            The lease, and how long the caller waited, in seconds.
+
+        Raises:
+            StagingError: If the slab is still in use at the deadline, or memory cannot be had.
+        """
+        began = time.monotonic()
+        is_said = False
+        with self._lock:
+            while self._lease is not None and self._lease.is_active:
+                waited = time.monotonic() - began
+                if time.monotonic() > deadline:
+                    msg = "an earlier save still uses the staging memory"
+                    raise StagingError(
+                        msg,
+                        phase="stage",
+                        expected=f"free within {waited:.0f} s",
+                        found=f"in use by the save of {self._lease.what}",
+                        hint="save less often, or raise timeout_s",
+                    )
+                if waited > _SAY_AFTER_S and not is_said:
+                    is_said = True
+                    _log.info("save of %s waits for that of %s", what, self._lease.what)
+                time.sleep(_POLL_S if waited > _POLL_S else _POLL_S / 20)
+            slab = self._slab
+            if slab is not None and slab.pid != os.getpid():
+                slab = None  # A forked child must not write into its parent's staged copy.
+            if slab is None or slab.nbytes < nbytes:
+                before_growth()
+                self._slab = self._lease = slab = None
+                size = nbytes + int(nbytes * _HEADROOM)
+                slab = Slab(-(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE)
+            self._slab, self._lease = slab, Lease(slab, what)
+        waited = time.monotonic() - began
+        if waited > _SAY_AFTER_S:
+            _log.info("save of %s waited %.1f s for staging memory", what, waited)
+        return self._lease, waited

@@ -1,0 +1,110 @@
+"""The future of an asynchronous save: resolved by the deadline, with the error that names the cause.
+
+torch runs a save on a thread of its own and hands the trainer a future. That thread may be stuck in
+a system call or a collective, which nothing can cancel, and what it raises is wrapped or anonymous.
+So the future is found where torch keeps it, and the guard here decides what it is given.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures.thread import _WorkItem  # type: ignore[attr-defined]
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from dcp_hf_writer.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+# A save that ends at its deadline is let end by itself: its own errors say more.
+_GRACE_S = 1.0
+
+
+def current_future() -> Future[Any] | None:
+    """Return the future of the task that the calling thread runs for an executor, if any."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _WorkItem.run.__code__:
+            item = frame.f_locals.get("self")
+            return item.future if isinstance(item, _WorkItem) else None
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+class FutureGuard:
+    """Stands between the thread of a save and its future."""
+
+    def __init__(
+        self,
+        future: Future[Any],
+        *,
+        deadline: float,
+        on_deadline: Callable[[], BaseException],
+        translate: Callable[[BaseException], BaseException],
+        on_end: Callable[[bool], None],
+    ) -> None:
+        """Guard a future.
+
+        Args:
+            future: Of the running task.
+            deadline: `time.monotonic()` by which it must be resolved.
+            on_deadline: Makes the error that it gets then; called on the guard's thread.
+            translate: Turns what the save raised into what the caller shall see.
+            on_end: Called once when the future is resolved, with whether it succeeded.
+        """
+        self._future = future
+        self._deadline = deadline
+        self._on_deadline = on_deadline
+        self._translate = translate
+        self._lock = threading.Lock()
+        self._done = threading.Event()
+        self._set_result, self._set_exception = future.set_result, future.set_exception
+        # Instance attributes shadow the methods for the one caller that there is: the work item.
+        future.set_result = self._result  # type: ignore[method-assign]
+        future.set_exception = self._exception  # type: ignore[method-assign]
+        future.add_done_callback(lambda done: on_end(done.exception() is None))
+        threading.Thread(target=self._watch, name="dcp-hf-watchdog", daemon=True).start()
+
+    def _watch(self) -> None:
+        left = self._deadline + _GRACE_S - time.monotonic()
+        if self._done.wait(max(left, 0.0)):
+            return
+        error = self._on_deadline()
+        self._resolve(lambda: self._set_exception(error))
+
+    def _result(self, result: Any) -> None:
+        self._resolve(lambda: self._set_result(result))
+
+    def _exception(self, error: BaseException | None) -> None:
+        shown = error if error is None else self._translate(error)
+        self._resolve(lambda: self._set_exception(shown))
+
+    def _resolve(self, act: Callable[[], None]) -> None:
+        with self._lock:
+            if self._done.is_set():
+                return
+            self._done.set()
+            try:
+                act()
+            except InvalidStateError:
+                # Cancelled by the caller, who then does not look at it.
+                return
+
+
+def own_error(error: BaseException) -> CheckpointError | None:
+    """Return our error within what a save raised; DCP wraps the errors of all ranks in its own."""
+    if isinstance(error, CheckpointError):
+        return error
+    if isinstance(error, CheckpointException):
+        for rank, (inner, _) in sorted(error.failures.items()):
+            if isinstance(inner, CheckpointError):
+                if inner.rank is None:
+                    inner.rank = rank
+                inner.__cause__ = error
+                return inner
+    return None

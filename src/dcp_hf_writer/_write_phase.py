@@ -1,0 +1,238 @@
+"""What a rank writes: its DCP file and its ranges of the output files, in a rotated order.
+
+The kernel locks a file for each buffered write, so the ranks of a host that walk the same files in
+the same order wait for each other. Each starts elsewhere in the list of its files; the DCP file,
+which is its own, is one of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from dcp_hf_writer._dtypes import ITEMSIZE
+from dcp_hf_writer._dcp_half import (
+    SlabFileSystemWriter,
+    check_results,
+    run_given_writer,
+)
+from dcp_hf_writer._hf_half import BlockWriter, regions_by_file
+from dcp_hf_writer._report import RankReport
+from dcp_hf_writer._source import TensorSource
+from dcp_hf_writer._writes import OpenFiles
+from dcp_hf_writer.errors import (
+    CheckpointError,
+    ExportError,
+    SaveAbortedError,
+    SaveTimeoutError,
+    SlotTimeoutError,
+)
+from dcp_hf_writer.storage._posix import OutputFile
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+    from torch.distributed.checkpoint.storage import StorageWriter
+
+    from dcp_hf_writer._attempt import Attempt
+    from dcp_hf_writer._commit import StagingDirectory
+    from dcp_hf_writer._layout import Region
+    from dcp_hf_writer._plan_data import RankPlan
+    from dcp_hf_writer.slots import WriteSlots
+
+_log = logging.getLogger(__name__)
+
+# The FQN of the extra result that carries a rank's report; taken out before DCP sees the results.
+_REPORT_FQN = "\0dcp-hf-report"
+
+# These end the save whichever half they hit; any other error in the export spares the DCP half.
+_FATAL = (SaveAbortedError, SaveTimeoutError, SlotTimeoutError)
+
+# Kept from save to save for its buffer; saves of one process follow one another.
+_blocks = BlockWriter()
+
+
+@dataclass(slots=True)
+class WritePhase:
+    """The write phase of one rank."""
+
+    attempt: Attempt
+    directory: StagingDirectory
+    plan: SavePlan
+    """The final plan; its `storage_data` is what the DCP writer attached."""
+    own: RankPlan
+    planner: SavePlanner
+    dcp_writer: StorageWriter | None
+    """The user's writer for the DCP half; `None` for ours."""
+    slots: WriteSlots
+    subdir: str
+
+    def run(self) -> list[WriteResult]:
+        """Write everything, make it durable, and report.
+
+        Raises:
+            CheckpointError: If the DCP half failed, or the save was given up. Errors of the export
+                are part of the report instead.
+        """
+        attempt = self.attempt
+        report = RankReport(attempt.rank, socket.gethostname())
+        files = attempt.files or OpenFiles()
+        attempt.files = files
+        source = TensorSource(self.planner)
+        results: list[WriteResult] = []
+        work = regions_by_file(
+            [i for i in self.plan.items if i.type != WriteItemType.BYTE_IO], self.own.targets
+        )
+        shares = self.slots.is_shared_by_halves()
+        with ExitStack() as held:
+            if shares:
+                self._hold(held, "dcp")
+            for job in self._jobs(sorted(work)):
+                with ExitStack() as held_by_half:
+                    if not shares:
+                        self._hold(held_by_half, "dcp" if job is None else "hf")
+                    if job is None:
+                        results = self._write_dcp(files, source, report)
+                    elif report.export_error is None:
+                        self._write_export(job, work[job], files, source, report)
+                    if not shares:
+                        self._join(files)
+            files.sync_kept()
+            with attempt.timed("sync"):
+                self._join(files)
+        files.close()
+        attempt.files = None
+        report.seconds = dict(attempt.seconds)
+        report.nbytes = {
+            "dcp": sum(result.size_in_bytes for result in results),
+            "hf": report.nbytes.get("hf", 0),
+        }
+        return [*results, WriteResult(MetadataIndex(_REPORT_FQN), 0, report)]
+
+    def _jobs(self, files: Sequence[int]) -> list[int | None]:
+        """Return this rank's files, `None` being its DCP file, from where it starts."""
+        jobs: list[int | None] = [None, *files]
+        start = self.own.host_rank * len(jobs) // max(self.own.host_size, 1)
+        return jobs[start:] + jobs[:start]
+
+    def _hold(self, held: ExitStack, half: str) -> None:
+        with self.attempt.timed("slot wait"):
+            held.enter_context(
+                self.slots.hold(
+                    self.directory.path,
+                    "dcp" if half == "dcp" else "hf",
+                    deadline=self.attempt.deadline,
+                )
+            )
+
+    def _join(self, files: OpenFiles) -> None:
+        try:
+            files.join(deadline=self.attempt.deadline)
+        except CheckpointError as error:
+            error.rank = self.attempt.rank
+            raise
+
+    def _write_dcp(
+        self, files: OpenFiles, source: TensorSource, report: RankReport
+    ) -> list[WriteResult]:
+        attempt = self.attempt
+        with attempt.timed("write dcp"):
+            try:
+                results = (
+                    self._write_own_dcp(files, source, report)
+                    if self.dcp_writer is None
+                    else run_given_writer(
+                        self.dcp_writer,
+                        self.plan,
+                        self.planner,
+                        path=self.directory.path,
+                        is_coordinator=attempt.is_coordinator,
+                        rank=attempt.rank,
+                    )
+                )
+            except CheckpointError as error:
+                error.rank = attempt.rank
+                raise
+            check_results(self.plan.items, results, attempt.rank)
+        return results
+
+    def _write_own_dcp(
+        self, files: OpenFiles, source: TensorSource, report: RankReport
+    ) -> list[WriteResult]:
+        writer = SlabFileSystemWriter(self.directory.path, checkpoint_id=self.directory.target)
+        writer.set_up_storage_writer(
+            self.attempt.is_coordinator, rank=self.attempt.rank, use_collectives=True
+        )
+        writer.source = source
+        writer.finish_file = files.sync
+        writer.check = self.attempt.check
+        future = writer.write_data(self.plan, self.planner)
+        report.dcp_files = writer.files
+        results: list[WriteResult] = future.value()
+        return results
+
+    def _write_export(
+        self,
+        job: int,
+        blocks: Sequence[tuple[WriteItem, Region]],
+        files: OpenFiles,
+        source: TensorSource,
+        report: RankReport,
+    ) -> None:
+        name, _ = self.own.files[job]
+        path = os.path.join(self.directory.path, self.subdir, name)
+        with self.attempt.timed("write hf"):
+            try:
+                file = files.take(path) or OutputFile(path, create=False)
+                try:
+                    pieces = _blocks.write_file(file, blocks, source, self.attempt.check)
+                except BaseException:
+                    file.discard()
+                    raise
+                files.sync(file)
+            except _FATAL:
+                raise
+            except Exception as error:
+                _log.warning("rank %d could not write %s: %s", self.attempt.rank, path, error)
+                report.export_error = export_error(error, rank=self.attempt.rank, path=path)
+                return
+        report.pieces += pieces
+        report.nbytes["hf"] = report.nbytes.get("hf", 0) + sum(
+            region.disk.numel * ITEMSIZE[region.target.dtype] for _, region in blocks
+        )
+
+
+def export_error(error: Exception, *, rank: int, path: str) -> ExportError:
+    """Say of the export what failed, for the ranks that did not see it."""
+    msg = "the HuggingFace export could not be written"
+    return ExportError(
+        msg,
+        rank=rank,
+        phase="write",
+        path=path,
+        found=f"{type(error).__name__}: {error}",
+        errno=getattr(error, "errno", None),
+        hint="the DCP half of the checkpoint does not depend on it",
+    )
+
+
+def take_reports(
+    results: Sequence[Sequence[WriteResult]],
+) -> tuple[list[list[WriteResult]], list[RankReport]]:
+    """Part DCP's results from the ranks' reports."""
+    plain: list[list[WriteResult]] = []
+    reports: list[RankReport] = []
+    for rank_results in results:
+        plain.append([r for r in rank_results if r.index.fqn != _REPORT_FQN])
+        reports += [r.storage_data for r in rank_results if r.index.fqn == _REPORT_FQN]
+    return plain, reports
+

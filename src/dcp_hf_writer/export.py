@@ -1,0 +1,159 @@
+"""HFExport: what the HuggingFace half of a checkpoint shall look like."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from dcp_hf_writer._dtypes import export_dtype
+from dcp_hf_writer.errors import ConfigError
+from dcp_hf_writer.spec import LoadSpec
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Mapping, Sequence
+
+    import torch
+
+# Decimal, as huggingface_hub reads them: "5GB" is 5 * 10**9 bytes.
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B)?\s*", re.IGNORECASE)
+
+# The data of a safetensors file starts on a multiple of this at least (safetensors >= 0.4).
+_MIN_ALIGN = 8
+
+Order = Literal["auto", "state_dict", "natural"]
+
+
+def size_in_bytes(value: int | str, *, option: str) -> int:
+    """Read a size: a positive integer of bytes, or text such as `"5GB"` in decimal units.
+
+    Raises:
+        ConfigError: If it is neither, or not above zero.
+    """
+    nbytes: int | None = None
+    if isinstance(value, int) and not isinstance(value, bool):
+        nbytes = value
+    elif isinstance(value, str) and (match := _SIZE.fullmatch(value)):
+        nbytes = int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+    if nbytes is None or nbytes <= 0:
+        msg = f"{option} must be a positive size"
+        raise ConfigError(msg, expected='bytes as an int, or text such as "5GB"', found=repr(value))
+    return nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class HFExport:
+    """Options of the HuggingFace half; frozen, and reused by every save of a run.
+
+    Raises:
+        ConfigError: If an option cannot be used as given.
+    """
+
+    key: str | None = None
+    """Entry of the state dict that holds the model, dots for nested entries; `None` finds it."""
+    specs: Mapping[str, LoadSpec] | Iterable[LoadSpec] | None = None
+    """Tensors that are not exported under their own name and shape, by FQN within the model."""
+    dtype: torch.dtype | str | None = None
+    """Dtype on disk of floating-point tensors; fp8, integers and bools are never cast."""
+    keep_dtype: Sequence[str] = ()
+    """Regular expressions (`re.search`) of HuggingFace keys that keep their own dtype."""
+    max_shard_size: int | str = "5GB"
+    """Most data bytes of one output file; one larger tensor gets a file of its own."""
+    like: str | os.PathLike[str] | None = None
+    """Model directory whose index gives the file of each key, and whose other files are copied."""
+    assets: Any = ()
+    """Files beside the weights: paths, objects with `save_pretrained`, or `{file name: bytes}`.
+
+    One of these or a sequence of them. They are read once, at the first save (or `warm_up`) that
+    uses this object; make a new `HFExport` when they change.
+    """
+    subdir: str = "hf"
+    """Directory of the export within the checkpoint."""
+    tied: Mapping[str, str] | None = None
+    """`{dropped: kept}` names of tied tensors; `None` finds them by shared storage."""
+    expect_keys: Iterable[str] | None = None
+    """The keys that the export must have, no more and no less."""
+    header_align: int = 8
+    """The data of each file starts on a multiple of this many bytes; 4096 suits mapped reads."""
+    metadata: Mapping[str, str] | None = None
+    """Pairs for `__metadata__` of each file, after `format: pt`."""
+    order: Order = "auto"
+    """Order in which tensors fill the files: that of the state dict, or natural order of the names.
+
+    `"auto"` is natural order if a spec renames or splits a tensor, as `save_pretrained` does
+    where it converts a layout, else the state dict's.
+    """
+    spec_by_fqn: dict[str, LoadSpec] = field(init=False, repr=False)
+    """`specs`, by the FQN that each one names."""
+    max_shard_nbytes: int = field(init=False, repr=False)
+    """`max_shard_size` in bytes."""
+
+    def __post_init__(self) -> None:
+        """Check and normalise each option."""
+        specs = self.specs.values() if hasattr(self.specs, "values") else self.specs or ()
+        frozen = {
+            "spec_by_fqn": _by_fqn(specs),
+            "max_shard_nbytes": size_in_bytes(self.max_shard_size, option="max_shard_size"),
+            "dtype": export_dtype(self.dtype),
+            "keep_dtype": _patterns(self.keep_dtype),
+            "expect_keys": None if self.expect_keys is None else frozenset(self.expect_keys),
+            "metadata": dict(sorted((self.metadata or {}).items())),
+        }
+        for name, value in frozen.items():
+            object.__setattr__(self, name, value)
+        self._check()
+
+    def _check(self) -> None:
+        align = self.header_align
+        if not isinstance(align, int) or align < _MIN_ALIGN or align % _MIN_ALIGN:
+            msg = "header_align must be a multiple of 8"
+            raise ConfigError(msg, expected="8, 16, ... 4096, ...", found=repr(align))
+        if not self.subdir or self.subdir in {".", ".."} or "/" in self.subdir:
+            msg = "subdir must be one plain directory name"
+            raise ConfigError(msg, expected='a name such as "hf"', found=repr(self.subdir))
+        pairs = dict(self.metadata or {})
+        if "format" in pairs or not all(
+            isinstance(k, str) and isinstance(v, str) for k, v in pairs.items()
+        ):
+            msg = "metadata must map text to text, and leaves format to us"
+            raise ConfigError(msg, expected="str -> str without 'format'", found=repr(pairs))
+        if self.order not in ("auto", "state_dict", "natural"):
+            msg = "order must be a known one"
+            raise ConfigError(
+                msg, expected='"auto", "state_dict" or "natural"', found=repr(self.order)
+            )
+
+    @property
+    def is_in_natural_order(self) -> bool:
+        """Whether tensors fill the files in natural order of their runtime names."""
+        if self.order != "auto":
+            return self.order == "natural"
+        return any(spec.hf_keys != (fqn,) for fqn, spec in self.spec_by_fqn.items())
+
+
+def _by_fqn(specs: Iterable[LoadSpec]) -> dict[str, LoadSpec]:
+    found: dict[str, LoadSpec] = {}
+    for spec in specs:
+        if not isinstance(spec, LoadSpec):
+            msg = "specs must be LoadSpec objects"
+            raise ConfigError(msg, expected="LoadSpec", found=repr(spec))
+        if spec.name in found:
+            msg = "two specs name one runtime tensor"
+            raise ConfigError(msg, fqn=spec.name, expected="one spec a tensor")
+        found[spec.name] = spec
+    return found
+
+
+def _patterns(values: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(values, str):
+        msg = "keep_dtype must be a sequence of patterns"
+        raise ConfigError(msg, expected='such as ("norm",)', found=repr(values))
+    for value in values:
+        try:
+            re.compile(value)
+        except re.error as error:
+            msg = "keep_dtype holds an invalid regular expression"
+            raise ConfigError(msg, expected=str(error), found=repr(value)) from error
+    return tuple(values)

@@ -1,0 +1,77 @@
+"""System calls of Linux that Python does not offer."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+_AT_FDCWD = -100
+_RENAME_NOREPLACE = 1
+_RENAME_EXCHANGE = 2
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+class UnsupportedCallError(OSError):
+    """The kernel, the C library or the file system does not offer the call."""
+
+
+_UNSUPPORTED = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY})
+
+
+def reserve(fd: int, nbytes: int) -> None:
+    """Reserve space for the first `nbytes` of a file; its size grows with it.
+
+    `os.posix_fallocate` is the C library's: where the file system cannot do it, it writes a byte
+    into every block, and so races with other writers. This is the system call.
+
+    Raises:
+        UnsupportedCallError: If the file system does not offer it.
+        OSError: If there is no space.
+    """
+    call = getattr(_libc, "fallocate64", None) or getattr(_libc, "fallocate", None)
+    if call is None:
+        raise UnsupportedCallError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    while call(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) != 0:
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            _fail(number, None)
+
+
+def rename_no_replace(source: str, target: str) -> None:
+    """Rename; an existing target, also an empty directory, is an error.
+
+    Raises:
+        UnsupportedCallError: If the file system does not offer it.
+        FileExistsError: If the target exists.
+        OSError: If the rename fails.
+    """
+    _renameat2(source, target, _RENAME_NOREPLACE)
+
+
+def exchange(one: str, other: str) -> None:
+    """Swap two names in one step; both must exist.
+
+    Raises:
+        UnsupportedCallError: If the file system does not offer it.
+        OSError: If the rename fails.
+    """
+    _renameat2(one, other, _RENAME_EXCHANGE)
+
+
+def _renameat2(source: str, target: str, flags: int) -> None:
+    call = getattr(_libc, "renameat2", None)
+    if call is None:
+        raise UnsupportedCallError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    result = call(
+        _AT_FDCWD, os.fsencode(source), _AT_FDCWD, os.fsencode(target), ctypes.c_uint(flags)
+    )
+    if result != 0:
+        _fail(ctypes.get_errno(), target)
+
+
+def _fail(number: int, path: str | None) -> None:
+    kind = UnsupportedCallError if number in _UNSUPPORTED else OSError
+    # OSError picks FileExistsError and the like by number; our subclass must not be re-typed.
+    raise kind(number, os.strerror(number), path)

@@ -1,0 +1,523 @@
+"""HFDualWriter: one save, a DCP checkpoint and a HuggingFace directory. Wiring only."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+import socket
+import time
+from concurrent.futures import Future as StagingFuture
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.staging import AsyncStager
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from dcp_hf_writer import _assets, _coordinator, _options, _plan_data
+from dcp_hf_writer._attempt import Attempt, register
+from dcp_hf_writer._caller import memory_of, planned_state_dict, tied_groups
+from dcp_hf_writer._commit import StagingDirectory
+from dcp_hf_writer._dcp_half import SlabFileSystemWriter, set_up_given_writer
+from dcp_hf_writer._guards import guard_process_save, guard_save
+from dcp_hf_writer._manifest import WholeFile
+from dcp_hf_writer._owner import host_id, new_save_id
+from dcp_hf_writer._plan_data import LocalFacts, RankPlan
+from dcp_hf_writer._rendezvous import Announcement, fall_in, next_count, rendezvous_of
+from dcp_hf_writer._write_phase import WritePhase, take_reports
+from dcp_hf_writer.errors import ConfigError, ExportError, PlanningError
+from dcp_hf_writer.export import HFExport
+from dcp_hf_writer.slots import WriteSlots
+from dcp_hf_writer.staging import Staged, StagedInfo, Stager, StagingMode, wait_before_step
+
+if TYPE_CHECKING:
+    import torch
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+
+    from dcp_hf_writer._slab import Lease
+
+_log = logging.getLogger(__name__)
+
+# The slab outlives the writers of this process.
+_stager = Stager()
+
+_FIND_S = 60.0
+"""Longest wait for the coordinator's record, which is there before the plan is."""
+
+
+class HFDualWriter(StorageWriter, AsyncStager):
+    """Writes a DCP checkpoint and a HuggingFace directory from one staged copy, under one commit.
+
+        future = dcp.async_save(state_dict, storage_writer=HFDualWriter("ckpt/step-100"))
+
+    leaves `ckpt/step-100`, which `dcp.load` resumes from, and `ckpt/step-100/hf`, which
+    `from_pretrained` serves from; or, after any failure, neither. Each rank writes its own slices
+    of the final files. Also for `dcp.save`, for `no_dist=True`, and for both kinds of asynchronous
+    checkpointer. One writer may serve many steps (`checkpoint_id=`), and so may a new writer each.
+
+    Called by all ranks of a process group. Thread safety: one save at a time per writer; a second
+    one waits for the first.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        export: HFExport | None = HFExport(),  # noqa: B008 - frozen
+        weights: Literal["both", "once"] = "both",
+        staging: StagingMode = "blocking",
+        overwrite: bool = False,
+        slots: WriteSlots = WriteSlots(),  # noqa: B008 - frozen
+        dcp_writer: StorageWriter | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        on_export_error: Literal["raise", "warn"] = "raise",
+        storage_options: dict[str, Any] | None = None,
+        strategy: Literal["auto", "direct"] = "auto",
+        timeout_s: float = 1800,
+        host_budget_bytes: int = 256 << 20,
+    ) -> None:
+        """Set up a writer; touches no storage.
+
+        Args:
+            path: Directory of the checkpoint; must not exist, unless `overwrite`.
+            export: The HuggingFace half; `None` writes the DCP half only.
+            weights: `"both"` stores the weights in both halves.
+            staging: `"blocking"` returns from `async_save` when all is copied; `"overlap"` copies
+                beside the next forward and backward, and needs `guard(optimizer)`.
+            overwrite: Replace an existing checkpoint, in the step that publishes the new one.
+            slots: Bound on the processes of a node that write at a time.
+            dcp_writer: Writes the DCP half; `None` is torch's, without needless copies.
+            process_group: Group of the save, the one that `async_save` is given.
+            on_export_error: When only the export failed: commit the DCP half and `"raise"`
+                `ExportError`, or `"warn"`.
+            storage_options: Options of an object store; none for a path.
+            strategy: `"direct"` lets several hosts write parts of one file on a file system that is
+                not known to allow it.
+            timeout_s: Deadline of a save in seconds, from staging to commit.
+            host_budget_bytes: Memory that a rank may use beside the staged copy.
+
+        Raises:
+            ConfigError: If an option cannot be used as given.
+        """
+        super().__init__()
+        _options.one_of("weights", weights, ("both",), hint='"once" needs a reader of its own')
+        _options.one_of("staging", staging, ("blocking", "overlap"))
+        _options.one_of("on_export_error", on_export_error, ("raise", "warn"))
+        _options.one_of("strategy", strategy, ("auto", "direct"))
+        _options.check_numbers(timeout_s=timeout_s, host_budget_bytes=host_budget_bytes)
+        if storage_options:
+            msg = "storage_options are for object stores"
+            raise ConfigError(msg, expected="None for a path", found=sorted(storage_options))
+        if export is not None and not isinstance(export, HFExport):
+            msg = "export must be an HFExport or None"
+            raise ConfigError(msg, expected="HFExport(...)", found=type(export).__name__)
+        self.path = _options.local_path(path)
+        self.export = export
+        self.staging = staging
+        self.overwrite = overwrite
+        self.slots = slots
+        self.dcp_writer = dcp_writer
+        self.process_group = process_group
+        self.on_export_error = on_export_error
+        self.strategy = strategy
+        self.timeout_s = timeout_s
+        self.host_budget_bytes = host_budget_bytes
+        self._staged: Staged | None = None
+        self._pending: tuple[float, StagedInfo, Lease | None] | None = None
+        self._attempt: Attempt | None = None
+        self._whole_files: list[WholeFile] = []
+        self._export_error: ExportError | None = None
+
+    # -- the stager ---------------------------------------------------------------------------
+
+    def stage(self, state_dict: dict[str, Any]) -> Any:
+        """Copy a state dict into the slab; what changes afterwards reaches no file.
+
+        Called by `async_save` in the training thread, on every rank. Waits for a save in flight.
+
+        Returns:
+            The staged state dict, or with overlapped staging its future.
+
+        Raises:
+            StagingError: If it cannot be staged.
+        """
+        deadline = time.monotonic() + self.timeout_s
+        self._read_assets()
+        staged = _stager.stage(
+            state_dict, mode=self.staging, what=self.path, deadline=deadline
+        )
+        self._staged = staged
+        self._pending = (deadline, staged.info, staged.lease)
+        target = self.path
+        staged.state_dict.on_send = lambda: guard_process_save(
+            staged.lease, deadline=deadline, target=target
+        )
+        return staged.state_dict if staged.copying is None else _when_copied(staged)
+
+    @property
+    def should_synchronize_after_execute(self) -> bool:
+        """Whether `async_save` shall wait for staging: never, it is done or the guard waits."""
+        return False
+
+    def synchronize_staging(self) -> None:
+        """Wait until the copies of the latest `stage` are done."""
+        if self._staged is not None and self._staged.copying is not None:
+            self._staged.copying.result(timeout=self.timeout_s)
+
+    def close(self) -> None:
+        """Nothing to give back: the slab is the process's, for its next save."""
+
+    def guard(self, optimizer: torch.optim.Optimizer) -> Any:
+        """Make `optimizer.step()` wait for overlapped copies; for `staging="overlap"`.
+
+        On CUDA the device waits. Parameters must be changed by optimizers that are guarded, or not
+        before `staging_completion` is done.
+
+        Returns:
+            The handle of the hook; `remove()` undoes it.
+        """
+        return wait_before_step(optimizer, lambda: self._staged)
+
+    def warm_up(self, state_dict: dict[str, Any]) -> int:
+        """Allocate the slab and read the assets before the first save, off the training's clock.
+
+        Returns:
+            Bytes of the staged copy on this rank.
+        """
+        self._read_assets()
+        return _stager.warm_up(state_dict, deadline=time.monotonic() + self.timeout_s)
+
+    def _read_assets(self) -> None:
+        # Now, in the training thread: config objects may change while the save runs. Errors are
+        # kept and raised in the plan, where every rank learns of them.
+        is_first = not dist.is_initialized() or dist.get_rank(self.process_group) == 0
+        if self.export is not None and is_first:
+            _assets.preload(self.export)
+
+    # -- the storage writer -------------------------------------------------------------------
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Take `checkpoint_id=` of a save as its path."""
+        if checkpoint_id is not None:
+            self.path = _options.local_path(checkpoint_id)
+
+    @property
+    def checkpoint_id(self) -> str:
+        """Path of the checkpoint."""
+        return self.path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether this kind of writer can write there."""
+        try:
+            _options.local_path(checkpoint_id)
+        except ConfigError:
+            return False
+        return True
+
+    def storage_meta(self) -> StorageMeta:
+        """Begin a save; torch calls this first, in the thread that runs it."""
+        pending, self._pending = self._pending, None
+        lease = None if pending is None else pending[2]
+        if pending is not None and lease is not None and not lease.is_active:
+            pending = lease = None
+        attempt = Attempt(
+            self.path,
+            deadline=time.monotonic() + self.timeout_s if pending is None else pending[0],
+            staged=None if pending is None else pending[1],
+            lease=lease,
+        )
+        if lease is not None:
+            lease.bind(attempt.thread)
+        if attempt.staged is not None:
+            attempt.seconds["stage"] = attempt.staged.stall_s
+            attempt.seconds["stage wait"] = attempt.staged.waited_s
+        register(attempt)
+        self._attempt, self._whole_files, self._export_error = attempt, [], None
+        guard_save(attempt)
+        return StorageMeta(checkpoint_id=self.path)
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Learn this rank's part in the save.
+
+        Raises:
+            ConfigError: If the save is asked to do without collectives.
+        """
+        if not kwargs.get("use_collectives", True):
+            msg = "use_collectives=False is not supported"
+            raise ConfigError(
+                msg,
+                phase="plan",
+                expected="one coordinated plan, which the offsets in the files follow from",
+                hint="drop use_collectives=False; a rank alone saves with no_dist=True",
+            )
+        attempt = self._current()
+        attempt.is_coordinator = is_coordinator
+        attempt.rank = int(kwargs.get("rank", 0))
+        attempt.rendezvous = rendezvous_of(self.process_group)
+        attempt.count = next_count()
+        attempt.post("plan")
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Attach to DCP's plan what only this rank knows."""
+        attempt = self._current()
+        if attempt.staged is not None:
+            attempt.memory = attempt.staged.memory
+        else:
+            attempt.memory = memory_of(planned_state_dict() or {})
+        order = tuple(item.index.fqn for item in plan.items) if attempt.is_coordinator else None
+        facts = LocalFacts(host_id(), socket.gethostname(), order, tied_groups(attempt.memory))
+        return replace(plan, storage_data=facts)
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Plan the export, and make the directory with headers and assets (coordinator).
+
+        Raises:
+            PlanningError: If the state dict cannot be exported as asked; nothing is left behind.
+            StorageError: If the target or the file system does not allow it; likewise.
+        """
+        attempt = self._current()
+        if len(plans) == 1:
+            attempt.rendezvous = None
+        attempt.world_size = len(plans)
+        with attempt.timed("plan"):
+            export, assets = self._export_of_this_save()
+            file_of_key = None if assets is None else assets.file_of_key
+            options = _plan_data.options_fingerprint(export, file_of_key)
+            whole, known = _plan_data.merge_with_remembered(plans)
+            result = plans
+            if known is None or known.options != options:
+                known = _plan_data.plan_globally(
+                    whole, export, options=options, file_of_key=file_of_key
+                )
+                result = _plan_data.rank_plans(known, self._prepare_dcp(whole))
+            if known.layout is not None and assets is not None:
+                _coordinator.check_names(known.layout, assets)
+            attempt.global_plan = known
+        with attempt.timed("prepare"):
+            directory = StagingDirectory(self.path, new_save_id())
+            self._whole_files = _coordinator.prepare(
+                directory,
+                known,
+                assets,
+                subdir=self._subdir,
+                overwrite=self.overwrite,
+                attempt=attempt,
+                strategy=self.strategy,
+            )
+            if attempt.rendezvous is not None:
+                attempt.rendezvous.announce(
+                    self.path,
+                    Announcement(
+                        directory.save_id, known.fingerprint, len(plans), attempt.count
+                    ),
+                )
+        _plan_data.remember(known)
+        return result
+
+    def _export_of_this_save(self) -> tuple[HFExport | None, _assets.Assets | None]:
+        if self.export is None:
+            return None, None
+        try:
+            return self.export, _assets.assets_of(self.export)
+        except ExportError as error:
+            self._export_error = error
+            return None, None
+
+    def _prepare_dcp(self, plans: list[SavePlan]) -> list[SavePlan]:
+        bare = [replace(plan, storage_data=None) for plan in plans]
+        if self.dcp_writer is not None:
+            return self.dcp_writer.prepare_global_plan(bare)
+        return SlabFileSystemWriter(self.path, checkpoint_id=self.path).prepare_global_plan(bare)
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Write this rank's part of both halves, durably.
+
+        Raises:
+            CheckpointError: If the DCP half failed on this rank, or the save was given up.
+        """
+        attempt = self._current()
+        own = plan.storage_data
+        if not isinstance(own, RankPlan):
+            msg = "DCP handed out a plan that HFDualWriter did not make"
+            raise PlanningError(
+                msg,
+                rank=attempt.rank,
+                phase="write",
+                found=type(own).__name__,
+                hint="with enable_plan_caching, use a planner that no other writer has used",
+            )
+        attempt.seconds.setdefault("plan", time.monotonic() - attempt.began)
+        try:
+            directory = self._directory(attempt, own)
+            attempt.post("write")
+            directory.check_visible(rank=attempt.rank)
+            _plan_data.check_tied(own.tied, attempt.memory, rank=attempt.rank)
+            results = WritePhase(
+                attempt=attempt,
+                directory=directory,
+                plan=replace(plan, storage_data=own.dcp),
+                own=own,
+                planner=planner,
+                dcp_writer=self.dcp_writer,
+                slots=self.slots,
+                subdir=self._subdir,
+            ).run()
+            attempt.check()
+        except BaseException:
+            attempt.post("failed")
+            raise
+        attempt.post("written")
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def _directory(self, attempt: Attempt, own: RankPlan) -> StagingDirectory:
+        if attempt.is_coordinator and attempt.directory is not None:
+            directory, fingerprint = attempt.directory, self._planned(attempt).fingerprint
+        else:
+            if attempt.rendezvous is None:
+                msg = "the ranks of the save have no store in common"
+                raise PlanningError(msg, rank=attempt.rank, phase="write", path=self.path)
+            found = attempt.rendezvous.find(
+                self.path, timeout_s=min(attempt.left_s(), _FIND_S), rank=attempt.rank
+            )
+            fall_in(found.count)
+            attempt.count = found.count
+            directory, fingerprint = StagingDirectory(self.path, found.save_id), found.fingerprint
+        attempt.directory = directory
+        if fingerprint != own.fingerprint:
+            msg = "this rank holds the plan of another export"
+            raise PlanningError(
+                msg,
+                rank=attempt.rank,
+                phase="write",
+                expected=f"plan {fingerprint[:12]}",
+                found=f"plan {own.fingerprint[:12]}",
+                hint="pass the same HFExport and a planner of one run on every rank",
+            )
+        return directory
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Prove that all is there, and publish it (coordinator).
+
+        Raises:
+            CoverageError: If the ranks' reports do not tile the files.
+            StorageError: If it could not be published.
+            ExportError: If the DCP half was committed and the export failed.
+        """
+        attempt = self._current()
+        attempt.phase = "finish"
+        plan, directory = self._planned(attempt), attempt.directory
+        if directory is None:
+            msg = "the save was not prepared"
+            raise PlanningError(msg, rank=attempt.rank, phase="finish", path=self.path)
+        began = time.monotonic()
+        try:
+            attempt.check()
+            plain, reports = take_reports(results)
+            errors = [r.export_error for r in reports if r.export_error is not None]
+            error = self._export_error or (errors[0] if errors else None)
+            if error is not None:
+                _coordinator.drop_export(directory, self._subdir)
+            self._finish_dcp(attempt, directory, metadata, plain)
+            _coordinator.publish(
+                directory,
+                plan,
+                reports,
+                self._whole_files,
+                subdir=self._subdir,
+                overwrite=self.overwrite,
+                attempt=attempt,
+                error=error,
+                extra={"finish": time.monotonic() - began},
+            )
+        finally:
+            attempt.end()
+            if attempt.rendezvous is not None:
+                attempt.rendezvous.withdraw(self.path)
+        if error is not None:
+            if self.on_export_error == "raise":
+                raise error
+            _log.warning("checkpoint %s has no export: %s", self.path, error)
+
+    def _finish_dcp(
+        self,
+        attempt: Attempt,
+        directory: StagingDirectory,
+        metadata: Metadata,
+        results: list[list[WriteResult]],
+    ) -> None:
+        writer = self.dcp_writer
+        if writer is None:
+            writer = SlabFileSystemWriter(directory.path, checkpoint_id=directory.target)
+            writer.set_up_storage_writer(True, rank=attempt.rank, use_collectives=True)
+        with attempt.timed("metadata"):
+            writer.finish(metadata, results)
+
+    # -- odds and ends ------------------------------------------------------------------------
+
+    @property
+    def _subdir(self) -> str:
+        return HFExport.subdir if self.export is None else self.export.subdir
+
+    def _current(self) -> Attempt:
+        if self._attempt is None:
+            self.storage_meta()
+        if self._attempt is None:
+            msg = "no save is under way"
+            raise PlanningError(msg, path=self.path)
+        return self._attempt
+
+    def _planned(self, attempt: Attempt) -> _plan_data.GlobalPlan:
+        if attempt.global_plan is None:
+            msg = "the coordinator made no global plan"
+            raise PlanningError(msg, rank=attempt.rank, path=self.path)
+        return attempt.global_plan
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Travel to a checkpointer process, with the files of the export instead of its objects."""
+        state = dict(self.__dict__)
+        if self._pending is not None:
+            deadline, info, _ = self._pending
+            state["_pending"] = (deadline, info, None)
+        if self.export is not None:
+            state["_assets"] = _assets.known(self.export)
+            state["export"] = _without_assets(self.export)
+        for name in ("process_group", "_staged", "_attempt"):
+            state[name] = None
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Arrive in a checkpointer process; its default group is the group of the save."""
+        assets = state.pop("_assets", None)
+        self.__dict__.update(state)
+        if self.export is not None and assets is not None:
+            _assets.preset(self.export, assets)
+
+
+def _when_copied(staged: Staged) -> StagingFuture[Any]:
+    result: StagingFuture[Any] = StagingFuture()
+
+    def done(copying: StagingFuture[None]) -> None:
+        error = copying.exception()
+        if error is not None:
+            staged.lease.release()
+            result.set_exception(error)
+        else:
+            result.set_result(staged.state_dict)
+
+    if staged.copying is not None:
+        staged.copying.add_done_callback(done)
+    return result
+
+
+def _without_assets(export: HFExport) -> HFExport:
+    bare = copy.copy(export)
+    object.__setattr__(bare, "assets", ())
+    object.__setattr__(bare, "like", None)
+    return bare
