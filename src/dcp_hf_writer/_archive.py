@@ -17,7 +17,7 @@ import torch
 from torch.serialization import _save
 
 if TYPE_CHECKING:
-    from collections.abc import Buffer
+    from typing_extensions import Buffer
 
 # The alignment of storages within an archive that torch.save uses by default.
 _STORAGE_ALIGNMENT = 64
@@ -77,7 +77,10 @@ def tensor_archive(tensor: torch.Tensor) -> tuple[bytes, bytes]:
 
 @functools.lru_cache(maxsize=_KEPT)
 def _archive_of(
-    dtype: torch.dtype, shape: tuple[int, ...], stride: tuple[int, ...], requires_grad: bool
+    dtype: torch.dtype,
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    requires_grad: bool,  # noqa: FBT001 - part of the cache key
 ) -> tuple[bytes, bytes]:
     # Never touched: the archive writer passes the data on by address, and the CRC is off.
     tensor = torch.empty_strided(shape, stride, dtype=dtype)
@@ -85,7 +88,8 @@ def _archive_of(
         tensor.requires_grad_()
     storage = tensor.untyped_storage()
     capture = _Capture(storage.data_ptr(), storage.nbytes())
-    writer = torch._C.PyTorchFileWriter(capture, False, _STORAGE_ALIGNMENT)
-    _save(tensor, writer, pickle, 2, False)
+    # Positional in torch: no CRC. Private, as is `_save`; `torch.save` has no such option.
+    writer = torch._C.PyTorchFileWriter(capture, False, _STORAGE_ALIGNMENT)  # type: ignore[call-overload] # noqa: SLF001, FBT003
+    _save(tensor, writer, pickle, 2, False)  # noqa: FBT003
     writer.write_end_of_file()
     return capture.parts()

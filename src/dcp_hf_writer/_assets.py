@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+from safetensors import safe_open
+
 from dcp_hf_writer.errors import CheckpointError, ConfigError, ExportError
 
 if TYPE_CHECKING:
@@ -147,7 +149,9 @@ def _save_pretrained(asset: Any) -> dict[str, bytes]:
             asset.save_pretrained(directory)
         except Exception as error:
             msg = f"{type(asset).__name__}.save_pretrained failed"
-            raise ExportError(msg, phase="plan", found=f"{type(error).__name__}: {error}") from error
+            raise ExportError(
+                msg, phase="plan", found=f"{type(error).__name__}: {error}"
+            ) from error
         return _tree(Path(directory))
 
 
@@ -188,8 +192,6 @@ def _file_of_key(base: Path) -> dict[str, str]:
     if len(weights) != 1:
         msg = "like has no index and not exactly one safetensors file"
         raise ConfigError(msg, path=str(base), found=[path.name for path in weights])
-    from safetensors import safe_open
-
     with safe_open(str(weights[0]), framework="pt") as file:
         return dict.fromkeys(file.keys(), weights[0].name)
 
@@ -209,5 +211,3 @@ def _with_dtype(config: bytes, dtype: torch.dtype | str) -> bytes:
     for key in keys:
         values[key] = name
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
-
-

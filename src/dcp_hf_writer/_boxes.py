@@ -93,7 +93,8 @@ def _slab_fault(parts: Sequence[Box], dim: int) -> str | None:
     reached = 0
     for start, size in sorted((box.offsets[dim], box.sizes[dim]) for box in parts):
         if start != reached:
-            return f"parts {'overlap' if start < reached else 'leave a gap'} at index {start} of dim {dim}"
+            fault = "overlap" if start < reached else "leave a gap"
+            return f"parts {fault} at index {start} of dim {dim}"
         reached = start + size
     return None
 

@@ -1,6 +1,7 @@
-"""What torch's `save` does not hand to a storage writer: the planner, while it plans locally.
+"""What torch's `save` does not hand to a storage writer: the planner, while it plans.
 
-Only a synchronous save needs it, to find tied tensors; an asynchronous one finds them while staging.
+Only a synchronous save needs it, to find tied tensors; an asynchronous one finds them while it
+stages.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ _MAX_DEPTH = 4
 
 def planned_state_dict() -> Mapping[str, Any] | None:
     """Return the flat state dict of the planner that the calling save uses; `None` if unknown."""
-    frame = sys._getframe(2)
+    frame = sys._getframe(2)  # noqa: SLF001
     for _ in range(_MAX_DEPTH):
         planner = frame.f_locals.get("planner")
         if isinstance(planner, SavePlanner):

@@ -1,8 +1,8 @@
 """The directory of a save in the making, and the one rename that publishes it.
 
-A save writes into `.incomplete-<save id>` beside its target. The name holds nothing of the target's,
-since trainers look for `step-<n>` anywhere in a name; the record inside says whose it is. What a
-dead save left is found by that record and removed by the next save to the same target.
+A save writes into `.incomplete-<save id>` beside its target. The name holds nothing of the
+target's, since trainers look for `step-<n>` anywhere in a name; the record inside says whose it is.
+What a dead save left is found by that record and removed by the next save to the same target.
 """
 
 from __future__ import annotations

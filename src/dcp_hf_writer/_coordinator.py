@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dcp_hf_writer._assets import CONFIG_NAME
 from dcp_hf_writer._commit import MANIFEST_NAME, remove_tree
 from dcp_hf_writer._dcp_half import digest_file
+from dcp_hf_writer._hooks import reach
 from dcp_hf_writer._layout import INDEX_NAME
 from dcp_hf_writer._manifest import WholeFile, encode_manifest
 from dcp_hf_writer._owner import Owner
@@ -110,15 +111,14 @@ def prepare(
     """
     record = directory.create(overwrite=overwrite)
     attempt.directory = directory
+    reach("directory made")
     files = attempt.files = OpenFiles()
     try:
         files.sync(record)
         if plan.layout is None or assets is None:
             return []
         fs_type = file_system_type(directory.path)
-        check_strategy(
-            hosts=plan.hosts, fs_type=fs_type, strategy=strategy, path=directory.target
-        )
+        check_strategy(hosts=plan.hosts, fs_type=fs_type, strategy=strategy, path=directory.target)
         _check_space(plan.layout, directory)
         export = os.path.join(directory.path, subdir)
         with write_errors(export):
@@ -131,15 +131,14 @@ def prepare(
         if plan.layout.index is not None:
             whole[INDEX_NAME] = plan.layout.index
         _warn_without_config(whole)
+        reach("headers written")
         return [_write_whole(files, directory.path, subdir, n, d) for n, d in whole.items()]
     except BaseException:
         attempt.end()
         raise
 
 
-def _write_whole(
-    files: OpenFiles, root: str, subdir: str, name: str, data: bytes
-) -> WholeFile:
+def _write_whole(files: OpenFiles, root: str, subdir: str, name: str, data: bytes) -> WholeFile:
     path = os.path.join(root, subdir, name)
     make_directories(os.path.dirname(path))
     file = OutputFile(path, create=True)
@@ -243,6 +242,7 @@ def publish(
         for name in _plain_files(directory.path)
         if name not in covered
     ]
+    reach("before manifest")
     manifest = encode_manifest(
         save_id=directory.save_id,
         target=directory.target,
@@ -258,8 +258,10 @@ def publish(
     write_file(os.path.join(directory.path, MANIFEST_NAME), manifest)
     for path in (*_directories(os.path.join(directory.path, subdir)), directory.path):
         sync_directory(path)
+    reach("before rename")
     with attempt.committing():
         directory.publish(overwrite=overwrite)
+        reach("after rename")
 
 
 def _plain_files(path: str) -> list[str]:

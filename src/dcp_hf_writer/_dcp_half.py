@@ -8,24 +8,24 @@ loop that writes a file.
 from __future__ import annotations
 
 import io
-import queue
 from typing import TYPE_CHECKING, Any
 
 import xxhash
-from torch.distributed.checkpoint import FileSystemWriter
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from dcp_hf_writer._archive import tensor_archive
+from dcp_hf_writer._hooks import reach
 from dcp_hf_writer._report import DCPFile
 from dcp_hf_writer._source import TensorSource, host_bytes
 from dcp_hf_writer.errors import CoverageError
 from dcp_hf_writer.storage._posix import PIECE_NBYTES, OutputFile
 
 if TYPE_CHECKING:
+    import queue
     from collections.abc import Callable, Sequence
 
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
@@ -121,6 +121,7 @@ class _FileWriter:
 
     def _add_tensor(self, item: WriteItem) -> WriteResult:
         self._check()
+        reach("mid dcp")
         tensor = self._source.tensor(item)
         before, after = tensor_archive(tensor)
         data = host_bytes(tensor)
@@ -191,7 +192,8 @@ def run_given_writer(
     does not reach its `prepare_global_plan`; torch's own writers attach nothing.
     """
     storage_data = plan.storage_data
-    set_up_given_writer(writer, path=path, is_coordinator=is_coordinator, rank=rank)
+    writer.reset(path)
+    writer.set_up_storage_writer(is_coordinator, rank=rank, use_collectives=True)
     plan = writer.prepare_local_plan(plan)
     if plan.storage_data is None:
         plan = type(plan)(plan.items, storage_data, plan.planner_data, plan.usable)
@@ -199,14 +201,6 @@ def run_given_writer(
     future.wait()
     results: list[WriteResult] = future.value()
     return results
-
-
-def set_up_given_writer(
-    writer: StorageWriter, *, path: str, is_coordinator: bool, rank: int
-) -> None:
-    """Point a writer of the user's at the directory of the save."""
-    writer.reset(path)
-    writer.set_up_storage_writer(is_coordinator, rank=rank, use_collectives=True)
 
 
 def digest_file(path: str) -> tuple[int, str]:

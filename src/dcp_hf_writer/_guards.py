@@ -23,17 +23,12 @@ def guard_save(attempt: Attempt) -> None:
     if future is None:
         return
 
-    def end(succeeded: bool) -> None:
-        # A lost rank may still write: what it leaves is removed by the next save then.
-        del succeeded
-        attempt.end()
-
     FutureGuard(
         future,
         deadline=attempt.deadline,
         on_deadline=lambda: _at_deadline(attempt),
         translate=lambda error: _explain(attempt, error),
-        on_end=end,
+        on_end=attempt.end,
     )
 
 
@@ -59,7 +54,7 @@ def guard_process_save(lease: Lease, *, deadline: float, target: str) -> None:
         deadline=deadline,
         on_deadline=at_deadline,
         translate=lambda error: own_error(error) or error,
-        on_end=lambda _: lease.release(),
+        on_end=lease.release,
     )
 
 

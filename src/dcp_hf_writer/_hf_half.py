@@ -9,6 +9,7 @@ import xxhash
 
 from dcp_hf_writer._boxes import Box, byte_runs
 from dcp_hf_writer._dtypes import ITEMSIZE, TORCH_BY_NAME
+from dcp_hf_writer._hooks import reach
 from dcp_hf_writer._layout import Region, chunk_regions, needs_cast
 from dcp_hf_writer._report import Piece
 from dcp_hf_writer._source import TensorSource, chunk_of, digest_of, host_bytes
@@ -79,10 +80,9 @@ class BlockWriter:
         pieces = []
         for item, region in blocks:
             check()
+            reach("mid hf")
             digest = self._write_block(file, item, region, source)
-            pieces.append(
-                Piece(region.target.key, region.disk.offsets, region.disk.sizes, digest)
-            )
+            pieces.append(Piece(region.target.key, region.disk.offsets, region.disk.sizes, digest))
         return pieces
 
     def _write_block(

@@ -133,8 +133,7 @@ def plan_layout(
         if file_of_key is None
         else _files_like(assigned, file_of_key)
     )
-    names = _file_names(len(groups)) if file_of_key is None else list(groups)
-    return _place(dict(zip(names, groups.values(), strict=True)), export, dropped)
+    return _place(groups, export, dropped)
 
 
 def _natural(tensor: RuntimeTensor) -> list[tuple[Any, ...]]:
@@ -263,9 +262,7 @@ def _check_keys(assigned: Sequence[_Assigned], export: HFExport) -> None:
         )
 
 
-def _greedy_files(
-    assigned: Sequence[_Assigned], max_nbytes: int
-) -> dict[int, list[_Assigned]]:
+def _greedy_files(assigned: Sequence[_Assigned], max_nbytes: int) -> dict[str, list[_Assigned]]:
     """Fill files in order, as `save_pretrained` does.
 
     Source:
@@ -287,7 +284,7 @@ def _greedy_files(
         filled += nbytes
     if current:
         files.append(current)
-    return dict(enumerate(files))
+    return dict(zip(_file_names(len(files)), files, strict=True))
 
 
 def _files_like(

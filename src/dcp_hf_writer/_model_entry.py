@@ -75,7 +75,9 @@ def _named(paths: Mapping[str, Path], key: str) -> Path:
 def _refuse(problem: str, paths: Mapping[str, Path]) -> None:
     choices = sorted({str(path[0]) for path in paths.values() if len(path) > 1})
     leaves = sum(len(path) == 1 for path in paths.values())
-    found = f"entries with tensors: {choices}" + (f", {leaves} tensors at the top" if leaves else "")
+    found = f"entries with tensors: {choices}" + (
+        f", {leaves} tensors at the top" if leaves else ""
+    )
     raise ModelKeyError(
         problem,
         phase="plan",
@@ -86,7 +88,7 @@ def _refuse(problem: str, paths: Mapping[str, Path]) -> None:
 
 
 def names_in_model(paths: Mapping[str, Path], prefix: Path) -> dict[str, str]:
-    """Return the name within the model of each tensor below `prefix`, by FQN, in the given order."""
+    """Return the name within the model of each tensor below `prefix`, by FQN, in order."""
     return {
         fqn: ".".join(map(str, path[len(prefix) :]))
         for fqn, path in paths.items()

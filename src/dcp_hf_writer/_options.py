@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from dcp_hf_writer.errors import ConfigError
+from dcp_hf_writer.export import HFExport
 
 # A rank needs room for its bounce buffer and for the archives of one group of small tensors.
 _MIN_HOST_BUDGET = 32 << 20
@@ -43,7 +44,9 @@ def one_of(name: str, value: Any, allowed: tuple[str, ...], *, hint: str | None 
     """
     if value not in allowed:
         msg = f"{name} must be a known one"
-        raise ConfigError(msg, expected=" or ".join(map(repr, allowed)), found=repr(value), hint=hint)
+        raise ConfigError(
+            msg, expected=" or ".join(map(repr, allowed)), found=repr(value), hint=hint
+        )
 
 
 def check_numbers(*, timeout_s: float, host_budget_bytes: int) -> None:
@@ -58,4 +61,28 @@ def check_numbers(*, timeout_s: float, host_budget_bytes: int) -> None:
         raise ConfigError(msg, expected="such as 1800", found=repr(timeout_s))
     if not isinstance(host_budget_bytes, int) or host_budget_bytes < _MIN_HOST_BUDGET:
         msg = "host_budget_bytes is too small to write with"
-        raise ConfigError(msg, expected=f"at least {_MIN_HOST_BUDGET}", found=repr(host_budget_bytes))
+        raise ConfigError(
+            msg, expected=f"at least {_MIN_HOST_BUDGET}", found=repr(host_budget_bytes)
+        )
+
+
+def check_export(export: Any) -> None:
+    """Check that `export` is one, or `None`.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    if export is not None and not isinstance(export, HFExport):
+        msg = "export must be an HFExport or None"
+        raise ConfigError(msg, expected="HFExport(...)", found=type(export).__name__)
+
+
+def check_no_storage_options(options: dict[str, Any] | None) -> None:
+    """Check that a path comes without the options of an object store.
+
+    Raises:
+        ConfigError: If there are any.
+    """
+    if options:
+        msg = "storage_options are for object stores"
+        raise ConfigError(msg, expected="None for a path", found=sorted(options))

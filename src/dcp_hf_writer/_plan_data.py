@@ -1,4 +1,4 @@
-"""What travels with DCP's plans, and the global plan that DCP's cache makes the coordinator miss."""
+"""What travels with DCP's plans, and the global plan that DCP's cache hides from us."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
 
-from dcp_hf_writer._boxes import Box
 from dcp_hf_writer._layout import Layout, PartTarget, RuntimeTensor, plan_layout
 from dcp_hf_writer._model_entry import model_prefix, names_in_model
 from dcp_hf_writer._source import chunk_of
@@ -17,6 +16,7 @@ from dcp_hf_writer.errors import LayoutError, PlanningError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from dcp_hf_writer._boxes import Box
     from dcp_hf_writer._model_entry import Path
     from dcp_hf_writer.export import HFExport
 
@@ -141,9 +141,7 @@ def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
     return result
 
 
-def options_fingerprint(
-    export: HFExport | None, file_of_key: Mapping[str, str] | None
-) -> str:
+def options_fingerprint(export: HFExport | None, file_of_key: Mapping[str, str] | None) -> str:
     """Name the options that a layout follows from, equal for equal options."""
     if export is None:
         return _DCP_ONLY
@@ -234,15 +232,16 @@ def _tied_names(facts: Iterable[LocalFacts], names: Mapping[str, str]) -> dict[s
             for fqn in members[1:]:
                 tied.setdefault(names[fqn], names[members[0]])
     # A chain a -> b -> c, found in two halves by two ranks, ends at its last name.
-    for drop in tied:
-        while tied[drop] in tied:
-            tied[drop] = tied[tied[drop]]
-    return tied
+    ends: dict[str, str] = {}
+    for drop, keep in tied.items():
+        last = keep
+        while last in tied:
+            last = tied[last]
+        ends[drop] = last
+    return ends
 
 
-def check_tied(
-    tied: Iterable[tuple[str, str]], memory: Mapping[str, int], *, rank: int
-) -> None:
+def check_tied(tied: Iterable[tuple[str, str]], memory: Mapping[str, int], *, rank: int) -> None:
     """Check that tensors which some rank found tied are not two different ones here.
 
     Raises:
@@ -268,7 +267,7 @@ _remembered: dict[int, GlobalPlan] = {}
 def remember(plan: GlobalPlan) -> None:
     """Keep a global plan for the saves of which DCP's cache shows the coordinator nothing."""
     _remembered.clear()
-    if SavePlanner._cached_global_plan:
+    if SavePlanner._cached_global_plan:  # noqa: SLF001 - set where the planner caches
         _remembered[len(plan.plans)] = plan
 
 

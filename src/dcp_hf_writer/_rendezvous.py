@@ -1,8 +1,8 @@
-"""How the ranks of a save find one another outside of collectives: records in a key-value store.
+"""How the ranks of a save find one another outside of collectives: records in a store.
 
-A collective that waits for a lost rank names nobody and ends at the group's own timeout. The records
-here say which save is under way and how far each rank has come, so that an error can name who did
-not answer.
+A collective that waits for a lost rank names nobody and ends at the group's own timeout. The
+records here say which save is under way and how far each rank has come, so that an error can name
+who did not answer.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from torch.distributed import distributed_c10d as c10d
 
 from dcp_hf_writer.errors import RankLostError
 
@@ -75,7 +76,9 @@ class Rendezvous:
         self._store = _store()
         self._me = dist.get_rank()
         self._members = list(
-            dist.get_process_group_ranks(group) if group is not None else range(dist.get_world_size())
+            dist.get_process_group_ranks(group)
+            if group is not None
+            else range(dist.get_world_size())
         )
 
     def announce(self, target: str, announcement: Announcement) -> None:
@@ -167,11 +170,9 @@ def _key(kind: str, target: str) -> str:
 
 
 def _store() -> Any:
-    from torch.distributed import distributed_c10d as c10d
-
     # All groups share the default group's store; a group's own is a prefix of it, whose key space
     # torch also uses for its own purposes.
-    store = c10d._get_default_store()
+    store = c10d._get_default_store()  # noqa: SLF001
     clone = getattr(store, "clone", None)
     if clone is None:
         return store
@@ -204,10 +205,8 @@ def rendezvous_of(group: dist.ProcessGroup | None) -> Rendezvous | None:
     global _known  # noqa: PLW0603
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
         return None
-    from torch.distributed import distributed_c10d as c10d
-
     # The store tells one initialisation of torch.distributed from the next.
-    store = c10d._get_default_store()
+    store = c10d._get_default_store()  # noqa: SLF001
     if _known is None or _known[0] is not store or _known[1] is not group:
         _known = (store, group, Rendezvous(group))
     return _known[2]

@@ -85,7 +85,9 @@ class Slab:
     def _pin(self) -> bool:
         if not torch.cuda.is_available():
             return False
-        result = torch.cuda.cudart().cudaHostRegister(self.tensor(0, torch.uint8, (1,)).data_ptr(), self.nbytes, 0)
+        result = torch.cuda.cudart().cudaHostRegister(
+            self.tensor(0, torch.uint8, (1,)).data_ptr(), self.nbytes, 0
+        )
         if int(result) != 0:
             _log.warning("the staging slab could not be pinned (CUDA error %d)", int(result))
             return False

@@ -1,4 +1,4 @@
-"""The future of an asynchronous save: resolved by the deadline, with the error that names the cause.
+"""The future of an asynchronous save: resolved by the deadline, with an error that says why.
 
 torch runs a save on a thread of its own and hands the trainer a future. That thread may be stuck in
 a system call or a collective, which nothing can cancel, and what it raises is wrapped or anonymous.
@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, InvalidStateError
-from concurrent.futures.thread import _WorkItem  # type: ignore[attr-defined]
+from concurrent.futures.thread import _WorkItem
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.api import CheckpointException
@@ -20,6 +20,7 @@ from dcp_hf_writer.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import FrameType
 
 # A save that ends at its deadline is let end by itself: its own errors say more.
 _GRACE_S = 1.0
@@ -27,12 +28,12 @@ _GRACE_S = 1.0
 
 def current_future() -> Future[Any] | None:
     """Return the future of the task that the calling thread runs for an executor, if any."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - torch keeps the future there only
     while frame is not None:
         if frame.f_code is _WorkItem.run.__code__:
             item = frame.f_locals.get("self")
             return item.future if isinstance(item, _WorkItem) else None
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 
@@ -46,7 +47,7 @@ class FutureGuard:
         deadline: float,
         on_deadline: Callable[[], BaseException],
         translate: Callable[[BaseException], BaseException],
-        on_end: Callable[[bool], None],
+        on_end: Callable[[], None],
     ) -> None:
         """Guard a future.
 
@@ -55,19 +56,19 @@ class FutureGuard:
             deadline: `time.monotonic()` by which it must be resolved.
             on_deadline: Makes the error that it gets then; called on the guard's thread.
             translate: Turns what the save raised into what the caller shall see.
-            on_end: Called once when the future is resolved, with whether it succeeded.
+            on_end: Called when the save has ended, before the caller learns of it.
         """
         self._future = future
         self._deadline = deadline
         self._on_deadline = on_deadline
         self._translate = translate
+        self._on_end = on_end
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._set_result, self._set_exception = future.set_result, future.set_exception
         # Instance attributes shadow the methods for the one caller that there is: the work item.
         future.set_result = self._result  # type: ignore[method-assign]
         future.set_exception = self._exception  # type: ignore[method-assign]
-        future.add_done_callback(lambda done: on_end(done.exception() is None))
         threading.Thread(target=self._watch, name="dcp-hf-watchdog", daemon=True).start()
 
     def _watch(self) -> None:
@@ -78,10 +79,12 @@ class FutureGuard:
         self._resolve(lambda: self._set_exception(error))
 
     def _result(self, result: Any) -> None:
+        self._on_end()
         self._resolve(lambda: self._set_result(result))
 
-    def _exception(self, error: BaseException | None) -> None:
-        shown = error if error is None else self._translate(error)
+    def _exception(self, exception: BaseException | None) -> None:
+        shown = None if exception is None else self._translate(exception)
+        self._on_end()
         self._resolve(lambda: self._set_exception(shown))
 
     def _resolve(self, act: Callable[[], None]) -> None:

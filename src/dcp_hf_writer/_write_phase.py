@@ -18,13 +18,14 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from dcp_hf_writer._dtypes import ITEMSIZE
 from dcp_hf_writer._dcp_half import (
     SlabFileSystemWriter,
     check_results,
     run_given_writer,
 )
+from dcp_hf_writer._dtypes import ITEMSIZE
 from dcp_hf_writer._hf_half import BlockWriter, regions_by_file
+from dcp_hf_writer._hooks import reach
 from dcp_hf_writer._report import RankReport
 from dcp_hf_writer._source import TensorSource
 from dcp_hf_writer._writes import OpenFiles
@@ -93,6 +94,7 @@ class WritePhase:
             [i for i in self.plan.items if i.type != WriteItemType.BYTE_IO], self.own.targets
         )
         shares = self.slots.is_shared_by_halves()
+        reach("before slot")
         with ExitStack() as held:
             if shares:
                 self._hold(held, "dcp")
@@ -106,9 +108,11 @@ class WritePhase:
                         self._write_export(job, work[job], files, source, report)
                     if not shares:
                         self._join(files)
+            reach("before fsync")
             files.sync_kept()
             with attempt.timed("sync"):
                 self._join(files)
+        reach("after fsync")
         files.close()
         attempt.files = None
         report.seconds = dict(attempt.seconds)
@@ -201,7 +205,7 @@ class WritePhase:
                 files.sync(file)
             except _FATAL:
                 raise
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
                 _log.warning("rank %d could not write %s: %s", self.attempt.rank, path, error)
                 report.export_error = export_error(error, rank=self.attempt.rank, path=path)
                 return
@@ -235,4 +239,3 @@ def take_reports(
         plain.append([r for r in rank_results if r.index.fqn != _REPORT_FQN])
         reports += [r.storage_data for r in rank_results if r.index.fqn == _REPORT_FQN]
     return plain, reports
-

@@ -2,23 +2,23 @@
 
     CheckpointError
     ├── ConfigError (ValueError)               an option that cannot be used as given
-    ├── PlanningError (ValueError)             the state dict cannot be planned; nothing was written
+    ├── PlanningError (ValueError)             the state dict cannot be planned; nothing written
     │   ├── ModelKeyError                      which entry holds the model is not clear
     │   ├── SpecError                          a LoadSpec does not fit its tensor
     │   └── LayoutError                        names, dtypes or sizes that the format cannot hold
     ├── StagingError (RuntimeError)            the host copy could not be taken
     ├── StorageError (OSError)                 the storage refused an operation
-    │   ├── TargetExistsError (FileExistsError)   the target is there and may not be replaced
+    │   ├── TargetExistsError (FileExistsError)  the target is there, may not be replaced
     │   ├── NodeLocalPathError                 ranks see different directories under one path
-    │   ├── IncoherentStorageError             several hosts may not share pages of a file here
-    │   ├── WriteError                         a write, fsync or close failed; final for that attempt
+    │   ├── IncoherentStorageError             hosts may not share pages of a file here
+    │   ├── WriteError                         a write, fsync or close failed; final
     │   └── CommitError                        the checkpoint could not be published
     ├── CoverageError (RuntimeError)           reported bytes do not tile the files
     ├── SlotTimeoutError (TimeoutError)        no write slot became free in time
     ├── SaveTimeoutError (TimeoutError)        the deadline of the save passed
     │   └── RankLostError                      one or more ranks did not answer
     ├── SaveAbortedError (RuntimeError)        this attempt was given up; its late work is refused
-    └── ExportError (RuntimeError)             the DCP half is committed, the HuggingFace half is not
+    └── ExportError (RuntimeError)             the DCP half is committed, the export is not
 
 Each error carries the facts as attributes and prints those that are known: rank, phase, path or
 FQN, what was expected, what was found, and what to do. All of them survive pickling, since DCP

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +13,7 @@ from dcp_hf_writer.spec import LoadSpec
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Sequence
 
     import torch
 
@@ -92,7 +93,7 @@ class HFExport:
 
     def __post_init__(self) -> None:
         """Check and normalise each option."""
-        specs = self.specs.values() if hasattr(self.specs, "values") else self.specs or ()
+        specs = self.specs.values() if isinstance(self.specs, Mapping) else self.specs or ()
         frozen = {
             "spec_by_fqn": _by_fqn(specs),
             "max_shard_nbytes": size_in_bytes(self.max_shard_size, option="max_shard_size"),
@@ -133,7 +134,7 @@ class HFExport:
         return any(spec.hf_keys != (fqn,) for fqn, spec in self.spec_by_fqn.items())
 
 
-def _by_fqn(specs: Iterable[LoadSpec]) -> dict[str, LoadSpec]:
+def _by_fqn(specs: Iterable[object]) -> dict[str, LoadSpec]:
     found: dict[str, LoadSpec] = {}
     for spec in specs:
         if not isinstance(spec, LoadSpec):

@@ -151,7 +151,7 @@ class WriteSlots:
         Raises:
             ConfigError: If a variable of the environment is not a whole number >= 0.
         """
-        return not any(self._resolve(half)[1] for half in HALF_ENV)
+        return not (self._resolve("dcp")[1] or self._resolve("hf")[1])
 
     def _resolve(self, half: Literal["dcp", "hf"]) -> tuple[int, bool]:
         """Return the count for `half` and whether it has a set of its own."""

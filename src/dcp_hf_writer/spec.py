@@ -29,7 +29,8 @@ class LoadSpec:
     """How one runtime tensor stands for HuggingFace tensors.
 
     One key renames the tensor. Several keys are the parts that the runtime tensor fuses along
-    `fused_dim`, in order: equal parts, or of the extents in `fused_sizes` (grouped-query attention).
+    `fused_dim`, in order: equal parts, or of the extents in `fused_sizes` (as grouped-query
+    attention has them).
     A tensor without a spec keeps its name.
     """
 

@@ -35,7 +35,7 @@ class StagedInfo:
     """What staging found out about a state dict; travels with the save."""
 
     memory: dict[str, int]
-    """Number of the memory that each tensor is, by FQN; equal for tied ones, absent without elements."""
+    """Number of the memory of each tensor, by FQN; equal for tied ones, absent if empty here."""
     nbytes: int
     """Bytes copied."""
     waited_s: float

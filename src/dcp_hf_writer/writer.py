@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 import socket
 import time
 from concurrent.futures import Future as StagingFuture
@@ -21,9 +20,9 @@ from dcp_hf_writer import _assets, _coordinator, _options, _plan_data
 from dcp_hf_writer._attempt import Attempt, register
 from dcp_hf_writer._caller import memory_of, planned_state_dict, tied_groups
 from dcp_hf_writer._commit import StagingDirectory
-from dcp_hf_writer._dcp_half import SlabFileSystemWriter, set_up_given_writer
+from dcp_hf_writer._dcp_half import SlabFileSystemWriter
 from dcp_hf_writer._guards import guard_process_save, guard_save
-from dcp_hf_writer._manifest import WholeFile
+from dcp_hf_writer._hooks import reach
 from dcp_hf_writer._owner import host_id, new_save_id
 from dcp_hf_writer._plan_data import LocalFacts, RankPlan
 from dcp_hf_writer._rendezvous import Announcement, fall_in, next_count, rendezvous_of
@@ -34,10 +33,13 @@ from dcp_hf_writer.slots import WriteSlots
 from dcp_hf_writer.staging import Staged, StagedInfo, Stager, StagingMode, wait_before_step
 
 if TYPE_CHECKING:
+    import os
+
     import torch
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
+    from dcp_hf_writer._manifest import WholeFile
     from dcp_hf_writer._slab import Lease
 
 _log = logging.getLogger(__name__)
@@ -109,12 +111,8 @@ class HFDualWriter(StorageWriter, AsyncStager):
         _options.one_of("on_export_error", on_export_error, ("raise", "warn"))
         _options.one_of("strategy", strategy, ("auto", "direct"))
         _options.check_numbers(timeout_s=timeout_s, host_budget_bytes=host_budget_bytes)
-        if storage_options:
-            msg = "storage_options are for object stores"
-            raise ConfigError(msg, expected="None for a path", found=sorted(storage_options))
-        if export is not None and not isinstance(export, HFExport):
-            msg = "export must be an HFExport or None"
-            raise ConfigError(msg, expected="HFExport(...)", found=type(export).__name__)
+        _options.check_no_storage_options(storage_options)
+        _options.check_export(export)
         self.path = _options.local_path(path)
         self.export = export
         self.staging = staging
@@ -147,9 +145,8 @@ class HFDualWriter(StorageWriter, AsyncStager):
         """
         deadline = time.monotonic() + self.timeout_s
         self._read_assets()
-        staged = _stager.stage(
-            state_dict, mode=self.staging, what=self.path, deadline=deadline
-        )
+        staged = _stager.stage(state_dict, mode=self.staging, what=self.path, deadline=deadline)
+        reach("staged")
         self._staged = staged
         self._pending = (deadline, staged.info, staged.lease)
         target = self.path
@@ -241,7 +238,7 @@ class HFDualWriter(StorageWriter, AsyncStager):
         guard_save(attempt)
         return StorageMeta(checkpoint_id=self.path)
 
-    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+    def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **kwargs: Any) -> None:  # noqa: FBT001 - torch's
         """Learn this rank's part in the save.
 
         Raises:
@@ -271,6 +268,7 @@ class HFDualWriter(StorageWriter, AsyncStager):
             attempt.memory = memory_of(planned_state_dict() or {})
         order = tuple(item.index.fqn for item in plan.items) if attempt.is_coordinator else None
         facts = LocalFacts(host_id(), socket.gethostname(), order, tied_groups(attempt.memory))
+        reach("local plan")
         return replace(plan, storage_data=facts)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -312,9 +310,7 @@ class HFDualWriter(StorageWriter, AsyncStager):
             if attempt.rendezvous is not None:
                 attempt.rendezvous.announce(
                     self.path,
-                    Announcement(
-                        directory.save_id, known.fingerprint, len(plans), attempt.count
-                    ),
+                    Announcement(directory.save_id, known.fingerprint, len(plans), attempt.count),
                 )
         _plan_data.remember(known)
         return result
@@ -368,6 +364,7 @@ class HFDualWriter(StorageWriter, AsyncStager):
                 subdir=self._subdir,
             ).run()
             attempt.check()
+            reach("before report")
         except BaseException:
             attempt.post("failed")
             raise
@@ -440,6 +437,7 @@ class HFDualWriter(StorageWriter, AsyncStager):
             attempt.end()
             if attempt.rendezvous is not None:
                 attempt.rendezvous.withdraw(self.path)
+        reach("before reply")
         if error is not None:
             if self.on_export_error == "raise":
                 raise error

@@ -22,6 +22,8 @@ from dcp_hf_writer.storage._libc import (
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
+    from typing_extensions import Self
+
 # One system call copies at most this much, so that a slow device does not hold the inode lock for
 # long and other writers of the file get their turn.
 PIECE_NBYTES = 16 << 20
@@ -132,7 +134,6 @@ class OutputFile:
             else:
                 os.ftruncate(self._fd, nbytes)
 
-
     def sync(self) -> None:
         """Make all that was written through this descriptor durable.
 
@@ -160,7 +161,7 @@ class OutputFile:
             with contextlib.suppress(OSError):
                 os.close(fd)
 
-    def __enter__(self) -> OutputFile:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
