@@ -22,6 +22,7 @@ _ORDERED: tuple[tuple[str, torch.dtype], ...] = (
     ("I16", torch.int16),
     ("F8_E5M2FNUZ", torch.float8_e5m2fnuz),
     ("F8_E4M3FNUZ", torch.float8_e4m3fnuz),
+    ("F8_E8M0", torch.float8_e8m0fnu),
     ("F8_E4M3", torch.float8_e4m3fn),
     ("F8_E5M2", torch.float8_e5m2),
     ("I8", torch.int8),
