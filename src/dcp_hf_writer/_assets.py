@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import os
 import tempfile
@@ -11,14 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import safe_open
 
 from dcp_hf_writer.errors import CheckpointError, ConfigError, ExportError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
-
-    import torch
 
     from dcp_hf_writer.export import HFExport
 
@@ -40,6 +40,9 @@ class Assets:
     """File of each key in `like`; `None` without `like`."""
 
 
+# Exports whose files are kept in memory; a run has one or two.
+_KEPT = 4
+
 _cache: dict[int, tuple[HFExport, Assets | CheckpointError]] = {}
 _cache_lock = threading.Lock()
 
@@ -59,8 +62,8 @@ def assets_of(export: HFExport) -> Assets:
                 result: Assets | CheckpointError = _render(export)
             except CheckpointError as error:
                 result = error
-            _cache.clear()
-            found = _cache[id(export)] = (export, result)
+            found = (export, result)
+            _keep(found)
     if isinstance(found[1], CheckpointError):
         raise found[1]
     return found[1]
@@ -82,8 +85,13 @@ def known(export: HFExport) -> Assets | CheckpointError | None:
 def preset(export: HFExport, assets: Assets | CheckpointError) -> None:
     """Use what another process has read for this export."""
     with _cache_lock:
-        _cache.clear()
-        _cache[id(export)] = (export, assets)
+        _keep((export, assets))
+
+
+def _keep(found: tuple[HFExport, Assets | CheckpointError]) -> None:
+    while len(_cache) >= _KEPT:
+        _cache.pop(next(iter(_cache)))
+    _cache[id(found[0])] = found
 
 
 def _render(export: HFExport) -> Assets:
@@ -120,6 +128,8 @@ def _render_one(asset: Any) -> dict[str, bytes]:
         return {str(name): _as_bytes(name, data) for name, data in asset.items()}
     if isinstance(asset, (str, os.PathLike)):
         return _read_path(Path(asset))
+    if isinstance(asset, torch.nn.Module) and hasattr(asset, "config"):
+        return _configs_of(asset)
     if hasattr(asset, "save_pretrained"):
         return _save_pretrained(asset)
     msg = "assets must be paths, objects with save_pretrained, or bytes by file name"
@@ -141,6 +151,23 @@ def _read_path(path: Path) -> dict[str, bytes]:
     except OSError as error:
         msg = "an asset could not be read"
         raise ExportError(msg, phase="plan", path=str(path), found=str(error)) from error
+
+
+def _configs_of(model: Any) -> dict[str, bytes]:
+    """Return what `model.save_pretrained` writes beside the weights, without touching the weights.
+
+    Source:
+        transformers, `PreTrainedModel.save_pretrained`: the config names the class, less the
+        prefix that FSDP2 puts before it, and the dtype of the parameters.
+    """
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    files = _save_pretrained(config)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and model.can_generate():
+        files.update(_save_pretrained(generation))
+    return files
 
 
 def _save_pretrained(asset: Any) -> dict[str, bytes]:

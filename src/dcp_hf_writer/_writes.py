@@ -35,7 +35,14 @@ class OpenFiles:
 
     def sync(self, file: OutputFile) -> None:
         """Fsync and close a file in the background; `join` reports how that went."""
-        self._syncing.append((self._pool.submit(_sync_and_close, file), file))
+        try:
+            future = self._pool.submit(_sync_and_close, file)
+        except RuntimeError:
+            # The interpreter is exiting, which waits for saves in flight but starts no threads.
+            future = Future()
+            _sync_and_close(file)
+            future.set_result(None)
+        self._syncing.append((future, file))
 
     def sync_kept(self) -> None:
         """Fsync and close all files that are still kept."""

@@ -67,7 +67,8 @@ class HFExport:
     assets: Any = ()
     """Files beside the weights: paths, objects with `save_pretrained`, or `{file name: bytes}`.
 
-    One of these or a sequence of them. They are read once, at the first save (or `warm_up`) that
+    One of these or a sequence of them. A transformers model stands for its config and generation
+    config; its weights are not touched. They are read once, at the first save (or `warm_up`) that
     uses this object; make a new `HFExport` when they change.
     """
     subdir: str = "hf"

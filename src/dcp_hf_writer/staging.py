@@ -380,7 +380,17 @@ def _replace(value: Any, staged: Any) -> Any:
         return type(value)(*(_replace(item, staged) for item in value))
     if isinstance(value, (list, tuple)):
         return type(value)(_replace(item, staged) for item in value)
-    return copy.deepcopy(value)
+    try:
+        return copy.deepcopy(value)
+    except Exception as error:
+        msg = "a value of the state dict cannot be copied"
+        raise StagingError(
+            msg,
+            phase="stage",
+            expected="a value that copy.deepcopy takes",
+            found=f"{type(value).__name__}: {error}",
+            hint="leave it out of the state dict, or save its state instead",
+        ) from error
 
 
 def wait_before_step(optimizer: torch.optim.Optimizer, current: Callable[[], Staged | None]) -> Any:

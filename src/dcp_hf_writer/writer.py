@@ -367,6 +367,8 @@ class HFDualWriter(StorageWriter, AsyncStager):
             reach("before report")
         except BaseException:
             attempt.post("failed")
+            if attempt.rendezvous is None:
+                attempt.end()
             raise
         attempt.post("written")
         future: Future[list[WriteResult]] = Future()
@@ -483,8 +485,9 @@ class HFDualWriter(StorageWriter, AsyncStager):
         if self._pending is not None:
             deadline, info, _ = self._pending
             state["_pending"] = (deadline, info, None)
-        if self.export is not None:
-            state["_assets"] = _assets.known(self.export)
+        read = None if self.export is None else _assets.known(self.export)
+        if self.export is not None and read is not None:
+            state["_assets"] = read
             state["export"] = _without_assets(self.export)
         for name in ("process_group", "_staged", "_attempt"):
             state[name] = None
