@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    import numpy.typing as npt
 
 Shape = tuple[int, ...]
 
@@ -64,59 +67,100 @@ def intersect(a: Box, b: Box) -> Box | None:
     return Box(tuple(offsets), tuple(sizes))
 
 
-def tiling_fault(boxes: Sequence[Box], shape: Shape) -> str | None:
+@dataclass(frozen=True, slots=True, eq=False)
+class BoxTable:
+    """Many boxes of one tensor as two arrays: a global plan holds one box a rank and tensor."""
+
+    offsets: npt.NDArray[np.int64]
+    """First indices; shape `(boxes, ndim)`."""
+    sizes: npt.NDArray[np.int64]
+    """Extents; shape `(boxes, ndim)`."""
+
+    @classmethod
+    def of(
+        cls, offsets: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]], ndim: int
+    ) -> BoxTable | None:
+        """Build a table from one row a box; `None` if one has not `ndim` dimensions."""
+        if not {*map(len, offsets), *map(len, sizes)} <= {ndim}:
+            return None
+        return cls(_array(offsets, ndim), _array(sizes, ndim))
+
+
+def _array(rows: Sequence[Sequence[int]], ndim: int) -> npt.NDArray[np.int64]:
+    count = len(rows) * ndim
+    return np.fromiter(chain.from_iterable(rows), np.int64, count).reshape(len(rows), ndim)
+
+
+def tiling_fault(boxes: Sequence[Box] | BoxTable, shape: Shape) -> str | None:
     """Say why boxes do not cover a tensor exactly once; `None` if they do.
 
-    Exact for any set of boxes. Linear for slabs along one dimension, which is what sharding makes;
-    otherwise the tensor is cut at every border of a box, and each cell must be covered once.
+    Exact for any set of boxes. Linear, but for a sort, for slabs along one dimension, which is what
+    sharding makes; otherwise the tensor is cut at every border of a box, and each cell must be
+    covered once.
 
     Args:
         boxes: Parts of the tensor, in any order; those without elements do not count.
         shape: Shape of the tensor; `()` for a scalar.
     """
-    outside = next((box for box in boxes if not box.is_inside(shape)), None)
-    if outside is not None:
-        return f"a part at {list(outside.offsets)} of size {list(outside.sizes)} leaves the tensor"
-    parts = [box for box in boxes if box.numel]
-    wanted, have = math.prod(shape), sum(box.numel for box in parts)
+    table = boxes
+    if not isinstance(table, BoxTable):
+        found = BoxTable.of([b.offsets for b in table], [b.sizes for b in table], len(shape))
+        if found is None:
+            return f"a part has not the {len(shape)} dimensions of the tensor"
+        table = found
+    return _fault(table.offsets, table.sizes, shape)
+
+
+def _fault(
+    offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], shape: Shape
+) -> str | None:
+    outside = ((offsets < 0) | (sizes < 0) | (offsets + sizes > np.array(shape, np.int64))).any(1)
+    if outside.any():
+        i = int(outside.argmax())
+        return f"a part at {offsets[i].tolist()} of size {sizes[i].tolist()} leaves the tensor"
+    volumes = sizes.prod(axis=1)
+    wanted, have = math.prod(shape), int(volumes.sum())
     if have != wanted:
         return f"the parts hold {have} elements, the tensor has {wanted}"
-    if len(parts) <= 1 or not wanted:
+    if len(volumes) <= 1 or not wanted:
         return None
-    cut_dims = [d for d, n in enumerate(shape) if any(box.sizes[d] != n for box in parts)]
+    offsets, sizes = offsets[volumes > 0], sizes[volumes > 0]
+    cut_dims = np.flatnonzero((sizes != np.array(shape, np.int64)).any(axis=0))
+    if len(cut_dims) == 0:
+        return None
     if len(cut_dims) == 1:
-        return _slab_fault(parts, cut_dims[0])
-    return _grid_fault(parts, shape)
+        return _slab_fault(offsets, sizes, int(cut_dims[0]))
+    return _grid_fault(offsets, sizes)
 
 
-def _slab_fault(parts: Sequence[Box], dim: int) -> str | None:
-    reached = 0
-    for start, size in sorted((box.offsets[dim], box.sizes[dim]) for box in parts):
-        if start != reached:
-            fault = "overlap" if start < reached else "leave a gap"
-            return f"parts {fault} at index {start} of dim {dim}"
-        reached = start + size
-    return None
+def _slab_fault(
+    offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], dim: int
+) -> str | None:
+    order = np.argsort(offsets[:, dim], kind="stable")
+    starts = offsets[order, dim]
+    reached = np.concatenate(([0], np.cumsum(sizes[order, dim])[:-1]))
+    wrong = np.flatnonzero(starts != reached)
+    if not len(wrong):
+        return None
+    i = int(wrong[0])
+    fault = "overlap" if starts[i] < reached[i] else "leave a gap"
+    return f"parts {fault} at index {int(starts[i])} of dim {dim}"
 
 
-def _grid_fault(parts: Sequence[Box], shape: Shape) -> str | None:
-    borders = [
-        sorted({e for b in parts for e in (b.offsets[d], b.offsets[d] + b.sizes[d])})
-        for d in range(len(shape))
-    ]
-    position = [{edge: i for i, edge in enumerate(edges)} for edges in borders]
+def _grid_fault(offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) -> str | None:
+    stops = offsets + sizes
+    ndim = offsets.shape[1]
+    borders = [np.unique(np.concatenate((offsets[:, d], stops[:, d]))) for d in range(ndim)]
+    first = [np.searchsorted(borders[d], offsets[:, d]) for d in range(ndim)]
+    last = [np.searchsorted(borders[d], stops[:, d]) for d in range(ndim)]
     cells = np.zeros([len(edges) - 1 for edges in borders], dtype=np.int32)
-    for box in parts:
-        where = tuple(
-            slice(position[d][start], position[d][start + size])
-            for d, (start, size) in enumerate(zip(box.offsets, box.sizes, strict=True))
-        )
-        cells[where] += 1
+    for i in range(len(offsets)):
+        cells[tuple(slice(first[d][i], last[d][i]) for d in range(ndim))] += 1
     # The volumes add up, so a cell that is covered twice means another that is not covered.
     bad = np.argwhere(cells != 1)
     if not len(bad):
         return None
-    at = [borders[d][int(i)] for d, i in enumerate(bad[0])]
+    at = [int(borders[d][int(i)]) for d, i in enumerate(bad[0])]
     return f"parts overlap or leave a gap at {at}"
 
 

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer._boxes import Box, Shape, intersect, tiling_fault
+from dcp_hf_writer._boxes import Box, BoxTable, Shape, intersect, tiling_fault
 from dcp_hf_writer._dtypes import CASTABLE, NAME_BY_TORCH, safetensors_name
 from dcp_hf_writer._header import HFTensor, encode_header, in_file_order
 from dcp_hf_writer.errors import CoverageError, LayoutError, SpecError
@@ -47,7 +47,7 @@ class RuntimeTensor:
     """Its global shape."""
     dtype: torch.dtype
     """Its runtime dtype."""
-    chunks: tuple[Box, ...]
+    chunks: tuple[Box, ...] | BoxTable
     """The parts that the ranks write, each element once."""
 
 

@@ -6,17 +6,16 @@ import hashlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
+from dcp_hf_writer._boxes import BoxTable
 from dcp_hf_writer._layout import Layout, PartTarget, RuntimeTensor, plan_layout
 from dcp_hf_writer._model_entry import model_prefix, names_in_model
-from dcp_hf_writer._source import chunk_of
 from dcp_hf_writer.errors import LayoutError, PlanningError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from dcp_hf_writer._boxes import Box
     from dcp_hf_writer._model_entry import Path
     from dcp_hf_writer.export import HFExport
 
@@ -187,19 +186,22 @@ def _runtime_tensors(
     plans: Sequence[SavePlan], facts: Sequence[LocalFacts], key: str | None
 ) -> tuple[list[RuntimeTensor], dict[str, str]]:
     """Collect the model's tensors from all plans, in state-dict order."""
-    chunks: dict[str, list[Box]] = {}
+    # One pass over every item of every rank: this is what grows with the job.
+    chunks: dict[str, list[Any]] = {}
     kinds: dict[str, Any] = {}
     paths: dict[str, Path] = {}
     for plan in plans:
         known = plan.planner_data if isinstance(plan.planner_data, dict) else {}
         for item in plan.items:
-            if item.type == WriteItemType.BYTE_IO:
+            data = item.tensor_data
+            if data is None:
                 continue
             fqn = item.index.fqn
-            chunks.setdefault(fqn, []).append(chunk_of(item))
             if fqn not in kinds:
-                kinds[fqn] = item.tensor_data
+                kinds[fqn] = data
                 paths[fqn] = tuple(known.get(fqn, (fqn,)))
+                chunks[fqn] = []
+            chunks[fqn].append(data.chunk)
     order = next((fact.order for fact in facts if fact.order is not None), ())
     ranked = {fqn: i for i, fqn in enumerate(order)}
     fqns = sorted(paths, key=lambda fqn: ranked.get(fqn, len(ranked)))
@@ -211,11 +213,19 @@ def _runtime_tensors(
             name=name,
             shape=tuple(kinds[fqn].size),
             dtype=kinds[fqn].properties.dtype,
-            chunks=tuple(chunks[fqn]),
+            chunks=_table(fqn, chunks[fqn], len(kinds[fqn].size)),
         )
         for fqn, name in names.items()
     ]
     return tensors, {name: fqn for fqn, name in names.items()}
+
+
+def _table(fqn: str, chunks: Sequence[Any], ndim: int) -> BoxTable:
+    table = BoxTable.of([c.offsets for c in chunks], [c.sizes for c in chunks], ndim)
+    if table is None:
+        msg = "a chunk has not the dimensions of its tensor"
+        raise PlanningError(msg, phase="plan", fqn=fqn, expected=f"{ndim} dimensions")
+    return table
 
 
 def _tied_names(facts: Iterable[LocalFacts], names: Mapping[str, str]) -> dict[str, str]:
