@@ -201,7 +201,7 @@ def test_tiling_has_a_fault_when_one_part_of_the_pinwheel_takes_the_place_of_ano
         ([Box((0,), (2,)), Box((3,), (3,))], (5,), r"part at \[3\] of size \[3\] leaves"),
         ([Box((1,), (2,)), Box((3,), (2,)), Box((3,), (1,))], (5,), "gap at index 1 of dim 0"),
         ([Box((0, 0), (2, 2)), Box((1, 1), (2, 2)), Box((0, 0), (1, 1))], (3, 3), r"at \[0, 0\]"),
-        ([Box((0,), (1,))], (1, 1), "leaves the tensor"),
+        ([Box((0,), (1,))], (1, 1), "the tensor"),
     ],
 )
 def test_fault_says_where(boxes: list[Box], shape: Shape, words: str) -> None:
