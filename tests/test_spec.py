@@ -1,0 +1,103 @@
+"""LoadSpec: what it accepts, and the parts that it comes to."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dcp_hf_writer import LoadSpec
+from dcp_hf_writer._boxes import Box, tiling_fault
+from dcp_hf_writer.errors import SpecError
+
+
+def test_one_key_may_be_given_as_text() -> None:
+    spec = LoadSpec("w", "hf.w", [3, 4])
+    assert spec.hf_keys == ("hf.w",)
+    assert [(part.key, part.box) for part in spec.parts()] == [("hf.w", Box((0, 0), (3, 4)))]
+
+
+def test_arguments_are_those_of_the_design() -> None:
+    spec = LoadSpec(
+        name="qkv", hf_keys=["q", "k"], global_shape=(4, 8), fused_dim=1, origin_shape=(4, 6)
+    )
+    assert [(part.key, part.box) for part in spec.parts()] == [
+        ("q", Box((0, 0), (4, 3))),
+        ("k", Box((0, 3), (4, 3))),
+    ]
+
+
+def test_spec_of_a_tensor_has_its_shape() -> None:
+    spec = LoadSpec.from_tensor(
+        name="qkv", hf_keys=["q", "k"], tensor=torch.zeros(6, 2), origin_shape=(4, 2)
+    )
+    assert spec == LoadSpec("qkv", ["q", "k"], (6, 2), 0, (4, 2))
+
+
+def test_parts_of_unequal_extent_follow_one_another() -> None:
+    spec = LoadSpec("qkv", ["q", "k", "v"], (8, 5), fused_sizes=[4, 3, 1])
+    assert [part.box for part in spec.parts()] == [
+        Box((0, 0), (4, 5)),
+        Box((4, 0), (3, 5)),
+        Box((7, 0), (1, 5)),
+    ]
+
+
+def test_negative_fused_dim_counts_from_the_end() -> None:
+    assert LoadSpec("w", ["a", "b"], (2, 3, 4), -1) == LoadSpec("w", ["a", "b"], (2, 3, 4), 2)
+
+
+def test_scalar_may_be_renamed() -> None:
+    assert LoadSpec("scale", "hf.scale", ()).parts()[0].box == Box((), ())
+
+
+@settings(deadline=None)
+@given(st.data(), st.lists(st.integers(0, 8), min_size=1, max_size=3), st.integers(1, 4))
+def test_parts_tile_the_shape_without_padding(
+    data: st.DataObject, shape: list[int], count: int
+) -> None:
+    dim = data.draw(st.integers(0, len(shape) - 1))
+    sizes = data.draw(st.lists(st.integers(0, 3), min_size=count, max_size=count))
+    shape[dim] = sum(sizes)
+    padded = [n + data.draw(st.integers(0, 2)) for n in shape]
+    keys = [f"k{i}" for i in range(count)]
+    spec = LoadSpec("w", keys, padded, dim, shape, fused_sizes=sizes)
+    assert tuple(part.key for part in spec.parts()) == tuple(keys)
+    assert tiling_fault([part.box for part in spec.parts()], tuple(shape)) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"hf_keys": []}, "distinct names"),
+        ({"hf_keys": ["a", "a"]}, "distinct names"),
+        ({"hf_keys": ["a", "b", "c"]}, "3 parts that sum to 4"),
+        ({"hf_keys": ["a", "b"], "fused_dim": 2}, "0 <= fused_dim < 2; found 2"),
+        ({"hf_keys": ["a", "b"], "fused_dim": -3}, "found -1"),
+        ({"hf_keys": ["a", "b"], "global_shape": ()}, "fused_dim"),
+        ({"hf_keys": ["a", "b"], "fused_sizes": [4]}, "1 parts that sum to 4"),
+        ({"hf_keys": ["a", "b"], "fused_sizes": [5, -1]}, "do not add up"),
+        ({"hf_keys": ["a"], "fused_sizes": [3]}, "1 parts that sum to 3"),
+        ({"hf_keys": ["a"], "origin_shape": (5, 3)}, r"within \(4, 3\); found \(5, 3\)"),
+        ({"hf_keys": ["a"], "origin_shape": (4,)}, "origin_shape"),
+        ({"hf_keys": ["a"], "origin_shape": (-1, 3)}, "origin_shape"),
+    ],
+)
+def test_spec_is_refused_with_its_name_when_it_does_not_fit_itself(
+    options: dict[str, Any], words: str
+) -> None:
+    arguments = {"name": "layers.0.w", "global_shape": (4, 3), **options}
+    with pytest.raises(SpecError, match=words) as caught:
+        LoadSpec(**arguments)
+    assert caught.value.fqn == "layers.0.w"
+
+
+def test_spec_travels_to_other_processes_and_cannot_be_changed() -> None:
+    spec = LoadSpec("w", ["a", "b"], (4, 3), 1, (4, 2), dtype=torch.bfloat16)
+    assert pickle.loads(pickle.dumps(spec)) == spec
+    with pytest.raises(AttributeError):
+        spec.name = "v"  # type: ignore[misc]
