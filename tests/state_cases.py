@@ -7,6 +7,7 @@ import json
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors.torch import save_file
 from torch.distributed.tensor import Replicate, Shard
 
 from compare import INDEX_NAME
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-# Every dtype that safetensors 0.8 stores and torch has; a test compares with the library.
+# Every dtype that safetensors 0.8 stores and torch has, but one with a case of its own and one that
+# is refused; a test compares with the library.
 DTYPES = (
     *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
     *(torch.int8, torch.int16, torch.int32, torch.int64),
     *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
-    *(torch.float8_e8m0fnu, torch.bfloat16, torch.float16, torch.float32, torch.float64),
+    *(torch.bfloat16, torch.float16, torch.float32, torch.float64),
     torch.complex64,
 )
 
@@ -69,10 +71,11 @@ def every_dtype(root: Path) -> Case:
     return Case(held)
 
 
-def packed_fp4(root: Path) -> Case:
-    dtype = torch.float4_e2m1fn_x2
+def microscaling(root: Path) -> Case:
+    """The scales of MX formats: powers of two in a byte, the fifth fp8."""
+    dtype = torch.float8_e8m0fnu
     return Case(
-        {"plain": plain("plain", 3, 4, dtype=dtype), "rows": rows("rows", 8, 4, dtype=dtype)}
+        {"plain": plain("plain", 3, 4, dtype=dtype), "rows": rows("rows", 5, 4, dtype=dtype)}
     )
 
 
@@ -236,13 +239,22 @@ def cast_to_float32(root: Path) -> Case:
         "columns": columns("columns", 3, 7, dtype=torch.bfloat16),
         "half": plain("half", 5, dtype=torch.float16),
         "byte": plain("byte", 5, dtype=torch.uint8),
-        # Larger than any piece that a cast may go through in a test of this size.
-        "large": rows("large", 1031, 257, dtype=torch.bfloat16),
     }
     exported = {
         fqn: one.full if fqn == "byte" else one.full.to(torch.float32) for fqn, one in held.items()
     }
     return Case(held, export={"dtype": "float32"}, exported=exported)
+
+
+def cast_larger_than_a_buffer(root: Path) -> Case:
+    """Casts of some 10 MB a rank and tensor, which go through a buffer in pieces."""
+    numbers = torch.arange(2300 * 4300, dtype=torch.int64)
+    held = {
+        "columns": Held((numbers % 251).to(torch.bfloat16).reshape(2300, 4300), (Shard(1),)),
+        "rows": Held((numbers % 241).to(torch.bfloat16).reshape(4, -1), (Shard(0),)),
+    }
+    exported = {fqn: one.full.to(torch.float32) for fqn, one in held.items()}
+    return Case(held, export={"dtype": torch.float32}, exported=exported)
 
 
 def renamed(root: Path) -> Case:
@@ -412,6 +424,16 @@ def base_of_one_file(root: Path) -> Path:
     if not base.exists():
         base.mkdir()
         _write_copied(base)
+        save_file({"weight": torch.zeros(2)}, base / "model.safetensors")
+    return base
+
+
+def base_that_is_damaged(root: Path) -> Path:
+    """Directory of a base model whose one file is no safetensors file."""
+    base = root / "base-damaged"
+    if not base.exists():
+        base.mkdir()
+        _write_copied(base)
         (base / "model.safetensors").write_bytes(b"weights of the base model")
     return base
 
@@ -429,7 +451,7 @@ CASES: Mapping[str, Callable[[Path], Case]] = {
         scalars_and_zero_sizes,
         only_zero_sizes,
         every_dtype,
-        packed_fp4,
+        microscaling,
         hsdp_replicas,
         mixed_kinds,
         columns_and_depth,
@@ -442,6 +464,7 @@ CASES: Mapping[str, Callable[[Path], Case]] = {
         unicode_keys,
         cast_to_bfloat16,
         cast_to_float32,
+        cast_larger_than_a_buffer,
         renamed,
         fused_keys,
         padded,
