@@ -9,9 +9,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.distributed.checkpoint.planner import SavePlanner
-from torch.distributed.tensor import DTensor
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,36 +30,3 @@ def planned_state_dict() -> Mapping[str, Any] | None:
             return None
         frame = frame.f_back
     return None
-
-
-def memory_of(state_dict: Mapping[str, Any]) -> dict[str, int]:
-    """Number the tensors of a flat state dict by the memory that they are, by FQN.
-
-    Tensors with equal numbers are one and the same; those without elements here are left out.
-    """
-    numbers: dict[tuple[Any, ...], int] = {}
-    found: dict[str, int] = {}
-    for fqn, value in state_dict.items():
-        if not isinstance(value, torch.Tensor):
-            continue
-        identity = memory_identity(value)
-        if identity is not None:
-            found[fqn] = numbers.setdefault(identity, len(numbers))
-    return found
-
-
-def memory_identity(value: torch.Tensor) -> tuple[Any, ...] | None:
-    """Name the memory and view of a tensor; equal for tied tensors, `None` without elements."""
-    local = value._local_tensor if isinstance(value, DTensor) else value  # noqa: SLF001
-    if type(local) not in {torch.Tensor, torch.nn.Parameter} or not local.numel():
-        return None
-    where = (local.device, local.data_ptr(), local.dtype)
-    return (*where, tuple(local.shape), local.stride(), tuple(value.shape))
-
-
-def tied_groups(memory: Mapping[str, int]) -> tuple[tuple[str, ...], ...]:
-    """Return the groups of FQNs that are the same memory."""
-    groups: dict[int, list[str]] = {}
-    for fqn, number in memory.items():
-        groups.setdefault(number, []).append(fqn)
-    return tuple(tuple(group) for group in groups.values() if len(group) > 1)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.distributed.tensor import DTensor
 
-from dcp_hf_writer._caller import memory_identity
 from dcp_hf_writer._slab import ALIGN_NBYTES, Lease, Slab, SlabPool
+from dcp_hf_writer._tensors import check_one_block, memory_identity
 from dcp_hf_writer.errors import StagingError
 
 if TYPE_CHECKING:
@@ -300,6 +300,7 @@ def _collect(value: Any, path: Path, leaves: list[_Leaf]) -> None:
 def _leaf(value: torch.Tensor, path: Path) -> _Leaf:
     local = value
     if isinstance(value, DTensor):
+        check_one_block(".".join(map(str, path)), value)
         with torch.no_grad():
             local = value.to_local()
         if hasattr(local, "wait"):

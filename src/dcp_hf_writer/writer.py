@@ -18,7 +18,7 @@ from torch.futures import Future
 
 from dcp_hf_writer import _assets, _coordinator, _options, _plan_data
 from dcp_hf_writer._attempt import Attempt, register
-from dcp_hf_writer._caller import memory_of, planned_state_dict, tied_groups
+from dcp_hf_writer._caller import planned_state_dict
 from dcp_hf_writer._commit import StagingDirectory
 from dcp_hf_writer._dcp_half import SlabFileSystemWriter
 from dcp_hf_writer._guards import guard_process_save, guard_save
@@ -26,6 +26,7 @@ from dcp_hf_writer._hooks import reach
 from dcp_hf_writer._owner import host_id, new_save_id
 from dcp_hf_writer._plan_data import LocalFacts, RankPlan
 from dcp_hf_writer._rendezvous import Announcement, fall_in, next_count, rendezvous_of
+from dcp_hf_writer._tensors import memory_of, tied_groups
 from dcp_hf_writer._write_phase import WritePhase, take_reports
 from dcp_hf_writer.errors import ConfigError, ExportError, PlanningError
 from dcp_hf_writer.export import HFExport
