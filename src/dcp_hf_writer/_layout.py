@@ -157,10 +157,20 @@ def _check_tied(
     names = {tensor.name for tensor in tensors}
     keys = {key for spec in export.spec_by_fqn.values() for key in spec.hf_keys}
     known = names | keys
+    shape_of = {t.name: t.shape for t in tensors if t.name not in export.spec_by_fqn}
     for drop, keep in tied.items():
         if drop in tied.values() or keep not in known or drop == keep:
             msg = "tied names must lead from a dropped tensor to one that is kept"
             raise LayoutError(msg, phase="plan", key=drop, expected="a kept tensor", found=keep)
+        if shape_of.get(drop, ()) != shape_of.get(keep, ()) and {drop, keep} <= shape_of.keys():
+            msg = "tied names must be names of one tensor, these have different shapes"
+            raise LayoutError(
+                msg,
+                phase="plan",
+                key=drop,
+                expected=f"shape {list(shape_of[keep])}, as {keep!r}",
+                found=f"shape {list(shape_of[drop])}",
+            )
     return dict(tied)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -30,6 +31,9 @@ PIECE_NBYTES = 16 << 20
 
 # Linux, UIO_MAXIOV: buffers of one pwritev.
 _MAX_BUFFERS = 1024
+
+# How /proc/self/mountinfo writes a space, tab, newline or backslash.
+_OCTAL = re.compile(r"\\([0-7]{3})")
 
 # Magic names of file systems on which reserving space costs a second pass over every page.
 _RESERVES_SLOWLY = frozenset({"tmpfs", "ramfs"})
@@ -274,7 +278,8 @@ def file_system_type(path: str) -> str:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
             for line in lines:
                 before, _, after = line.partition(" - ")
-                point = before.split()[4].encode().decode("unicode_escape")
+                # Octal stands for space, tab, newline and backslash only.
+                point = _OCTAL.sub(lambda found: chr(int(found[1], 8)), before.split(" ")[4])
                 inside = where == point or where.startswith(point.rstrip("/") + "/")
                 if inside and len(point) >= best:
                     best, found = len(point), after.split()[0]
