@@ -9,6 +9,8 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import xxhash
+
 from dcp_hf_writer._report import DIGEST_NAME, RankReport
 
 if TYPE_CHECKING:
@@ -94,7 +96,6 @@ def encode_manifest(
 
 
 def _export(layout: Layout, subdir: str, reports: Sequence[RankReport]) -> dict[str, Any]:
-    # Headers are checked by what they must be: they follow from the tensors that they declare.
     pieces: dict[str, list[Any]] = {}
     for report in reports:
         for piece in report.pieces:
@@ -113,6 +114,7 @@ def _export(layout: Layout, subdir: str, reports: Sequence[RankReport]) -> dict[
             file.name: {
                 "nbytes": file.nbytes,
                 "header_nbytes": len(file.header),
+                "header": xxhash.xxh3_64_hexdigest(file.header),
                 "tensors": {key: [*where[key], pieces.get(key, [])] for key in file.keys},
             }
             for file in layout.files
