@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from dcp_hf_writer.errors import CheckpointError, ConfigError, ExportError
 
@@ -62,6 +62,9 @@ def assets_of(export: HFExport) -> Assets:
                 result: Assets | CheckpointError = _render(export)
             except CheckpointError as error:
                 result = error
+            except Exception as error:  # noqa: BLE001 - kept, and raised where all ranks see it
+                msg = "the assets of the export could not be read"
+                result = ExportError(msg, phase="plan", found=f"{type(error).__name__}: {error}")
             found = (export, result)
             _keep(found)
     if isinstance(found[1], CheckpointError):
@@ -219,8 +222,12 @@ def _file_of_key(base: Path) -> dict[str, str]:
     if len(weights) != 1:
         msg = "like has no index and not exactly one safetensors file"
         raise ConfigError(msg, path=str(base), found=[path.name for path in weights])
-    with safe_open(str(weights[0]), framework="pt") as file:
-        return dict.fromkeys(file.keys(), weights[0].name)
+    try:
+        with safe_open(str(weights[0]), framework="pt") as file:
+            return dict.fromkeys(file.keys(), weights[0].name)
+    except (SafetensorError, OSError) as error:
+        msg = "the weights of `like` cannot be read"
+        raise ConfigError(msg, path=str(weights[0]), found=str(error)) from error
 
 
 def _check_name(name: str) -> None:

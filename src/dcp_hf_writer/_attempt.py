@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer._plan_data import GlobalPlan
     from dcp_hf_writer._slab import Lease
     from dcp_hf_writer._writes import OpenFiles
+    from dcp_hf_writer.errors import CheckpointError
     from dcp_hf_writer.staging import StagedInfo
 
 _log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class Attempt:
         self.lease = lease
         self.thread = threading.current_thread()
         self.began = time.monotonic()
+        self.staging_error: CheckpointError | None = None
         self.rank = 0
         self.world_size = 1
         self.is_coordinator = True

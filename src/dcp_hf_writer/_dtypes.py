@@ -27,12 +27,14 @@ _ORDERED: tuple[tuple[str, torch.dtype], ...] = (
     ("F8_E5M2", torch.float8_e5m2),
     ("I8", torch.int8),
     ("U8", torch.uint8),
+    ("F4", torch.float4_e2m1fn_x2),
     ("BOOL", torch.bool),
 )
 
 TORCH_BY_NAME: dict[str, torch.dtype] = dict(_ORDERED)
 NAME_BY_TORCH: dict[torch.dtype, str] = {dtype: name for name, dtype in _ORDERED}
 SORT_RANK: dict[str, int] = {name: rank for rank, (name, _) in enumerate(_ORDERED)}
+# Bytes per element of torch's tensor; for F4 an element of torch is a pair, see `stored_shape`.
 ITEMSIZE: dict[str, int] = {name: dtype.itemsize for name, dtype in _ORDERED}
 
 # Only these are ever cast by `HFExport.dtype`: fp8 carries scales that a cast would invalidate,
@@ -40,6 +42,11 @@ ITEMSIZE: dict[str, int] = {name: dtype.itemsize for name, dtype in _ORDERED}
 CASTABLE: frozenset[torch.dtype] = frozenset(
     {torch.float64, torch.float32, torch.bfloat16, torch.float16}
 )
+
+
+def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the shape that a header declares: torch packs two F4 values into one element."""
+    return (*shape[:-1], 2 * shape[-1]) if name == "F4" and shape else shape
 
 
 def safetensors_name(dtype: torch.dtype, *, fqn: str) -> str:

@@ -32,7 +32,7 @@ def guard_save(attempt: Attempt) -> None:
     )
 
 
-def guard_process_save(lease: Lease, *, deadline: float, target: str) -> None:
+def guard_process_save(lease: Lease | None, *, deadline: float, target: str) -> None:
     """Guard the future of a save that a checkpointer process does; called where it is sent."""
     future = current_future()
     if future is None:
@@ -54,7 +54,7 @@ def guard_process_save(lease: Lease, *, deadline: float, target: str) -> None:
         deadline=deadline,
         on_deadline=at_deadline,
         translate=lambda error: own_error(error) or error,
-        on_end=lease.release,
+        on_end=lambda: None if lease is None else lease.release(),
     )
 
 

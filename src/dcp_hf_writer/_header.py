@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._dtypes import ITEMSIZE, SORT_RANK
+from dcp_hf_writer._dtypes import ITEMSIZE, SORT_RANK, stored_shape
 from dcp_hf_writer.errors import LayoutError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class HFTensor:
     dtype: str
     """Its safetensors dtype name."""
     shape: Shape
-    """Its shape; `()` for a scalar."""
+    """Its shape in elements of torch; `()` for a scalar."""
 
     @property
     def nbytes(self) -> int:
@@ -74,7 +74,7 @@ def encode_header(
         starts[tensor.key] = position
         entries[tensor.key] = {
             "dtype": tensor.dtype,
-            "shape": list(tensor.shape),
+            "shape": list(stored_shape(tensor.dtype, tensor.shape)),
             "data_offsets": [position, stop],
         }
         position = stop

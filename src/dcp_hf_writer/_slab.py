@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dcp_hf_writer.errors import StagingError
+from dcp_hf_writer.errors import StagingBusyError, StagingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -197,7 +197,8 @@ class SlabPool:
             The lease, and how long the caller waited, in seconds.
 
         Raises:
-            StagingError: If the slab is still in use at the deadline, or memory cannot be had.
+            StagingBusyError: If the slab is still in use at the deadline.
+            StagingError: If memory cannot be had.
         """
         began = time.monotonic()
         is_said = False
@@ -206,7 +207,7 @@ class SlabPool:
                 waited = time.monotonic() - began
                 if time.monotonic() > deadline:
                     msg = "an earlier save still uses the staging memory"
-                    raise StagingError(
+                    raise StagingBusyError(
                         msg,
                         phase="stage",
                         expected=f"free within {waited:.0f} s",

@@ -7,6 +7,7 @@
     │   ├── SpecError                          a LoadSpec does not fit its tensor
     │   └── LayoutError                        names, dtypes or sizes that the format cannot hold
     ├── StagingError (RuntimeError)            the host copy could not be taken
+    │   └── StagingBusyError                   an earlier save still uses the memory for it
     ├── StorageError (OSError)                 the storage refused an operation
     │   ├── TargetExistsError (FileExistsError)  the target is there, may not be replaced
     │   ├── NodeLocalPathError                 ranks see different directories under one path
@@ -122,6 +123,10 @@ class LayoutError(PlanningError):
 
 class StagingError(CheckpointError, RuntimeError):
     """The host copy of the state dict could not be taken."""
+
+
+class StagingBusyError(StagingError):
+    """An earlier save still uses the staging memory at the deadline."""
 
 
 class StorageError(CheckpointError, OSError):

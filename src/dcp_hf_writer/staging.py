@@ -9,6 +9,7 @@ import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -16,10 +17,10 @@ from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer._slab import ALIGN_NBYTES, Lease, Slab, SlabPool
 from dcp_hf_writer._tensors import check_one_block, memory_identity
-from dcp_hf_writer.errors import StagingError
+from dcp_hf_writer.errors import CheckpointError, StagingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from dcp_hf_writer._model_entry import Path
 
@@ -88,12 +89,18 @@ class StagedStateDict(dict[str, Any]):
     tensors; torch would open one descriptor for each.
     """
 
-    lease: Lease
-    offsets: dict[int, tuple[int, torch.Tensor]]
-    on_send: Callable[[], None]
+    lease: Lease | None = None
+    """Of the slab; `None` if nothing could be staged."""
+    offsets: Mapping[int, tuple[int, torch.Tensor]] = MappingProxyType({})
+    """Place in the slab of each tensor, by `id`, with the tensor itself."""
+    on_send: Callable[[], None] = staticmethod(lambda: None)
+    """Called by the thread that sends it to a checkpointer process."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickled by the thread that waits for the checkpointer process: its end is the save's end.
+        if self.lease is None:
+            self.on_send()
+            return dict, ()
         self.lease.bind(threading.current_thread())
         self.on_send()
         buffer = io.BytesIO()
@@ -102,7 +109,7 @@ class StagedStateDict(dict[str, Any]):
 
 
 class _SlabPickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, offsets: dict[int, tuple[int, torch.Tensor]]) -> None:
+    def __init__(self, file: io.BytesIO, offsets: Mapping[int, tuple[int, torch.Tensor]]) -> None:
         super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
         self._offsets = offsets
 
@@ -412,3 +419,13 @@ def wait_before_step(optimizer: torch.optim.Optimizer, current: Callable[[], Sta
             torch.cuda.current_stream().wait_event(staged.event)
 
     return optimizer.register_step_pre_hook(hook)
+
+
+def staging_error(error: Exception) -> CheckpointError:
+    """Return an error of staging as one of ours, which can be sent to the other ranks."""
+    if isinstance(error, CheckpointError):
+        return error
+    msg = "the state dict could not be staged"
+    staging = StagingError(msg, phase="stage", found=f"{type(error).__name__}: {error}")
+    staging.__cause__ = error
+    return staging

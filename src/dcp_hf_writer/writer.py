@@ -6,13 +6,10 @@ import copy
 import logging
 import socket
 import time
-from concurrent.futures import Future as StagingFuture
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
@@ -21,38 +18,41 @@ from dcp_hf_writer._attempt import Attempt, register
 from dcp_hf_writer._caller import planned_state_dict
 from dcp_hf_writer._commit import StagingDirectory
 from dcp_hf_writer._dcp_half import SlabFileSystemWriter
-from dcp_hf_writer._guards import guard_process_save, guard_save
+from dcp_hf_writer._guards import guard_save
 from dcp_hf_writer._hooks import reach
 from dcp_hf_writer._owner import host_id, new_save_id
 from dcp_hf_writer._plan_data import LocalFacts, RankPlan
 from dcp_hf_writer._rendezvous import Announcement, fall_in, next_count, rendezvous_of
+from dcp_hf_writer._stager import Handover, SlabStager
 from dcp_hf_writer._tensors import memory_of, tied_groups
 from dcp_hf_writer._write_phase import WritePhase, take_reports
-from dcp_hf_writer.errors import ConfigError, ExportError, PlanningError
+from dcp_hf_writer.errors import (
+    ConfigError,
+    ExportError,
+    PlanningError,
+)
 from dcp_hf_writer.export import HFExport
 from dcp_hf_writer.slots import WriteSlots
-from dcp_hf_writer.staging import Staged, StagedInfo, Stager, StagingMode, wait_before_step
 
 if TYPE_CHECKING:
     import os
 
-    import torch
+    import torch.distributed as dist
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
     from dcp_hf_writer._manifest import WholeFile
-    from dcp_hf_writer._slab import Lease
+    from dcp_hf_writer.staging import (
+        StagingMode,
+    )
 
 _log = logging.getLogger(__name__)
-
-# The slab outlives the writers of this process.
-_stager = Stager()
 
 _FIND_S = 60.0
 """Longest wait for the coordinator's record, which is there before the plan is."""
 
 
-class HFDualWriter(StorageWriter, AsyncStager):
+class HFDualWriter(StorageWriter, SlabStager):
     """Writes a DCP checkpoint and a HuggingFace directory from one staged copy, under one commit.
 
         future = dcp.async_save(state_dict, storage_writer=HFDualWriter("ckpt/step-100"))
@@ -125,78 +125,10 @@ class HFDualWriter(StorageWriter, AsyncStager):
         self.strategy = strategy
         self.timeout_s = timeout_s
         self.host_budget_bytes = host_budget_bytes
-        self._staged: Staged | None = None
-        self._pending: tuple[float, StagedInfo, Lease | None] | None = None
+        self.handover = Handover()
         self._attempt: Attempt | None = None
         self._whole_files: list[WholeFile] = []
         self._export_error: ExportError | None = None
-
-    # -- the stager ---------------------------------------------------------------------------
-
-    def stage(self, state_dict: dict[str, Any]) -> Any:
-        """Copy a state dict into the slab; what changes afterwards reaches no file.
-
-        Called by `async_save` in the training thread, on every rank. Waits for a save in flight.
-
-        Returns:
-            The staged state dict, or with overlapped staging its future.
-
-        Raises:
-            StagingError: If it cannot be staged.
-        """
-        deadline = time.monotonic() + self.timeout_s
-        self._read_assets()
-        staged = _stager.stage(state_dict, mode=self.staging, what=self.path, deadline=deadline)
-        reach("staged")
-        self._staged = staged
-        self._pending = (deadline, staged.info, staged.lease)
-        target = self.path
-        staged.state_dict.on_send = lambda: guard_process_save(
-            staged.lease, deadline=deadline, target=target
-        )
-        return staged.state_dict if staged.copying is None else _when_copied(staged)
-
-    @property
-    def should_synchronize_after_execute(self) -> bool:
-        """Whether `async_save` shall wait for staging: never, it is done or the guard waits."""
-        return False
-
-    def synchronize_staging(self) -> None:
-        """Wait until the copies of the latest `stage` are done."""
-        if self._staged is not None and self._staged.copying is not None:
-            self._staged.copying.result(timeout=self.timeout_s)
-
-    def close(self) -> None:
-        """Nothing to give back: the slab is the process's, for its next save."""
-
-    def guard(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Make `optimizer.step()` wait for overlapped copies; for `staging="overlap"`.
-
-        On CUDA the device waits. Parameters must be changed by optimizers that are guarded, or not
-        before `staging_completion` is done.
-
-        Returns:
-            The handle of the hook; `remove()` undoes it.
-        """
-        return wait_before_step(optimizer, lambda: self._staged)
-
-    def warm_up(self, state_dict: dict[str, Any]) -> int:
-        """Allocate the slab and read the assets before the first save, off the training's clock.
-
-        Returns:
-            Bytes of the staged copy on this rank.
-        """
-        self._read_assets()
-        return _stager.warm_up(state_dict, deadline=time.monotonic() + self.timeout_s)
-
-    def _read_assets(self) -> None:
-        # Now, in the training thread: config objects may change while the save runs. Errors are
-        # kept and raised in the plan, where every rank learns of them.
-        is_first = not dist.is_initialized() or dist.get_rank(self.process_group) == 0
-        if self.export is not None and is_first:
-            _assets.preload(self.export)
-
-    # -- the storage writer -------------------------------------------------------------------
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Take `checkpoint_id=` of a save as its path."""
@@ -219,18 +151,18 @@ class HFDualWriter(StorageWriter, AsyncStager):
 
     def storage_meta(self) -> StorageMeta:
         """Begin a save; torch calls this first, in the thread that runs it."""
-        pending, self._pending = self._pending, None
-        lease = None if pending is None else pending[2]
-        if pending is not None and lease is not None and not lease.is_active:
-            pending = lease = None
+        handed, self.handover = self.handover, Handover()
+        if handed.lease is not None and not handed.lease.is_active:
+            handed = Handover()
         attempt = Attempt(
             self.path,
-            deadline=time.monotonic() + self.timeout_s if pending is None else pending[0],
-            staged=None if pending is None else pending[1],
-            lease=lease,
+            deadline=handed.deadline or time.monotonic() + self.timeout_s,
+            staged=handed.info,
+            lease=handed.lease,
         )
-        if lease is not None:
-            lease.bind(attempt.thread)
+        attempt.staging_error = handed.error
+        if handed.lease is not None:
+            handed.lease.bind(attempt.thread)
         if attempt.staged is not None:
             attempt.seconds["stage"] = attempt.staged.stall_s
             attempt.seconds["stage wait"] = attempt.staged.waited_s
@@ -256,6 +188,8 @@ class HFDualWriter(StorageWriter, AsyncStager):
         attempt = self._current()
         attempt.is_coordinator = is_coordinator
         attempt.rank = int(kwargs.get("rank", 0))
+        if attempt.staging_error is not None:
+            raise attempt.staging_error
         attempt.rendezvous = rendezvous_of(self.process_group)
         attempt.count = next_count()
         attempt.post("plan")
@@ -483,9 +417,7 @@ class HFDualWriter(StorageWriter, AsyncStager):
     def __getstate__(self) -> dict[str, Any]:
         """Travel to a checkpointer process, with the files of the export instead of its objects."""
         state = dict(self.__dict__)
-        if self._pending is not None:
-            deadline, info, _ = self._pending
-            state["_pending"] = (deadline, info, None)
+        state["handover"] = replace(self.handover, lease=None)
         read = None if self.export is None else _assets.known(self.export)
         if self.export is not None and read is not None:
             state["_assets"] = read
@@ -500,22 +432,6 @@ class HFDualWriter(StorageWriter, AsyncStager):
         self.__dict__.update(state)
         if self.export is not None and assets is not None:
             _assets.preset(self.export, assets)
-
-
-def _when_copied(staged: Staged) -> StagingFuture[Any]:
-    result: StagingFuture[Any] = StagingFuture()
-
-    def done(copying: StagingFuture[None]) -> None:
-        error = copying.exception()
-        if error is not None:
-            staged.lease.release()
-            result.set_exception(error)
-        else:
-            result.set_result(staged.state_dict)
-
-    if staged.copying is not None:
-        staged.copying.add_done_callback(done)
-    return result
 
 
 def _without_assets(export: HFExport) -> HFExport:
