@@ -39,9 +39,7 @@ DEADLINE_S = 10
 
 UNKNOWN_DTYPES = {
     "unknown dtype": torch.complex128,
-    # safetensors has it, and counts the numbers where torch counts pairs of them: a shape that
-    # differs on disk is not supported.
-    "unknown dtype of packed numbers": torch.float4_e2m1fn_x2,
+    "unknown dtype of half numbers": torch.complex32,
 }
 
 
@@ -116,7 +114,7 @@ REFUSALS: dict[str, tuple[type[Exception], tuple[str, ...]]] = {
     "size of nothing": (ConfigError, ("max_shard_size", "0")),
     "ambiguous entry": (ModelKeyError, ("generator", "critic", "key=")),
     "unknown dtype": (LayoutError, ("odd", "complex128")),
-    "unknown dtype of packed numbers": (LayoutError, ("odd", "float4_e2m1fn_x2")),
+    "unknown dtype of half numbers": (LayoutError, ("odd", "complex32")),
     # Torch's planner sees this one before us.
     "gap": (ValueError, ("model.w", "24", "12")),
     "not in like": (LayoutError, ("'v'", "'w'")),
