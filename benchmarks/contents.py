@@ -50,20 +50,22 @@ def count_bytes(directory: str) -> Written:
 
 
 def read_phases(directory: str) -> dict[str, float]:
-    """Seconds of each phase by the manifest of a checkpoint: the coordinator's, the slowest rank's.
+    """Seconds of each phase by the manifest of a checkpoint, of the rank that took longest.
 
-    Empty for a checkpoint without a manifest.
+    Waiting for another rank counts as part of the phase that waits. Empty for a checkpoint without
+    a manifest.
     """
     path = os.path.join(directory, "dcp-hf.json")
     if not os.path.exists(path):
         return {}
     with open(path, encoding="utf-8") as file:
         timings = json.load(file)["timings"]
-    ranks = [{k: v for k, v in r.items() if isinstance(v, float)} for r in timings["ranks"]]
-    names = dict.fromkeys(name for rank in ranks for name in rank)
-    slowest = {name: max(rank.get(name, 0.0) for rank in ranks) for name in names}
-    coordinator = {f"{name} (coordinator)": s for name, s in timings["coordinator"].items()}
-    return slowest | coordinator
+    phases: dict[str, float] = {}
+    for of_rank in (*timings["ranks"], timings["coordinator"]):
+        for name, seconds in of_rank.items():
+            if isinstance(seconds, float) and name != "total":
+                phases[name] = max(seconds, phases.get(name, 0.0))
+    return phases
 
 
 def check_content(state_dict: dict[str, Any], directory: str, hf: str) -> None:

@@ -81,7 +81,7 @@ def _run(console: Console, root: str, *, kept: bool) -> int:
     except RanksFailedError as error:
         console.print(f"[red]✗[/] {error}", markup=False)
         return 2
-    console.print(_table(saves, last))
+    console.print(_table(saves))
     for proof in proofs:
         mark = "[bold green]✓[/]" if proof.passed else "[bold red]✗[/]"
         console.print(f" {mark} {proof.subject}: {proof.finding}", soft_wrap=True)
@@ -139,9 +139,7 @@ def _prove(checkpoint: str, root: str, line: _Line) -> list[Proof]:
     return found
 
 
-def _table(saves: list[list[dict[str, Any]]], last: str) -> Table:
-    from contents import read_phases  # noqa: PLC0415
-
+def _table(saves: list[list[dict[str, Any]]]) -> Table:
     ours, torch = (_summary(saves, writer) for writer in ("ours", "torch"))
     counted = sum(s["writer"] == "ours" for s in saves[0]) - 1
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -160,7 +158,7 @@ def _table(saves: list[list[dict[str, Any]]], last: str) -> Table:
     row("written per second", "GB/s", "gb_per_s")
     row("DCP", "MB", "dcp", 1e-6, 1)
     table.add_row("HuggingFace", f"[bold]{ours['hf'] * 1e-6:.1f} MB[/]", "-", "")
-    for phase, seconds in read_phases(last).items():
+    for phase, seconds in _phases(saves[0]):
         table.add_row(f"[dim]  {phase}[/]", f"[dim]{seconds * 1e3:.0f} ms[/]", "", "")
     return table
 
@@ -180,6 +178,15 @@ def _summary(saves: list[list[dict[str, Any]]], writer: str) -> dict[str, float]
         "gb_per_s": sum(nbytes.values()) / background / 1e9,
         **nbytes,
     }
+
+
+def _phases(of_rank_0: list[dict[str, Any]]) -> Iterator[tuple[str, float]]:
+    """Median of each phase, without those that took no time."""
+    phases = [s["phases"] for s in of_rank_0 if s["phases"]][1:]
+    for name in dict.fromkeys(name for of_save in phases for name in of_save):
+        seconds = statistics.median(of_save.get(name, 0.0) for of_save in phases)
+        if seconds >= 0.0005:
+            yield name, seconds
 
 
 def _tree(checkpoint: str, root: str) -> Tree:

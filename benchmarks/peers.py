@@ -10,6 +10,7 @@ from __future__ import annotations
 import abc
 import json
 import os
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -185,13 +186,16 @@ class Floor(Contender):
             position += flat.numel()
         stall = time.perf_counter() - start
         memory = memoryview(self._buffer.numpy())
-        files = [
-            _write_file(os.path.join(directory, f"{name}-{dist.get_rank()}"), part, reserve)
-            for name, part in (("dcp", memory), ("hf", memory[:weights_nbytes]))
-        ]
-        for file in files:
-            os.fsync(file)
-            os.close(file)
+        path = os.path.join(directory, str(dist.get_rank()))
+        # The disk works on the first file while the second is written, or this were no floor.
+        dcp_file = _write_file(f"{path}.dcp", memory, reserve)
+        flush = threading.Thread(target=os.fsync, args=(dcp_file,))
+        flush.start()
+        hf_file = _write_file(f"{path}.hf", memory[:weights_nbytes], reserve)
+        os.fsync(hf_file)
+        flush.join()
+        os.close(dcp_file)
+        os.close(hf_file)
         return Saved(stall, time.perf_counter() - start)
 
 

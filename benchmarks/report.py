@@ -138,7 +138,8 @@ def render_phases(results: list[Result]) -> str:
         names = list(dict.fromkeys(name for phases in r.phases for name in phases))
         for name in names:
             seconds = median([p[name] for p in r.phases if name in p])
-            rows.append((r.title, name, f"{seconds:.3f} s"))
+            if seconds >= 0.0005:
+                rows.append((r.title, name, f"{seconds:.3f} s"))
     return _align(rows, left=2)
 
 

@@ -31,6 +31,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
+from contents import read_phases
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from concurrent.futures import Future
@@ -98,6 +100,8 @@ class Save:
     """From there until the checkpoint was durable, training going on."""
     nbytes: dict[str, int] = field(default_factory=dict)
     """Bytes on storage: `dcp` and `hf`."""
+    phases: dict[str, float] = field(default_factory=dict)
+    """Seconds of each phase, where the checkpoint tells."""
 
     def start_clock(self) -> None:
         """Note when the future is done, by a callback, as training does not wait for it."""
@@ -283,6 +287,7 @@ def _finish(save: Save | None, done: list[Save], rank: Rank, group: Any) -> None
             in_hf = f"{parent}{os.sep}".startswith(os.path.join(save.path, "hf", ""))
             sizes[in_hf] += sum(os.stat(os.path.join(parent, name)).st_size for name in names)
         save.nbytes = {"dcp": sizes[False], "hf": sizes[True]}
+        save.phases = read_phases(save.path)
         for old in done:
             if old.writer == save.writer:
                 shutil.rmtree(old.path, ignore_errors=True)
@@ -290,7 +295,7 @@ def _finish(save: Save | None, done: list[Save], rank: Rank, group: Any) -> None
 
 
 def _facts(save: Save) -> dict[str, Any]:
-    names = ("writer", "step", "path", "stall_s", "background_s", "nbytes")
+    names = ("writer", "step", "path", "stall_s", "background_s", "nbytes", "phases")
     return {name: getattr(save, name) for name in names}
 
 
