@@ -46,7 +46,7 @@ def state_of(step: int, mesh: DeviceMesh | None = None) -> dict[str, Any]:
         name: {"exp_avg": _like(name, step, mesh), "step": torch.tensor(float(step))}
         for name in ("embed", "norm")
     }
-    groups = [{"lr": step / 10, "params": list(moments)}]
+    groups = {"0": {"lr": step / 10, "params": list(moments)}}
     return {"model": model, "optim": {"state": moments, "param_groups": groups}, "step": step}
 
 
@@ -61,6 +61,15 @@ def _placed(value: torch.Tensor, mesh: DeviceMesh, placement: Placement | None) 
         return value
     placements = [placement, *[Replicate()] * (mesh.ndim - 1)]
     return distribute_tensor(value, mesh, placements, src_data_rank=None)
+
+
+def spoil(state: dict[str, Any]) -> None:
+    """Overwrite every tensor of a state dict in place, as training goes on."""
+    for value in state.values():
+        if isinstance(value, dict):
+            spoil(value)
+        elif isinstance(value, torch.Tensor):
+            value.fill_(-1)
 
 
 def dcp_difference(directory: Path, expected: Mapping[str, Any]) -> str | None:
