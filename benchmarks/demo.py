@@ -85,11 +85,12 @@ def _run(console: Console, root: str, *, kept: bool) -> int:
     for proof in proofs:
         mark = "[bold green]✓[/]" if proof.passed else "[bold red]✗[/]"
         console.print(f" {mark} {proof.subject}: {proof.finding}", soft_wrap=True)
+    console.print()
     console.print(_tree(last, root))
     passed = all(proof.passed for proof in proofs)
     verdict = "[bold green]All proofs passed[/]" if passed else "[bold red]A proof failed[/]"
     where = f"kept in {root}" if kept else "nothing is left behind; --keep DIR keeps it"
-    console.print(f"{verdict} in {time.monotonic() - start:.0f} s; {where}.")
+    console.print(f"\n{verdict} in {time.monotonic() - start:.0f} s; {where}.")
     return 0 if passed else 1
 
 
@@ -158,6 +159,7 @@ def _table(saves: list[list[dict[str, Any]]]) -> Table:
     row("written per second", "GB/s", "gb_per_s")
     row("DCP", "MB", "dcp", 1e-6, 1)
     table.add_row("HuggingFace", f"[bold]{ours['hf'] * 1e-6:.1f} MB[/]", "-", "")
+    table.add_row("[dim]phases, the slowest rank's[/]", "", "", "")
     for phase, seconds in _phases(saves[0]):
         table.add_row(f"[dim]  {phase}[/]", f"[dim]{seconds * 1e3:.0f} ms[/]", "", "")
     return table

@@ -33,6 +33,8 @@ _GRACE_S = 5.0
 """How long the other ranks may report too, once one has failed: its peers' errors are often the
 consequence, but sometimes the cause."""
 
+_LOG_LINES = 20
+
 
 class RanksFailedError(RuntimeError):
     """One or more ranks did not end well; the text holds what each of them said."""
@@ -105,6 +107,9 @@ def run_ranks(
             there.close()
             ranks.append((process, here))
         return _collect([pipe for _, pipe in ranks], timeout_s, on_event)
+    except RanksFailedError as error:
+        msg = f"{error}{_log_tail(log)}"
+        raise RanksFailedError(msg) from None
     finally:
         for process, pipe in ranks:
             process.join(0.2 if sys.exc_info()[0] else _GRACE_S)
@@ -157,6 +162,15 @@ def _receive(pipe: Connection) -> tuple[str, Any]:
 
 def _describe(failures: dict[int, str]) -> str:
     return "\n".join(f"rank {r}: {text.strip()}" for r, text in sorted(failures.items()))
+
+
+def _log_tail(log: str | None) -> str:
+    """What the ranks printed last: all there is when one of them crashed in C++."""
+    if log is None or not os.path.exists(log):
+        return ""
+    with open(log, encoding="utf-8", errors="replace") as file:
+        lines = file.readlines()[-_LOG_LINES:]
+    return "\n".join(["", "the ranks printed last:", *map(str.rstrip, lines)]) if lines else ""
 
 
 def _rank_main(start: _Start, pipe: Connection) -> None:
