@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from dcp_hf_writer._layout import PartTarget
     from dcp_hf_writer.storage._posix import OutputFile
 
-# Casts and blocks that are not contiguous go through this much reused memory: fresh pages cost ten
-# times the copy.
-_BOUNCE_NBYTES = 8 << 20
+# Casts and blocks that are not contiguous go through at most this much reused memory: fresh pages
+# cost ten times the copy.
+MAX_BOUNCE_NBYTES = 8 << 20
 
 
 def regions_by_file(
@@ -54,14 +54,17 @@ class BlockWriter:
 
     def __init__(self) -> None:
         """Start without a buffer."""
-        self._bounce: torch.Tensor | None = None
+        self._bounce = torch.empty(0, dtype=torch.uint8)
+        self._bounce_nbytes = MAX_BOUNCE_NBYTES
 
     def write_file(
         self,
         file: OutputFile,
         blocks: Iterable[tuple[WriteItem, Region]],
         source: TensorSource,
+        *,
         check: Callable[[], None],
+        bounce_nbytes: int,
     ) -> list[Piece]:
         """Write this rank's blocks of one output file.
 
@@ -70,6 +73,7 @@ class BlockWriter:
             blocks: What to write, ascending.
             source: Resolves items to tensors.
             check: Called before each block; raises if the save was given up.
+            bounce_nbytes: Size of the buffer for casts and blocks that are not contiguous.
 
         Returns:
             One piece a block.
@@ -78,6 +82,7 @@ class BlockWriter:
             WriteError: If the file system does not take the bytes.
         """
         pieces = []
+        self._bounce_nbytes = bounce_nbytes
         for item, region in blocks:
             check()
             reach("mid hf")
@@ -96,7 +101,7 @@ class BlockWriter:
             return source.digest(item, data) if view.shape == tensor.shape else digest_of(data)
         digest = xxhash.xxh3_64()
         dtype = TORCH_BY_NAME[region.target.dtype]
-        for local, disk in _split(region, _BOUNCE_NBYTES // dtype.itemsize):
+        for local, disk in _split(region, self._bounce_nbytes // dtype.itemsize):
             part = self._buffer(dtype, local.sizes)
             part.copy_(_narrow(tensor, local))
             data = host_bytes(part)
@@ -105,8 +110,8 @@ class BlockWriter:
         return str(digest.hexdigest())
 
     def _buffer(self, dtype: torch.dtype, sizes: tuple[int, ...]) -> torch.Tensor:
-        if self._bounce is None:
-            self._bounce = torch.zeros(_BOUNCE_NBYTES, dtype=torch.uint8)
+        if self._bounce.nbytes < self._bounce_nbytes:
+            self._bounce = torch.zeros(self._bounce_nbytes, dtype=torch.uint8)
         count = 1
         for n in sizes:
             count *= n

@@ -33,6 +33,9 @@ ALIGN_NBYTES = 64
 # Linux 5.14: fault in all pages now. Python has no name for it before 3.12.
 _MADV_POPULATE_WRITE = 23
 
+# cudaHostRegisterPortable: pinned for all contexts of the process.
+_PORTABLE = 1
+
 # Small growth of a state dict (a new buffer, a longer list of metrics) must not move the slab.
 _HEADROOM = 1 / 64
 
@@ -71,7 +74,8 @@ class Slab:
         weakref.finalize(self, os.close, fd)
         if is_new:
             self._fault_in()
-        self.is_pinned = self._pin()
+        # The process that stages pins; a checkpointer process only reads, and needs no CUDA.
+        self.is_pinned = is_new and torch.cuda.is_initialized() and self._pin()
 
     def _fault_in(self) -> None:
         # Huge pages shorten both the faults and the copies; both calls are hints, and an old kernel
@@ -83,14 +87,13 @@ class Slab:
                 _log.debug("madvise(%d) on the slab: %s", advice, error)
 
     def _pin(self) -> bool:
-        if not torch.cuda.is_available():
+        address = self.tensor(0, torch.uint8, (1,)).data_ptr()
+        result = int(torch.cuda.cudart().cudaHostRegister(address, self.nbytes, _PORTABLE))
+        if result != 0:
+            _log.warning("the staging slab could not be pinned (CUDA error %d)", result)
             return False
-        result = torch.cuda.cudart().cudaHostRegister(
-            self.tensor(0, torch.uint8, (1,)).data_ptr(), self.nbytes, 0
-        )
-        if int(result) != 0:
-            _log.warning("the staging slab could not be pinned (CUDA error %d)", int(result))
-            return False
+        # Before the memory is unmapped: another slab may come to lie at the same address.
+        weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, address)
         return True
 
     @property

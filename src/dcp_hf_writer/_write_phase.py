@@ -76,6 +76,8 @@ class WritePhase:
     """The user's writer for the DCP half; `None` for ours."""
     slots: WriteSlots
     subdir: str
+    bounce_nbytes: int
+    """Size of the buffer for casts and blocks that are not contiguous."""
 
     def run(self) -> list[WriteResult]:
         """Write everything, make it durable, and report.
@@ -198,7 +200,13 @@ class WritePhase:
             try:
                 file = files.take(path) or OutputFile(path, create=False)
                 try:
-                    pieces = _blocks.write_file(file, blocks, source, self.attempt.check)
+                    pieces = _blocks.write_file(
+                        file,
+                        blocks,
+                        source,
+                        check=self.attempt.check,
+                        bounce_nbytes=self.bounce_nbytes,
+                    )
                 except BaseException:
                     file.discard()
                     raise

@@ -281,7 +281,9 @@ class Stager:
         if not pairs:
             return None
         device = pairs[0][1].device
-        stream = self._streams.setdefault(device.index, torch.cuda.Stream(device))
+        stream = self._streams.get(device.index)
+        if stream is None:
+            stream = self._streams[device.index] = torch.cuda.Stream(device)
         stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream), torch.no_grad():
             for target, source, _ in pairs:

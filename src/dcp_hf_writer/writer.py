@@ -19,6 +19,7 @@ from dcp_hf_writer._caller import planned_state_dict
 from dcp_hf_writer._commit import StagingDirectory
 from dcp_hf_writer._dcp_half import SlabFileSystemWriter
 from dcp_hf_writer._guards import guard_save
+from dcp_hf_writer._hf_half import MAX_BOUNCE_NBYTES
 from dcp_hf_writer._hooks import reach
 from dcp_hf_writer._owner import host_id, new_save_id
 from dcp_hf_writer._plan_data import LocalFacts, RankPlan
@@ -297,6 +298,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 dcp_writer=self.dcp_writer,
                 slots=self.slots,
                 subdir=self._subdir,
+                bounce_nbytes=min(MAX_BOUNCE_NBYTES, self.host_budget_bytes // 4),
             ).run()
             attempt.check()
             reach("before report")
