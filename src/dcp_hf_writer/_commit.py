@@ -280,14 +280,14 @@ def _collect_leftovers(target: str) -> None:
             # Exchanged with the target: this is the checkpoint that it replaced.
             remove_tree(entry.path)
             continue
-        if ".probe" in save_id or not os.listdir(entry.path):
-            _remove_empty(entry.path, save_id)
-            continue
         record = _read_json(os.path.join(entry.path, _RECORD_NAME)) or _read_json(
             os.path.join(entry.path, MANIFEST_NAME)
         )
-        owner = Owner.from_json(record.get("owner")) if record else None
-        if record is None or owner is None or record.get("target") != target:
+        if record is None:
+            _remove_unclaimed(entry.path, save_id)
+            continue
+        owner = Owner.from_json(record.get("owner"))
+        if owner is None or record.get("target") != target:
             continue
         abandoned = is_abandoned(save_id, owner)
         if abandoned:
@@ -303,14 +303,13 @@ def _collect_leftovers(target: str) -> None:
             )
 
 
-def _remove_empty(path: str, save_id: str) -> None:
-    """Remove an empty directory whose process is gone from this host: killed before its record."""
-    if not made_here_by_dead(save_id):
-        return
-    try:
-        os.rmdir(path)
-    except OSError as error:
-        _log.debug("%s was left alone: %s", path, error)
+def _remove_unclaimed(path: str, save_id: str) -> None:
+    """Remove a directory that does not say whose it is, if its process is gone from this host.
+
+    That process was killed before its record was whole, or while it removed the directory.
+    """
+    if made_here_by_dead(save_id):
+        remove_tree(path)
 
 
 def _entries(parent: str, prefix: str) -> list[os.DirEntry[str]]:
