@@ -146,7 +146,7 @@ class BadCall:
 
         def bad(*args: Any) -> Any:
             nonlocal counted
-            path = _path_of(args[:2] if is_libc else args[:1])
+            path = path_of_call(args[:2] if is_libc else args[:1])
             if f"{root}/" not in path or self.within not in path:
                 return real(*args)
             with lock:
@@ -191,7 +191,7 @@ class _Libc:
         return getattr(self._real, name)
 
 
-def _path_of(args: Sequence[Any]) -> str:
+def path_of_call(args: Sequence[Any]) -> str:
     """Return the first path among arguments; that of the file for a descriptor."""
     for arg in args:
         if isinstance(arg, (str, bytes)):
@@ -336,9 +336,9 @@ class Resources:
         self._root = root
         self._before = self._held()
 
-    def leaked(self) -> list[str]:
+    def leaked(self, *, settle_s: float = _SETTLE_S) -> list[str]:
         """Return what is held now and was not before; threads get a moment to end."""
-        until = time.monotonic() + _SETTLE_S
+        until = time.monotonic() + settle_s
         while more := self._held() - self._before:
             if time.monotonic() > until:
                 break
