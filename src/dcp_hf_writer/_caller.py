@@ -1,7 +1,7 @@
 """What torch's `save` does not hand to a storage writer: the planner, while it plans.
 
-Only a synchronous save needs it, to find tied tensors; an asynchronous one finds them while it
-stages.
+A synchronous save needs it to find tied tensors (an asynchronous one finds them while it stages),
+and any save whose planner caches plans, to see those that torch does not show.
 """
 
 from __future__ import annotations
@@ -18,15 +18,20 @@ if TYPE_CHECKING:
 _MAX_DEPTH = 4
 
 
-def planned_state_dict() -> Mapping[str, Any] | None:
-    """Return the flat state dict of the planner that the calling save uses; `None` if unknown."""
+def current_planner() -> SavePlanner | None:
+    """Return the planner of the save that calls a writer, which calls this; `None` if unknown."""
     frame = sys._getframe(2)  # noqa: SLF001
     for _ in range(_MAX_DEPTH):
         planner = frame.f_locals.get("planner")
         if isinstance(planner, SavePlanner):
-            found = getattr(planner, "state_dict", None)
-            return found if isinstance(found, dict) else None
+            return planner
         if frame.f_back is None:
             return None
         frame = frame.f_back
     return None
+
+
+def planned_state_dict(planner: SavePlanner | None) -> Mapping[str, Any]:
+    """Return the flat state dict that a planner was set up with; empty if it shows none."""
+    found = getattr(planner, "state_dict", None)
+    return found if isinstance(found, dict) else {}

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import uuid
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
-
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from dcp_hf_writer._boxes import BoxTable
 from dcp_hf_writer._layout import Layout, PartTarget, RuntimeTensor, plan_layout
@@ -15,6 +14,8 @@ from dcp_hf_writer.errors import LayoutError, PlanningError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+
+    from torch.distributed.checkpoint.planner import SavePlan
 
     from dcp_hf_writer._model_entry import Path
     from dcp_hf_writer.export import HFExport
@@ -45,8 +46,8 @@ class RankPlan:
 
     dcp: Any
     """`storage_data` of the DCP writer."""
-    fingerprint: str
-    """Of the export's layout; the coordinator announces the one that it works from."""
+    plan_id: str
+    """Of the global plan; the coordinator announces the one that it works from."""
     world_size: int
     """Number of ranks that take part."""
     host_rank: int
@@ -69,8 +70,8 @@ class GlobalPlan:
     """One a rank, as DCP made them, without ours."""
     layout: Layout | None
     """The export; `None` without one."""
-    fingerprint: str
-    """Of the layout."""
+    plan_id: str
+    """Unique: a rank that kept a part of another plan must not write it, be it ever so similar."""
     options: str
     """Fingerprint of the export options that led to it."""
     hosts: tuple[str, ...]
@@ -94,7 +95,7 @@ def plan_globally(
     facts = [_facts(plan) for plan in plans]
     hosts = tuple(fact.host for fact in facts)
     if export is None:
-        return GlobalPlan(plans, None, _DCP_ONLY, options, hosts, ())
+        return GlobalPlan(plans, None, uuid.uuid4().hex, options, hosts, ())
     tensors, fqn_of_name = _runtime_tensors(plans, facts, export.key)
     name_of_fqn = {fqn: name for name, fqn in fqn_of_name.items()}
     tied = _tied_names(facts, name_of_fqn)
@@ -103,7 +104,7 @@ def plan_globally(
     return GlobalPlan(
         plans=plans,
         layout=layout,
-        fingerprint=_fingerprint(layout),
+        plan_id=uuid.uuid4().hex,
         options=options,
         hosts=hosts,
         tied=tuple((fqn_of_name[drop], fqn_of_name[keep]) for drop, keep in found.items()),
@@ -128,7 +129,7 @@ def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
         fqns = {item.index.fqn for item in own.items}
         data = RankPlan(
             dcp=prepared.storage_data,
-            fingerprint=plan.fingerprint,
+            plan_id=plan.plan_id,
             world_size=len(plan.plans),
             host_rank=host_rank,
             host_size=sizes[host],
@@ -159,13 +160,6 @@ def options_fingerprint(export: HFExport | None, file_of_key: Mapping[str, str] 
         export.is_in_natural_order,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()
-
-
-def _fingerprint(layout: Layout) -> str:
-    digest = hashlib.sha256()
-    for file in layout.files:
-        digest.update(file.name.encode() + b"\0" + file.header)
-    return digest.hexdigest()
 
 
 def _facts(plan: SavePlan) -> LocalFacts:
@@ -269,38 +263,3 @@ def check_tied(tied: Iterable[tuple[str, str]], memory: Mapping[str, int], *, ra
                 found="memory of its own",
                 hint="pass HFExport(tied={...}), with {} for tensors that are not tied",
             )
-
-
-_remembered: dict[int, GlobalPlan] = {}
-
-
-def remember(plan: GlobalPlan) -> None:
-    """Keep a global plan for the saves of which DCP's cache shows the coordinator nothing."""
-    _remembered.clear()
-    if SavePlanner._cached_global_plan:  # noqa: SLF001 - set where the planner caches
-        _remembered[len(plan.plans)] = plan
-
-
-def merge_with_remembered(plans: list[SavePlan]) -> tuple[list[SavePlan], GlobalPlan | None]:
-    """Fill in the plans that DCP's cache left out.
-
-    Returns:
-        Whole plans, and the remembered result if none of them is new.
-
-    Raises:
-        PlanningError: If there is nothing to fill in from.
-    """
-    if all(plan.usable for plan in plans):
-        return plans, None
-    known = _remembered.get(len(plans))
-    if known is None:
-        msg = "DCP reuses a plan that HFDualWriter has not seen"
-        raise PlanningError(
-            msg,
-            phase="plan",
-            hint="the planner's cache was filled by another writer; give this one a planner of "
-            "its own class, or enable_plan_caching=False",
-        )
-    if not any(plan.usable for plan in plans):
-        return known.plans, known
-    return [new if new.usable else old for new, old in zip(plans, known.plans, strict=True)], None

@@ -42,8 +42,8 @@ class Announcement:
 
     save_id: str
     """Its id."""
-    fingerprint: str
-    """Of the plan; a rank that works from another one must not write."""
+    plan_id: str
+    """Of the global plan; a rank that works from another one must not write."""
     world_size: int
     """Number of ranks that take part."""
     count: int

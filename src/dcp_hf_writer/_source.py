@@ -56,7 +56,7 @@ class TensorSource:
                 fqn=item.index.fqn,
                 expected=f"{planned[0]} of shape {list(planned[1])}",
                 found=f"{tensor.dtype} of shape {list(tensor.shape)}",
-                hint="plan caching does not notice a new dtype; make a new planner",
+                hint="plan caching does not notice a new dtype; the next save plans anew",
             )
         if tensor.untyped_storage().nbytes() != tensor.nbytes:
             return tensor.clone()

@@ -13,9 +13,9 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from dcp_hf_writer import _assets, _coordinator, _options, _plan_data
+from dcp_hf_writer import _assets, _coordinator, _options, _plan_cache, _plan_data
 from dcp_hf_writer._attempt import Attempt, register
-from dcp_hf_writer._caller import planned_state_dict
+from dcp_hf_writer._caller import current_planner, planned_state_dict
 from dcp_hf_writer._commit import StagingDirectory
 from dcp_hf_writer._dcp_half import SlabFileSystemWriter
 from dcp_hf_writer._guards import guard_save
@@ -194,6 +194,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt.rendezvous = rendezvous_of(self.process_group)
         attempt.count = next_count()
         attempt.post("plan")
+        _plan_cache.begin_plan()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Attach to DCP's plan what only this rank knows."""
@@ -201,7 +202,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         if attempt.staged is not None:
             attempt.memory = attempt.staged.memory
         else:
-            attempt.memory = memory_of(planned_state_dict() or {})
+            attempt.memory = memory_of(planned_state_dict(current_planner()))
         order = tuple(item.index.fqn for item in plan.items) if attempt.is_coordinator else None
         facts = LocalFacts(host_id(), socket.gethostname(), order, tied_groups(attempt.memory))
         reach("local plan")
@@ -222,9 +223,9 @@ class HFDualWriter(StorageWriter, SlabStager):
             export, assets = self._export_of_this_save()
             file_of_key = None if assets is None else assets.file_of_key
             options = _plan_data.options_fingerprint(export, file_of_key)
-            whole, known = _plan_data.merge_with_remembered(plans)
-            result = plans
-            if known is None or known.options != options:
+            whole = _plan_cache.whole_plans(plans, current_planner())
+            known, result = _plan_cache.delivered(whole, options), plans
+            if known is None:
                 known = _plan_data.plan_globally(
                     whole, export, options=options, file_of_key=file_of_key
                 )
@@ -246,9 +247,8 @@ class HFDualWriter(StorageWriter, SlabStager):
             if attempt.rendezvous is not None:
                 attempt.rendezvous.announce(
                     self.path,
-                    Announcement(directory.save_id, known.fingerprint, len(plans), attempt.count),
+                    Announcement(directory.save_id, known.plan_id, len(plans), attempt.count),
                 )
-        _plan_data.remember(known)
         return result
 
     def _export_of_this_save(self) -> tuple[HFExport | None, _assets.Assets | None]:
@@ -300,6 +300,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 subdir=self._subdir,
                 bounce_nbytes=min(MAX_BOUNCE_NBYTES, self.host_budget_bytes // 4),
             ).run()
+            _plan_cache.settle_plan(attempt.global_plan)
             attempt.check()
             reach("before report")
         except BaseException:
@@ -314,7 +315,7 @@ class HFDualWriter(StorageWriter, SlabStager):
 
     def _directory(self, attempt: Attempt, own: RankPlan) -> StagingDirectory:
         if attempt.is_coordinator and attempt.directory is not None:
-            directory, fingerprint = attempt.directory, self._planned(attempt).fingerprint
+            directory, plan_id = attempt.directory, self._planned(attempt).plan_id
         else:
             if attempt.rendezvous is None:
                 msg = "the ranks of the save have no store in common"
@@ -324,16 +325,16 @@ class HFDualWriter(StorageWriter, SlabStager):
             )
             fall_in(found.count)
             attempt.count = found.count
-            directory, fingerprint = StagingDirectory(self.path, found.save_id), found.fingerprint
+            directory, plan_id = StagingDirectory(self.path, found.save_id), found.plan_id
         attempt.directory = directory
-        if fingerprint != own.fingerprint:
-            msg = "this rank holds the plan of another export"
+        if plan_id != own.plan_id:
+            msg = "this rank holds a part of another plan"
             raise PlanningError(
                 msg,
                 rank=attempt.rank,
                 phase="write",
-                expected=f"plan {fingerprint[:12]}",
-                found=f"plan {own.fingerprint[:12]}",
+                expected=f"plan {plan_id[:12]}",
+                found=f"plan {own.plan_id[:12]}",
                 hint="pass the same HFExport and a planner of one run on every rank",
             )
         return directory
