@@ -44,9 +44,20 @@ CASTABLE: frozenset[torch.dtype] = frozenset(
 )
 
 
-def stored_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the shape that a header declares: torch packs two F4 values into one element."""
-    return (*shape[:-1], 2 * shape[-1]) if name == "F4" and shape else shape
+def stored_shape(name: str, shape: tuple[int, ...], *, key: str) -> tuple[int, ...]:
+    """Return the shape that a header declares: torch packs two F4 values into one element.
+
+    Raises:
+        LayoutError: If a pair of values has no dimension to lie in.
+    """
+    if name != "F4":
+        return shape
+    if not shape:
+        msg = "a scalar of a packed dtype cannot be stored in safetensors"
+        raise LayoutError(
+            msg, phase="plan", key=key, expected="a dimension for two values", found="shape []"
+        )
+    return (*shape[:-1], 2 * shape[-1])
 
 
 def safetensors_name(dtype: torch.dtype, *, fqn: str) -> str:

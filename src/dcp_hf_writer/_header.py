@@ -61,7 +61,7 @@ def encode_header(
         tensor's first byte, counted from the start of the file.
 
     Raises:
-        LayoutError: If the header is larger than readers accept.
+        LayoutError: If the header is larger than readers accept, or a scalar has a packed dtype.
 
     Source:
         safetensors README, "Format".
@@ -74,7 +74,7 @@ def encode_header(
         starts[tensor.key] = position
         entries[tensor.key] = {
             "dtype": tensor.dtype,
-            "shape": list(stored_shape(tensor.dtype, tensor.shape)),
+            "shape": list(stored_shape(tensor.dtype, tensor.shape, key=tensor.key)),
             "data_offsets": [position, stop],
         }
         position = stop
