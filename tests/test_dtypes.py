@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 
@@ -17,9 +18,11 @@ from dcp_hf_writer._dtypes import (
     TORCH_BY_NAME,
     export_dtype,
     safetensors_name,
+    stored_shape,
 )
 from dcp_hf_writer.errors import ConfigError, LayoutError
 
+PACKED = torch.float4_e2m1fn_x2
 STORED = sorted(safetensors.torch._SIZE, key=str)
 
 
@@ -49,9 +52,24 @@ def test_order_equals_that_of_the_library_for_every_pair() -> None:
     assert wrong == []
 
 
-def test_table_holds_no_dtype_that_the_library_lacks() -> None:
-    assert set(NAME_BY_TORCH) <= set(STORED)
+def test_table_holds_the_dtypes_of_the_library_and_no_others() -> None:
+    assert set(NAME_BY_TORCH) == set(STORED)
     assert set(NAME_BY_TORCH) >= CASTABLE
+
+
+@pytest.mark.parametrize("dtype", STORED, ids=str)
+def test_shape_in_the_header_equals_that_of_the_library(dtype: torch.dtype) -> None:
+    # Two numbers of F4 are one element of torch, and the library counts numbers.
+    tensor = torch.zeros(48, dtype=torch.uint8).view(dtype).reshape(3, -1)
+    entry = parse(safetensors.torch.save({"x": tensor})).header[0][1]
+    assert list(stored_shape(entry["dtype"], tuple(tensor.shape), key="x")) == entry["shape"]
+
+
+def test_scalar_of_a_packed_dtype_is_refused() -> None:
+    with pytest.raises(LayoutError, match="'x'"):
+        stored_shape("F4", (), key="x")
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.torch.save({"x": torch.zeros(1, dtype=torch.uint8).view(PACKED).reshape(())})
 
 
 @pytest.mark.parametrize("dtype", [torch.complex128, torch.complex32, torch.qint8], ids=str)
