@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MANIFEST_NAME = "dcp-hf.json"
 
-_NBYTES = {"8": 1, "16": 2, "32": 4, "64": 8}
+_NBYTES = {"4": 1, "8": 1, "16": 2, "32": 4, "64": 8}
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
