@@ -5,6 +5,7 @@ Pure: no I/O, no torch, no process group. Offsets and sizes count elements, per 
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 from itertools import chain
@@ -67,26 +68,17 @@ def intersect(a: Box, b: Box) -> Box | None:
     return Box(tuple(offsets), tuple(sizes))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class BoxTable:
-    """Many boxes of one tensor as two arrays: a global plan holds one box a rank and tensor."""
+    """Many boxes of one tensor, in columns: a global plan holds one box a rank and tensor."""
 
-    offsets: npt.NDArray[np.int64]
-    """First indices; shape `(boxes, ndim)`."""
-    sizes: npt.NDArray[np.int64]
-    """Extents; shape `(boxes, ndim)`."""
-
-    @classmethod
-    def of(
-        cls, offsets: Sequence[Sequence[int]], sizes: Sequence[Sequence[int]], ndim: int
-    ) -> BoxTable | None:
-        """Build a table from one row a box; `None` if one has not `ndim` dimensions."""
-        if not {*map(len, offsets), *map(len, sizes)} <= {ndim}:
-            return None
-        return cls(_array(offsets, ndim), _array(sizes, ndim))
+    offsets: tuple[Shape, ...]
+    """First indices of each box."""
+    sizes: tuple[Shape, ...]
+    """Extents of each box."""
 
 
-def _array(rows: Sequence[Sequence[int]], ndim: int) -> npt.NDArray[np.int64]:
+def _array(rows: Sequence[Shape], ndim: int) -> npt.NDArray[np.int64]:
     count = len(rows) * ndim
     return np.fromiter(chain.from_iterable(rows), np.int64, count).reshape(len(rows), ndim)
 
@@ -102,18 +94,19 @@ def tiling_fault(boxes: Sequence[Box] | BoxTable, shape: Shape) -> str | None:
         boxes: Parts of the tensor, in any order; those without elements do not count.
         shape: Shape of the tensor; `()` for a scalar.
     """
-    table = boxes
-    if not isinstance(table, BoxTable):
-        found = BoxTable.of([b.offsets for b in table], [b.sizes for b in table], len(shape))
-        if found is None:
-            return f"a part has not the {len(shape)} dimensions of the tensor"
-        table = found
-    return _fault(table.offsets, table.sizes, shape)
+    if not isinstance(boxes, BoxTable):
+        boxes = BoxTable(tuple(b.offsets for b in boxes), tuple(b.sizes for b in boxes))
+    return _fault(boxes.offsets, boxes.sizes, shape)
 
 
+# The layers of a model are cut alike, and so are saves of one run.
+@functools.lru_cache(maxsize=256)
 def _fault(
-    offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64], shape: Shape
+    offset_rows: tuple[Shape, ...], size_rows: tuple[Shape, ...], shape: Shape
 ) -> str | None:
+    if not {*map(len, offset_rows), *map(len, size_rows)} <= {len(shape)}:
+        return f"a part has not the {len(shape)} dimensions of the tensor"
+    offsets, sizes = _array(offset_rows, len(shape)), _array(size_rows, len(shape))
     outside = ((offsets < 0) | (sizes < 0) | (offsets + sizes > np.array(shape, np.int64))).any(1)
     if outside.any():
         i = int(outside.argmax())
@@ -122,8 +115,6 @@ def _fault(
     wanted, have = math.prod(shape), int(volumes.sum())
     if have != wanted:
         return f"the parts hold {have} elements, the tensor has {wanted}"
-    if len(volumes) <= 1 or not wanted:
-        return None
     offsets, sizes = offsets[volumes > 0], sizes[volumes > 0]
     cut_dims = np.flatnonzero((sizes != np.array(shape, np.int64)).any(axis=0))
     if len(cut_dims) == 0:

@@ -207,19 +207,14 @@ def _runtime_tensors(
             name=name,
             shape=tuple(kinds[fqn].size),
             dtype=kinds[fqn].properties.dtype,
-            chunks=_table(fqn, chunks[fqn], len(kinds[fqn].size)),
+            chunks=BoxTable(
+                tuple(chunk.offsets for chunk in chunks[fqn]),
+                tuple(chunk.sizes for chunk in chunks[fqn]),
+            ),
         )
         for fqn, name in names.items()
     ]
     return tensors, {name: fqn for fqn, name in names.items()}
-
-
-def _table(fqn: str, chunks: Sequence[Any], ndim: int) -> BoxTable:
-    table = BoxTable.of([c.offsets for c in chunks], [c.sizes for c in chunks], ndim)
-    if table is None:
-        msg = "a chunk has not the dimensions of its tensor"
-        raise PlanningError(msg, phase="plan", fqn=fqn, expected=f"{ndim} dimensions")
-    return table
 
 
 def _tied_names(facts: Iterable[LocalFacts], names: Mapping[str, str]) -> dict[str, str]:

@@ -84,13 +84,15 @@ class HFExport:
     order: Order = "auto"
     """Order in which tensors fill the files: that of the state dict, or natural order of the names.
 
-    `"auto"` is natural order if a spec renames or splits a tensor, as `save_pretrained` does
-    where it converts a layout, else the state dict's.
+    `"auto"` is the order of `save_pretrained`: natural where a spec renames or splits a tensor, or
+    where a model among the assets came from `from_pretrained`; else the state dict's.
     """
     spec_by_fqn: dict[str, LoadSpec] = field(init=False, repr=False)
     """`specs`, by the FQN that each one names."""
     max_shard_nbytes: int = field(init=False, repr=False)
     """`max_shard_size` in bytes."""
+    is_in_natural_order: bool = field(init=False, repr=False)
+    """Whether tensors fill the files in natural order of their runtime names."""
 
     def __post_init__(self) -> None:
         """Check and normalise each option."""
@@ -106,6 +108,7 @@ class HFExport:
         for name, value in frozen.items():
             object.__setattr__(self, name, value)
         self._check()
+        object.__setattr__(self, "is_in_natural_order", self._natural())
 
     def _check(self) -> None:
         align = self.header_align
@@ -127,12 +130,13 @@ class HFExport:
                 msg, expected='"auto", "state_dict" or "natural"', found=repr(self.order)
             )
 
-    @property
-    def is_in_natural_order(self) -> bool:
-        """Whether tensors fill the files in natural order of their runtime names."""
+    def _natural(self) -> bool:
         if self.order != "auto":
             return self.order == "natural"
-        return any(spec.hf_keys != (fqn,) for fqn, spec in self.spec_by_fqn.items())
+        assets = self.assets if isinstance(self.assets, (list, tuple)) else (self.assets,)
+        # transformers sets this when it loads a model, and then sorts the names when it saves.
+        is_loaded = any(getattr(a, "_weight_conversions", None) is not None for a in assets)
+        return is_loaded or any(s.hf_keys != (fqn,) for fqn, s in self.spec_by_fqn.items())
 
 
 def _by_fqn(specs: Iterable[object]) -> dict[str, LoadSpec]:
