@@ -24,7 +24,7 @@ from dcp_hf_writer._dcp_half import (
     run_given_writer,
 )
 from dcp_hf_writer._dtypes import ITEMSIZE
-from dcp_hf_writer._hf_half import BlockWriter, regions_by_file
+from dcp_hf_writer._hf_half import BlockWriter, is_interleaved, regions_by_file
 from dcp_hf_writer._hooks import reach
 from dcp_hf_writer._report import RankReport
 from dcp_hf_writer._source import TensorSource
@@ -109,11 +109,11 @@ class WritePhase:
                     elif report.export_error is None:
                         self._write_export(job, work[job], files, source, report)
                     if not shares:
-                        self._join(files)
+                        self._join(files, report)
             reach("before fsync")
             files.sync_kept()
             with attempt.timed("sync"):
-                self._join(files)
+                self._join(files, report)
         reach("after fsync")
         files.close()
         attempt.files = None
@@ -140,9 +140,15 @@ class WritePhase:
                 )
             )
 
-    def _join(self, files: OpenFiles) -> None:
+    def _join(self, files: OpenFiles, report: RankReport) -> None:
+        export = os.path.join(self.directory.path, self.subdir, "")
         try:
-            files.join(deadline=self.attempt.deadline)
+            for path, error in files.join(deadline=self.attempt.deadline):
+                if not path.startswith(export) or not isinstance(error, Exception):
+                    raise error
+                if report.export_error is None:
+                    rank = self.attempt.rank
+                    report.export_error = export_error(error, rank=rank, path=path)
         except CheckpointError as error:
             error.rank = self.attempt.rank
             raise
@@ -210,7 +216,12 @@ class WritePhase:
                 except BaseException:
                     file.discard()
                     raise
-                files.sync(file)
+                if is_interleaved(blocks):
+                    # Pages that other ranks fill too would go to the device once for each of them:
+                    # wait with the fsync until all is written, here and about then there.
+                    files.keep(file)
+                else:
+                    files.sync(file)
             except _FATAL:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it is, it is reported

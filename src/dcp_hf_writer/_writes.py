@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import SaveTimeoutError
@@ -40,8 +40,10 @@ class OpenFiles:
         except RuntimeError:
             # The interpreter is exiting, which waits for saves in flight but starts no threads.
             future = Future()
-            _sync_and_close(file)
-            future.set_result(None)
+            try:
+                future.set_result(_sync_and_close(file))
+            except Exception as error:  # noqa: BLE001 - as the pool does, for `join`
+                future.set_exception(error)
         self._syncing.append((future, file))
 
     def sync_kept(self) -> None:
@@ -49,29 +51,29 @@ class OpenFiles:
         for path in list(self._open):
             self.sync(self._open.pop(path))
 
-    def join(self, *, deadline: float) -> None:
+    def join(self, *, deadline: float) -> list[tuple[str, BaseException]]:
         """Wait until all fsyncs are done.
 
         Args:
             deadline: `time.monotonic()` after which waiting ends.
 
+        Returns:
+            Path and error of each file that could not be made durable.
+
         Raises:
-            WriteError: If one of them failed.
             SaveTimeoutError: If they are not done by the deadline.
         """
-        syncing, self._syncing = self._syncing, []
-        futures = [future for future, _ in syncing]
-        done, waiting = wait(
-            futures, timeout=max(0.0, deadline - time.monotonic()), return_when=FIRST_EXCEPTION
-        )
-        for future in done:
-            future.result()
-        if waiting:
-            stuck = [file.path for future, file in syncing if future in waiting]
+        futures = [future for future, _ in self._syncing]
+        wait(futures, timeout=max(0.0, deadline - time.monotonic()))
+        stuck = [file.path for future, file in self._syncing if not future.done()]
+        if stuck:
             msg = "files could not be made durable by the deadline of the save"
             raise SaveTimeoutError(
                 msg, phase="write", path=stuck[0], found=f"{len(stuck)} files still in fsync"
             )
+        syncing, self._syncing = self._syncing, []
+        ended = [(file.path, future.exception()) for future, file in syncing]
+        return [(path, error) for path, error in ended if error is not None]
 
     def close(self) -> None:
         """End the threads; all files must have been joined."""
@@ -82,6 +84,9 @@ class OpenFiles:
         self._pool.shutdown(wait=False, cancel_futures=True)
         for path in list(self._open):
             self._open.pop(path).discard()
+        for future, file in self._syncing:
+            if future.cancelled():
+                file.discard()
 
 
 def _sync_and_close(file: OutputFile) -> None:
