@@ -87,7 +87,11 @@ class StagingDirectory:
                 "owner": Owner.me().to_json(),
             }
             file = OutputFile(os.path.join(self.path, _RECORD_NAME), create=True)
-            file.write(memoryview(json.dumps(record).encode()), 0)
+            try:
+                file.write(memoryview(json.dumps(record).encode()), 0)
+            except BaseException:
+                file.discard()
+                raise
         except BaseException:
             self.remove()
             raise
@@ -171,6 +175,11 @@ class StagingDirectory:
                 raise
             sync_directory(parent)
             remove_tree(aside)
+        except OSError:
+            # As in `publish_new`: it may be done and still report an error.
+            new = _read_json(os.path.join(self.target, MANIFEST_NAME))
+            if new is None or new.get("save_id") != self.save_id:
+                raise
 
     def remove(self) -> None:
         """Remove what is left of the directory; a second call finds nothing."""

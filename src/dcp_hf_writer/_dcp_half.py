@@ -68,7 +68,7 @@ class SlabFileSystemWriter(FileSystemWriter):
                     items, self.files
                 )
             except BaseException:
-                file.close()
+                file.discard()
                 raise
             self.finish_file(file)
         future: Future[list[WriteResult]] = Future()

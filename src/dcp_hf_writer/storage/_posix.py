@@ -13,7 +13,7 @@ import re
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer.errors import StorageError, WriteError
+from dcp_hf_writer.errors import CheckpointError, WriteError
 from dcp_hf_writer.storage._libc import (
     UnsupportedCallError,
     rename_no_replace,
@@ -177,7 +177,8 @@ def write_errors(path: str) -> Iterator[None]:
     """Turn the system's errors on `path` into ours, with number and advice."""
     try:
         yield
-    except StorageError:
+    except CheckpointError:
+        # Some of ours are OSErrors too.
         raise
     except OSError as error:
         msg = "the file system refused a write"
@@ -260,7 +261,7 @@ def publish_new(source: str, target: str) -> None:
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
         os.rename(source, target)
-    except FileNotFoundError:
+    except OSError:
         # A network file system may have renamed and still report an error: look before judging.
         if os.path.lexists(source) or not os.path.isdir(target):
             raise
