@@ -141,9 +141,9 @@ def prepare(
 def _write_whole(files: OpenFiles, root: str, subdir: str, name: str, data: bytes) -> WholeFile:
     path = os.path.join(root, subdir, name)
     make_directories(os.path.dirname(path))
-    file = OutputFile(path, create=True)
+    file = files.keep(OutputFile(path, create=True))
     file.write(memoryview(data), 0)
-    files.sync(file)
+    files.sync(files.take(path) or file)
     return WholeFile(f"{subdir}/{name}", len(data), digest_of(data))
 
 
@@ -184,20 +184,30 @@ def step_of(target: str) -> int | None:
     return int(found[1]) if found else None
 
 
-def check_files(directory: StagingDirectory, layout: Layout, subdir: str) -> None:
-    """Check that the output files have the sizes of the plan.
+def check_files(
+    directory: StagingDirectory,
+    layout: Layout | None,
+    reports: Sequence[RankReport],
+    subdir: str,
+) -> None:
+    """Check that all files are there and have the sizes that were planned or reported.
 
     Raises:
         CoverageError: Naming the file that does not.
     """
-    for file in layout.files:
-        path = os.path.join(directory.path, subdir, file.name)
-        with write_errors(path):
-            found = os.stat(path).st_size
-        if found != file.nbytes:
-            msg = "an output file has not its planned size"
+    sizes = {file.name: file.nbytes for report in reports for file in report.dcp_files}
+    for output in () if layout is None else layout.files:
+        sizes[os.path.join(subdir, output.name)] = output.nbytes
+    for name, nbytes in sizes.items():
+        path = os.path.join(directory.path, name)
+        try:
+            found = f"{os.stat(path).st_size} bytes"
+        except OSError as error:
+            found = errno.errorcode.get(error.errno or 0, str(error))
+        if found != f"{nbytes} bytes":
+            msg = "a file of the checkpoint is not as it was written"
             raise CoverageError(
-                msg, phase="finish", path=path, expected=f"{file.nbytes} bytes", found=f"{found}"
+                msg, phase="finish", path=path, expected=f"{nbytes} bytes", found=found
             )
 
 
@@ -233,16 +243,16 @@ def publish(
         StorageError: If the file system does not allow it.
     """
     layout = plan.layout if error is None else None
+    reach("before manifest")
     if layout is not None:
         check_coverage(layout, reports)
-        check_files(directory, layout, subdir)
+    check_files(directory, layout, reports, subdir)
     covered = {file.name for report in reports for file in report.dcp_files}
     others = [
         WholeFile(name, *digest_file(os.path.join(directory.path, name)))
         for name in _plain_files(directory.path)
         if name not in covered
     ]
-    reach("before manifest")
     manifest = encode_manifest(
         save_id=directory.save_id,
         target=directory.target,

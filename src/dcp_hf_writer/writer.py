@@ -34,6 +34,7 @@ from dcp_hf_writer.errors import (
 )
 from dcp_hf_writer.export import HFExport
 from dcp_hf_writer.slots import WriteSlots
+from dcp_hf_writer.storage._posix import write_errors
 
 if TYPE_CHECKING:
     import os
@@ -394,7 +395,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         if writer is None:
             writer = SlabFileSystemWriter(directory.path, checkpoint_id=directory.target)
             writer.set_up_storage_writer(True, rank=attempt.rank, use_collectives=True)
-        with attempt.timed("metadata"):
+        with attempt.timed("metadata"), write_errors(directory.path):
             writer.finish(metadata, results)
 
     # -- odds and ends ------------------------------------------------------------------------
