@@ -41,9 +41,11 @@ class OpenFiles:
             # The interpreter is exiting, which waits for saves in flight but starts no threads.
             future = Future()
             try:
-                future.set_result(_sync_and_close(file))
+                _sync_and_close(file)
             except Exception as error:  # noqa: BLE001 - as the pool does, for `join`
                 future.set_exception(error)
+            else:
+                future.set_result(None)
         self._syncing.append((future, file))
 
     def sync_kept(self) -> None:
