@@ -61,7 +61,9 @@ class Slab:
                 fd = os.memfd_create(f"dcp-hf-{self.slab_id[:8]}", os.MFD_CLOEXEC)
                 os.ftruncate(fd, nbytes)
             self._map = mmap.mmap(fd, nbytes)
-        except (OSError, ValueError, MemoryError) as error:
+        except (OSError, ValueError, OverflowError, MemoryError) as error:
+            if fd is not None:
+                os.close(fd)
             msg = "host memory for the staged copy could not be had"
             raise StagingError(
                 msg,
