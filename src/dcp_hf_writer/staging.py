@@ -7,6 +7,7 @@ import io
 import pickle
 import threading
 import time
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -20,7 +21,7 @@ from dcp_hf_writer._tensors import check_one_block, memory_identity
 from dcp_hf_writer.errors import CheckpointError, StagingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from dcp_hf_writer._model_entry import Path
 
@@ -298,7 +299,7 @@ class Stager:
 def _collect(value: Any, path: Path, leaves: list[_Leaf]) -> None:
     if isinstance(value, torch.Tensor):
         leaves.append(_leaf(value, path))
-    elif isinstance(value, dict):
+    elif isinstance(value, Mapping):
         for key, item in value.items():
             _collect(item, (*path, key), leaves)
     elif isinstance(value, (list, tuple)):
@@ -384,7 +385,7 @@ def _replace(value: Any, staged: Any) -> Any:
     """Rebuild the containers around the staged tensors, and deep-copy every other value."""
     if isinstance(value, torch.Tensor):
         return next(staged)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _replace(item, staged) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*(_replace(item, staged) for item in value))
