@@ -15,7 +15,7 @@ import shutil
 from dataclasses import dataclass
 from typing import Any
 
-from dcp_hf_writer._owner import Owner, is_abandoned, made_here_by_dead, mark_active, mark_ended
+from dcp_hf_writer._owner import Owner, is_abandoned, is_over_here, mark_active, mark_ended
 from dcp_hf_writer.errors import (
     CommitError,
     NodeLocalPathError,
@@ -75,10 +75,10 @@ class StagingDirectory:
         make_directories(parent)
         _recover(self.target)
         check_target(self.target, overwrite=overwrite)
-        _probe_once(parent, self.save_id)
-        _collect_leftovers(self.target)
         mark_active(self.save_id)
         try:
+            _probe_once(parent, self.save_id)
+            _collect_leftovers(self.target)
             with write_errors(self.path):
                 os.mkdir(self.path)
             record = {
@@ -313,11 +313,12 @@ def _collect_leftovers(target: str) -> None:
 
 
 def _remove_unclaimed(path: str, save_id: str) -> None:
-    """Remove a directory that does not say whose it is, if its process is gone from this host.
+    """Remove a directory that does not say whose it is, if its save is over on this host.
 
-    That process was killed before its record was whole, or while it removed the directory.
+    Its process was killed before the record was whole, or while it removed the directory; or it
+    could not remove it.
     """
-    if made_here_by_dead(save_id):
+    if is_over_here(save_id.partition(".")[0]):
         remove_tree(path)
 
 

@@ -100,11 +100,16 @@ def new_save_id() -> str:
     return f"{now}-{_host_tag()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
 
 
-def made_here_by_dead(save_id: str) -> bool:
-    """Whether the id alone tells that its process ran on this host and is gone."""
+def is_over_here(save_id: str) -> bool:
+    """Whether the id alone tells that a save was made on this host and nobody works on it."""
     fields = save_id.split("-")
-    is_here = len(fields) > _PID_FIELD and fields[1] == _host_tag() and fields[2].isdigit()
-    return is_here and _started(int(fields[_PID_FIELD]))[0] in _GONE
+    if len(fields) <= _PID_FIELD or fields[1] != _host_tag() or not fields[_PID_FIELD].isdigit():
+        return False
+    pid = int(fields[_PID_FIELD])
+    if pid == os.getpid():
+        with _active_lock:
+            return save_id not in _active
+    return _started(pid)[0] in _GONE
 
 
 _PID_FIELD = 2
