@@ -18,6 +18,7 @@ import threading
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -41,7 +42,10 @@ AFTER_DEADLINE_S = 5.0
 AT_ONCE_S = 4.0
 """How long an error of one rank may take to reach all, on a busy machine."""
 SLOT_COUNT = 2
+ROOT = "<root>"
+"""As the `file` of a `BadCall`: the directory that the checkpoints are in."""
 _SETTLE_S = 5.0
+_PWRITE = os.pwrite
 
 # What a trainer takes for a checkpoint: any directory named like one that holds one of these.
 _STEP_NAME = re.compile(r"step-(\d+)")
@@ -128,8 +132,8 @@ class BadCall:
     """First call that goes wrong, from 1."""
     times: int = 1
     """How many do."""
-    within: str = ""
-    """Text that the path must contain."""
+    file: str = "*"
+    """Pattern of the name of the file or directory; `ROOT` for the tree itself."""
     outcome: Literal["error", "done", "short"] = "error"
     """Not done, done but an error reported, or done in part."""
 
@@ -144,16 +148,16 @@ class BadCall:
         real = getattr(holder, self.name)
         counted, lock = 0, threading.Lock()
 
-        def bad(*args: Any) -> Any:
+        def bad(*args: Any, **kwargs: Any) -> Any:
             nonlocal counted
             path = path_of_call(args[:2] if is_libc else args[:1])
-            if f"{root}/" not in path or self.within not in path:
-                return real(*args)
+            if not self._is_meant(path, root):
+                return real(*args, **kwargs)
             with lock:
                 counted += 1
                 is_bad = self.nth <= counted < self.nth + self.times
             if not is_bad:
-                return real(*args)
+                return real(*args, **kwargs)
             note_hit(root, f"{rank} {self.outcome} {self.name} {os.path.basename(path)}")
             return self._answer(real, args, is_libc=is_libc)
 
@@ -167,11 +171,16 @@ class BadCall:
             setattr(holder, self.name, real)
             _libc._libc = original
 
+    def _is_meant(self, path: str, root: Path) -> bool:
+        if self.file == ROOT:
+            return path == str(root)
+        return path.startswith(f"{root}/") and fnmatch(os.path.basename(path), self.file)
+
     def _answer(self, real: Any, args: tuple[Any, ...], *, is_libc: bool) -> Any:
         if self.outcome == "short":
             fd, data, offset = args
             whole = data if isinstance(data, memoryview) else memoryview(b"".join(data))
-            return os.pwrite(fd, bytes(whole[: max(1, whole.nbytes // 3)]), offset)
+            return _PWRITE(fd, bytes(whole[: max(1, whole.nbytes // 3)]), offset)
         # A descriptor is gone whatever close says.
         if self.outcome == "done" or self.name == "close":
             real(*args)
@@ -331,9 +340,10 @@ def check_outcomes(
 class Resources:
     """What this process holds that a save might leave behind (I6)."""
 
-    def __init__(self, root: Path) -> None:
-        """Remember what is held now."""
+    def __init__(self, root: Path, *, with_slots: bool = True) -> None:
+        """Remember what is held now; one rank alone may look at the slots that they share."""
         self._root = root
+        self._with_slots = with_slots
         self._before = self._held()
 
     def leaked(self, *, settle_s: float = _SETTLE_S) -> list[str]:
@@ -343,7 +353,7 @@ class Resources:
             if time.monotonic() > until:
                 break
             time.sleep(0.02)
-        return [*more, *self._taken_slots()]
+        return [*more, *(self._taken_slots() if self._with_slots else ())]
 
     @staticmethod
     def _held() -> Counter[str]:
@@ -424,7 +434,7 @@ def episode(rank: int, root: Path, case: Case) -> Episode:
     options = dict(case.options) | ({"overwrite": True} if case.is_first_kept else {})
     first = save(root, "step-1", 1)
     problems = [] if first.raised is None else [f"the first save failed: {first.raised.text}"]
-    resources = Resources(root)
+    resources = Resources(root, with_slots=rank == 0)
     with case.fault.installed(rank, root):
         struck = save(root, name, 2, **options)
     dist.barrier()
@@ -467,7 +477,8 @@ def check_episodes(root: Path, name: str, case: Case, found: Sequence[Episode]) 
     """
     own = root / name.replace(" ", "-").replace("/", "-")
     assert len(hits(own)) >= case.hits, f"the fault struck {len(hits(own))} times"
-    assert [p for one in found for p in one.problems] == []
+    problems = [problem for one in found for problem in one.problems]
+    assert not problems, "; ".join(problems)
     check_outcomes([e.struck for e in found], case.kind, case.words, within_s=case.within_s)
     assert len({str(one.struck.error) for one in found}) == 1, "ranks saw different errors"
     check_outcomes([one.again for one in found], None)

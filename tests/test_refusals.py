@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import stat
-import subprocess
 import tempfile
 import warnings
 from dataclasses import dataclass, field, replace
@@ -35,6 +33,7 @@ from dcp_hf_writer.errors import (
     WriteError,
 )
 from faults import Outcome, check_outcomes, check_storage, save
+from mounts import mount_tmpfs, needs_mounts, remount
 from named_bytes import EXPORT
 from rank_process import Raised
 from ranks import run_ranks
@@ -45,7 +44,6 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlan
 
 WORLD_SIZE = 2
-_CLONE_NEWNS = 0x00020000
 _NOBODY = 65534
 
 
@@ -419,22 +417,7 @@ def test_dcp_half_is_committed_when_an_asset_cannot_be_saved(reaction: str, tmp_
 
 # Places that cannot be written to
 
-needs_mounts = pytest.mark.skipif(
-    shutil.which("mount") is None
-    or subprocess.run(["unshare", "-m", "true"], check=False, capture_output=True).returncode != 0,
-    reason="`unshare -m true` fails here: a private mount namespace takes CAP_SYS_ADMIN",
-)
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="`id -u` is not 0: cannot become a user")
-
-
-def mount_tmpfs(path: Path, *options: str) -> None:
-    """Mount a tmpfs that only this process sees; to be called before it starts threads to write."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(_CLONE_NEWNS) != 0:
-        raise OSError(ctypes.get_errno(), "unshare(CLONE_NEWNS)")
-    subprocess.run(["mount", "--make-rprivate", "/"], check=True)
-    opts = ",".join(("mode=755", *options))
-    subprocess.run(["mount", "-t", "tmpfs", "-o", opts, "tmpfs", str(path)], check=True)
 
 
 def save_node_locally(rank: int, world_size: int, root: Path) -> tuple[list[Outcome], list[str]]:
@@ -468,7 +451,7 @@ def test_save_is_refused_when_the_path_is_local_to_each_node(tmp_path: Path) -> 
 def save_read_only(rank: int, world_size: int, root: Path) -> tuple[list[Outcome], list[str]]:
     if rank == 0:
         mount_tmpfs(root)
-        subprocess.run(["mount", "-o", "remount,ro", str(root)], check=True)
+        remount(root, "ro")
     dist.barrier()
     outcomes = [save(root, "step-1", 1)]
     dist.barrier()
