@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from pathlib import Path
 
-# Every dtype that safetensors 0.8 stores and torch has, but one with a case of its own and one with a
-# test file of its own; a test compares with the library.
+# Every dtype that safetensors 0.8 stores and torch has, but one with a case of its own and one with
+# a test file of its own; a test compares with the library.
 DTYPES = (
     *(torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64),
     *(torch.int8, torch.int16, torch.int32, torch.int64),

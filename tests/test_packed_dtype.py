@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
-from compare import file_difference
-from ranks import run_ranks
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
 
+from compare import file_difference
 from dcp_hf_writer import HFDualWriter
+from ranks import run_ranks
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 F4 = torch.float4_e2m1fn_x2
 

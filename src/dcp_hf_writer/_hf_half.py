@@ -49,6 +49,11 @@ def regions_by_file(
     return found
 
 
+def is_interleaved(blocks: Iterable[tuple[WriteItem, Region]]) -> bool:
+    """Whether blocks are runs between those of other ranks, as column shards are."""
+    return any(_runs(region.target, region.disk).count > 1 for _, region in blocks)
+
+
 class BlockWriter:
     """Writes blocks of one rank; keeps its bounce buffer from save to save."""
 

@@ -100,15 +100,22 @@ class WritePhase:
         with ExitStack() as held:
             if shares:
                 self._hold(held, "dcp")
-            for job in self._jobs(sorted(work)):
+            jobs = self._jobs(sorted(work))
+            exports = [job for job in jobs if job is not None]
+            settled = set(exports[len(exports) - len(exports) // max(self.own.host_size, 1) :])
+            for job in jobs:
                 with ExitStack() as held_by_half:
                     if not shares:
                         self._hold(held_by_half, "dcp" if job is None else "hf")
                     if job is None:
                         results = self._write_dcp(files, source, report)
                     elif report.export_error is None:
-                        self._write_export(job, work[job], files, source, report)
+                        # Pages that other ranks fill too would go to the device once for each of
+                        # them. The last files of the rotation are those the others had before.
+                        defer = job not in settled and is_interleaved(work[job])
+                        self._write_export(job, work[job], files, source, report, defer=defer)
                     if not shares:
+                        files.sync_kept()
                         self._join(files, report)
             reach("before fsync")
             files.sync_kept()
@@ -125,9 +132,18 @@ class WritePhase:
         return [*results, WriteResult(MetadataIndex(_REPORT_FQN), 0, report)]
 
     def _jobs(self, files: Sequence[int]) -> list[int | None]:
-        """Return this rank's files, `None` being its DCP file, from where it starts."""
+        """Return this rank's files in its order; `None` is its DCP file.
+
+        That one is nobody else's and comes first, so that the device is busy with it while the
+        output files are filled, each rank of a host starting at another one. With fewer output
+        files than ranks they would still meet in one, so there the DCP file joins the rotation.
+        """
+        rank, ranks = self.own.host_rank, max(self.own.host_size, 1)
+        if len(files) >= ranks:
+            start = rank * len(files) // ranks
+            return [None, *files[start:], *files[:start]]
         jobs: list[int | None] = [None, *files]
-        start = self.own.host_rank * len(jobs) // max(self.own.host_size, 1)
+        start = rank * len(jobs) // ranks
         return jobs[start:] + jobs[:start]
 
     def _hold(self, held: ExitStack, half: str) -> None:
@@ -199,6 +215,8 @@ class WritePhase:
         files: OpenFiles,
         source: TensorSource,
         report: RankReport,
+        *,
+        defer: bool,
     ) -> None:
         name, _ = self.own.files[job]
         path = os.path.join(self.directory.path, self.subdir, name)
@@ -216,9 +234,7 @@ class WritePhase:
                 except BaseException:
                     file.discard()
                     raise
-                if is_interleaved(blocks):
-                    # Pages that other ranks fill too would go to the device once for each of them:
-                    # wait with the fsync until all is written, here and about then there.
+                if defer:
                     files.keep(file)
                 else:
                     files.sync(file)
