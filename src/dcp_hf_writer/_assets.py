@@ -150,7 +150,7 @@ def _as_bytes(name: Any, data: Any) -> bytes:
 
 def _read_path(path: Path) -> dict[str, bytes]:
     try:
-        return _tree(path) if path.is_dir() else {path.name: path.read_bytes()}
+        return _other_files(path) if path.is_dir() else {path.name: path.read_bytes()}
     except OSError as error:
         msg = "an asset could not be read"
         raise ExportError(msg, phase="plan", path=str(path), found=str(error)) from error
@@ -182,20 +182,14 @@ def _save_pretrained(asset: Any) -> dict[str, bytes]:
             raise ExportError(
                 msg, phase="plan", found=f"{type(error).__name__}: {error}"
             ) from error
-        return _tree(Path(directory))
-
-
-def _tree(root: Path) -> dict[str, bytes]:
-    files = {}
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root)
-        if path.is_file() and not any(part.startswith(".") for part in name.parts):
-            files[name.as_posix()] = path.read_bytes()
-    return files
+        return _other_files(Path(directory))
 
 
 def _other_files(base: Path) -> dict[str, bytes]:
-    """Return every file of a model directory that is not weights, hidden or in a cache."""
+    """Return every file of a directory that is not weights, hidden or in a cache.
+
+    Weights beside those of the export would be loaded with them, or instead.
+    """
     files = {}
     for path in sorted(base.rglob("*")):
         name = path.relative_to(base)
