@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
+from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -60,6 +61,18 @@ def one_writer_for_many_steps(root: Path, mesh: DeviceMesh | None) -> None:
         future.result()
 
 
+def one_writer_that_is_not_waited_for(root: Path, mesh: DeviceMesh | None) -> None:
+    writer = HFDualWriter(root / "never")
+    futures = []
+    for step in (30, 31, 32):
+        state = state_of(step, mesh)
+        checkpoint_id = root / f"busy-{step}"
+        futures.append(dcp.async_save(state, storage_writer=writer, checkpoint_id=checkpoint_id))
+        spoil(state)
+    for future in futures:
+        future.result()
+
+
 def new_writer_each_step(root: Path, mesh: DeviceMesh | None) -> None:
     futures = []
     for step in (7, 8, 9):
@@ -91,6 +104,7 @@ def with_writer_of_torch(root: Path, mesh: DeviceMesh | None) -> None:
     for step, make in (
         (13, lambda path: FileSystemWriter(path, thread_count=2)),
         (14, lambda path: FileSystemWriter(path, single_file_per_rank=False)),
+        (33, FsspecWriter),
     ):
         path = root / f"given-{step}"
         writer = HFDualWriter(path, dcp_writer=make(path))
@@ -98,6 +112,16 @@ def with_writer_of_torch(root: Path, mesh: DeviceMesh | None) -> None:
         future = dcp.async_save(state, storage_writer=writer)
         spoil(state)
         future.result()
+
+
+def with_other_planners(root: Path, mesh: DeviceMesh | None) -> None:
+    planner = DefaultSavePlanner(dedup_save_to_lowest_rank=True)
+    writer = HFDualWriter(root / "planner-34")
+    dcp.async_save(state_of(34, mesh), storage_writer=writer, planner=planner).result()
+    # Names are as they are, dots and all; there are no entries.
+    planner = DefaultSavePlanner(flatten_state_dict=False)
+    writer = HFDualWriter(root / "other" / "flat-35")
+    dcp.async_save(state_of(35, mesh)["model"], storage_writer=writer, planner=planner).result()
 
 
 def with_one_slot(root: Path, mesh: DeviceMesh | None) -> None:
@@ -159,8 +183,13 @@ def without_export(root: Path, mesh: DeviceMesh | None) -> None:
 
 
 def by_process(root: Path, mesh: DeviceMesh | None) -> None:
-    for step in (25, 26):
-        save(root / f"process-{step}", mesh, step, async_checkpointer_type=PROCESS)
+    save(root / "process-25", mesh, 25, async_checkpointer_type=PROCESS)
+    state = state_of(26, mesh)
+    path = root / "process-26"
+    writer = HFDualWriter(path, dcp_writer=FileSystemWriter(path, thread_count=2))
+    future = dcp.async_save(state, storage_writer=writer, async_checkpointer_type=PROCESS)
+    spoil(state)
+    future.result()
     writer = HFDualWriter(
         root / "process-27", staging="overlap", export=HFExport(assets={"config.json": b"{}"})
     )
@@ -177,10 +206,12 @@ WAYS: list[Callable[[Path, DeviceMesh | None], None]] = [
     by_thread,
     with_checkpoint_id,
     one_writer_for_many_steps,
+    one_writer_that_is_not_waited_for,
     new_writer_each_step,
     overlapped,
     overwriting,
     with_writer_of_torch,
+    with_other_planners,
     with_one_slot,
     stateful,
     on_paths_of_every_kind,
@@ -191,6 +222,7 @@ WAYS: list[Callable[[Path, DeviceMesh | None], None]] = [
 DIRECT = {
     *("save-1", "thread-2", "async-id-3", "id-3", "kept-4", "kept-5", "kept-6"),
     *("new-7", "new-8", "new-9", "overlap-10", "overwrite-12", "given-13", "given-14"),
+    *("busy-30", "busy-31", "busy-32", "given-33", "planner-34"),
     *("slots-15", "slots-16", "stateful-17", "stateful-18", "missing/parents/path-19", "path-20"),
 }
 
@@ -238,13 +270,13 @@ def test_tied_weights_are_exported_once_by_a_synchronous_save(saved: Path, step:
     assert dcp_difference(saved / "tied" / f"tied-{step}", state) is None
 
 
-@pytest.mark.parametrize("name", ["bare-23", "async-bare-23", "nested-23"])
+@pytest.mark.parametrize("name", ["bare-23", "async-bare-23", "flat-35", "nested-23"])
 def test_model_is_found_in_bare_and_nested_state_dicts(saved: Path, name: str) -> None:
     path = saved / "other" / name
-    state = state_of(23)
+    state = state_of(step_of(path))
     expected = {"app": state} if name == "nested-23" else state["model"]
     assert dcp_difference(path, expected) is None
-    assert tensor_difference(load_hf(path / "hf"), model_of(23)) is None
+    assert tensor_difference(load_hf(path / "hf"), state["model"]) is None
 
 
 def test_no_export_is_left_when_none_is_asked_for(saved: Path) -> None:
