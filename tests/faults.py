@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import errno
+import gc
 import os
 import re
 import signal
@@ -264,6 +265,11 @@ def save(
             future.result(timeout=options["timeout_s"] + 4 * AFTER_DEADLINE_S)
     except BaseException as error:  # noqa: BLE001 torch's CheckpointException is no Exception
         raised = Raised.of(error)
+        # As for a caller who does not keep the error: its frames hold what the save held, and
+        # torch makes a cycle of them.
+        error.__traceback__ = None
+        if is_sync:
+            gc.collect()
     return Outcome(rank, raised, time.monotonic() - began)
 
 
