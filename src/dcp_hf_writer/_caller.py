@@ -1,7 +1,8 @@
-"""What torch's `save` does not hand to a storage writer: the planner, while it plans.
+"""What torch's `save` does not hand to a storage writer: the planner, and the end of the save.
 
-A synchronous save needs it to find tied tensors (an asynchronous one finds them while it stages),
-and any save whose planner caches plans, to see those that torch does not show.
+A synchronous save needs the planner to find tied tensors (an asynchronous one finds them while it
+stages), and any save whose planner caches plans, to see those that torch does not show. Of a save
+that fails on another rank torch tells a writer nothing at all.
 """
 
 from __future__ import annotations
@@ -25,6 +26,19 @@ def current_planner() -> SavePlanner | None:
         planner = frame.f_locals.get("planner")
         if isinstance(planner, SavePlanner):
             return planner
+        if frame.f_back is None:
+            return None
+        frame = frame.f_back
+    return None
+
+
+def current_save() -> object | None:
+    """Return an object that lives as long as the save that calls a writer; `None` if unknown."""
+    frame = sys._getframe(2)  # noqa: SLF001
+    for _ in range(_MAX_DEPTH):
+        found = frame.f_locals.get("distW")
+        if found is not None:
+            return found  # type: ignore[no-any-return]
         if frame.f_back is None:
             return None
         frame = frame.f_back

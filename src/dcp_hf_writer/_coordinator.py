@@ -109,12 +109,12 @@ def prepare(
     Raises:
         StorageError: If the file system does not allow it, or has no space.
     """
-    record = directory.create(overwrite=overwrite)
-    attempt.directory = directory
-    reach("directory made")
     files = attempt.files = OpenFiles()
+    record = files.keep(directory.create(overwrite=overwrite))
+    attempt.directory = directory
     try:
-        files.sync(record)
+        reach("directory made")
+        files.sync(files.take(record.path) or record)
         if plan.layout is None or assets is None:
             return []
         fs_type = file_system_type(directory.path)

@@ -2,25 +2,42 @@
 
 from __future__ import annotations
 
-import time
-from typing import TYPE_CHECKING
+import logging
+import threading
+import weakref
+from typing import TYPE_CHECKING, TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 
+from dcp_hf_writer._caller import current_save
 from dcp_hf_writer._coordinator import committed_save_id
 from dcp_hf_writer._rendezvous import POST_MORTEM_S, Progress, lost_ranks_error
 from dcp_hf_writer._watchdog import FutureGuard, current_future, own_error
 from dcp_hf_writer.errors import SaveTimeoutError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from dcp_hf_writer._attempt import Attempt
     from dcp_hf_writer._slab import Lease
+    from dcp_hf_writer.errors import RankLostError
+
+_log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
 
 
 def guard_save(attempt: Attempt) -> None:
-    """Guard the future of the save that the calling thread runs; a synchronous one has none."""
+    """Guard the future of the save that the calling thread runs.
+
+    A synchronous save has none: what it holds is given back when torch's frames of it go, which
+    takes a garbage collection where this rank failed, or when the interpreter ends.
+    """
     future = current_future()
     if future is None:
+        save = current_save()
+        if save is not None:
+            weakref.finalize(save, attempt.end)
         return
 
     FutureGuard(
@@ -58,30 +75,34 @@ def guard_process_save(lease: Lease | None, *, deadline: float, target: str) -> 
     )
 
 
+# The store and the storage may be what is silent: how long each may take to say what it knows.
+_ASK_S = 2.0
+# At the deadline the other ranks, which began a little later, may take this long to pass it too.
+_SKEW_S = 1.0
+
+_OPEN = "outcome open: the path alone tells whether the checkpoint is there"
+_STORE_IS_SILENT: Sequence[str] = ("the host of the store, mostly rank 0",)
+
+
 def _at_deadline(attempt: Attempt) -> BaseException:
     may_commit = not attempt.give_up()
-    save_id = attempt.directory.save_id if attempt.directory is not None else None
-    silent = _silent_ranks(attempt, wait_s=0.0)
-    if silent and not may_commit:
-        return lost_ranks_error(
-            silent, rank=attempt.rank, phase=attempt.phase, target=attempt.target, save_id=save_id
-        )
+    phase = attempt.phase
+    silent = _ask(lambda: _silent_at_deadline(attempt, phase), otherwise=_STORE_IS_SILENT)
+    # A rank that has not reported knows that nobody could commit without it.
+    is_open = may_commit or (not attempt.is_coordinator and phase == "written")
+    outcome = _outcome_of(attempt) if is_open else "not committed"
+    if silent:
+        return _lost(attempt, silent, phase=phase, outcome=outcome)
     msg = "the deadline of the save passed"
     return SaveTimeoutError(
         msg,
         rank=attempt.rank,
-        phase=attempt.phase,
+        phase=phase,
         path=attempt.target,
         expected=f"done within {attempt.deadline - attempt.began:.0f} s",
-        found=_outcome(attempt.target, save_id) if may_commit else "not committed",
+        found=outcome,
         hint="raise timeout_s, or find what slows the storage down",
     )
-
-
-def _outcome(target: str, save_id: str | None) -> str:
-    if save_id is not None and committed_save_id(target) == save_id:
-        return "committed: the checkpoint is visible"
-    return "outcome open: the path alone tells whether the checkpoint is there"
 
 
 def _explain(attempt: Attempt, error: BaseException) -> BaseException:
@@ -92,23 +113,74 @@ def _explain(attempt: Attempt, error: BaseException) -> BaseException:
         return error
     # A broken collective names an address at best: ask the records who went silent.
     attempt.give_up()
-    attempt.post("failed")
-    silent = _silent_ranks(attempt, wait_s=min(POST_MORTEM_S, attempt.left_s()))
+    phase = attempt.phase
+    wait_s = min(POST_MORTEM_S, attempt.left_s())
+    silent = _ask(
+        lambda: _silent_after_failure(attempt, wait_s=wait_s),
+        otherwise=_STORE_IS_SILENT,
+        limit_s=wait_s + _ASK_S,
+    )
     if not silent:
         return error
-    save_id = attempt.directory.save_id if attempt.directory is not None else None
-    lost = lost_ranks_error(
-        silent, rank=attempt.rank, phase=attempt.phase, target=attempt.target, save_id=save_id
-    )
+    outcome = _outcome_of(attempt) if phase == "written" else "not committed"
+    lost = _lost(attempt, silent, phase=phase, outcome=outcome)
     lost.__cause__ = error
     return lost
 
 
-def _silent_ranks(attempt: Attempt, *, wait_s: float) -> list[str]:
+def _lost(attempt: Attempt, silent: Sequence[str], *, phase: str, outcome: str) -> RankLostError:
+    save_id = attempt.directory.save_id if attempt.directory is not None else None
+    return lost_ranks_error(
+        silent,
+        rank=attempt.rank,
+        phase=phase,
+        target=attempt.target,
+        save_id=save_id,
+        outcome=outcome,
+    )
+
+
+def _silent_at_deadline(attempt: Attempt, phase: str) -> Sequence[str]:
     if attempt.rendezvous is None:
-        return []
-    mine = Progress(attempt.count, attempt.phase, "", 0)
-    try:
-        return attempt.rendezvous.silent_ranks(mine, wait_s=wait_s)
-    except RuntimeError as error:
-        return [f"the host of the store, {type(error).__name__} at {time.strftime('%X')}"]
+        return ()
+    behind = attempt.rendezvous.silent_ranks(Progress(attempt.count, phase, "", 0), wait_s=0.0)
+    # Where all have come equally far, those are silent that do not notice the deadline.
+    return behind or _silent_after_failure(attempt, wait_s=_SKEW_S)
+
+
+def _silent_after_failure(attempt: Attempt, *, wait_s: float) -> Sequence[str]:
+    if attempt.rendezvous is None:
+        return ()
+    attempt.post("failed")
+    mine = Progress(attempt.count, "failed", "", 0)
+    return attempt.rendezvous.silent_ranks(mine, wait_s=wait_s)
+
+
+def _outcome_of(attempt: Attempt) -> str:
+    save_id = attempt.directory.save_id if attempt.directory is not None else None
+    return _ask(lambda: _outcome(attempt.target, save_id), otherwise=_OPEN)
+
+
+def _outcome(target: str, save_id: str | None) -> str:
+    if save_id is not None and committed_save_id(target) == save_id:
+        return "committed: the checkpoint is visible"
+    return _OPEN
+
+
+def _ask(
+    question: Callable[[], _Answer], *, otherwise: _Answer, limit_s: float = _ASK_S
+) -> _Answer:
+    """Return the answer to a question that may hang in the store or the storage."""
+    answers: list[_Answer] = []
+
+    def ask() -> None:
+        try:
+            answers.append(question())
+        except (RuntimeError, TimeoutError) as error:
+            # Errors of the store, as torch raises them, and ours that say so.
+            _log.debug("no answer: %s", error)
+
+    asking = threading.Thread(target=ask, name="dcp-hf-ask", daemon=True)
+    asking.start()
+    asking.join(limit_s)
+    return answers[0] if answers else otherwise

@@ -150,9 +150,15 @@ def _is_behind(other: Progress | None, mine: Progress) -> bool:
 
 
 def lost_ranks_error(
-    silent: Sequence[str], *, rank: int, phase: str, target: str, save_id: str | None
+    silent: Sequence[str],
+    *,
+    rank: int,
+    phase: str,
+    target: str,
+    save_id: str | None,
+    outcome: str,
 ) -> RankLostError:
-    """Make the error that names the ranks that did not answer."""
+    """Make the error that names the ranks that did not answer, and says what is committed."""
     msg = "the save was given up, since not all ranks answered"
     return RankLostError(
         msg,
@@ -160,7 +166,7 @@ def lost_ranks_error(
         phase=phase,
         path=target,
         expected="an answer of every rank" + (f" in save {save_id}" if save_id else ""),
-        found=f"silent: {', '.join(silent) or 'none by their own records'}",
+        found=f"silent: {', '.join(silent)}; {outcome}",
         hint="the process group is not usable for saving any more; restart the lost ranks",
     )
 

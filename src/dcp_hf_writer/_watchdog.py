@@ -75,7 +75,7 @@ class FutureGuard:
         left = self._deadline + _GRACE_S - time.monotonic()
         if self._done.wait(max(left, 0.0)):
             return
-        error = self._on_deadline()
+        error = _outcome_of(self._on_deadline)
         self._resolve(lambda: self._set_exception(error))
 
     def _result(self, result: Any) -> None:
@@ -83,7 +83,7 @@ class FutureGuard:
         self._resolve(lambda: self._set_result(result))
 
     def _exception(self, exception: BaseException | None) -> None:
-        shown = None if exception is None else self._translate(exception)
+        shown = None if exception is None else _outcome_of(lambda: self._translate(exception))
         self._on_end()
         self._resolve(lambda: self._set_exception(shown))
 
@@ -97,6 +97,14 @@ class FutureGuard:
             except InvalidStateError:
                 # Cancelled by the caller, who then does not look at it.
                 return
+
+
+def _outcome_of(explain: Callable[[], BaseException]) -> BaseException:
+    """Return an explanation, or what went wrong in finding it: the future gets either."""
+    try:
+        return explain()
+    except Exception as error:  # noqa: BLE001 - whatever it is, the caller must not wait for ever
+        return error
 
 
 def own_error(error: BaseException) -> CheckpointError | None:

@@ -217,6 +217,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             StorageError: If the target or the file system does not allow it; likewise.
         """
         attempt = self._current()
+        attempt.check()
         if len(plans) == 1:
             attempt.rendezvous = None
         attempt.world_size = len(plans)
