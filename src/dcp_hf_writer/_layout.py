@@ -140,7 +140,7 @@ def _natural(tensor: RuntimeTensor) -> list[tuple[Any, ...]]:
     """Order names as people count: split at dots, digits as numbers."""
     key: list[tuple[Any, ...]] = []
     for part in tensor.name.split("."):
-        if part.isdigit():
+        if part.isdecimal():
             key.append((0, int(part)))
             continue
         text = part.rstrip("0123456789")
