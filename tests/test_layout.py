@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers.core_model_loading import dot_natural_key
 
 from compare import file_difference
 from dcp_hf_writer import HFExport, LoadSpec
@@ -240,6 +241,21 @@ def test_files_are_filled_in_the_order_of_the_state_dict() -> None:
 
 def test_files_are_filled_in_natural_order_when_asked() -> None:
     assert order_of(UNSORTED, order="natural") == NATURAL
+
+
+NAMES = st.lists(st.text("ab.019²٣", min_size=1, max_size=6), min_size=1, max_size=8, unique=True)
+
+
+@settings(deadline=None)
+@given(NAMES)
+def test_natural_order_is_that_of_transformers(names: list[str]) -> None:
+    try:
+        expected = sorted(names, key=dot_natural_key)
+    except ValueError:  # it takes a superscript for a number, and then cannot read it
+        expected = None
+    found = order_of(names, order="natural")
+    assert sorted(found) == sorted(names)
+    assert expected is None or found == expected
 
 
 def test_files_are_filled_in_natural_order_of_runtime_names_when_a_spec_renames() -> None:

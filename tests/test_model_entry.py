@@ -55,6 +55,10 @@ def test_names_keep_the_dots_of_keys_and_join_nested_entries() -> None:
     assert names_of(state_dict) == ["a.b.c", "d.0", "d.1"]
 
 
+def test_tensor_called_model_is_a_tensor_of_a_bare_model() -> None:
+    assert names_of({"model": 0, "head": 0}) == ["model", "head"]
+
+
 @pytest.mark.parametrize(
     ("key", "state_dict"),
     [
