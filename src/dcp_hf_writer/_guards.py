@@ -181,6 +181,10 @@ def _ask(
             _log.debug("no answer: %s", error)
 
     asking = threading.Thread(target=ask, name="dcp-hf-ask", daemon=True)
-    asking.start()
-    asking.join(limit_s)
+    try:
+        asking.start()
+        asking.join(limit_s)
+    except RuntimeError as error:
+        # The interpreter is exiting and starts no threads any more.
+        _log.debug("not asked: %s", error)
     return answers[0] if answers else otherwise

@@ -7,6 +7,7 @@ So the future is found where torch keeps it, and the guard here decides what it 
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
@@ -21,6 +22,8 @@ from dcp_hf_writer.errors import CheckpointError
 if TYPE_CHECKING:
     from collections.abc import Callable
     from types import FrameType
+
+_log = logging.getLogger(__name__)
 
 # A save that ends at its deadline is let end by itself: its own errors say more.
 _GRACE_S = 1.0
@@ -69,7 +72,11 @@ class FutureGuard:
         # Instance attributes shadow the methods for the one caller that there is: the work item.
         future.set_result = self._result  # type: ignore[method-assign]
         future.set_exception = self._exception  # type: ignore[method-assign]
-        threading.Thread(target=self._watch, name="dcp-hf-watchdog", daemon=True).start()
+        try:
+            threading.Thread(target=self._watch, name="dcp-hf-watchdog", daemon=True).start()
+        except RuntimeError as error:
+            # The interpreter is exiting: it waits for the save, but starts no threads any more.
+            _log.debug("the save runs without a watchdog: %s", error)
 
     def _watch(self) -> None:
         left = self._deadline + _GRACE_S - time.monotonic()
