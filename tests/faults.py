@@ -46,6 +46,7 @@ SLOT_COUNT = 2
 ROOT = "<root>"
 """As the `file` of a `BadCall`: the directory that the checkpoints are in."""
 _SETTLE_S = 5.0
+_STOPPING_S = 0.5
 _PWRITE = os.pwrite
 
 # What a trainer takes for a checkpoint: any directory named like one that holds one of these.
@@ -88,9 +89,15 @@ class Strike:
     @contextlib.contextmanager
     def installed(self, rank: int, root: Path) -> Iterator[None]:
         """Strike in the body of the `with` statement, if this is the rank."""
-        if rank != self.rank:
+        if rank == self.rank:
+            self.install(root)
+        try:
             yield
-            return
+        finally:
+            _hooks.set_hook(None)
+
+    def install(self, root: Path) -> None:
+        """Strike from now on."""
         assert self.point in _hooks.POINTS, self.point
         seen = 0
 
@@ -98,20 +105,18 @@ class Strike:
             nonlocal seen
             seen += point == self.point
             if point == self.point and seen == self.hit:
-                note_hit(root, f"{rank} {self.action} {point}")
+                note_hit(root, f"{self.rank} {self.action} {point}")
                 self._act(root)
 
         _hooks.set_hook(hook)
-        try:
-            yield
-        finally:
-            _hooks.set_hook(None)
 
     def _act(self, root: Path) -> None:
         if self.action == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         elif self.action == "stop":
             os.kill(os.getpid(), signal.SIGSTOP)
+            # Another thread may take the signal, and this one run on for a moment.
+            time.sleep(_STOPPING_S)
         elif self.action == "delay":
             time.sleep(self.seconds)
         elif self.call is not None:
