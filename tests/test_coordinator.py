@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
 
 from audit import faults
-from dcp_hf_writer import HFDualWriter, HFExport, _coordinator, _hooks
+from dcp_hf_writer import HFDualWriter, HFExport, _coordinator, _hooks, writer
 from dcp_hf_writer._assets import Assets
 from dcp_hf_writer._attempt import Attempt
 from dcp_hf_writer._boxes import whole
@@ -40,6 +41,7 @@ from dcp_hf_writer.errors import (
     WriteError,
 )
 from dcp_hf_writer.storage._posix import COHERENT
+from ranks import run_ranks
 from small import dcp_difference, difference, leftovers, state_of
 
 if TYPE_CHECKING:
@@ -78,6 +80,31 @@ def test_one_host_may_write_anywhere(fs_type: str) -> None:
 @pytest.mark.parametrize("fs_type", sorted(COHERENT))
 def test_several_hosts_may_write_where_page_caches_are_coherent(fs_type: str) -> None:
     strategy(["a", "b"], fs_type)
+
+
+def save_from_two_hosts(rank: int, world_size: int, root: Path) -> str:
+    """Save as if each rank were on a host of its own, on NFS; return what was raised."""
+    monkeypatch = pytest.MonkeyPatch()
+    monkeypatch.setattr(writer, "host_id", lambda: f"host {rank}")
+    monkeypatch.setattr(_coordinator, "file_system_type", lambda _: "nfs4")
+    state = state_of(1, init_device_mesh("cpu", (world_size,)))
+    with pytest.raises(IncoherentStorageError) as caught:
+        dcp.async_save(state, storage_writer=HFDualWriter(root / "step-1")).result()
+    for options in ({"strategy": "direct"}, {"export": None}):
+        target = root / "-".join((*options, "1"))
+        dcp.async_save(state, storage_writer=HFDualWriter(target, **options)).result()
+    return str(caught.value)
+
+
+def test_save_from_several_hosts_is_refused_on_every_rank_and_names_the_way_out(
+    tmp_path: Path,
+) -> None:
+    for text in run_ranks(save_from_two_hosts, 2, tmp_path):
+        assert "nfs4, written from 2 hosts" in text
+        assert 'strategy="direct"' in text
+    assert {path.name for path in tmp_path.iterdir()} == {"strategy-1", "export-1"}
+    assert difference(tmp_path / "strategy-1", 1) is None
+    assert dcp_difference(tmp_path / "export-1", state_of(1)) is None
 
 
 # Names
