@@ -127,6 +127,22 @@ def test_rename_is_tried_before_a_byte_is_written(
     assert names(tmp_path) == []
 
 
+def test_rename_is_tried_once_for_each_parent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[str] = []
+    real = os.rename
+
+    def noted(one: str, other: str) -> None:
+        tried.append(os.path.dirname(one))
+        real(one, other)
+
+    monkeypatch.setattr(os, "rename", noted)
+    for target in (tmp_path / "step-1", tmp_path / "step-2", tmp_path / "other" / "step-1"):
+        made(target)
+    assert tried == [str(tmp_path), str(tmp_path / "other")]
+
+
 @pytest.mark.parametrize("name", ["mkdir", "open", "pwrite"])
 def test_nothing_is_left_when_the_directory_cannot_be_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -233,6 +249,39 @@ def test_checkpoint_is_overwritten_and_the_old_one_removed(tmp_path: Path, kind:
     directory.publish(overwrite=True)
     assert names(tmp_path) == ["step-1"]
     assert (target / "data").read_text() == "new"
+
+
+def test_names_are_durable_before_the_old_checkpoint_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where two renames stand for one, a crash in between must find either checkpoint."""
+    checkpoint(tmp_path / "step-1")
+    directory = made(tmp_path / "step-1", overwrite=True)
+    done: list[str] = []
+
+    def unsupported(one: str, other: str) -> None:
+        raise UnsupportedCallError(errno.EINVAL, os.strerror(errno.EINVAL), one)
+
+    def note(name: str, real: Any) -> None:
+        def noted(*args: Any) -> Any:
+            done.append(f"{name} {os.path.basename(args[0])[:9]}")
+            return real(*args)
+
+        monkeypatch.setattr(_commit, name, noted)
+
+    monkeypatch.setattr(_commit, "exchange", unsupported)
+    for name in ("publish_new", "sync_directory", "remove_tree"):
+        note(name, getattr(_commit, name))
+    directory.publish(overwrite=True)
+    parent = f"sync_directory {tmp_path.name[:9]}"
+    assert done == [
+        "sync_directory .incomple",
+        "publish_new .incomple",
+        parent,
+        "remove_tree .replaced",
+        parent,
+        "remove_tree .incomple",
+    ]
 
 
 def test_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
@@ -357,6 +406,19 @@ def test_second_save_finds_nothing_to_remove(
     caplog.clear()
     made(tmp_path / "step-1", overwrite=True).publish(overwrite=True)
     assert "dead" not in caplog.text
+
+
+def test_save_removes_what_another_one_replaced_before_it_died(tmp_path: Path) -> None:
+    """A crash after the exchange leaves the old checkpoint under the name of the new one."""
+    save_id = new_save_id()
+    checkpoint(tmp_path / f".incomplete-{save_id}")
+    checkpoint(tmp_path / "step-1", "new")
+    write(tmp_path / "step-1", MANIFEST_NAME, json.dumps({"save_id": save_id}))
+    with pytest.raises(TargetExistsError):
+        staging(tmp_path / "step-1").create(overwrite=False)
+    made(tmp_path / "step-1", overwrite=True).remove()
+    assert names(tmp_path) == ["step-1"]
+    assert (tmp_path / "step-1" / "data").read_text() == "new"
 
 
 # A crash between the two renames of an overwrite

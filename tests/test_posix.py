@@ -151,7 +151,37 @@ def test_reserving_more_than_there_is_fails_and_takes_nothing(tmp_path: Path) ->
     assert path.stat().st_blocks == 0
 
 
+def test_space_is_reserved_but_where_that_costs_a_pass_over_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reserved: list[int] = []
+    monkeypatch.setattr(_posix, "reserve", lambda _, nbytes: reserved.append(nbytes))
+    for number, fs_type in enumerate(("ext4", "tmpfs", "xfs", "ramfs", "")):
+        with OutputFile(str(tmp_path / str(number)), create=True) as file:
+            file.set_size(5000 + number, fs_type=fs_type)
+    assert reserved == [5000, 5002, 5004]
+
+
 # Opening and closing
+
+
+def open_files() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def test_no_descriptor_is_left(tmp_path: Path) -> None:
+    before = open_files()
+    for name, end in (("a", OutputFile.close), ("b", OutputFile.discard)):
+        file = OutputFile(str(tmp_path / name), create=True)
+        file.write(memoryview(b"data"), 0)
+        assert open_files() == before + 1
+        end(file)
+        end(file)
+        assert open_files() == before
+    write_file(str(tmp_path / "c"), b"data")
+    sync_directory(str(tmp_path))
+    make_directories(str(tmp_path / "d" / "e"))
+    assert open_files() == before
 
 
 def test_file_that_exists_is_not_opened_as_new(tmp_path: Path) -> None:
@@ -241,6 +271,24 @@ def test_file_in_the_way_of_a_directory_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "a").touch()
     with pytest.raises(WriteError, match=r"EEXIST|ENOTDIR"):
         make_directories(str(tmp_path / "a" / "b"))
+
+
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_directory_that_appears_meanwhile_is_taken_and_a_file_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    real = os.mkdir
+
+    def late(path: str) -> None:
+        real(path) if kind == "directory" else Path(path).touch()
+        real(path)
+
+    monkeypatch.setattr(os, "mkdir", late)
+    if kind == "directory":
+        make_directories(str(tmp_path / "a"))
+        return
+    with pytest.raises(WriteError, match="EEXIST"):
+        make_directories(str(tmp_path / "a"))
 
 
 def test_syncing_what_is_no_directory_is_an_error(tmp_path: Path) -> None:
