@@ -185,7 +185,9 @@ def look_after_death(
     return now, is_over
 
 
-@pytest.mark.parametrize("way", ["new", "exchange", "two renames"])
+@pytest.mark.parametrize(
+    "way", ["new", "exchange", pytest.param("two renames", marks=pytest.mark.slow)]
+)
 def test_one_whole_checkpoint_is_there_when_a_save_dies_at_any_change(
     way: Way, tmp_path: Path
 ) -> None:

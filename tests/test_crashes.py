@@ -36,7 +36,7 @@ WORLD_SIZE = 2
 # The next save comes from another number of ranks, as after a restart on what is left.
 WORLD_SIZE_AFTER = 3
 # Cases that run at a time; most of the time they wait for a rank that will not answer.
-AT_A_TIME = 4
+AT_A_TIME = 6
 
 OF_THE_COORDINATOR = (
     "directory made",

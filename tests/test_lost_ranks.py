@@ -127,6 +127,7 @@ def test_every_rank_gets_the_error_at_once_when_one_fails(
 # A rank falls silent
 
 STOP_TIMEOUT_S = 4.0
+AT_A_TIME = 5
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,11 @@ def save_until_stopped(rank: int, world_size: int, root: Path, strike: Strike) -
     draft = root.parent / f"{root.name}.draft-{rank}"
     draft.write_bytes(pickle.dumps(struck))
     draft.rename(root.parent / f"{root.name}.outcome-{rank}")
+    # The caller knows by now; the thread of the save learns of the end when all ranks are back.
+    for thread in threading.enumerate():
+        if thread.name.startswith("AsyncCheckpointExecutor"):
+            thread.join(20)
+            assert not thread.is_alive()
     return struck
 
 
@@ -245,7 +251,7 @@ def silences(
         and "how" in item.callspec.params
     ]
     base = tmp_path_factory.mktemp("silent")
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
         names = dict.fromkeys(asked)
         return {
             how: pool.submit(fall_silent, STOPS[how], base / how.replace(" ", "-")) for how in names
