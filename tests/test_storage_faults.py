@@ -96,6 +96,11 @@ def export_fails(fault: BadCall) -> Case:
     return Case(fault=fault, kind=ExportError, words=words, committed="dcp")
 
 
+def export_is_left_out(fault: BadCall) -> Case:
+    words = (f"rank {fault.rank}", errno.errorcode[fault.errno], "hf")
+    return Case(fault=fault, kind=ExportError, words=words, committed="dcp")
+
+
 def coordinator_fails(fault: BadCall, *, kind: type[BaseException] = WriteError) -> Case:
     return Case(fault=fault, kind=kind, words=(errno.errorcode[fault.errno],))
 
@@ -153,12 +158,13 @@ CASES: dict[str, Case] = {
     },
     # What the coordinator does before the ranks write: nothing is committed.
     "mkdir of staging": coordinator_fails(bad(0, "mkdir", errno.ENOSPC, ".incomplete-*")),
-    "mkdir of hf": coordinator_fails(bad(0, "mkdir", errno.EDQUOT, "hf")),
+    # What it makes ready of the export only: the DCP half is committed without it.
+    "mkdir of hf": export_is_left_out(bad(0, "mkdir", errno.EDQUOT, "hf")),
+    "pwrite of header": export_is_left_out(bad(0, "pwrite", errno.ENOSPC, WEIGHTS)),
+    "pwrite of index": export_is_left_out(bad(0, "pwrite", errno.ENOSPC, "*.index.json")),
     "open of record": coordinator_fails(bad(0, "open", errno.EROFS, ".dcp-hf-save.json")),
     "pwrite of record": coordinator_fails(bad(0, "pwrite", errno.ENOSPC, ".dcp-hf-save.json")),
     "fsync of record": coordinator_fails(bad(0, "fsync", errno.EIO, ".dcp-hf-save.json")),
-    "pwrite of header": coordinator_fails(bad(0, "pwrite", errno.ENOSPC, WEIGHTS)),
-    "pwrite of index": coordinator_fails(bad(0, "pwrite", errno.ENOSPC, "*.index.json")),
     # What it does after they wrote.
     "fsync of metadata": coordinator_fails(bad(0, "fsync", errno.EIO, ".metadata*")),
     "open of manifest": coordinator_fails(bad(0, "open", errno.ENOSPC, "dcp-hf.json")),

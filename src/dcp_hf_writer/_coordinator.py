@@ -89,53 +89,45 @@ def check_names(layout: Layout, assets: Assets) -> None:
         raise LayoutError(msg, phase="plan", path=min(taken), hint="leave it out of assets")
 
 
-def prepare(
-    directory: StagingDirectory,
-    plan: GlobalPlan,
-    assets: Assets | None,
-    *,
-    subdir: str,
-    overwrite: bool,
-    attempt: Attempt,
-    strategy: str,
-) -> list[WholeFile]:
-    """Make the directory of a save, with headers, index and assets; ranks may write after this.
+def make_directory(directory: StagingDirectory, *, overwrite: bool, attempt: Attempt) -> None:
+    """Make the directory of a save. Nothing is left behind if this raises.
 
-    Nothing is left behind if this raises.
+    Raises:
+        StorageError: If the target exists, or the file system does not allow it.
+    """
+    files = attempt.files = OpenFiles()
+    record = files.keep(directory.create(overwrite=overwrite))
+    attempt.directory = directory
+    reach("directory made")
+    files.sync(files.take(record.path) or record)
+
+
+def prepare_export(
+    directory: StagingDirectory, layout: Layout, assets: Assets, files: OpenFiles, *, subdir: str
+) -> list[WholeFile]:
+    """Make the output files with headers, the index and the assets; ranks may write after this.
 
     Returns:
         The files written whole, by path within the checkpoint.
 
     Raises:
-        StorageError: If the file system does not allow it, or has no space.
+        WriteError: If the file system does not allow it, or has no space.
     """
-    files = attempt.files = OpenFiles()
-    record = files.keep(directory.create(overwrite=overwrite))
-    attempt.directory = directory
-    try:
-        reach("directory made")
-        files.sync(files.take(record.path) or record)
-        if plan.layout is None or assets is None:
-            return []
-        fs_type = file_system_type(directory.path)
-        check_strategy(hosts=plan.hosts, fs_type=fs_type, strategy=strategy, path=directory.target)
-        _check_space(plan.layout, directory)
-        export = os.path.join(directory.path, subdir)
-        with write_errors(export):
-            os.mkdir(export)
-        for file in plan.layout.files:
-            output = files.keep(OutputFile(os.path.join(export, file.name), create=True))
-            output.set_size(file.nbytes, fs_type=fs_type)
-            output.write(memoryview(file.header), 0)
-        whole = dict(assets.files)
-        if plan.layout.index is not None:
-            whole[INDEX_NAME] = plan.layout.index
-        _warn_without_config(whole)
-        reach("headers written")
-        return [_write_whole(files, directory.path, subdir, n, d) for n, d in whole.items()]
-    except BaseException:
-        attempt.end()
-        raise
+    _check_space(layout, directory)
+    fs_type = file_system_type(directory.path)
+    export = os.path.join(directory.path, subdir)
+    with write_errors(export):
+        os.mkdir(export)
+    for file in layout.files:
+        output = files.keep(OutputFile(os.path.join(export, file.name), create=True))
+        output.set_size(file.nbytes, fs_type=fs_type)
+        output.write(memoryview(file.header), 0)
+    whole = dict(assets.files)
+    if layout.index is not None:
+        whole[INDEX_NAME] = layout.index
+    _warn_without_config(whole)
+    reach("headers written")
+    return [_write_whole(files, directory.path, subdir, n, d) for n, d in whole.items()]
 
 
 def _write_whole(files: OpenFiles, root: str, subdir: str, name: str, data: bytes) -> WholeFile:

@@ -13,7 +13,7 @@ from dcp_hf_writer._caller import current_save
 from dcp_hf_writer._coordinator import committed_save_id
 from dcp_hf_writer._rendezvous import POST_MORTEM_S, Progress, lost_ranks_error
 from dcp_hf_writer._watchdog import FutureGuard, current_future, own_error
-from dcp_hf_writer.errors import SaveTimeoutError
+from dcp_hf_writer.errors import SaveAbortedError, SaveTimeoutError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -70,7 +70,7 @@ def guard_process_save(lease: Lease | None, *, deadline: float, target: str) -> 
         future,
         deadline=deadline,
         on_deadline=at_deadline,
-        translate=lambda error: own_error(error) or error,
+        translate=lambda error: _explain_process(target, error),
         on_end=lambda: None if lease is None else lease.release(),
     )
 
@@ -82,6 +82,22 @@ _SKEW_S = 1.0
 
 _OPEN = "outcome open: the path alone tells whether the checkpoint is there"
 _STORE_IS_SILENT: Sequence[str] = ("the host of the store, mostly rank 0",)
+
+
+def _explain_process(target: str, error: BaseException) -> BaseException:
+    own = own_error(error)
+    if own is not None or not isinstance(error, RuntimeError):
+        return own or error
+    msg = "the checkpointer process did not do the save"
+    aborted = SaveAbortedError(
+        msg,
+        phase="write",
+        path=target,
+        found=str(error),
+        hint="torch does not start that process anew: restart the run, or save in a thread",
+    )
+    aborted.__cause__ = error
+    return aborted
 
 
 def _at_deadline(attempt: Attempt) -> BaseException:

@@ -89,10 +89,32 @@ class SlabStager(AsyncStager):
             reach("staged")
             self._staged, lease, result = staged, staged.lease, staged.state_dict
             self.handover = Handover(deadline, staged.info, lease)
-            state_dict_or_future = result if staged.copying is None else _when_copied(staged)
+            state_dict_or_future = (
+                result if staged.copying is None else self._when_copied(staged, deadline)
+            )
         target = self.path
         result.on_send = lambda: guard_process_save(lease, deadline=deadline, target=target)
         return state_dict_or_future
+
+    def _when_copied(self, staged: Staged, deadline: float) -> Future[Any]:
+        """Return the future of the staged state dict; of an empty one if a copy failed."""
+        result: Future[Any] = Future()
+
+        def done(copying: Future[None]) -> None:
+            error = copying.exception()
+            if error is None:
+                result.set_result(staged.state_dict)
+                return
+            staged.lease.release()
+            # Raised in the plan: an error here would leave the others in a collective.
+            self.handover = Handover(deadline, error=staging_error(error))
+            empty = StagedStateDict()
+            empty.on_send = staged.state_dict.on_send
+            result.set_result(empty)
+
+        if staged.copying is not None:
+            staged.copying.add_done_callback(done)
+        return result
 
     @property
     def should_synchronize_after_execute(self) -> bool:
@@ -138,20 +160,4 @@ class SlabStager(AsyncStager):
 def _done(value: Any) -> Future[Any]:
     result: Future[Any] = Future()
     result.set_result(value)
-    return result
-
-
-def _when_copied(staged: Staged) -> Future[Any]:
-    result: Future[Any] = Future()
-
-    def done(copying: Future[None]) -> None:
-        error = copying.exception()
-        if error is not None:
-            staged.lease.release()
-            result.set_exception(error)
-        else:
-            result.set_result(staged.state_dict)
-
-    if staged.copying is not None:
-        staged.copying.add_done_callback(done)
     return result

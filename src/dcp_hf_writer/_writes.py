@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
@@ -76,6 +77,11 @@ class OpenFiles:
         syncing, self._syncing = self._syncing, []
         ended = [(file.path, future.exception()) for future, file in syncing]
         return [(path, error) for path, error in ended if error is not None]
+
+    def discard_below(self, path: str) -> None:
+        """Close the kept files of a directory whose content is not wanted any more."""
+        for kept in [name for name in self._open if name.startswith(os.path.join(path, ""))]:
+            self._open.pop(kept).discard()
 
     def close(self) -> None:
         """End the threads; all files must have been joined."""

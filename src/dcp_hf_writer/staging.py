@@ -424,7 +424,7 @@ def wait_before_step(optimizer: torch.optim.Optimizer, current: Callable[[], Sta
     return optimizer.register_step_pre_hook(hook)
 
 
-def staging_error(error: Exception) -> CheckpointError:
+def staging_error(error: BaseException) -> CheckpointError:
     """Return an error of staging as one of ours, which can be sent to the other ranks."""
     if isinstance(error, CheckpointError):
         return error

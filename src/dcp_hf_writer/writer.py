@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import socket
 import time
 from dataclasses import replace
@@ -26,19 +27,18 @@ from dcp_hf_writer._plan_data import LocalFacts, RankPlan
 from dcp_hf_writer._rendezvous import Announcement, fall_in, next_count, rendezvous_of
 from dcp_hf_writer._stager import Handover, SlabStager
 from dcp_hf_writer._tensors import memory_of, tied_groups
-from dcp_hf_writer._write_phase import WritePhase, take_reports
+from dcp_hf_writer._write_phase import WritePhase, export_error, take_reports
 from dcp_hf_writer.errors import (
     ConfigError,
     ExportError,
     PlanningError,
+    WriteError,
 )
 from dcp_hf_writer.export import HFExport
 from dcp_hf_writer.slots import WriteSlots
-from dcp_hf_writer.storage._posix import write_errors
+from dcp_hf_writer.storage._posix import file_system_type, write_errors
 
 if TYPE_CHECKING:
-    import os
-
     import torch.distributed as dist
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -221,37 +221,65 @@ class HFDualWriter(StorageWriter, SlabStager):
         if len(plans) == 1:
             attempt.rendezvous = None
         attempt.world_size = len(plans)
-        with attempt.timed("plan"):
-            export, assets = self._export_of_this_save()
+        export, assets = self._export_of_this_save()
+        whole = _plan_cache.whole_plans(plans, current_planner())
+        known, result = self._plan(whole, export, assets)
+        if known.layout is not None and assets is not None:
+            _coordinator.check_names(known.layout, assets)
+        directory = StagingDirectory(self.path, new_save_id())
+        with attempt.timed("prepare"):
+            try:
+                _coordinator.make_directory(directory, overwrite=self.overwrite, attempt=attempt)
+                is_ready = self._prepare_export(known, assets)
+            except BaseException:
+                attempt.end()
+                raise
+        if not is_ready:
+            known, result = self._plan(whole, None, None)
+        attempt.global_plan = known
+        if attempt.rendezvous is not None:
+            announcement = Announcement(directory.save_id, known.plan_id, len(plans), attempt.count)
+            attempt.rendezvous.announce(self.path, announcement)
+        return plans if result is None else result
+
+    def _plan(
+        self, whole: list[SavePlan], export: HFExport | None, assets: _assets.Assets | None
+    ) -> tuple[_plan_data.GlobalPlan, list[SavePlan] | None]:
+        """Return the global plan, and the ranks' plans unless an earlier save left them there."""
+        with self._current().timed("plan"):
             file_of_key = None if assets is None else assets.file_of_key
             options = _plan_data.options_fingerprint(export, file_of_key)
-            whole = _plan_cache.whole_plans(plans, current_planner())
-            known, result = _plan_cache.delivered(whole, options), plans
-            if known is None:
-                known = _plan_data.plan_globally(
-                    whole, export, options=options, file_of_key=file_of_key
-                )
-                result = _plan_data.rank_plans(known, self._prepare_dcp(whole))
-            if known.layout is not None and assets is not None:
-                _coordinator.check_names(known.layout, assets)
-            attempt.global_plan = known
-        with attempt.timed("prepare"):
-            directory = StagingDirectory(self.path, new_save_id())
-            self._whole_files = _coordinator.prepare(
-                directory,
-                known,
-                assets,
-                subdir=self._subdir,
-                overwrite=self.overwrite,
-                attempt=attempt,
-                strategy=self.strategy,
+            known = _plan_cache.delivered(whole, options)
+            if known is not None:
+                return known, None
+            known = _plan_data.plan_globally(
+                whole, export, options=options, file_of_key=file_of_key
             )
-            if attempt.rendezvous is not None:
-                attempt.rendezvous.announce(
-                    self.path,
-                    Announcement(directory.save_id, known.plan_id, len(plans), attempt.count),
-                )
-        return result
+            return known, _plan_data.rank_plans(known, self._prepare_dcp(whole))
+
+    def _prepare_export(self, plan: _plan_data.GlobalPlan, assets: _assets.Assets | None) -> bool:
+        """Make the files of the export; `False` if they cannot be made, so that it is left out."""
+        attempt = self._current()
+        directory, files = attempt.directory, attempt.files
+        if plan.layout is None or assets is None or directory is None or files is None:
+            return True
+        _coordinator.check_strategy(
+            hosts=plan.hosts,
+            fs_type=file_system_type(directory.path),
+            strategy=self.strategy,
+            path=self.path,
+        )
+        try:
+            self._whole_files = _coordinator.prepare_export(
+                directory, plan.layout, assets, files, subdir=self._subdir
+            )
+        except WriteError as error:
+            path = os.path.join(directory.path, self._subdir)
+            files.discard_below(path)
+            _coordinator.drop_export(directory, self._subdir)
+            self._export_error = export_error(error, rank=attempt.rank, path=path)
+            return False
+        return True
 
     def _export_of_this_save(self) -> tuple[HFExport | None, _assets.Assets | None]:
         if self.export is None:
