@@ -26,6 +26,7 @@ from dcp_hf_writer.errors import (
     CheckpointError,
     ExportError,
     RankLostError,
+    SaveAbortedError,
     SaveTimeoutError,
     StagingError,
     TargetExistsError,
@@ -534,7 +535,7 @@ def test_future_resolves_when_the_checkpointer_process_is(
     ((struck, again),) = run_ranks(save_in_process, 1, root, sig)
     assert len(hits(root)) == 1
     if sig == signal.SIGKILL:
-        check_outcomes([struck], RuntimeError, ("dead",))
+        check_outcomes([struck], SaveAbortedError, ("dead", "step-2", "torch does not start"))
     else:
         words = ("step-2", "checkpointer process")
         limit_s = STOP_TIMEOUT_S + AFTER_DEADLINE_S

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
 
 from compare import tensor_difference
-from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
+from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec, _plan_data
 from dcp_hf_writer.errors import CheckpointError, PlanningError, TargetExistsError
 from rank_process import Raised
 from ranks import run_ranks
@@ -80,8 +80,21 @@ class Saver:
 
 
 def unchanged_plans(saver: Saver) -> None:
-    for step in (1, 2, 3):
-        saver.save(f"same-{step}", saver.state(step))
+    """Nothing is planned after the first save: what would caching be for."""
+    planned: list[str] = []
+    plan_globally = _plan_data.plan_globally
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        planned.append("once more")
+        return plan_globally(*args, **kwargs)
+
+    monkeypatch = pytest.MonkeyPatch()
+    with monkeypatch.context() as patched:
+        patched.setattr(_plan_data, "plan_globally", counted)
+        for step in (1, 2, 3):
+            saver.save(f"same-{step}", saver.state(step))
+    in_this_process = saver.kind is AsyncCheckpointerType.THREAD and dist.get_rank() == 0
+    assert len(planned) == int(in_this_process)
 
 
 def plan_of_one_rank_changes(saver: Saver) -> None:
