@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import os
@@ -26,18 +27,19 @@ from dcp_hf_writer._coordinator import (
     check_strategy,
     committed_save_id,
     drop_export,
-    prepare,
+    make_directory,
+    prepare_export,
     step_of,
 )
 from dcp_hf_writer._layout import Layout, RuntimeTensor, plan_layout
 from dcp_hf_writer._owner import is_over_here, new_save_id
-from dcp_hf_writer._plan_data import GlobalPlan
 from dcp_hf_writer._report import DCPFile, RankReport
 from dcp_hf_writer.errors import (
     CoverageError,
     ExportError,
     IncoherentStorageError,
     LayoutError,
+    TargetExistsError,
     WriteError,
 )
 from dcp_hf_writer.storage._posix import COHERENT
@@ -45,7 +47,7 @@ from ranks import run_ranks
 from small import dcp_difference, difference, leftovers, state_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
 Written = tuple[StagingDirectory, Layout, list[RankReport]]
 NOT_COHERENT = ("nfs", "nfs4", "cifs", "smb3", "fuse", "fuse.s3fs", "beegfs", "9p", "")
@@ -86,7 +88,7 @@ def save_from_two_hosts(rank: int, world_size: int, root: Path) -> str:
     """Save as if each rank were on a host of its own, on NFS; return what was raised."""
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(writer, "host_id", lambda: f"host {rank}")
-    monkeypatch.setattr(_coordinator, "file_system_type", lambda _: "nfs4")
+    monkeypatch.setattr(writer, "file_system_type", lambda _: "nfs4")
     state = state_of(1, init_device_mesh("cpu", (world_size,)))
     with pytest.raises(IncoherentStorageError) as caught:
         dcp.async_save(state, storage_writer=HFDualWriter(root / "step-1")).result()
@@ -144,86 +146,69 @@ def test_step_is_read_off_the_end_of_the_name(target: str, step: int | None) -> 
 # The directory
 
 
-def plan_of(layout: Layout | None, hosts: tuple[str, ...] = ("one",)) -> GlobalPlan:
-    return GlobalPlan([], layout, "plan", "options", hosts, ())
-
-
-def prepared(
-    target: Path, plan: GlobalPlan, assets: Assets | None, **options: Any
-) -> tuple[Attempt, Path, list[str]]:
-    """Prepare a save; return it, its directory, and the names of the files written whole."""
-    directory = StagingDirectory(str(target), new_save_id())
+@contextlib.contextmanager
+def made(target: Path) -> Iterator[tuple[Attempt, Path]]:
+    """Make the directory of a save, and end the save with the block."""
     attempt = Attempt(str(target), deadline=time.monotonic() + 60, staged=None, lease=None)
-    arguments = {"subdir": "hf", "overwrite": False, "strategy": "auto", **options}
-    whole_files = prepare(directory, plan, assets, attempt=attempt, **arguments)
-    return attempt, Path(directory.path), sorted(file.name for file in whole_files)
+    directory = StagingDirectory(str(target), new_save_id())
+    make_directory(directory, overwrite=False, attempt=attempt)
+    try:
+        yield attempt, Path(directory.path)
+    finally:
+        attempt.end()
+
+
+def prepared(attempt: Attempt, layout: Layout, files: dict[str, bytes]) -> list[str]:
+    """Prepare the export of a save; return the names of the files written whole."""
+    assert attempt.directory is not None
+    assert attempt.files is not None
+    whole_files = prepare_export(
+        attempt.directory, layout, Assets(files, None), attempt.files, subdir="hf"
+    )
+    return sorted(file.name for file in whole_files)
 
 
 def test_directory_holds_headers_index_and_assets_before_ranks_write(tmp_path: Path) -> None:
     layout = layout_of("a", "b", max_shard_size=50)
-    assets = Assets({"config.json": b"{}", "sub/x.txt": b"x"}, None)
-    attempt, path, whole_files = prepared(tmp_path / "step-1", plan_of(layout), assets)
-    try:
+    with made(tmp_path / "step-1") as (attempt, path):
+        assert [entry.name for entry in path.iterdir()] == [".dcp-hf-save.json"]
+        assert prepared(attempt, layout, {"config.json": b"{}", "sub/x.txt": b"x"}) == [
+            "hf/config.json",
+            "hf/model.safetensors.index.json",
+            "hf/sub/x.txt",
+        ]
         for file in layout.files:
             content = (path / "hf" / file.name).read_bytes()
             assert content == file.header + bytes(file.nbytes - len(file.header))
         assert (path / "hf" / "model.safetensors.index.json").read_bytes() == layout.index
         assert (path / "hf" / "sub" / "x.txt").read_bytes() == b"x"
-        assert whole_files == [
-            "hf/config.json",
-            "hf/model.safetensors.index.json",
-            "hf/sub/x.txt",
-        ]
-    finally:
-        attempt.end()
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("layout", [None, layout_of("a")], ids=["no export", "no assets"])
-def test_no_export_is_made_when_there_is_none(tmp_path: Path, layout: Layout | None) -> None:
-    assets = Assets({}, None) if layout is None else None
-    attempt, path, _ = prepared(tmp_path / "step-1", plan_of(layout), assets)
-    assert [entry.name for entry in path.iterdir()] == [".dcp-hf-save.json"]
-    attempt.end()
-
-
-def test_nothing_is_left_when_there_is_no_space(
+def test_space_is_looked_for_before_files_are_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_coordinator, "free_bytes", lambda _: 100)
-    with pytest.raises(WriteError, match="100 bytes free") as caught:
-        prepared(tmp_path / "step-1", plan_of(layout_of("a", "b")), Assets({}, None))
-    assert caught.value.errno == errno.ENOSPC
-    assert list(tmp_path.iterdir()) == []
+    with made(tmp_path / "step-1") as (attempt, path):
+        with pytest.raises(WriteError, match="100 bytes free") as caught:
+            prepared(attempt, layout_of("a", "b"), {})
+        assert caught.value.errno == errno.ENOSPC
+        assert not (path / "hf").exists()
 
 
 def test_space_that_is_not_told_is_no_obstacle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_coordinator, "free_bytes", lambda _: None)
-    attempt, *_ = prepared(tmp_path / "step-1", plan_of(layout_of("a")), Assets({}, None))
-    attempt.end()
+    with made(tmp_path / "step-1") as (attempt, _):
+        assert prepared(attempt, layout_of("a"), {"config.json": b"{}"}) == ["hf/config.json"]
 
 
-def test_nothing_is_left_when_hosts_may_not_share_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_coordinator, "file_system_type", lambda _: "nfs4")
-    plan = plan_of(layout_of("a"), hosts=("one", "two"))
-    with pytest.raises(IncoherentStorageError):
-        prepared(tmp_path / "step-1", plan, Assets({}, None))
-    assert list(tmp_path.iterdir()) == []
-    for options in ({"strategy": "direct"}, {"overwrite": True, "strategy": "direct"}):
-        prepared(tmp_path / "step-1", plan, Assets({}, None), **options)[0].end()
-
-
-@pytest.mark.parametrize("name", ["a/b", "model-00001-of-00002.safetensors"])
-def test_nothing_is_left_when_two_files_would_have_one_name(tmp_path: Path, name: str) -> None:
-    layout = layout_of("a", "b", max_shard_size=50)
-    assets = Assets({"a": b"", name: b""}, None)
-    with pytest.raises(WriteError):
-        prepared(tmp_path / "step-1", plan_of(layout), assets)
-    assert list(tmp_path.iterdir()) == []
+def test_target_that_exists_leaves_no_directory(tmp_path: Path) -> None:
+    (tmp_path / "step-1").mkdir()
+    with pytest.raises(TargetExistsError), made(tmp_path / "step-1"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
 
 
 def test_missing_config_is_told_once(
@@ -232,8 +217,27 @@ def test_missing_config_is_told_once(
     monkeypatch.setattr(_coordinator, "_is_warned", False)
     caplog.set_level(logging.WARNING)
     for files in ({"config.json": b"{}"}, {}, {}):
-        prepared(tmp_path / "step-1", plan_of(layout_of("a")), Assets(files, None))[0].end()
+        with made(tmp_path / "step-1") as (attempt, _):
+            prepared(attempt, layout_of("a"), files)
     assert caplog.text.count("the export has no config.json") == 1
+
+
+@pytest.mark.parametrize("problem", ["no space", "two files of one name"])
+def test_dcp_half_is_committed_when_the_export_cannot_be_prepared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: str
+) -> None:
+    assets = {}
+    if problem == "no space":
+        monkeypatch.setattr(_coordinator, "free_bytes", lambda _: 100)
+    else:
+        assets = {"a": b"", "a/b": b""}
+    writer = HFDualWriter(tmp_path / "step-1", export=HFExport(assets=assets))
+    with pytest.raises(ExportError):
+        dcp.async_save(state_of(1), storage_writer=writer).result()
+    assert dcp_difference(tmp_path / "step-1", state_of(1)) is None
+    assert faults(tmp_path / "step-1") == []
+    assert not (tmp_path / "step-1" / "hf").exists()
+    assert leftovers(tmp_path) == []
 
 
 # What is there at the end
