@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dcp_hf_writer._boxes import Box, ByteRuns, byte_runs, intersect, tiling_fault, whole
+from dcp_hf_writer._boxes import Box, BoxTable, ByteRuns, byte_runs, intersect, tiling_fault, whole
 from partitions import boxes_in, partitions_of, shapes
 
 if TYPE_CHECKING:
@@ -164,7 +164,10 @@ def damaged_partitions(draw: st.DrawFn, shape: Shape) -> list[Box]:
 @given(st.data(), shapes())
 def test_every_gap_and_overlap_is_found(data: st.DataObject, shape: Shape) -> None:
     boxes = data.draw(damaged_partitions(shape))
-    assert (tiling_fault(boxes, shape) is None) == covers_once(boxes, shape)
+    fault = tiling_fault(boxes, shape)
+    assert (fault is None) == covers_once(boxes, shape)
+    table = BoxTable(tuple(b.offsets for b in boxes), tuple(b.sizes for b in boxes))
+    assert tiling_fault(table, shape) == fault
 
 
 PINWHEEL = [
