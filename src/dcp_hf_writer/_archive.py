@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch.serialization import _save
 
+from dcp_hf_writer.errors import WriteError
+
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
@@ -54,6 +56,20 @@ class _Capture:
         """Nothing is buffered."""
 
     def parts(self) -> tuple[bytes, bytes]:
+        """Return what was written before and after the data.
+
+        Raises:
+            WriteError: If this torch writes archives in another way, so that it was not seen.
+        """
+        if self._nbytes and not self._seen:
+            msg = "torch's archive writer does not pass a tensor's data on in one piece"
+            raise WriteError(
+                msg,
+                phase="write",
+                expected="the archive format of torch 2.9 to 2.13",
+                found=f"torch {torch.__version__}",
+                hint="pass dcp_writer=FileSystemWriter(path), which is slower",
+            )
         return bytes(self._before), bytes(self._after)
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import threading
+import weakref
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -40,10 +41,7 @@ class Assets:
     """File of each key in `like`; `None` without `like`."""
 
 
-# Exports whose files are kept in memory; a run has one or two.
-_KEPT = 4
-
-_cache: dict[int, tuple[HFExport, Assets | CheckpointError]] = {}
+_cache: weakref.WeakKeyDictionary[HFExport, Assets | CheckpointError] = weakref.WeakKeyDictionary()
 _cache_lock = threading.Lock()
 
 
@@ -55,21 +53,26 @@ def assets_of(export: HFExport) -> Assets:
         ConfigError: If `assets` or `like` is not what it must be.
     """
     with _cache_lock:
-        # The export itself is kept, so that its id cannot be taken by another one.
-        found = _cache.get(id(export))
+        found = _cache.get(export)
         if found is None:
-            try:
-                result: Assets | CheckpointError = _render(export)
-            except CheckpointError as error:
-                result = error
-            except Exception as error:  # noqa: BLE001 - kept, and raised where all ranks see it
-                msg = "the assets of the export could not be read"
-                result = ExportError(msg, phase="plan", found=f"{type(error).__name__}: {error}")
-            found = (export, result)
-            _keep(found)
-    if isinstance(found[1], CheckpointError):
-        raise found[1]
-    return found[1]
+            found = _cache[export] = _read(export)
+    if isinstance(found, CheckpointError):
+        # A copy: the traceback of one that is raised holds what the save holds.
+        rebuild, facts = found.__reduce__()
+        raise rebuild(*facts)
+    return found
+
+
+def _read(export: HFExport) -> Assets | CheckpointError:
+    try:
+        return _render(export)
+    except CheckpointError as error:
+        kept: CheckpointError = error
+    except Exception as error:  # noqa: BLE001 - kept, and raised where all ranks see it
+        msg = "the assets of the export could not be read"
+        kept = ExportError(msg, phase="plan", found=f"{type(error).__name__}: {error}")
+    kept.__cause__ = kept.__context__ = None
+    return kept.with_traceback(None)
 
 
 def preload(export: HFExport) -> None:
@@ -81,20 +84,13 @@ def preload(export: HFExport) -> None:
 def known(export: HFExport) -> Assets | CheckpointError | None:
     """Return what was read for an export, without reading."""
     with _cache_lock:
-        found = _cache.get(id(export))
-    return None if found is None else found[1]
+        return _cache.get(export)
 
 
 def preset(export: HFExport, assets: Assets | CheckpointError) -> None:
     """Use what another process has read for this export."""
     with _cache_lock:
-        _keep((export, assets))
-
-
-def _keep(found: tuple[HFExport, Assets | CheckpointError]) -> None:
-    while len(_cache) >= _KEPT:
-        _cache.pop(next(iter(_cache)))
-    _cache[id(found[0])] = found
+        _cache[export] = assets
 
 
 def _render(export: HFExport) -> Assets:

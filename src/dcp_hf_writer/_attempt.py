@@ -11,19 +11,28 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer._rendezvous import Progress, Rendezvous
-from dcp_hf_writer.errors import RankLostError, SaveAbortedError, SaveTimeoutError
+from dcp_hf_writer.errors import (
+    RankLostError,
+    SaveAbortedError,
+    SaveTimeoutError,
+    StagingBusyError,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dcp_hf_writer._commit import StagingDirectory
+    from dcp_hf_writer._manifest import WholeFile
     from dcp_hf_writer._plan_data import GlobalPlan
     from dcp_hf_writer._slab import Lease
     from dcp_hf_writer._writes import OpenFiles
-    from dcp_hf_writer.errors import CheckpointError
+    from dcp_hf_writer.errors import CheckpointError, ExportError
     from dcp_hf_writer.staging import StagedInfo
 
 _log = logging.getLogger(__name__)
+
+
+_POLL_S = 0.01
 
 
 class Attempt:
@@ -59,6 +68,10 @@ class Attempt:
         self.directory: StagingDirectory | None = None
         self.global_plan: GlobalPlan | None = None
         self.files: OpenFiles | None = None
+        self.whole_files: list[WholeFile] = []
+        """Files of the export that the coordinator wrote in one piece."""
+        self.export_error: ExportError | None = None
+        """Why the export is left out, as far as the coordinator knows."""
         self.memory: dict[str, int] = {}
         """Number of the memory that each tensor of this rank is, by FQN."""
         self.seconds: dict[str, float] = {}
@@ -66,6 +79,20 @@ class Attempt:
         self._given_up = False
         self._committing = False
         self._ended = False
+
+    def wait_until_over(self) -> None:
+        """Wait for a save of the same writer that another thread runs.
+
+        Raises:
+            StagingBusyError: If it is not over by its deadline.
+        """
+        while not self.is_over:
+            if time.monotonic() > self.deadline:
+                msg = "an earlier save of this writer is still in flight"
+                raise StagingBusyError(
+                    msg, path=self.target, hint="its process group may have lost a rank"
+                )
+            time.sleep(_POLL_S)
 
     @property
     def is_over(self) -> bool:
@@ -94,6 +121,15 @@ class Attempt:
                 found=f"{type(error).__name__}",
                 hint="the process that hosts it, mostly rank 0, is gone; restart the run",
             ) from error
+
+    def withdraw(self) -> None:
+        """Take back the record of the save; what is committed does not hang on it."""
+        if self.rendezvous is None:
+            return
+        try:
+            self.rendezvous.withdraw(self.target)
+        except RuntimeError as error:
+            _log.warning("the record of the save stays in the store: %s", error)
 
     def left_s(self) -> float:
         """Return the seconds to the deadline, not below zero."""
@@ -162,6 +198,8 @@ class Attempt:
             self.directory.remove()
         if self.lease is not None:
             self.lease.release()
+            # The slab may be replaced by a larger one now, and must not stay mapped through this.
+            self.lease = None
 
 
 _live: list[Attempt] = []

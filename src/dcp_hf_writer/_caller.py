@@ -1,4 +1,4 @@
-"""What torch's `save` does not hand to a storage writer: the planner, and the end of the save.
+"""What torch's `save` does not hand to a storage writer: the planner, what was staged, its end.
 
 A synchronous save needs the planner to find tied tensors (an asynchronous one finds them while it
 stages), and any save whose planner caches plans, to see those that torch does not show. Of a save
@@ -8,39 +8,47 @@ that fails on another rank torch tells a writer nothing at all.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch.distributed.checkpoint.planner import SavePlanner
 
+from dcp_hf_writer.staging import StagedStateDict
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
+    from types import FrameType
 
-# torch calls the writer from the function that holds the planner; a subclass may stand between.
-_MAX_DEPTH = 4
+_Found = TypeVar("_Found")
+
+# torch calls the writer from the function that holds planner and group; a subclass may stand
+# between. The state dict as it was staged is held further up, by `save`.
+_NEAR, _FAR = 5, 16
 
 
 def current_planner() -> SavePlanner | None:
     """Return the planner of the save that calls a writer, which calls this; `None` if unknown."""
-    frame = sys._getframe(2)  # noqa: SLF001
-    for _ in range(_MAX_DEPTH):
-        planner = frame.f_locals.get("planner")
-        if isinstance(planner, SavePlanner):
-            return planner
-        if frame.f_back is None:
-            return None
-        frame = frame.f_back
-    return None
+    return _local("planner", SavePlanner, _NEAR)  # type: ignore[type-abstract]
 
 
 def current_save() -> object | None:
     """Return an object that lives as long as the save that calls a writer; `None` if unknown."""
-    frame = sys._getframe(2)  # noqa: SLF001
-    for _ in range(_MAX_DEPTH):
-        found = frame.f_locals.get("distW")
-        if found is not None:
-            return found  # type: ignore[no-any-return]
-        if frame.f_back is None:
+    return _local("distW", object, _NEAR)
+
+
+def current_staged() -> StagedStateDict | None:
+    """Return what the writer staged for the save that calls it; `None` for a synchronous save."""
+    return _local("state_dict", StagedStateDict, _FAR)
+
+
+def _local(name: str, kind: type[_Found], depth: int) -> _Found | None:
+    """Return the nearest local of a name and type among the callers of the caller's caller."""
+    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001 - torch has no other way
+    for _ in range(depth):
+        if frame is None:
             return None
+        found = frame.f_locals.get(name)
+        if isinstance(found, kind) and found is not None:
+            return found
         frame = frame.f_back
     return None
 

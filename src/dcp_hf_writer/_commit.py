@@ -44,6 +44,9 @@ _CHECKPOINT_FILES = (MANIFEST_NAME, ".metadata")
 
 _probed: set[str] = set()
 
+# Saves of this process whose name is not known to be durable.
+_kept: set[str] = set()
+
 
 @dataclass(frozen=True, slots=True)
 class StagingDirectory:
@@ -152,13 +155,19 @@ class StagingDirectory:
         try:
             sync_directory(parent)
         except WriteError as error:
+            # What an exchange replaced is the only durable checkpoint now: it stays.
+            self.keep()
             msg = "the checkpoint is visible, but its name may not survive a power cut"
             raise CommitError(
                 msg, phase="commit", path=self.target, found=error.found, errno=error.errno
             ) from error
-        finally:
-            # After an exchange this is what the new checkpoint replaced.
-            self.remove()
+        # After an exchange this is what the new checkpoint replaced.
+        self.remove()
+
+    def keep(self) -> None:
+        """Leave what is left of the directory to the next save, which proves its case anew."""
+        _kept.add(self.save_id)
+        mark_ended(self.save_id)
 
     def _replace(self) -> None:
         parent = os.path.dirname(self.target)
@@ -182,9 +191,10 @@ class StagingDirectory:
                 raise
 
     def remove(self) -> None:
-        """Remove what is left of the directory; a second call finds nothing."""
+        """Remove what is left of the directory, unless it is kept; a second call finds nothing."""
         mark_ended(self.save_id)
-        remove_tree(self.path)
+        if self.save_id not in _kept:
+            remove_tree(self.path)
 
 
 def check_target(target: str, *, overwrite: bool) -> None:
@@ -283,6 +293,9 @@ def _collect_leftovers(target: str) -> None:
     """Remove what dead saves to this target left; never by age, never of a live save."""
     parent = os.path.dirname(target)
     committed = _read_json(os.path.join(target, MANIFEST_NAME)) or {}
+    if os.path.isdir(StagingDirectory(target, str(committed.get("save_id"))).path):
+        # The exchange may not be durable yet; what it replaced goes only when it is.
+        sync_directory(parent)
     for entry in _entries(parent, _INCOMPLETE):
         save_id = entry.name[len(_INCOMPLETE) :]
         if committed.get("save_id") == save_id:

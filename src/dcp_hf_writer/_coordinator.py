@@ -21,6 +21,7 @@ from dcp_hf_writer._report import RankReport, check_coverage
 from dcp_hf_writer._source import digest_of
 from dcp_hf_writer._writes import OpenFiles
 from dcp_hf_writer.errors import (
+    CommitError,
     CoverageError,
     ExportError,
     IncoherentStorageError,
@@ -207,13 +208,13 @@ def drop_export(directory: StagingDirectory, subdir: str) -> None:
     """Take the export out of a checkpoint whose DCP half shall be published alone.
 
     Raises:
-        ExportError: If it cannot be removed, so that nothing may be published.
+        CommitError: If it cannot be removed, so that nothing may be published.
     """
     path = os.path.join(directory.path, subdir)
     remove_tree(path)
     if os.path.lexists(path):
         msg = "the failed export could not be removed, so nothing was published"
-        raise ExportError(msg, phase="finish", path=path)
+        raise CommitError(msg, phase="finish", path=path)
 
 
 def publish(

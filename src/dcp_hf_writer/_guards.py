@@ -88,13 +88,16 @@ def _explain_process(target: str, error: BaseException) -> BaseException:
     own = own_error(error)
     if own is not None or not isinstance(error, RuntimeError):
         return own or error
-    msg = "the checkpointer process did not do the save"
+    is_dead = "process is dead" in str(error)
+    msg = "the checkpointer process did not finish the save"
     aborted = SaveAbortedError(
         msg,
         phase="write",
         path=target,
-        found=str(error),
-        hint="torch does not start that process anew: restart the run, or save in a thread",
+        found=f"{error}; {_OPEN}",
+        hint="torch does not start that process anew: restart the run, or save in a thread"
+        if is_dead
+        else None,
     )
     aborted.__cause__ = error
     return aborted
@@ -138,7 +141,7 @@ def _explain(attempt: Attempt, error: BaseException) -> BaseException:
     )
     if not silent:
         return error
-    outcome = _outcome_of(attempt) if phase == "written" else "not committed"
+    outcome = _outcome_of(attempt) if phase in {"written", "finish"} else "not committed"
     lost = _lost(attempt, silent, phase=phase, outcome=outcome)
     lost.__cause__ = error
     return lost

@@ -86,3 +86,14 @@ def check_no_storage_options(options: dict[str, Any] | None) -> None:
     if options:
         msg = "storage_options are for object stores"
         raise ConfigError(msg, expected="None for a path", found=sorted(options))
+
+
+def check_dcp_writer(writer: object) -> None:
+    """Check that a writer of the user's makes its files durable.
+
+    Raises:
+        ConfigError: If it is told not to.
+    """
+    if getattr(writer, "sync_files", True) is False:
+        msg = "dcp_writer must make its files durable before the commit"
+        raise ConfigError(msg, expected="sync_files=True", found="sync_files=False")

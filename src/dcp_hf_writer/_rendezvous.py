@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 _PREFIX = "dcp-hf-writer"
 
 # Phases in the order in which a rank passes them.
-PHASES = ("plan", "write", "written", "failed")
+PHASES = ("plan", "write", "written", "finish", "failed")
 
 # How long the ranks that are left may take to say that they failed too, once one collective broke.
 POST_MORTEM_S = 3.0
@@ -146,7 +146,13 @@ class Rendezvous:
 def _is_behind(other: Progress | None, mine: Progress) -> bool:
     if other is None or other.count < mine.count:
         return True
-    return other.count == mine.count and PHASES.index(other.phase) < PHASES.index(mine.phase)
+    return other.count == mine.count and _order(other) < _order(mine)
+
+
+def _order(progress: Progress) -> int:
+    # Only the coordinator finishes: the others have come as far when they have written.
+    phase = "written" if progress.phase == "finish" else progress.phase
+    return PHASES.index(phase)
 
 
 def lost_ranks_error(

@@ -77,7 +77,9 @@ class Slab:
         if is_new:
             self._fault_in()
         # The process that stages pins; a checkpointer process only reads, and needs no CUDA.
-        self.is_pinned = is_new and torch.cuda.is_initialized() and self._pin()
+        self._is_mine = is_new
+        self.is_pinned = False
+        self.pin()
 
     def _fault_in(self) -> None:
         # Huge pages shorten both the faults and the copies; both calls are hints, and an old kernel
@@ -87,6 +89,11 @@ class Slab:
                 self._map.madvise(advice)
             except OSError as error:
                 _log.debug("madvise(%d) on the slab: %s", advice, error)
+
+    def pin(self) -> None:
+        """Pin the memory where CUDA is in use; once, also if that came after the slab was made."""
+        if self._is_mine and not self.is_pinned and torch.cuda.is_initialized():
+            self.is_pinned = self._pin()
 
     def _pin(self) -> bool:
         address = self.tensor(0, torch.uint8, (1,)).data_ptr()
@@ -231,6 +238,7 @@ class SlabPool:
                 self._slab = self._lease = slab = None
                 size = nbytes + int(nbytes * _HEADROOM)
                 slab = Slab(-(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE)
+            slab.pin()
             self._slab, self._lease = slab, Lease(slab, what)
         waited = time.monotonic() - began
         if waited > _SAY_AFTER_S:

@@ -46,7 +46,7 @@ class TensorSource:
         if not isinstance(found, torch.Tensor) or item.tensor_data is None:
             msg = "the planner resolves a tensor item to something else"
             raise PlanningError(msg, phase="write", fqn=item.index.fqn, found=type(found).__name__)
-        tensor = found.detach().cpu().contiguous()
+        tensor = found.detach().resolve_conj().resolve_neg().cpu().contiguous()
         planned = (item.tensor_data.properties.dtype, tuple(item.tensor_data.chunk.sizes))
         if planned != (tensor.dtype, tuple(tensor.shape)):
             msg = "a tensor is not what the plan says"

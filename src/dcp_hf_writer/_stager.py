@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -15,8 +14,9 @@ from dcp_hf_writer._guards import guard_process_save
 from dcp_hf_writer._hooks import reach
 from dcp_hf_writer.errors import StagingBusyError
 from dcp_hf_writer.staging import (
+    Copies,
+    Handover,
     Staged,
-    StagedInfo,
     StagedStateDict,
     Stager,
     StagingMode,
@@ -27,26 +27,10 @@ from dcp_hf_writer.staging import (
 if TYPE_CHECKING:
     import torch
 
-    from dcp_hf_writer._slab import Lease
-    from dcp_hf_writer.errors import CheckpointError
     from dcp_hf_writer.export import HFExport
 
 # The slab outlives the writers of this process.
 _stager = Stager()
-
-
-@dataclass(frozen=True, slots=True)
-class Handover:
-    """What `stage` leaves for the save that follows it; empty for a synchronous save."""
-
-    deadline: float | None = None
-    """`time.monotonic()` by which the save must be done."""
-    info: StagedInfo | None = None
-    """What staging found out."""
-    lease: Lease | None = None
-    """Of the slab; stays in the process that staged."""
-    error: CheckpointError | None = None
-    """Why staging failed."""
 
 
 class SlabStager(AsyncStager):
@@ -57,8 +41,8 @@ class SlabStager(AsyncStager):
     staging: StagingMode
     timeout_s: float
     process_group: dist.ProcessGroup | None
-    handover: Handover
-    _staged: Staged | None = None
+    _copies: Copies | None = None
+    """Of the latest overlapped staging; not its state dict, whose end must be seen."""
 
     def stage(self, state_dict: dict[str, Any]) -> Any:
         """Copy a state dict into the slab; what changes afterwards reaches no file.
@@ -75,46 +59,21 @@ class SlabStager(AsyncStager):
         """
         deadline = time.monotonic() + self.timeout_s
         self._read_assets()
-        state_dict_or_future: Any
         try:
             staged = _stager.stage(state_dict, mode=self.staging, what=self.path, deadline=deadline)
         except StagingBusyError:
             # The save in flight is stuck in a collective: another one must not begin beside it.
             raise
         except Exception as error:  # noqa: BLE001 - raised in the plan
-            self._staged, lease, result = None, None, StagedStateDict()
-            self.handover = Handover(deadline, error=staging_error(error))
-            state_dict_or_future = result if self.staging == "blocking" else _done(result)
-        else:
-            reach("staged")
-            self._staged, lease, result = staged, staged.lease, staged.state_dict
-            self.handover = Handover(deadline, staged.info, lease)
-            state_dict_or_future = (
-                result if staged.copying is None else self._when_copied(staged, deadline)
-            )
-        target = self.path
+            self._copies = None
+            failed = _failed(deadline, error, self.path)
+            return failed if self.staging == "blocking" else _done(failed)
+        reach("staged")
+        self._copies = staged.copies
+        result, lease, target = staged.state_dict, staged.lease, self.path
+        result.handover = Handover(deadline, staged.info)
         result.on_send = lambda: guard_process_save(lease, deadline=deadline, target=target)
-        return state_dict_or_future
-
-    def _when_copied(self, staged: Staged, deadline: float) -> Future[Any]:
-        """Return the future of the staged state dict; of an empty one if a copy failed."""
-        result: Future[Any] = Future()
-
-        def done(copying: Future[None]) -> None:
-            error = copying.exception()
-            if error is None:
-                result.set_result(staged.state_dict)
-                return
-            staged.lease.release()
-            # Raised in the plan: an error here would leave the others in a collective.
-            self.handover = Handover(deadline, error=staging_error(error))
-            empty = StagedStateDict()
-            empty.on_send = staged.state_dict.on_send
-            result.set_result(empty)
-
-        if staged.copying is not None:
-            staged.copying.add_done_callback(done)
-        return result
+        return result if staged.copies is None else _when_copied(staged, deadline, target)
 
     @property
     def should_synchronize_after_execute(self) -> bool:
@@ -123,8 +82,8 @@ class SlabStager(AsyncStager):
 
     def synchronize_staging(self) -> None:
         """Wait until the copies of the latest `stage` are done."""
-        if self._staged is not None and self._staged.copying is not None:
-            self._staged.copying.result(timeout=self.timeout_s)
+        if self._copies is not None:
+            self._copies.copying.result(timeout=self.timeout_s)
 
     def close(self) -> None:
         """Nothing to give back: the slab is the process's, for its next save."""
@@ -138,7 +97,7 @@ class SlabStager(AsyncStager):
         Returns:
             The handle of the hook; `remove()` undoes it.
         """
-        return wait_before_step(optimizer, lambda: self._staged)
+        return wait_before_step(optimizer, lambda: self._copies)
 
     def warm_up(self, state_dict: dict[str, Any]) -> int:
         """Allocate the slab and read the assets before the first save, off the training's clock.
@@ -160,4 +119,34 @@ class SlabStager(AsyncStager):
 def _done(value: Any) -> Future[Any]:
     result: Future[Any] = Future()
     result.set_result(value)
+    return result
+
+
+def _failed(deadline: float, error: BaseException, target: str) -> StagedStateDict:
+    """Return a state dict whose save raises what went wrong while it was staged."""
+    failed = StagedStateDict()
+    failed.handover = Handover(deadline, error=staging_error(error))
+    failed.on_send = lambda: guard_process_save(None, deadline=deadline, target=target)
+    return failed
+
+
+def _when_copied(staged: Staged, deadline: float, target: str) -> Future[Any]:
+    """Return the future of the staged state dict; of a failed one if a copy failed."""
+    result: Future[Any] = Future()
+    state_dict, lease, copies = staged.state_dict, staged.lease, staged.copies
+
+    def done(copying: Future[None]) -> None:
+        nonlocal state_dict
+        error = copying.exception()
+        if error is None:
+            result.set_result(state_dict)
+        else:
+            lease.release()
+            # Raised in the plan: an error here would leave the others in a collective.
+            result.set_result(_failed(deadline, error, target))
+        # The lease ends with the state dict where no save takes it up.
+        del state_dict
+
+    if copies is not None:
+        copies.copying.add_done_callback(done)
     return result

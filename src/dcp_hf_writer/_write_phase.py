@@ -7,11 +7,12 @@ which is its own, is one of them.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -58,8 +59,8 @@ _REPORT_FQN = "\0dcp-hf-report"
 # These end the save whichever half they hit; any other error in the export spares the DCP half.
 _FATAL = (SaveAbortedError, SaveTimeoutError, SlotTimeoutError)
 
-# Kept from save to save for its buffer; saves of one process follow one another.
-_blocks = BlockWriter()
+# The block writer of the latest save, kept for its buffer; a save beside another makes its own.
+_idle_blocks: list[BlockWriter] = []
 
 
 @dataclass(slots=True)
@@ -78,6 +79,8 @@ class WritePhase:
     subdir: str
     bounce_nbytes: int
     """Size of the buffer for casts and blocks that are not contiguous."""
+    blocks: BlockWriter = field(default_factory=BlockWriter, init=False)
+    """Writes blocks for this save and no other at the same time."""
 
     def run(self) -> list[WriteResult]:
         """Write everything, make it durable, and report.
@@ -92,6 +95,8 @@ class WritePhase:
         attempt.files = files
         source = TensorSource(self.planner)
         results: list[WriteResult] = []
+        with contextlib.suppress(IndexError):
+            self.blocks = _idle_blocks.pop()
         work = regions_by_file(
             [i for i in self.plan.items if i.type != WriteItemType.BYTE_IO], self.own.targets
         )
@@ -121,6 +126,7 @@ class WritePhase:
             files.sync_kept()
             with attempt.timed("sync"):
                 self._join(files, report)
+        _idle_blocks[:] = [self.blocks]
         reach("after fsync")
         files.close()
         attempt.files = None
@@ -224,7 +230,7 @@ class WritePhase:
             try:
                 file = files.take(path) or OutputFile(path, create=False)
                 try:
-                    pieces = _blocks.write_file(
+                    pieces = self.blocks.write_file(
                         file,
                         blocks,
                         source,

@@ -21,7 +21,7 @@ from dcp_hf_writer._tensors import check_one_block, memory_identity
 from dcp_hf_writer.errors import CheckpointError, StagingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from dcp_hf_writer._model_entry import Path
 
@@ -83,6 +83,18 @@ class _Program:
     """Keeps the meshes alive whose ids are in the signature."""
 
 
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """What staging leaves for the save that follows it; travels with the staged state dict."""
+
+    deadline: float
+    """`time.monotonic()` by which the save must be done; one clock for the processes of a host."""
+    info: StagedInfo | None = None
+    """What staging found out."""
+    error: CheckpointError | None = None
+    """Why staging failed."""
+
+
 class StagedStateDict(dict[str, Any]):
     """A state dict whose tensors lie in the slab.
 
@@ -90,8 +102,10 @@ class StagedStateDict(dict[str, Any]):
     tensors; torch would open one descriptor for each.
     """
 
+    handover: Handover | None = None
+    """For the save of it; set before it is handed to one."""
     lease: Lease | None = None
-    """Of the slab; `None` if nothing could be staged."""
+    """Of the slab; `None` if nothing could be staged, and in a checkpointer process."""
     offsets: Mapping[int, tuple[int, torch.Tensor]] = MappingProxyType({})
     """Place in the slab of each tensor, by `id`, with the tensor itself."""
     on_send: Callable[[], None] = staticmethod(lambda: None)
@@ -99,14 +113,13 @@ class StagedStateDict(dict[str, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Pickled by the thread that waits for the checkpointer process: its end is the save's end.
-        if self.lease is None:
-            self.on_send()
-            return dict, ()
-        self.lease.bind(threading.current_thread())
         self.on_send()
+        if self.lease is None:
+            return _rebuild_staged, (None, b"", self.handover)
+        self.lease.bind(threading.current_thread())
         buffer = io.BytesIO()
         _SlabPickler(buffer, self.offsets).dump(dict(self))
-        return _rebuild_staged, (self.lease.slab, buffer.getvalue())
+        return _rebuild_staged, (self.lease.slab, buffer.getvalue(), self.handover)
 
 
 class _SlabPickler(pickle.Pickler):
@@ -135,13 +148,15 @@ class _SlabUnpickler(pickle.Unpickler):
         return _wrap(self._slab.tensor(offset, dtype, shape), spec)
 
 
-def _rebuild_staged(slab: Slab, payload: bytes) -> dict[str, Any]:
-    # Sent by our own parent over its pipe, as every other argument of the save.
-    state_dict = _SlabUnpickler(io.BytesIO(payload), slab).load()
-    if not isinstance(state_dict, dict):
-        msg = "a staged state dict arrived damaged"
-        raise StagingError(msg, phase="stage", expected="dict", found=type(state_dict).__name__)
-    return state_dict
+def _rebuild_staged(
+    slab: Slab | None, payload: bytes, handover: Handover | None
+) -> StagedStateDict:
+    staged = StagedStateDict()
+    staged.handover = handover
+    if slab is not None:
+        # Sent by our own parent over its pipe, as every other argument of the save.
+        staged.update(_SlabUnpickler(io.BytesIO(payload), slab).load())
+    return staged
 
 
 def _wrap(local: torch.Tensor, spec: Any) -> torch.Tensor:
@@ -149,19 +164,27 @@ def _wrap(local: torch.Tensor, spec: Any) -> torch.Tensor:
     return local if spec is None else DTensor(local, spec, requires_grad=False)
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
+class Copies:
+    """Copies of an overlapped staging that go on after `stage` returned."""
+
+    copying: Future[None]
+    """Done when all tensors are copied."""
+    host_copied: threading.Event
+    """Set when the tensors in host memory are copied."""
+    events: Sequence[Any]
+    """CUDA events behind the last copy from each device."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
 class Staged:
     """The outcome of `Stager.stage`."""
 
     state_dict: StagedStateDict
     info: StagedInfo
     lease: Lease
-    copying: Future[None] | None
-    """With overlapped staging, done when all tensors are copied."""
-    host_copied: threading.Event | None = None
-    """With overlapped staging, set when the tensors in host memory are copied."""
-    event: Any = None
-    """With overlapped staging on CUDA, recorded behind the last copy."""
+    copies: Copies | None
+    """What still goes on; `None` when all is copied."""
 
 
 class Stager:
@@ -205,7 +228,7 @@ class Stager:
             program = self._program_for(leaves, aliases, signature, lease.slab)
             staged = StagedStateDict(_replace(state_dict, iter(program.staged)))
             staged.lease, staged.offsets = lease, _offsets(program, lease.slab)
-            copying, host_copied, event = self._copy(leaves, program, mode)
+            copies = self._copy(leaves, program, mode)
         except BaseException:
             lease.release()
             raise
@@ -220,7 +243,7 @@ class Stager:
             waited_s=waited_s,
             stall_s=time.monotonic() - began,
         )
-        return Staged(staged, info, lease, copying, host_copied, event)
+        return Staged(staged, info, lease, copies)
 
     def warm_up(self, state_dict: dict[str, Any], *, deadline: float) -> int:
         """Allocate and fault in the slab for a state dict; returns its bytes."""
@@ -240,22 +263,19 @@ class Stager:
             self._program = program
         return program
 
-    def _copy(
-        self, leaves: list[_Leaf], program: _Program, mode: StagingMode
-    ) -> tuple[Future[None] | None, threading.Event | None, Any]:
+    def _copy(self, leaves: list[_Leaf], program: _Program, mode: StagingMode) -> Copies | None:
         pairs = [
             (program.locals_[i], leaves[i].local.detach(), nbytes) for i, nbytes in program.copies
         ]
         if mode == "blocking":
             self._copy_now(pairs)
-            return None, None, None
+            return None
         self._copy_now([pair for pair in pairs if pair[2] < EAGER_NBYTES])
         large = [pair for pair in pairs if pair[2] >= EAGER_NBYTES]
-        event = self._enqueue_cuda([pair for pair in large if pair[1].is_cuda])
+        events = self._enqueue_cuda([pair for pair in large if pair[1].is_cuda])
         on_host = [pair for pair in large if not pair[1].is_cuda]
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="dcp-hf-staging")
-
         host_copied = threading.Event()
 
         def finish() -> None:
@@ -263,37 +283,42 @@ class Stager:
                 self._copy_now(on_host)
             finally:
                 host_copied.set()
-            if event is not None:
+            for event in events:
                 event.synchronize()
 
-        return self._executor.submit(finish), host_copied, event
+        return Copies(self._executor.submit(finish), host_copied, events)
 
-    def _copy_now(self, pairs: list[tuple[torch.Tensor, torch.Tensor, int]]) -> None:
-        event = self._enqueue_cuda([pair for pair in pairs if pair[1].is_cuda])
+    def _copy_now(self, pairs: list[_Pair]) -> None:
+        events = self._enqueue_cuda([pair for pair in pairs if pair[1].is_cuda])
         on_host = [pair for pair in pairs if not pair[1].is_cuda]
         if on_host:
             with torch.no_grad():
                 torch._foreach_copy_([p[0] for p in on_host], [p[1] for p in on_host])
-        if event is not None:
+        for event in events:
             event.synchronize()
 
-    def _enqueue_cuda(self, pairs: list[tuple[torch.Tensor, torch.Tensor, int]]) -> Any:
-        """Start device-to-host copies on a side stream; returns the event behind the last one."""
-        if not pairs:
-            return None
-        device = pairs[0][1].device
-        stream = self._streams.get(device.index)
-        if stream is None:
-            stream = self._streams[device.index] = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream), torch.no_grad():
-            for target, source, _ in pairs:
-                target.copy_(source, non_blocking=True)
-                # The allocator must not hand the source's memory out again before the copy is done.
-                source.record_stream(stream)
-        event = torch.cuda.Event()
-        event.record(stream)
-        return event
+    def _enqueue_cuda(self, pairs: list[_Pair]) -> list[Any]:
+        """Start device-to-host copies on side streams; returns an event a device, behind them."""
+        events = []
+        for device in dict.fromkeys(pair[1].device for pair in pairs):
+            stream = self._streams.get(device.index)
+            if stream is None:
+                stream = self._streams[device.index] = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream), torch.no_grad():
+                for target, source, _ in pairs:
+                    if source.device == device:
+                        target.copy_(source, non_blocking=True)
+                        # The allocator must not reuse the source before the copy is done.
+                        source.record_stream(stream)
+                event = torch.cuda.Event()
+                event.record(stream)
+            events.append(event)
+        return events
+
+
+_Pair = tuple[torch.Tensor, torch.Tensor, int]
+"""Target in the slab, source, bytes."""
 
 
 def _collect(value: Any, path: Path, leaves: list[_Leaf]) -> None:
@@ -404,7 +429,7 @@ def _replace(value: Any, staged: Any) -> Any:
         ) from error
 
 
-def wait_before_step(optimizer: torch.optim.Optimizer, current: Callable[[], Staged | None]) -> Any:
+def wait_before_step(optimizer: torch.optim.Optimizer, current: Callable[[], Copies | None]) -> Any:
     """Make `optimizer.step()` wait for the copies of the latest overlapped staging.
 
     On CUDA the device waits, not the host.
@@ -414,12 +439,12 @@ def wait_before_step(optimizer: torch.optim.Optimizer, current: Callable[[], Sta
     """
 
     def hook(*_: Any) -> None:
-        staged = current()
-        if staged is None or staged.host_copied is None:
+        copies = current()
+        if copies is None:
             return
-        staged.host_copied.wait()
-        if staged.event is not None:
-            torch.cuda.current_stream().wait_event(staged.event)
+        copies.host_copied.wait()
+        for event in copies.events:
+            torch.cuda.current_stream(event.device).wait_event(event)
 
     return optimizer.register_step_pre_hook(hook)
 

@@ -6,6 +6,7 @@ import copy
 import logging
 import os
 import socket
+import threading
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,7 +17,7 @@ from torch.futures import Future
 
 from dcp_hf_writer import _assets, _coordinator, _options, _plan_cache, _plan_data
 from dcp_hf_writer._attempt import Attempt, register
-from dcp_hf_writer._caller import current_planner, planned_state_dict
+from dcp_hf_writer._caller import current_planner, current_staged, planned_state_dict
 from dcp_hf_writer._commit import StagingDirectory
 from dcp_hf_writer._dcp_half import SlabFileSystemWriter
 from dcp_hf_writer._guards import guard_save
@@ -25,13 +26,15 @@ from dcp_hf_writer._hooks import reach
 from dcp_hf_writer._owner import host_id, new_save_id
 from dcp_hf_writer._plan_data import LocalFacts, RankPlan
 from dcp_hf_writer._rendezvous import Announcement, fall_in, next_count, rendezvous_of
-from dcp_hf_writer._stager import Handover, SlabStager
+from dcp_hf_writer._stager import SlabStager
 from dcp_hf_writer._tensors import memory_of, tied_groups
 from dcp_hf_writer._write_phase import WritePhase, export_error, take_reports
 from dcp_hf_writer.errors import (
+    CheckpointError,
     ConfigError,
     ExportError,
     PlanningError,
+    StagingError,
     WriteError,
 )
 from dcp_hf_writer.export import HFExport
@@ -43,7 +46,6 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-    from dcp_hf_writer._manifest import WholeFile
     from dcp_hf_writer.staging import (
         StagingMode,
     )
@@ -116,6 +118,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         _options.check_numbers(timeout_s=timeout_s, host_budget_bytes=host_budget_bytes)
         _options.check_no_storage_options(storage_options)
         _options.check_export(export)
+        _options.check_dcp_writer(dcp_writer)
         self.path = _options.local_path(path)
         self.export = export
         self.staging = staging
@@ -127,15 +130,25 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.strategy = strategy
         self.timeout_s = timeout_s
         self.host_budget_bytes = host_budget_bytes
-        self.handover = Handover()
         self._attempt: Attempt | None = None
-        self._whole_files: list[WholeFile] = []
-        self._export_error: ExportError | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Take `checkpoint_id=` of a save as its path."""
-        if checkpoint_id is not None:
-            self.path = _options.local_path(checkpoint_id)
+        """Take `checkpoint_id=` of a save as its path; waits for an earlier save of this writer.
+
+        Raises:
+            ConfigError: If it is no path that can be written to.
+            StagingBusyError: If the earlier save is not over by its deadline.
+        """
+        try:
+            self._wait_for_earlier_save()
+            if checkpoint_id is not None:
+                self.path = _options.local_path(checkpoint_id)
+        except CheckpointError:
+            # No attempt will give the staged copy back, as there will be none.
+            staged = current_staged()
+            if staged is not None and staged.lease is not None:
+                staged.lease.release()
+            raise
 
     @property
     def checkpoint_id(self) -> str:
@@ -153,25 +166,34 @@ class HFDualWriter(StorageWriter, SlabStager):
 
     def storage_meta(self) -> StorageMeta:
         """Begin a save; torch calls this first, in the thread that runs it."""
-        handed, self.handover = self.handover, Handover()
-        if handed.lease is not None and not handed.lease.is_active:
-            handed = Handover()
+        self._wait_for_earlier_save()
+        staged = current_staged()
+        handover = None if staged is None else staged.handover
+        lease = None if staged is None else staged.lease
+        if lease is not None and not lease.is_active:
+            msg = "the staged copy was given back before its save began"
+            raise StagingError(msg, path=self.path, hint="save what async_save staged, once")
         attempt = Attempt(
             self.path,
-            deadline=handed.deadline or time.monotonic() + self.timeout_s,
-            staged=handed.info,
-            lease=handed.lease,
+            deadline=time.monotonic() + self.timeout_s if handover is None else handover.deadline,
+            staged=None if handover is None else handover.info,
+            lease=lease,
         )
-        attempt.staging_error = handed.error
-        if handed.lease is not None:
-            handed.lease.bind(attempt.thread)
+        attempt.staging_error = None if handover is None else handover.error
+        if lease is not None:
+            lease.bind(attempt.thread)
         if attempt.staged is not None:
             attempt.seconds["stage"] = attempt.staged.stall_s
             attempt.seconds["stage wait"] = attempt.staged.waited_s
         register(attempt)
-        self._attempt, self._whole_files, self._export_error = attempt, [], None
+        self._attempt = attempt
         guard_save(attempt)
-        return StorageMeta(checkpoint_id=self.path)
+        return StorageMeta(checkpoint_id=attempt.target)
+
+    def _wait_for_earlier_save(self) -> None:
+        earlier = self._attempt
+        if earlier is not None and earlier.thread is not threading.current_thread():
+            earlier.wait_until_over()
 
     def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **kwargs: Any) -> None:  # noqa: FBT001 - torch's
         """Learn this rank's part in the save.
@@ -205,7 +227,9 @@ class HFDualWriter(StorageWriter, SlabStager):
         else:
             attempt.memory = memory_of(planned_state_dict(current_planner()))
         order = tuple(item.index.fqn for item in plan.items) if attempt.is_coordinator else None
-        facts = LocalFacts(host_id(), socket.gethostname(), order, tied_groups(attempt.memory))
+        facts = LocalFacts(
+            _page_cache(attempt.target), socket.gethostname(), order, tied_groups(attempt.memory)
+        )
         reach("local plan")
         return replace(plan, storage_data=facts)
 
@@ -221,12 +245,12 @@ class HFDualWriter(StorageWriter, SlabStager):
         if len(plans) == 1:
             attempt.rendezvous = None
         attempt.world_size = len(plans)
-        export, assets = self._export_of_this_save()
+        export, assets = self._export_of(attempt)
         whole = _plan_cache.whole_plans(plans, current_planner())
         known, result = self._plan(whole, export, assets)
         if known.layout is not None and assets is not None:
             _coordinator.check_names(known.layout, assets)
-        directory = StagingDirectory(self.path, new_save_id())
+        directory = StagingDirectory(attempt.target, new_save_id())
         with attempt.timed("prepare"):
             try:
                 _coordinator.make_directory(directory, overwrite=self.overwrite, attempt=attempt)
@@ -239,7 +263,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt.global_plan = known
         if attempt.rendezvous is not None:
             announcement = Announcement(directory.save_id, known.plan_id, len(plans), attempt.count)
-            attempt.rendezvous.announce(self.path, announcement)
+            attempt.rendezvous.announce(attempt.target, announcement)
         return plans if result is None else result
 
     def _plan(
@@ -267,34 +291,35 @@ class HFDualWriter(StorageWriter, SlabStager):
             hosts=plan.hosts,
             fs_type=file_system_type(directory.path),
             strategy=self.strategy,
-            path=self.path,
+            path=attempt.target,
         )
         try:
-            self._whole_files = _coordinator.prepare_export(
+            attempt.whole_files = _coordinator.prepare_export(
                 directory, plan.layout, assets, files, subdir=self._subdir
             )
         except WriteError as error:
             path = os.path.join(directory.path, self._subdir)
             files.discard_below(path)
             _coordinator.drop_export(directory, self._subdir)
-            self._export_error = export_error(error, rank=attempt.rank, path=path)
+            attempt.export_error = export_error(error, rank=attempt.rank, path=path)
             return False
         return True
 
-    def _export_of_this_save(self) -> tuple[HFExport | None, _assets.Assets | None]:
+    def _export_of(self, attempt: Attempt) -> tuple[HFExport | None, _assets.Assets | None]:
         if self.export is None:
             return None, None
         try:
             return self.export, _assets.assets_of(self.export)
         except ExportError as error:
-            self._export_error = error
+            attempt.export_error = error
             return None, None
 
     def _prepare_dcp(self, plans: list[SavePlan]) -> list[SavePlan]:
         bare = [replace(plan, storage_data=None) for plan in plans]
         if self.dcp_writer is not None:
             return self.dcp_writer.prepare_global_plan(bare)
-        return SlabFileSystemWriter(self.path, checkpoint_id=self.path).prepare_global_plan(bare)
+        target = self._current().target
+        return SlabFileSystemWriter(target, checkpoint_id=target).prepare_global_plan(bare)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's part of both halves, durably.
@@ -349,13 +374,13 @@ class HFDualWriter(StorageWriter, SlabStager):
         else:
             if attempt.rendezvous is None:
                 msg = "the ranks of the save have no store in common"
-                raise PlanningError(msg, rank=attempt.rank, phase="write", path=self.path)
+                raise PlanningError(msg, rank=attempt.rank, phase="write", path=attempt.target)
             found = attempt.rendezvous.find(
-                self.path, timeout_s=min(attempt.left_s(), _FIND_S), rank=attempt.rank
+                attempt.target, timeout_s=min(attempt.left_s(), _FIND_S), rank=attempt.rank
             )
             fall_in(found.count)
             attempt.count = found.count
-            directory, plan_id = StagingDirectory(self.path, found.save_id), found.plan_id
+            directory, plan_id = StagingDirectory(attempt.target, found.save_id), found.plan_id
         attempt.directory = directory
         if plan_id != own.plan_id:
             msg = "this rank holds a part of another plan"
@@ -382,13 +407,13 @@ class HFDualWriter(StorageWriter, SlabStager):
         plan, directory = self._planned(attempt), attempt.directory
         if directory is None:
             msg = "the save was not prepared"
-            raise PlanningError(msg, rank=attempt.rank, phase="finish", path=self.path)
+            raise PlanningError(msg, rank=attempt.rank, phase="finish", path=attempt.target)
         began = time.monotonic()
         try:
             attempt.check()
             plain, reports = take_reports(results)
             errors = [r.export_error for r in reports if r.export_error is not None]
-            error = self._export_error or (errors[0] if errors else None)
+            error = attempt.export_error or (errors[0] if errors else None)
             if error is not None:
                 _coordinator.drop_export(directory, self._subdir)
             self._finish_dcp(attempt, directory, metadata, plain)
@@ -396,7 +421,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 directory,
                 plan,
                 reports,
-                self._whole_files,
+                attempt.whole_files,
                 subdir=self._subdir,
                 overwrite=self.overwrite,
                 attempt=attempt,
@@ -405,13 +430,12 @@ class HFDualWriter(StorageWriter, SlabStager):
             )
         finally:
             attempt.end()
-            if attempt.rendezvous is not None:
-                attempt.rendezvous.withdraw(self.path)
+            attempt.withdraw()
         reach("before reply")
         if error is not None:
             if self.on_export_error == "raise":
                 raise error
-            _log.warning("checkpoint %s has no export: %s", self.path, error)
+            _log.warning("checkpoint %s has no export: %s", attempt.target, error)
 
     def _finish_dcp(
         self,
@@ -444,18 +468,17 @@ class HFDualWriter(StorageWriter, SlabStager):
     def _planned(self, attempt: Attempt) -> _plan_data.GlobalPlan:
         if attempt.global_plan is None:
             msg = "the coordinator made no global plan"
-            raise PlanningError(msg, rank=attempt.rank, path=self.path)
+            raise PlanningError(msg, rank=attempt.rank, path=attempt.target)
         return attempt.global_plan
 
     def __getstate__(self) -> dict[str, Any]:
         """Travel to a checkpointer process, with the files of the export instead of its objects."""
         state = dict(self.__dict__)
-        state["handover"] = replace(self.handover, lease=None)
         read = None if self.export is None else _assets.known(self.export)
         if self.export is not None and read is not None:
             state["_assets"] = read
             state["export"] = _without_assets(self.export)
-        for name in ("process_group", "_staged", "_attempt"):
+        for name in ("process_group", "_copies", "_attempt"):
             state[name] = None
         return state
 
@@ -472,3 +495,11 @@ def _without_assets(export: HFExport) -> HFExport:
     object.__setattr__(bare, "assets", ())
     object.__setattr__(bare, "like", None)
     return bare
+
+
+def _page_cache(target: str) -> str:
+    """Name the page cache that writes to a path go through: of a kernel, and of one mount of it."""
+    path = target
+    while not os.path.exists(path) and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+    return f"{host_id()}:{os.stat(path).st_dev}"
