@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from typing import TYPE_CHECKING, Any
 
@@ -272,9 +273,13 @@ def test_what_another_process_read_is_used() -> None:
     assert assets_of(export).files == {"a": b"1"}
 
 
-def test_files_of_a_few_exports_are_kept_and_no_more() -> None:
+def test_files_are_kept_for_as_long_as_their_export() -> None:
+    before = len(_assets._cache)
     exports = [HFExport(assets={"a": bytes([i])}) for i in range(20)]
     for export in exports:
-        assets_of(export)
-    assert sum(known(export) is not None for export in exports) == _assets._KEPT
+        preload(export)
     assert [assets_of(export).files["a"] for export in exports] == [bytes([i]) for i in range(20)]
+    assert len(_assets._cache) == before + 20
+    del exports, export
+    gc.collect()
+    assert len(_assets._cache) <= before

@@ -35,6 +35,7 @@ from dcp_hf_writer._layout import Layout, RuntimeTensor, plan_layout
 from dcp_hf_writer._owner import is_over_here, new_save_id
 from dcp_hf_writer._report import DCPFile, RankReport
 from dcp_hf_writer.errors import (
+    CommitError,
     CoverageError,
     ExportError,
     IncoherentStorageError,
@@ -297,7 +298,7 @@ def test_export_that_cannot_be_taken_out_stops_the_commit(
     written: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_coordinator, "remove_tree", lambda _: None)
-    with pytest.raises(ExportError, match="nothing was published"):
+    with pytest.raises(CommitError, match="nothing was published"):
         drop_export(written[0], "hf")
 
 
