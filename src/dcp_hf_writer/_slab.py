@@ -180,7 +180,8 @@ class Lease:
     @property
     def is_active(self) -> bool:
         """Whether the save may still read the slab."""
-        if self._released.is_set():
+        if self._released.is_set() or self.slab.pid != os.getpid():
+            # A forked child has the lease, but neither the save nor a use for the parent's slab.
             return False
         return self._thread is None or self._thread.is_alive()
 
