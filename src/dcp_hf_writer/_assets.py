@@ -93,6 +93,14 @@ def preset(export: HFExport, assets: Assets | CheckpointError) -> None:
         _cache[export] = assets
 
 
+def without_objects(export: HFExport) -> HFExport:
+    """Return the export without its assets, to travel beside what was read of them."""
+    bare = copy.copy(export)
+    object.__setattr__(bare, "assets", ())
+    object.__setattr__(bare, "like", None)
+    return bare
+
+
 def _render(export: HFExport) -> Assets:
     files: dict[str, bytes] = {}
     file_of_key = None

@@ -70,6 +70,14 @@ def host_id() -> str:
         return socket.gethostname()
 
 
+def page_cache_id(target: str) -> str:
+    """Name the page cache that writes to a path go through: of a kernel, and of one mount of it."""
+    path = target
+    while not os.path.exists(path) and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+    return f"{host_id()}:{os.stat(path).st_dev}"
+
+
 def _pid_namespace() -> str:
     try:
         return os.readlink("/proc/self/ns/pid")

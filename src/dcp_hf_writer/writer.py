@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import socket
@@ -23,7 +22,7 @@ from dcp_hf_writer._dcp_half import SlabFileSystemWriter
 from dcp_hf_writer._guards import guard_save
 from dcp_hf_writer._hf_half import MAX_BOUNCE_NBYTES
 from dcp_hf_writer._hooks import reach
-from dcp_hf_writer._owner import host_id, new_save_id
+from dcp_hf_writer._owner import new_save_id, page_cache_id
 from dcp_hf_writer._plan_data import LocalFacts, RankPlan
 from dcp_hf_writer._rendezvous import Announcement, fall_in, next_count, rendezvous_of
 from dcp_hf_writer._stager import SlabStager
@@ -228,7 +227,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             attempt.memory = memory_of(planned_state_dict(current_planner()))
         order = tuple(item.index.fqn for item in plan.items) if attempt.is_coordinator else None
         facts = LocalFacts(
-            _page_cache(attempt.target), socket.gethostname(), order, tied_groups(attempt.memory)
+            page_cache_id(attempt.target), socket.gethostname(), order, tied_groups(attempt.memory)
         )
         reach("local plan")
         return replace(plan, storage_data=facts)
@@ -477,7 +476,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         read = None if self.export is None else _assets.known(self.export)
         if self.export is not None and read is not None:
             state["_assets"] = read
-            state["export"] = _without_assets(self.export)
+            state["export"] = _assets.without_objects(self.export)
         for name in ("process_group", "_copies", "_attempt"):
             state[name] = None
         return state
@@ -488,18 +487,3 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.__dict__.update(state)
         if self.export is not None and assets is not None:
             _assets.preset(self.export, assets)
-
-
-def _without_assets(export: HFExport) -> HFExport:
-    bare = copy.copy(export)
-    object.__setattr__(bare, "assets", ())
-    object.__setattr__(bare, "like", None)
-    return bare
-
-
-def _page_cache(target: str) -> str:
-    """Name the page cache that writes to a path go through: of a kernel, and of one mount of it."""
-    path = target
-    while not os.path.exists(path) and path != os.path.dirname(path):
-        path = os.path.dirname(path)
-    return f"{host_id()}:{os.stat(path).st_dev}"
