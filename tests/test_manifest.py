@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+import xxhash
 from torch.distributed.device_mesh import init_device_mesh
 
 from audit import MANIFEST_NAME, faults, file_fault, read_manifest
@@ -80,6 +81,16 @@ def test_any_changed_byte_of_any_file_is_seen(root: Path, manifest: dict[str, An
         assert file_fault(manifest, name, bytes(content[:-1])) is not None
         assert file_fault(manifest, name, bytes(content + b"\0")) is not None
     assert unseen == []
+
+
+def test_manifest_ends_with_the_digest_of_what_stands_above(
+    root: Path, manifest: dict[str, Any]
+) -> None:
+    content = (root / "step-100" / MANIFEST_NAME).read_bytes()
+    above, last, rest = content.rpartition(b'"digest_above": ')
+    assert last
+    assert json.loads(rest.strip().removesuffix(b"}")) == xxhash.xxh3_64_hexdigest(above)
+    assert list(manifest)[-1] == "digest_above"
 
 
 def test_missing_and_additional_files_are_seen(root: Path, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def tiling_fault(boxes: Sequence[Box] | BoxTable, shape: Shape) -> str | None:
 
 
 # The layers of a model are cut alike, and so are saves of one run.
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=32)
 def _fault(
     offset_rows: tuple[Shape, ...], size_rows: tuple[Shape, ...], shape: Shape
 ) -> str | None:

@@ -61,7 +61,8 @@ def encode_manifest(
         export_error: Why there is no export although one was asked for.
 
     Returns:
-        JSON, compact but for one line per top-level entry.
+        JSON, compact but for one line per top-level entry; the last one is the digest of all bytes
+        before it.
     """
     fields: dict[str, Any] = {
         "format": "dcp-hf",
@@ -92,7 +93,8 @@ def encode_manifest(
         f"{json.dumps(name)}: {json.dumps(value, separators=(',', ':'), ensure_ascii=False)}"
         for name, value in fields.items()
     )
-    return ("{\n" + ",\n".join(lines) + "\n}\n").encode()
+    above = ("{\n" + ",\n".join(lines) + ",\n").encode()
+    return above + f'"digest_above": "{xxhash.xxh3_64_hexdigest(above)}"\n}}\n'.encode()
 
 
 def _export(layout: Layout, subdir: str, reports: Sequence[RankReport]) -> dict[str, Any]:

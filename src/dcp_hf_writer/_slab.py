@@ -8,6 +8,7 @@ copy that goes into it. Where CUDA is present it is pinned.
 
 from __future__ import annotations
 
+import errno
 import logging
 import mmap
 import os
@@ -64,14 +65,7 @@ class Slab:
         except (OSError, ValueError, OverflowError, MemoryError) as error:
             if fd is not None:
                 os.close(fd)
-            msg = "host memory for the staged copy could not be had"
-            raise StagingError(
-                msg,
-                phase="stage",
-                expected=f"{nbytes} bytes of shared memory",
-                found=str(error),
-                hint="free host memory, or save fewer tensors from this rank",
-            ) from error
+            raise _no_memory(nbytes, error) from error
         self._fd = fd
         weakref.finalize(self, os.close, fd)
         if is_new:
@@ -88,6 +82,9 @@ class Slab:
             try:
                 self._map.madvise(advice)
             except OSError as error:
+                if error.errno == errno.ENOMEM:
+                    # Without this the first copy into the slab would kill the process.
+                    raise _no_memory(self.nbytes, error) from error
                 _log.debug("madvise(%d) on the slab: %s", advice, error)
 
     def pin(self) -> None:
@@ -129,6 +126,16 @@ class Slab:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _attach, (self.slab_id, self.nbytes, reduction.DupFd(self._fd))
+
+
+def _no_memory(nbytes: int, error: Exception) -> StagingError:
+    return StagingError(
+        "host memory for the staged copy could not be had",
+        phase="stage",
+        expected=f"{nbytes} bytes of shared memory",
+        found=str(error),
+        hint="free host memory, or save fewer tensors from this rank",
+    )
 
 
 _attached: dict[str, Slab] = {}

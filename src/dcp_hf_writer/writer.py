@@ -272,6 +272,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         with self._current().timed("plan"):
             file_of_key = None if assets is None else assets.file_of_key
             options = _plan_data.options_fingerprint(export, file_of_key)
+            options += f" {type(self.dcp_writer).__qualname__}"
             known = _plan_cache.delivered(whole, options)
             if known is not None:
                 return known, None
