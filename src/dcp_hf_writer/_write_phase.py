@@ -138,18 +138,9 @@ class WritePhase:
         return [*results, WriteResult(MetadataIndex(_REPORT_FQN), 0, report)]
 
     def _jobs(self, files: Sequence[int]) -> list[int | None]:
-        """Return this rank's files in its order; `None` is its DCP file.
-
-        That one is nobody else's and comes first, so that the device is busy with it while the
-        output files are filled, each rank of a host starting at another one. With fewer output
-        files than ranks they would still meet in one, so there the DCP file joins the rotation.
-        """
-        rank, ranks = self.own.host_rank, max(self.own.host_size, 1)
-        if len(files) >= ranks:
-            start = rank * len(files) // ranks
-            return [None, *files[start:], *files[:start]]
+        """Return this rank's files, `None` being its DCP file, from where it starts."""
         jobs: list[int | None] = [None, *files]
-        start = rank * len(jobs) // ranks
+        start = self.own.host_rank * len(jobs) // max(self.own.host_size, 1)
         return jobs[start:] + jobs[:start]
 
     def _hold(self, held: ExitStack, half: str) -> None:

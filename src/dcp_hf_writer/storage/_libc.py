@@ -9,7 +9,6 @@ import os
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
-_SYNC_FILE_RANGE_WRITE = 2
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -38,17 +37,6 @@ def reserve(fd: int, nbytes: int) -> None:
         number = ctypes.get_errno()
         if number != errno.EINTR:
             _fail(number, None)
-
-
-def start_write_back(fd: int, start: int, nbytes: int) -> None:
-    """Let the kernel begin to write dirty pages of a range; a hint, with no promise and no error.
-
-    Source:
-        sync_file_range(2), SYNC_FILE_RANGE_WRITE.
-    """
-    call = getattr(_libc, "sync_file_range", None)
-    if call is not None:
-        call(fd, ctypes.c_int64(start), ctypes.c_int64(nbytes), _SYNC_FILE_RANGE_WRITE)
 
 
 def rename_no_replace(source: str, target: str) -> None:

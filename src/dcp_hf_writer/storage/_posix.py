@@ -18,7 +18,6 @@ from dcp_hf_writer.storage._libc import (
     UnsupportedCallError,
     rename_no_replace,
     reserve,
-    start_write_back,
 )
 
 if TYPE_CHECKING:
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
 # One system call copies at most this much, so that a slow device does not hold the inode lock for
 # long and other writers of the file get their turn.
 PIECE_NBYTES = 16 << 20
-
-# Whole pieces are sent to the device as they are written; smaller ones may lie on shared pages.
-_WRITE_BACK_NBYTES = 1 << 20
 
 # Linux, UIO_MAXIOV: buffers of one pwritev.
 _MAX_BUFFERS = 1024
@@ -78,13 +74,7 @@ class OutputFile:
         while data.nbytes:
             with write_errors(self.path):
                 done = os.pwrite(self._fd, data[:PIECE_NBYTES], offset)
-            self._begin_write_back(offset, done)
             data, offset = data[done:], offset + done
-
-    def _begin_write_back(self, offset: int, nbytes: int) -> None:
-        # The device would idle until the fsync: the kernel by itself starts at a tenth of memory.
-        if nbytes >= _WRITE_BACK_NBYTES:
-            start_write_back(self._fd, offset, nbytes)
 
     def write_runs(self, data: memoryview, nbytes: int, starts: Iterator[int]) -> None:
         """Write equal runs of `data` at ascending places.
@@ -128,7 +118,6 @@ class OutputFile:
             return offset
         with write_errors(self.path):
             done = os.pwritev(self._fd, group, offset)
-        self._begin_write_back(offset, done)
         if done != nbytes:
             self.write(memoryview(b"".join(group))[done:], offset + done)
         return offset + nbytes
