@@ -40,13 +40,6 @@ class Box:
         moved = tuple(o + sign * b for o, b in zip(self.offsets, by, strict=True))
         return Box(moved, self.sizes)
 
-    def is_inside(self, shape: Shape) -> bool:
-        """Whether the box has the rank of `shape` and does not leave it."""
-        return len(self.offsets) == len(shape) == len(self.sizes) and all(
-            0 <= o and 0 <= s and o + s <= n
-            for o, s, n in zip(self.offsets, self.sizes, shape, strict=True)
-        )
-
 
 def whole(shape: Shape) -> Box:
     """Return the box that covers a tensor of `shape`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._boxes import Box, Shape
+from dcp_hf_writer._boxes import Box, Shape, whole
 from dcp_hf_writer.errors import SpecError
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class LoadSpec:
         """Return the HuggingFace tensors with their boxes of the runtime tensor."""
         origin = self.origin_shape
         if len(self.hf_keys) == 1:
-            return (SpecPart(self.hf_keys[0], Box((0,) * len(origin), origin)),)
+            return (SpecPart(self.hf_keys[0], whole(origin)),)
         dim, parts, start = self.fused_dim, [], 0
         for key, size in zip(self.hf_keys, self._part_sizes(), strict=True):
             offsets = tuple(start if d == dim else 0 for d in range(len(origin)))
