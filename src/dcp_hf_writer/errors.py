@@ -15,6 +15,7 @@
     │   ├── WriteError                         a write, fsync or close failed; final
     │   └── CommitError                        the checkpoint could not be published
     ├── CoverageError (RuntimeError)           reported bytes do not tile the files
+    ├── CorruptCheckpointError (ValueError)    what is stored is damaged, or not what it says it is
     ├── SlotTimeoutError (TimeoutError)        no write slot became free in time
     ├── SaveTimeoutError (TimeoutError)        the deadline of the save passed
     │   └── RankLostError                      one or more ranks did not answer
@@ -155,6 +156,10 @@ class CommitError(StorageError):
 
 class CoverageError(CheckpointError, RuntimeError):
     """What the ranks report to have written does not tile the output files."""
+
+
+class CorruptCheckpointError(CheckpointError, ValueError):
+    """What is stored is damaged, incomplete, hostile, or not what it says it is."""
 
 
 class SlotTimeoutError(CheckpointError, TimeoutError):
