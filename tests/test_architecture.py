@@ -16,9 +16,9 @@ ROOT = Path(dcp_hf_writer.__file__).parent
 # Each module may import from its own layer and from those above it, in the order of the design.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_hooks"),
-    ("_boxes", "_dtypes"),
+    ("_boxes", "_dtypes", "_copies"),
     ("spec", "export"),
-    ("_header", "_layout", "_model_entry", "_report", "_manifest"),
+    ("_header", "_layout", "_regions", "_model_entry", "_report", "_manifest"),
     ("_tensors", "_plan_data", "_plan_cache"),
     ("_slab", "staging", "_caller"),
     ("_slot_files", "slots"),
@@ -35,6 +35,7 @@ LAYER = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
 PLANNING = (
     *("_boxes", "_dtypes", "_header", "_layout", "_model_entry", "_report", "_manifest"),
+    *("_copies", "_regions"),
     *("spec", "export"),
 )
 # Storage, processes, other machines.

@@ -18,9 +18,11 @@ from transformers.core_model_loading import dot_natural_key
 
 from compare import file_difference
 from dcp_hf_writer import HFExport, LoadSpec
-from dcp_hf_writer._boxes import Box, byte_runs, whole
-from dcp_hf_writer._dtypes import CASTABLE, ITEMSIZE, TORCH_BY_NAME
-from dcp_hf_writer._layout import Layout, RuntimeTensor, chunk_regions, needs_cast, plan_layout
+from dcp_hf_writer._boxes import Box, whole
+from dcp_hf_writer._copies import runtime_view
+from dcp_hf_writer._dtypes import CASTABLE, TORCH_BY_NAME
+from dcp_hf_writer._layout import Layout, RuntimeTensor, plan_layout
+from dcp_hf_writer._regions import chunk_regions, needs_cast
 from dcp_hf_writer.errors import CoverageError, LayoutError, SpecError
 from partitions import partitions_of, shapes
 
@@ -69,11 +71,11 @@ def specs_of(draw: st.DrawFn, name: str, shape: Shape) -> LoadSpec | None:
         divisors = [n for n in range(1, extent + 1) if extent % n == 0] or [2]
         count = draw(st.sampled_from(divisors))
         keys = [f"hf.{name}.{i}" for i in range(count)]
-        return LoadSpec(name, keys, shape, dim, origin)
+        return LoadSpec(name, keys, shape, dim, (), origin)
     edges = [0, *sorted(draw(st.lists(st.integers(0, extent), max_size=3))), extent]
     sizes = [b - a for a, b in itertools.pairwise(edges)]
     keys = [f"hf.{name}.{i}" for i in range(len(sizes))]
-    return LoadSpec(name, keys, shape, dim - len(shape), origin, fused_sizes=sizes)
+    return LoadSpec(name, keys, shape, dim - len(shape), (), origin, fused_sizes=sizes)
 
 
 def exported_parts(
@@ -129,13 +131,9 @@ def carry_out(
             local = narrow(values[tensor.name], chunk)
             for region in chunk_regions(chunk, layout.targets.get(tensor.fqn, ())):
                 target = region.target
-                data = raw_bytes(narrow(local, region.local).to(TORCH_BY_NAME[target.dtype]))
-                runs = byte_runs(
-                    region.disk,
-                    target.part.sizes,
-                    itemsize=ITEMSIZE[target.dtype],
-                    tensor_start=target.start,
-                )
+                view = runtime_view(local, region.copy)
+                data = raw_bytes(view.to(TORCH_BY_NAME[target.dtype]))
+                runs = region.hf_runs()
                 assert len(data) == runs.count * runs.nbytes
                 for number, start in enumerate(runs.starts()):
                     run = data[number * runs.nbytes : (number + 1) * runs.nbytes]

@@ -11,40 +11,39 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcp_hf_writer import LoadSpec
-from dcp_hf_writer._boxes import Box, tiling_fault
+from dcp_hf_writer._boxes import Box, Shape, tiling_fault, whole
+from dcp_hf_writer._copies import hf_box
 from dcp_hf_writer.errors import SpecError
+
+
+def parts_of(spec: LoadSpec) -> list[tuple[str, Shape, Shape]]:
+    """Return key, first index in the runtime tensor, and shape of each part."""
+    return [(part.key, part.copies[0].start, part.shape) for part in spec.parts]
 
 
 def test_one_key_may_be_given_as_text() -> None:
     spec = LoadSpec("w", "hf.w", [3, 4])
     assert spec.hf_keys == ("hf.w",)
-    assert [(part.key, part.box) for part in spec.parts()] == [("hf.w", Box((0, 0), (3, 4)))]
+    assert parts_of(spec) == [("hf.w", (0, 0), (3, 4))]
 
 
 def test_arguments_are_those_of_the_design() -> None:
     spec = LoadSpec(
         name="qkv", hf_keys=["q", "k"], global_shape=(4, 8), fused_dim=1, origin_shape=(4, 6)
     )
-    assert [(part.key, part.box) for part in spec.parts()] == [
-        ("q", Box((0, 0), (4, 3))),
-        ("k", Box((0, 3), (4, 3))),
-    ]
+    assert parts_of(spec) == [("q", (0, 0), (4, 3)), ("k", (0, 3), (4, 3))]
 
 
 def test_spec_of_a_tensor_has_its_shape() -> None:
     spec = LoadSpec.from_tensor(
         name="qkv", hf_keys=["q", "k"], tensor=torch.zeros(6, 2), origin_shape=(4, 2)
     )
-    assert spec == LoadSpec("qkv", ["q", "k"], (6, 2), 0, (4, 2))
+    assert spec == LoadSpec("qkv", ["q", "k"], (6, 2), 0, (), (4, 2))
 
 
 def test_parts_of_unequal_extent_follow_one_another() -> None:
     spec = LoadSpec("qkv", ["q", "k", "v"], (8, 5), fused_sizes=[4, 3, 1])
-    assert [part.box for part in spec.parts()] == [
-        Box((0, 0), (4, 5)),
-        Box((4, 0), (3, 5)),
-        Box((7, 0), (1, 5)),
-    ]
+    assert parts_of(spec) == [("q", (0, 0), (4, 5)), ("k", (4, 0), (3, 5)), ("v", (7, 0), (1, 5))]
 
 
 def test_negative_fused_dim_counts_from_the_end() -> None:
@@ -52,7 +51,7 @@ def test_negative_fused_dim_counts_from_the_end() -> None:
 
 
 def test_scalar_may_be_renamed() -> None:
-    assert LoadSpec("scale", "hf.scale", ()).parts()[0].box == Box((), ())
+    assert parts_of(LoadSpec("scale", "hf.scale", ())) == [("hf.scale", (), ())]
 
 
 @settings(deadline=None)
@@ -65,9 +64,11 @@ def test_parts_tile_the_shape_without_padding(
     shape[dim] = sum(sizes)
     padded = [n + data.draw(st.integers(0, 2)) for n in shape]
     keys = [f"k{i}" for i in range(count)]
-    spec = LoadSpec("w", keys, padded, dim, shape, fused_sizes=sizes)
-    assert tuple(part.key for part in spec.parts()) == tuple(keys)
-    assert tiling_fault([part.box for part in spec.parts()], tuple(shape)) is None
+    spec = LoadSpec("w", keys, padded, dim, (), shape, fused_sizes=sizes)
+    assert tuple(part.key for part in spec.parts) == tuple(keys)
+    boxes = [Box(copy.start, part.shape) for part in spec.parts for copy in part.copies]
+    assert tiling_fault(boxes, tuple(shape)) is None
+    assert all(hf_box(copy) == whole(part.shape) for part in spec.parts for copy in part.copies)
 
 
 @pytest.mark.parametrize(
@@ -97,7 +98,7 @@ def test_spec_is_refused_with_its_name_when_it_does_not_fit_itself(
 
 
 def test_spec_travels_to_other_processes_and_cannot_be_changed() -> None:
-    spec = LoadSpec("w", ["a", "b"], (4, 3), 1, (4, 2), dtype=torch.bfloat16)
+    spec = LoadSpec("w", ["a", "b"], (4, 3), 1, (), (4, 2), dtype=torch.bfloat16)
     assert pickle.loads(pickle.dumps(spec)) == spec
     with pytest.raises(AttributeError):
         spec.name = "v"  # type: ignore[misc]

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 import xxhash
 
-from dcp_hf_writer._boxes import Box, byte_runs
-from dcp_hf_writer._dtypes import ITEMSIZE, TORCH_BY_NAME
+from dcp_hf_writer._copies import hf_box, hf_loops, runtime_view, split
+from dcp_hf_writer._dtypes import TORCH_BY_NAME
 from dcp_hf_writer._hooks import reach
-from dcp_hf_writer._layout import Region, chunk_regions, needs_cast
-from dcp_hf_writer._report import Piece
+from dcp_hf_writer._regions import Region, chunk_regions, needs_cast
+from dcp_hf_writer._report import Block
 from dcp_hf_writer._source import TensorSource, chunk_of, digest_of, host_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch.distributed.checkpoint.planner import WriteItem
 
@@ -45,13 +46,13 @@ def regions_by_file(
         for region in chunk_regions(chunk_of(item), parts):
             found.setdefault(region.target.file, []).append((item, region))
     for blocks in found.values():
-        blocks.sort(key=lambda block: (block[1].target.start, block[1].disk.offsets))
+        blocks.sort(key=lambda block: (block[1].target.start, block[1].copy.hf_start))
     return found
 
 
 def is_interleaved(blocks: Iterable[tuple[WriteItem, Region]]) -> bool:
     """Whether blocks are runs between those of other ranks, as column shards are."""
-    return any(_runs(region.target, region.disk).count > 1 for _, region in blocks)
+    return any(region.hf_runs().count > 1 for _, region in blocks)
 
 
 class BlockWriter:
@@ -70,7 +71,7 @@ class BlockWriter:
         *,
         check: Callable[[], None],
         bounce_nbytes: int,
-    ) -> list[Piece]:
+    ) -> list[Block]:
         """Write this rank's blocks of one output file.
 
         Args:
@@ -81,59 +82,46 @@ class BlockWriter:
             bounce_nbytes: Size of the buffer for casts and blocks that are not contiguous.
 
         Returns:
-            One piece a block.
+            One block a region.
 
         Raises:
             WriteError: If the file system does not take the bytes.
         """
-        pieces = []
+        written = []
         self._bounce_nbytes = bounce_nbytes
         for item, region in blocks:
             check()
             reach("mid hf")
             digest = self._write_block(file, item, region, source)
-            pieces.append(Piece(region.target.key, region.disk.offsets, region.disk.sizes, digest))
-        return pieces
+            box = hf_box(region.copy)
+            extent = hf_loops(region.copy) if box is None else box.sizes
+            written.append(Block(region.target.key, region.copy.hf_start, extent, digest))
+        return written
 
     def _write_block(
         self, file: OutputFile, item: WriteItem, region: Region, source: TensorSource
     ) -> str:
         tensor = source.tensor(item)
-        view = _narrow(tensor, region.local)
+        view = runtime_view(tensor, region.copy)
         if not needs_cast(tensor.dtype, region.target) and view.is_contiguous():
             data = host_bytes(view)
-            _write_runs(file, data, _runs(region.target, region.disk))
-            return source.digest(item, data) if view.shape == tensor.shape else digest_of(data)
+            _write_runs(file, data, region.hf_runs())
+            return source.digest(item, data) if len(data) == tensor.nbytes else digest_of(data)
         digest = xxhash.xxh3_64()
         dtype = TORCH_BY_NAME[region.target.dtype]
-        for local, disk in _split(region, self._bounce_nbytes // dtype.itemsize):
-            part = self._buffer(dtype, local.sizes)
-            part.copy_(_narrow(tensor, local))
-            data = host_bytes(part)
+        for part in split(region.copy, self._bounce_nbytes // dtype.itemsize):
+            view = runtime_view(tensor, part)
+            buffer = self._buffer(dtype, view.shape)
+            buffer.copy_(view)
+            data = host_bytes(buffer)
             digest.update(data)
-            _write_runs(file, data, _runs(region.target, disk))
+            _write_runs(file, data, Region(region.target, part).hf_runs())
         return str(digest.hexdigest())
 
     def _buffer(self, dtype: torch.dtype, sizes: tuple[int, ...]) -> torch.Tensor:
         if self._bounce.nbytes < self._bounce_nbytes:
             self._bounce = torch.zeros(self._bounce_nbytes, dtype=torch.uint8)
-        count = 1
-        for n in sizes:
-            count *= n
-        return self._bounce[: count * dtype.itemsize].view(dtype).view(sizes)
-
-
-def _narrow(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
-        if size != tensor.shape[dim]:
-            tensor = tensor.narrow(dim, offset, size)
-    return tensor
-
-
-def _runs(target: PartTarget, disk: Box) -> ByteRuns:
-    return byte_runs(
-        disk, target.part.sizes, itemsize=ITEMSIZE[target.dtype], tensor_start=target.start
-    )
+        return self._bounce[: math.prod(sizes) * dtype.itemsize].view(dtype).view(sizes)
 
 
 def _write_runs(file: OutputFile, data: memoryview, runs: ByteRuns) -> None:
@@ -141,23 +129,3 @@ def _write_runs(file: OutputFile, data: memoryview, runs: ByteRuns) -> None:
         file.write(data, runs.start)
     else:
         file.write_runs(data, runs.nbytes, runs.starts())
-
-
-def _split(region: Region, max_elements: int) -> Iterator[tuple[Box, Box]]:
-    """Cut a block into blocks that fit the buffer, in row-major order."""
-    local, disk = region.local, region.disk
-    if local.numel <= max_elements:
-        yield local, disk
-        return
-    dim = next(d for d, n in enumerate(local.sizes) if n > 1)
-    row = local.numel // local.sizes[dim]
-    step = max(1, max_elements // row)
-    for start in range(0, local.sizes[dim], step):
-        size = min(step, local.sizes[dim] - start)
-        part = Region(region.target, _slab(local, dim, start, size), _slab(disk, dim, start, size))
-        yield from _split(part, max_elements)
-
-
-def _slab(box: Box, dim: int, start: int, size: int) -> Box:
-    offsets = tuple(o + start if d == dim else o for d, o in enumerate(box.offsets))
-    return Box(offsets, tuple(size if d == dim else n for d, n in enumerate(box.sizes)))

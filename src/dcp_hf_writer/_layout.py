@@ -12,8 +12,9 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer._boxes import Box, BoxTable, Shape, intersect, tiling_fault
-from dcp_hf_writer._dtypes import CASTABLE, NAME_BY_TORCH, safetensors_name
+from dcp_hf_writer._boxes import Box, BoxTable, Shape, tiling_fault
+from dcp_hf_writer._copies import Copy, coverage_fault, hf_box, hf_loops
+from dcp_hf_writer._dtypes import CASTABLE, safetensors_name
 from dcp_hf_writer._header import HFTensor, encode_header, in_file_order
 from dcp_hf_writer.errors import CoverageError, LayoutError, SpecError
 from dcp_hf_writer.spec import LoadSpec
@@ -53,7 +54,7 @@ class RuntimeTensor:
 
 @dataclass(frozen=True, slots=True)
 class PartTarget:
-    """Where one part of a runtime tensor goes."""
+    """Where the elements go that a runtime tensor gives to one HuggingFace tensor."""
 
     key: str
     """HuggingFace name."""
@@ -63,8 +64,10 @@ class PartTarget:
     """Offset of the tensor's first byte in that file."""
     dtype: str
     """safetensors dtype on disk."""
-    part: Box
-    """The part of the runtime tensor; its sizes are the shape on disk."""
+    shape: Shape
+    """Shape on disk."""
+    copies: tuple[Copy, ...]
+    """Its elements that come from the runtime tensor, and where they stand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,8 +101,8 @@ class Layout:
 @dataclass(frozen=True, slots=True)
 class _Assigned:
     tensor: HFTensor
-    fqn: str
-    part: Box
+    parts: list[tuple[str, tuple[Copy, ...]]]
+    """FQN of each runtime tensor that gives elements to it, and which."""
 
 
 def plan_layout(
@@ -124,16 +127,16 @@ def plan_layout(
         SpecError: If a spec names no tensor, or does not fit the one it names.
         CoverageError: If the ranks' parts of a tensor leave a gap or overlap.
     """
-    dropped = _check_tied(tensors, tied if export.tied is None else export.tied, export)
+    dropped = _check_tied(tensors, _all_tied(tied, export), export)
     ordered = sorted(tensors, key=_natural) if export.is_in_natural_order else list(tensors)
     assigned = _assign_keys(ordered, export, dropped)
     _check_keys(assigned, export)
-    groups = (
-        _greedy_files(assigned, export.max_shard_nbytes)
+    files = (
+        _greedy_files(_units(assigned, export), export.max_shard_nbytes)
         if file_of_key is None
         else _files_like(assigned, file_of_key)
     )
-    return _place(groups, export, dropped)
+    return _place(files, export, dropped)
 
 
 def _natural(tensor: RuntimeTensor) -> list[tuple[Any, ...]]:
@@ -147,6 +150,23 @@ def _natural(tensor: RuntimeTensor) -> list[tuple[Any, ...]]:
         digits = part[len(text) :]
         key.append((1, text, int(digits)) if digits else (1, text))
     return key
+
+
+def _all_tied(found: Mapping[str, str], export: HFExport) -> dict[str, str]:
+    """Join the ties that specs declare with those given or found; what a spec declares holds."""
+    aliases = {
+        spec.name: spec.alias_of
+        for spec in export.spec_by_fqn.values()
+        if spec.alias_of is not None
+    }
+    others = found if export.tied is None else export.tied
+    tied = dict(aliases)
+    for drop, keep in others.items():
+        end = aliases.get(keep, keep)
+        # An alias leads back where storage alone would have dropped the one that it names.
+        if drop not in tied and (keep == end or drop != end):
+            tied[drop] = end
+    return tied
 
 
 def _check_tied(
@@ -182,8 +202,7 @@ def _assign_keys(
         msg = "specs name tensors that the model does not have"
         raise SpecError(msg, phase="plan", expected="FQNs within the model", found=_some(unused))
     keep = [re.compile(pattern) for pattern in export.keep_dtype]
-    owner: dict[str, str] = {}
-    assigned: list[_Assigned] = []
+    assigned: dict[str, _Assigned] = {}
     for tensor in tensors:
         if tensor.name in dropped:
             continue
@@ -191,21 +210,56 @@ def _assign_keys(
         if spec is None:
             spec = LoadSpec(tensor.name, (tensor.name,), tensor.shape)
         _check_tensor(tensor, spec)
-        for part in spec.parts():
+        for part in spec.parts:
             if part.key in dropped:
                 continue
-            if part.key in owner:
-                _refuse_key(
-                    part.key,
-                    "two runtime tensors have one HuggingFace key",
-                    f"{owner[part.key]!r} and {tensor.fqn!r}",
-                )
-            owner[part.key] = tensor.fqn
             dtype = safetensors_name(_on_disk(tensor, spec, part.key, export, keep), fqn=tensor.fqn)
-            assigned.append(
-                _Assigned(HFTensor(part.key, dtype, part.box.sizes), tensor.fqn, part.box)
-            )
-    return assigned
+            wanted = HFTensor(part.key, dtype, part.shape)
+            known = assigned.setdefault(part.key, _Assigned(wanted, []))
+            if known.tensor != wanted:
+                _refuse_two(known, tensor.fqn)
+            known.parts.append((tensor.fqn, part.copies))
+    for one in assigned.values():
+        _check_whole(one)
+    return list(assigned.values())
+
+
+def _check_whole(one: _Assigned) -> None:
+    """Refuse a HuggingFace tensor of which an element comes from nowhere, or from two places."""
+    shape = one.tensor.shape
+    copies = [copy for _, copies in one.parts for copy in copies]
+    if len(one.parts) > 1 and math.prod(shape) in {
+        sum(copy.numel for copy in copies) for _, copies in one.parts
+    }:
+        _refuse_two(one, one.parts[1][0])
+    boxes = [hf_box(copy) for copy in copies]
+    if len(boxes) == 1 and boxes[0] is not None and boxes[0].sizes == shape:
+        return
+    solid = [box for box in boxes if box is not None]
+    fault = (
+        tiling_fault(solid, shape)
+        if len(solid) == len(boxes)
+        else coverage_fault([(copy.hf_start, hf_loops(copy)) for copy in copies], shape)
+    )
+    if fault is not None:
+        fqns = [fqn for fqn, _ in one.parts]
+        msg = "the specs do not give each element of a HuggingFace tensor once"
+        raise SpecError(
+            msg,
+            phase="plan",
+            fqn=fqns[0] if len(fqns) == 1 else _some(fqns),
+            key=one.tensor.key,
+            expected=f"pieces that tile {list(shape)}",
+            found=fault,
+        )
+
+
+def _refuse_two(known: _Assigned, fqn: str) -> None:
+    _refuse_key(
+        known.tensor.key,
+        "two runtime tensors have one HuggingFace key",
+        f"{known.parts[0][0]!r} and {fqn!r}",
+    )
 
 
 def _on_disk(
@@ -272,25 +326,37 @@ def _check_keys(assigned: Sequence[_Assigned], export: HFExport) -> None:
         )
 
 
-def _greedy_files(assigned: Sequence[_Assigned], max_nbytes: int) -> dict[str, list[_Assigned]]:
+def _units(assigned: Sequence[_Assigned], export: HFExport) -> list[list[_Assigned]]:
+    """Return the tensors in the order in which they fill files; a unit is not spread."""
+    if export.groups is None:
+        return [[one] for one in assigned]
+    by_key = {one.tensor.key: one for one in assigned}
+    units = [[by_key.pop(key) for key in group if key in by_key] for group in export.groups]
+    return [unit for unit in units if unit] + [[one] for one in by_key.values()]
+
+
+def _greedy_files(
+    units: Sequence[Sequence[_Assigned]], max_nbytes: int
+) -> dict[str, list[_Assigned]]:
     """Fill files in order, as `save_pretrained` does.
 
     Source:
-        huggingface_hub, "Save a state dict": greedy in order of the keys; a tensor above the limit
-        gets a file of its own and does not close the one being filled.
+        huggingface_hub, "Save a state dict": greedy in order of the keys; tensors of one storage
+        stay together; a unit above the limit gets a file of its own and does not close the one
+        being filled.
     """
     files: list[list[_Assigned]] = []
     current: list[_Assigned] = []
     filled = 0
-    for one in assigned:
-        nbytes = one.tensor.nbytes
+    for unit in units:
+        nbytes = sum(one.tensor.nbytes for one in unit)
         if nbytes > max_nbytes:
-            files.append([one])
+            files.append(list(unit))
             continue
         if filled + nbytes > max_nbytes:
             files.append(current)
             current, filled = [], 0
-        current.append(one)
+        current += unit
         filled += nbytes
     if current:
         files.append(current)
@@ -334,63 +400,37 @@ def _place(
         nbytes = len(header) + sum(tensor.nbytes for tensor in ordered)
         files.append(OutputFile(name, header, nbytes, tuple(t.key for t in ordered)))
         for one in group:
-            key = one.tensor.key
-            targets.setdefault(one.fqn, []).append(
-                PartTarget(key, number, starts[key], one.tensor.dtype, one.part)
-            )
+            tensor = one.tensor
+            for fqn, copies in one.parts:
+                targets.setdefault(fqn, []).append(
+                    PartTarget(
+                        tensor.key, number, starts[tensor.key], tensor.dtype, tensor.shape, copies
+                    )
+                )
     return Layout(
         files=tuple(files),
         targets={fqn: tuple(parts) for fqn, parts in targets.items()},
-        index=_encode_index(groups),
+        index=_encode_index(groups, export.total_parameters),
         tied=dict(tied),
     )
 
 
-def _encode_index(groups: Mapping[str, Sequence[_Assigned]]) -> bytes | None:
+def _encode_index(
+    groups: Mapping[str, Sequence[_Assigned]], total_parameters: int | None
+) -> bytes | None:
     if list(groups) == [SINGLE_NAME]:
         return None
     tensors = [one.tensor for group in groups.values() for one in group]
+    if total_parameters is None:
+        total_parameters = sum(math.prod(tensor.shape) for tensor in tensors)
     index = {
         "metadata": {
-            "total_parameters": sum(math.prod(tensor.shape) for tensor in tensors),
+            "total_parameters": total_parameters,
             "total_size": sum(tensor.nbytes for tensor in tensors),
         },
         "weight_map": {one.tensor.key: name for name, group in groups.items() for one in group},
     }
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """One block of elements that a rank copies from its local tensor into one output file."""
-
-    target: PartTarget
-    """The tensor on disk."""
-    local: Box
-    """The block within the rank's chunk."""
-    disk: Box
-    """The same block within the tensor on disk."""
-
-
-def chunk_regions(chunk: Box, targets: Iterable[PartTarget]) -> list[Region]:
-    """Cut one chunk of a runtime tensor into the blocks that go to each of its targets.
-
-    Args:
-        chunk: The chunk, in indices of the runtime tensor; a rank holds it as a local tensor.
-        targets: Parts of that runtime tensor.
-    """
-    regions = []
-    for target in targets:
-        common = intersect(chunk, target.part)
-        if common is not None:
-            local = common.shifted(chunk.offsets, sign=-1)
-            regions.append(Region(target, local, common.shifted(target.part.offsets, sign=-1)))
-    return regions
-
-
-def needs_cast(dtype: torch.dtype, target: PartTarget) -> bool:
-    """Whether a tensor of `dtype` is stored in another one."""
-    return NAME_BY_TORCH.get(dtype) != target.dtype
 
 
 def _some(names: Iterable[str]) -> str:

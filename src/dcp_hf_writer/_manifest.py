@@ -98,14 +98,14 @@ def encode_manifest(
 
 
 def _export(layout: Layout, subdir: str, reports: Sequence[RankReport]) -> dict[str, Any]:
-    pieces: dict[str, list[Any]] = {}
+    blocks: dict[str, list[Any]] = {}
     for report in reports:
-        for piece in report.pieces:
-            pieces.setdefault(piece.key, []).append(
-                [report.rank, piece.offsets, piece.sizes, piece.digest]
+        for block in report.blocks:
+            blocks.setdefault(block.key, []).append(
+                [report.rank, block.offsets, block.extent, block.digest]
             )
     where = {
-        target.key: [target.start, target.dtype, target.part.sizes]
+        target.key: [target.start, target.dtype, target.shape]
         for parts in layout.targets.values()
         for target in parts
     }
@@ -117,7 +117,7 @@ def _export(layout: Layout, subdir: str, reports: Sequence[RankReport]) -> dict[
                 "nbytes": file.nbytes,
                 "header_nbytes": len(file.header),
                 "header": xxhash.xxh3_64_hexdigest(file.header),
-                "tensors": {key: [*where[key], pieces.get(key, [])] for key in file.keys},
+                "tensors": {key: [*where[key], blocks.get(key, [])] for key in file.keys},
             }
             for file in layout.files
         },

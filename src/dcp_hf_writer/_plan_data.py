@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dcp_hf_writer._boxes import BoxTable
 from dcp_hf_writer._layout import Layout, PartTarget, RuntimeTensor, plan_layout
 from dcp_hf_writer._model_entry import model_prefix, names_in_model
+from dcp_hf_writer._regions import TargetTable
 from dcp_hf_writer.errors import LayoutError, PlanningError
 
 if TYPE_CHECKING:
@@ -121,12 +122,15 @@ def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
     seen: dict[str, int] = {}
     sizes = {host: plan.hosts.count(host) for host in set(plan.hosts)}
     files = () if plan.layout is None else tuple((f.name, f.nbytes) for f in plan.layout.files)
-    targets = {} if plan.layout is None else plan.layout.targets
+    tables = (
+        {}
+        if plan.layout is None
+        else {fqn: TargetTable(targets) for fqn, targets in plan.layout.targets.items()}
+    )
     result = []
     for host, own, prepared in zip(plan.hosts, plan.plans, dcp, strict=True):
         host_rank = seen.get(host, 0)
         seen[host] = host_rank + 1
-        fqns = {item.index.fqn for item in own.items}
         data = RankPlan(
             dcp=prepared.storage_data,
             plan_id=plan.plan_id,
@@ -134,32 +138,35 @@ def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
             host_rank=host_rank,
             host_size=sizes[host],
             files=files,
-            targets={fqn: targets[fqn] for fqn in fqns if fqn in targets},
+            targets=_targets_of(own, tables),
             tied=plan.tied,
         )
         result.append(replace(prepared, storage_data=data))
     return result
 
 
+def _targets_of(
+    plan: SavePlan, tables: Mapping[str, TargetTable]
+) -> dict[str, tuple[PartTarget, ...]]:
+    """Return the targets of what a rank writes: an expert of its own, and not those of the rest."""
+    found: dict[str, tuple[PartTarget, ...]] = {}
+    for item in plan.items:
+        fqn, data = item.index.fqn, item.tensor_data
+        table = tables.get(fqn)
+        if table is None or data is None:
+            continue
+        near = table.near(data.chunk)
+        known = found.get(fqn)
+        found[fqn] = near if known is None else tuple(dict.fromkeys((*known, *near)))
+    return found
+
+
 def options_fingerprint(export: HFExport | None, file_of_key: Mapping[str, str] | None) -> str:
     """Name the options that a layout follows from, equal for equal options."""
     if export is None:
         return _DCP_ONLY
-    keys = None if export.expect_keys is None else sorted(export.expect_keys)
-    parts = (
-        export.key,
-        sorted(export.spec_by_fqn.items()),
-        export.dtype,
-        export.keep_dtype,
-        export.max_shard_nbytes,
-        None if file_of_key is None else sorted(file_of_key.items()),
-        None if export.tied is None else sorted(export.tied.items()),
-        keys,
-        export.header_align,
-        export.metadata,
-        export.is_in_natural_order,
-    )
-    return hashlib.sha256(repr(parts).encode()).hexdigest()
+    like = None if file_of_key is None else sorted(file_of_key.items())
+    return hashlib.sha256(f"{export.fingerprint} {like!r}".encode()).hexdigest()
 
 
 def _facts(plan: SavePlan) -> LocalFacts:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from dcp_hf_writer._boxes import Box, Shape, tiling_fault
+from dcp_hf_writer._copies import IndexLoops, coverage_fault
 from dcp_hf_writer._dtypes import ITEMSIZE
 from dcp_hf_writer.errors import CoverageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from typing import TypeGuard
 
     from dcp_hf_writer._layout import Layout
     from dcp_hf_writer.errors import ExportError
@@ -19,17 +21,22 @@ DIGEST_NAME = "xxh3_64"
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A block of one tensor on disk, written by one rank."""
+class Block:
+    """Elements of one tensor on disk, written by one rank."""
 
     key: str
     """HuggingFace name."""
     offsets: Shape
-    """First index of the block in the tensor on disk."""
-    sizes: Shape
-    """Extent of the block."""
+    """Index of its first element in the tensor on disk."""
+    extent: Shape | IndexLoops
+    """Its sizes, one a dimension, where it has no gaps; else its loops."""
     digest: str
-    """xxh3_64, in hex, of the block's bytes in row-major order, as stored."""
+    """xxh3_64, in hex, of its bytes as stored: row-major, or in order of its loops."""
+
+
+def is_solid(extent: Shape | IndexLoops) -> TypeGuard[Shape]:
+    """Whether a block has sizes instead of loops."""
+    return not (extent and isinstance(extent[0], tuple))
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +59,7 @@ class RankReport:
 
     rank: int
     host: str
-    pieces: list[Piece] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
     dcp_files: list[DCPFile] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     """Time spent by phase."""
@@ -70,13 +77,13 @@ def check_coverage(layout: Layout, reports: Sequence[RankReport]) -> None:
     Raises:
         CoverageError: Naming the first key that is not covered once.
     """
-    written: dict[str, list[Box]] = {}
+    written: dict[str, list[Block]] = {}
     for report in reports:
-        for piece in report.pieces:
-            written.setdefault(piece.key, []).append(Box(piece.offsets, piece.sizes))
+        for block in report.blocks:
+            written.setdefault(block.key, []).append(block)
     shapes = _shapes(layout)
     for key, (shape, itemsize, file) in shapes.items():
-        fault = tiling_fault(written.pop(key, ()), shape)
+        fault = _fault(written.pop(key, ()), shape)
         if fault is not None:
             msg = "the bytes that ranks report do not tile a tensor of the export"
             raise CoverageError(
@@ -93,9 +100,23 @@ def check_coverage(layout: Layout, reports: Sequence[RankReport]) -> None:
         raise CoverageError(msg, phase="finish", key=next(iter(written)))
 
 
+def _fault(blocks: Iterable[Block], shape: Shape) -> str | None:
+    boxes, parts = [], []
+    for block in blocks:
+        if is_solid(block.extent):
+            boxes.append(Box(block.offsets, block.extent))
+            loops = tuple((n, d, 1) for d, n in enumerate(block.extent))
+            parts.append((block.offsets, loops))
+        else:
+            parts.append((block.offsets, cast("IndexLoops", block.extent)))
+    if len(boxes) == len(parts):
+        return tiling_fault(boxes, shape)
+    return coverage_fault(parts, shape)
+
+
 def _shapes(layout: Layout) -> Mapping[str, tuple[Shape, int, str]]:
     return {
-        target.key: (target.part.sizes, ITEMSIZE[target.dtype], layout.files[target.file].name)
+        target.key: (target.shape, ITEMSIZE[target.dtype], layout.files[target.file].name)
         for parts in layout.targets.values()
         for target in parts
     }

@@ -47,8 +47,8 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer._attempt import Attempt
     from dcp_hf_writer._commit import StagingDirectory
-    from dcp_hf_writer._layout import Region
     from dcp_hf_writer._plan_data import RankPlan
+    from dcp_hf_writer._regions import Region
     from dcp_hf_writer.slots import WriteSlots
 
 _log = logging.getLogger(__name__)
@@ -221,7 +221,7 @@ class WritePhase:
             try:
                 file = files.take(path) or OutputFile(path, create=False)
                 try:
-                    pieces = self.blocks.write_file(
+                    written = self.blocks.write_file(
                         file,
                         blocks,
                         source,
@@ -241,9 +241,9 @@ class WritePhase:
                 _log.warning("rank %d could not write %s: %s", self.attempt.rank, path, error)
                 report.export_error = export_error(error, rank=self.attempt.rank, path=path)
                 return
-        report.pieces += pieces
+        report.blocks += written
         report.nbytes["hf"] = report.nbytes.get("hf", 0) + sum(
-            region.disk.numel * ITEMSIZE[region.target.dtype] for _, region in blocks
+            region.copy.numel * ITEMSIZE[region.target.dtype] for _, region in blocks
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -87,6 +89,14 @@ class HFExport:
     `"auto"` is the order of `save_pretrained`: natural where a spec renames or splits a tensor, or
     where a model among the assets came from `from_pretrained`; else the state dict's.
     """
+    groups: Iterable[Sequence[str]] | None = None
+    """Groups of HuggingFace keys in the order in which they fill the files; overrides `order`.
+
+    The keys of a group stay in one file, as `save_pretrained` keeps views of one storage together.
+    Keys in no group follow.
+    """
+    total_parameters: int | None = None
+    """`total_parameters` of the index; `None` counts the elements of all exported tensors."""
     spec_by_fqn: dict[str, LoadSpec] = field(init=False, repr=False)
     """`specs`, by the FQN that each one names."""
     max_shard_nbytes: int = field(init=False, repr=False)
@@ -104,11 +114,31 @@ class HFExport:
             "keep_dtype": _patterns(self.keep_dtype),
             "expect_keys": None if self.expect_keys is None else frozenset(self.expect_keys),
             "metadata": dict(sorted((self.metadata or {}).items())),
+            "groups": None if self.groups is None else tuple(map(tuple, self.groups)),
         }
         for name, value in frozen.items():
             object.__setattr__(self, name, value)
         self._check()
         object.__setattr__(self, "is_in_natural_order", self._natural())
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Name of the options that a layout follows from, equal for equal options."""
+        parts = (
+            self.key,
+            [_global_part(spec) for _, spec in sorted(self.spec_by_fqn.items())],
+            self.dtype,
+            self.keep_dtype,
+            self.max_shard_nbytes,
+            None if self.tied is None else sorted(self.tied.items()),
+            None if self.expect_keys is None else sorted(self.expect_keys),
+            self.header_align,
+            self.metadata,
+            self.is_in_natural_order,
+            self.groups,
+            self.total_parameters,
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     def _check(self) -> None:
         align = self.header_align
@@ -136,7 +166,15 @@ class HFExport:
         assets = self.assets if isinstance(self.assets, (list, tuple)) else (self.assets,)
         # transformers sets this when it loads a model, and then sorts the names when it saves.
         is_loaded = any(getattr(a, "_weight_conversions", None) is not None for a in assets)
-        return is_loaded or any(s.hf_keys != (fqn,) for fqn, s in self.spec_by_fqn.items())
+        return is_loaded or any(
+            s.hf_keys != (fqn,) or s.pieces for fqn, s in self.spec_by_fqn.items()
+        )
+
+
+def _global_part(spec: LoadSpec) -> tuple[object, ...]:
+    """Return what a spec says on every rank: all but how a rank's part was cut."""
+    plain = (spec.name, spec.hf_keys, spec.global_shape, spec.fused_dim, spec.fused_sizes)
+    return (*plain, spec.origin_shape, spec.dtype, spec.pieces, spec.alias_of)
 
 
 def _by_fqn(specs: Iterable[object]) -> dict[str, LoadSpec]:

@@ -2,36 +2,92 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer._boxes import Box, Shape, whole
+from dcp_hf_writer._copies import Copy, copies_of, copy_of_box
 from dcp_hf_writer.errors import SpecError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import torch
 
 
 @dataclass(frozen=True, slots=True)
-class SpecPart:
-    """A HuggingFace tensor and the box of the runtime tensor that it is."""
+class Piece:
+    """Elements of a runtime tensor, and where each stands in a HuggingFace tensor.
+
+    `hf[hf_start + sum(i * hf_step)] = runtime[start + sum(i * step)]` for each `i` of each loop.
+    Indices and steps count elements of the row-major tensors.
+    """
 
     key: str
     """HuggingFace name."""
-    box: Box
-    """Where it lies in the runtime tensor; its sizes are the HuggingFace shape."""
+    shape: Shape
+    """Shape of the whole HuggingFace tensor."""
+    loops: tuple[tuple[int, int, int], ...]
+    """`(extent, hf_step, step)` of each nested loop, in any order; steps are at least 1."""
+    hf_start: int = 0
+    """First element in the HuggingFace tensor."""
+    start: int = 0
+    """First element in the runtime tensor of the spec's `global_shape`."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSpec:
+    """One cut of a tensor, as a trainer makes it by hand.
+
+    The dimension is taken as `interleave` equal segments, each is cut into `count` chunks as
+    `torch.chunk` cuts, and a rank holds the chunk `index` of each segment, one after another.
+    """
+
+    dim: int
+    """Dimension that is cut."""
+    index: int
+    """Which of the chunks this rank holds."""
+    count: int
+    """Number of chunks."""
+    interleave: int = 1
+    """Number of segments: 2 for a gate and an up projection that lie one after the other."""
+
+    def __post_init__(self) -> None:
+        """Check that the numbers can be meant.
+
+        Raises:
+            SpecError: If they cannot.
+        """
+        if not 0 <= self.index < self.count or self.interleave < 1 or self.dim < 0:
+            raise SpecError(
+                "a shard is not one of its cut",
+                phase="plan",
+                expected="0 <= index < count, interleave >= 1, dim >= 0",
+                found=repr(self),
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class SpecPart:
+    """A HuggingFace tensor, and the elements that a runtime tensor gives to it."""
+
+    key: str
+    """HuggingFace name."""
+    shape: Shape
+    """Its shape."""
+    copies: tuple[Copy, ...]
+    """The elements; none for a tensor without elements."""
 
 
 @dataclass(frozen=True, slots=True, init=False)
 class LoadSpec:
     """How one runtime tensor stands for HuggingFace tensors.
 
-    One key renames the tensor. Several keys are the parts that the runtime tensor fuses along
-    `fused_dim`, in order: equal parts, or of the extents in `fused_sizes` (as grouped-query
-    attention has them).
-    A tensor without a spec keeps its name.
+    The plain form: one key renames the tensor; several keys are the parts that the runtime tensor
+    fuses along `fused_dim`, in order: equal parts, or of the extents in `fused_sizes` (as
+    grouped-query attention has them). The general form: `pieces`. A tensor without a spec keeps
+    its name.
     """
 
     name: str
@@ -42,45 +98,63 @@ class LoadSpec:
     """Shape of the whole runtime tensor, padding included."""
     fused_dim: int
     """Dimension along which the parts follow one another."""
+    shards: tuple[ShardSpec, ...]
+    """How a plain tensor was cut by hand, in order; empty for whole tensors and DTensors."""
+    origin_shape: Shape
+    """Shape without runtime padding; what lies beyond it is not exported, and loads as zeros."""
     fused_sizes: tuple[int, ...] | None
     """Extent of each part along `fused_dim`; `None` means equal parts."""
-    origin_shape: Shape
-    """Shape without runtime padding; what lies beyond it is not exported."""
     dtype: torch.dtype | None
     """Dtype on disk; overrides the export's."""
+    pieces: tuple[Piece, ...] | None
+    """The general form; `None` for the plain one."""
+    alias_of: str | None
+    """HuggingFace name of the tensor that this one is tied to; nothing is written for it."""
+    parts: tuple[SpecPart, ...] = field(repr=False, compare=False)
+    """What it compiles to: one part a HuggingFace name, in order."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - the order is a promise
         self,
         name: str,
-        hf_keys: Sequence[str] | str,
-        global_shape: Sequence[int],
+        hf_keys: Sequence[str] | str = (),
+        global_shape: Sequence[int] = (),
         fused_dim: int | None = None,
+        shards: Iterable[ShardSpec] = (),
         origin_shape: Sequence[int] | None = None,
         *,
         fused_sizes: Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
+        pieces: Iterable[Piece] | None = None,
+        alias_of: str | None = None,
     ) -> None:
-        """Check and normalise; a single key may be given as a string, `fused_dim` may be negative.
+        """Check, normalise and compile; one key may be a string, `fused_dim` may be negative.
 
         Raises:
-            SpecError: If keys, shapes and sizes do not fit together.
+            SpecError: If keys, shapes, sizes and pieces do not fit together.
         """
         shape = tuple(int(n) for n in global_shape)
-        origin = shape if origin_shape is None else tuple(int(n) for n in origin_shape)
-        keys = (hf_keys,) if isinstance(hf_keys, str) else tuple(hf_keys)
         dim = 0 if fused_dim is None else fused_dim
-        sizes = None if fused_sizes is None else tuple(int(n) for n in fused_sizes)
-        for field, value in (
-            ("name", name),
-            ("hf_keys", keys),
-            ("global_shape", shape),
-            ("fused_dim", dim + len(shape) if dim < 0 else dim),
-            ("fused_sizes", sizes),
-            ("origin_shape", origin),
-            ("dtype", dtype),
-        ):
-            object.__setattr__(self, field, value)
+        general = None if pieces is None else tuple(pieces)
+        keys = (hf_keys,) if isinstance(hf_keys, str) else tuple(hf_keys)
+        if general is not None and not keys:
+            keys = tuple(dict.fromkeys(piece.key for piece in general))
+        values = {
+            "name": name,
+            "hf_keys": keys,
+            "global_shape": shape,
+            "fused_dim": dim + len(shape) if dim < 0 else dim,
+            "shards": tuple(shards),
+            "origin_shape": shape if origin_shape is None else _ints(origin_shape),
+            "fused_sizes": None if fused_sizes is None else _ints(fused_sizes),
+            "dtype": dtype,
+            "pieces": general,
+            "alias_of": alias_of,
+        }
+        for attribute, value in values.items():
+            object.__setattr__(self, attribute, value)
         self._check()
+        parts = self._plain_parts() if general is None else self._parts_of(general)
+        object.__setattr__(self, "parts", parts)
 
     @classmethod
     def from_tensor(
@@ -94,23 +168,53 @@ class LoadSpec:
     ) -> LoadSpec:
         """Make the spec of a runtime tensor; a DTensor gives its global shape.
 
+        How a DTensor is cut is read off its placements whenever it is saved or loaded.
+
         Raises:
             SpecError: As the constructor.
         """
-        return cls(name, hf_keys, tuple(tensor.shape), fused_dim, origin_shape)
+        return cls(name, hf_keys, tuple(tensor.shape), fused_dim, (), origin_shape)
 
-    def parts(self) -> tuple[SpecPart, ...]:
-        """Return the HuggingFace tensors with their boxes of the runtime tensor."""
+    def _plain_parts(self) -> tuple[SpecPart, ...]:
         origin = self.origin_shape
         if len(self.hf_keys) == 1:
-            return (SpecPart(self.hf_keys[0], whole(origin)),)
+            return (_part(self.hf_keys[0], whole(origin)),)
         dim, parts, start = self.fused_dim, [], 0
         for key, size in zip(self.hf_keys, self._part_sizes(), strict=True):
             offsets = tuple(start if d == dim else 0 for d in range(len(origin)))
             sizes = tuple(size if d == dim else n for d, n in enumerate(origin))
-            parts.append(SpecPart(key, Box(offsets, sizes)))
+            parts.append(_part(key, Box(offsets, sizes)))
             start += size
         return tuple(parts)
+
+    def _parts_of(self, pieces: Iterable[Piece]) -> tuple[SpecPart, ...]:
+        shapes: dict[str, Shape] = {}
+        found: dict[str, list[Copy]] = {key: [] for key in self.hf_keys}
+        for piece in pieces:
+            shape = shapes.setdefault(piece.key, piece.shape)
+            if shape != piece.shape or piece.key not in found:
+                self._refuse(
+                    f"the pieces of {piece.key!r} do not agree",
+                    expected=f"one of {list(found)}, shape {list(shape)}",
+                    found=f"shape {list(piece.shape)}",
+                )
+            try:
+                found[piece.key] += copies_of(
+                    piece.loops,
+                    hf_start=piece.hf_start,
+                    start=piece.start,
+                    hf_shape=piece.shape,
+                    shape=self.global_shape,
+                )
+            except ValueError as error:
+                self._refuse(
+                    f"a piece of {piece.key!r} cannot be copied",
+                    expected="loops that stay in both tensors and along their dimensions",
+                    found=str(error),
+                )
+        if len(shapes) != len(found):
+            self._refuse("a key has no piece", found=sorted(found.keys() - shapes.keys()))
+        return tuple(SpecPart(key, shapes[key], tuple(copies)) for key, copies in found.items())
 
     def _part_sizes(self) -> tuple[int, ...]:
         if self.fused_sizes is not None:
@@ -127,15 +231,30 @@ class LoadSpec:
             self._refuse(
                 "origin_shape must fit in global_shape", expected=f"within {shape}", found=origin
             )
+        if not all(isinstance(s, ShardSpec) and s.dim < len(shape) for s in self.shards):
+            self._refuse(
+                "shards must cut dimensions of the tensor",
+                expected=f"ShardSpec objects with dim < {len(shape)}",
+                found=self.shards,
+            )
+        if self.alias_of is not None and len(self.hf_keys) != 1:
+            self._refuse("a tied tensor must have one key", found=self.hf_keys)
+        if self.pieces is None:
+            self._check_parts()
+        elif self.fused_sizes is not None or origin != shape:
+            self._refuse("pieces say what is exported; fused_sizes and origin_shape must not")
+
+    def _check_parts(self) -> None:
         if len(self.hf_keys) == 1 and self.fused_sizes is None:
             return
+        shape = self.global_shape
         if not 0 <= self.fused_dim < len(shape):
             self._refuse(
                 "fused_dim must be a dimension of the tensor",
                 expected=f"0 <= fused_dim < {len(shape)}",
                 found=self.fused_dim,
             )
-        extent, sizes = origin[self.fused_dim], self._part_sizes()
+        extent, sizes = self.origin_shape[self.fused_dim], self._part_sizes()
         if len(sizes) != len(self.hf_keys) or sum(sizes) != extent or min(sizes) < 0:
             self._refuse(
                 "the fused parts do not add up to the tensor",
@@ -145,3 +264,12 @@ class LoadSpec:
 
     def _refuse(self, problem: str, *, expected: object = None, found: object = None) -> None:
         raise SpecError(problem, phase="plan", fqn=self.name, expected=expected, found=found)
+
+
+def _ints(values: Iterable[int]) -> Shape:
+    return tuple(int(n) for n in values)
+
+
+def _part(key: str, box: Box) -> SpecPart:
+    copies = (copy_of_box(box),) if math.prod(box.sizes) else ()
+    return SpecPart(key, box.sizes, copies)
