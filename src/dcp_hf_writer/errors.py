@@ -5,7 +5,8 @@
     ├── PlanningError (ValueError)             the state dict cannot be planned; nothing written
     │   ├── ModelKeyError                      which entry holds the model is not clear
     │   ├── SpecError                          a LoadSpec does not fit its tensor
-    │   └── LayoutError                        names, dtypes or sizes that the format cannot hold
+    │   ├── LayoutError                        names, dtypes or sizes that the format cannot hold
+    │   └── MismatchError                      a checkpoint does not fit what it is loaded into
     ├── StagingError (RuntimeError)            the host copy could not be taken
     │   └── StagingBusyError                   an earlier save still uses the memory for it
     ├── StorageError (OSError)                 the storage refused an operation
@@ -13,9 +14,11 @@
     │   ├── NodeLocalPathError                 ranks see different directories under one path
     │   ├── IncoherentStorageError             hosts may not share pages of a file here
     │   ├── WriteError                         a write, fsync or close failed; final
+    │   ├── ReadError                          a file is missing, or a read of it failed
     │   └── CommitError                        the checkpoint could not be published
     ├── CoverageError (RuntimeError)           reported bytes do not tile the files
     ├── CorruptCheckpointError (ValueError)    what is stored is damaged, or not what it says it is
+    ├── PickledObjectError (ValueError)        a stored object cannot be loaded without running code
     ├── SlotTimeoutError (TimeoutError)        no write slot became free in time
     ├── SaveTimeoutError (TimeoutError)        the deadline of the save passed
     │   └── RankLostError                      one or more ranks did not answer
@@ -44,7 +47,8 @@ class CheckpointError(Exception):
     Args:
         problem: What went wrong, in one clause.
         rank: Rank on which it happened, within the process group of the save.
-        phase: Phase of the save: `stage`, `plan`, `write`, `finish`, `commit`.
+        phase: Phase of the save (`stage`, `plan`, `write`, `finish`, `commit`) or of the load
+            (`plan`, `read`).
         path: File or directory concerned.
         fqn: State-dict name of the tensor concerned.
         key: HuggingFace name of the tensor concerned.
@@ -122,6 +126,10 @@ class LayoutError(PlanningError):
     """Names, dtypes or sizes that a safetensors directory cannot hold."""
 
 
+class MismatchError(PlanningError):
+    """A checkpoint does not fit the state dict that it is loaded into; nothing was read."""
+
+
 class StagingError(CheckpointError, RuntimeError):
     """The host copy of the state dict could not be taken."""
 
@@ -150,6 +158,10 @@ class WriteError(StorageError):
     """A write, fsync or close failed; final for this attempt."""
 
 
+class ReadError(StorageError):
+    """A file is missing, or a read of it failed."""
+
+
 class CommitError(StorageError):
     """The finished checkpoint could not be published."""
 
@@ -160,6 +172,10 @@ class CoverageError(CheckpointError, RuntimeError):
 
 class CorruptCheckpointError(CheckpointError, ValueError):
     """What is stored is damaged, incomplete, hostile, or not what it says it is."""
+
+
+class PickledObjectError(CheckpointError, ValueError):
+    """A stored object cannot be loaded without running code that the checkpoint names."""
 
 
 class SlotTimeoutError(CheckpointError, TimeoutError):
