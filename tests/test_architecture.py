@@ -18,6 +18,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_hooks"),
     ("_boxes", "_dtypes", "_copies"),
     ("spec", "export"),
+    ("_dequantize", "_stored", "_quantized"),
     ("_header", "_layout", "_regions", "_model_entry", "_report", "_manifest"),
     ("_tensors", "_plan_data", "_plan_cache"),
     ("_slab", "staging", "_caller"),
@@ -37,6 +38,7 @@ PLANNING = (
     *("_boxes", "_dtypes", "_header", "_layout", "_model_entry", "_report", "_manifest"),
     *("_copies", "_regions"),
     *("spec", "export"),
+    *("_dequantize", "_stored", "_quantized"),
 )
 # Storage, processes, other machines.
 EFFECTS = frozenset(
