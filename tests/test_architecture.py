@@ -16,10 +16,11 @@ ROOT = Path(dcp_hf_writer.__file__).parent
 # Each module may import from its own layer and from those above it, in the order of the design.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_hooks"),
-    ("_boxes", "_dtypes", "_copies"),
+    ("_boxes", "_dtypes", "_copies", "_strict_json"),
     ("spec", "export"),
     ("_dequantize", "_stored", "_quantized"),
     ("_header", "_layout", "_regions", "_model_entry", "_report", "_manifest"),
+    ("_parse_header", "_parse_manifest"),
     ("_tensors", "_plan_data", "_plan_cache"),
     ("_slab", "staging", "_caller"),
     ("_slot_files", "slots"),
@@ -36,9 +37,10 @@ LAYER = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
 PLANNING = (
     *("_boxes", "_dtypes", "_header", "_layout", "_model_entry", "_report", "_manifest"),
-    *("_copies", "_regions"),
+    *("_copies", "_regions", "_once"),
     *("spec", "export"),
     *("_dequantize", "_stored", "_quantized"),
+    *("_strict_json", "_parse_header", "_parse_manifest"),
 )
 # Storage, processes, other machines.
 EFFECTS = frozenset(
