@@ -17,9 +17,11 @@ ROOT = Path(dcp_hf_writer.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_hooks"),
     ("_boxes", "_dtypes", "_copies", "_strict_json"),
+    ("_affine", "_symbolic"),
     ("spec", "export"),
     ("_dequantize", "_stored", "_quantized"),
-    ("_header", "_layout", "_regions", "_model_entry", "_report", "_manifest"),
+    ("_derivation",),
+    ("_header", "_layout", "_regions", "_once", "_model_entry", "_report", "_manifest"),
     ("_parse_header", "_parse_manifest"),
     ("_tensors", "_plan_data", "_plan_cache"),
     ("_slab", "staging", "_caller"),

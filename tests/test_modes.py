@@ -416,7 +416,7 @@ def test_saves_that_cannot_be_made_are_refused_on_every_rank(tmp_path: Path) -> 
     [
         ({"path": ""}, "path must be a local path"),
         ({"path": "s3://bucket/step-1"}, "object stores"),
-        ({"weights": "once"}, "reader"),
+        ({"weights": "twice"}, "'both' or 'once'"),
         ({"weights": "twice"}, "'both'"),
         ({"staging": "never"}, "'blocking' or 'overlap'"),
         ({"on_export_error": "ignore"}, "'raise' or 'warn'"),

@@ -204,6 +204,24 @@ def check_files(
             )
 
 
+def check_dcp_stands_alone(plan: GlobalPlan, error: ExportError) -> None:
+    """Refuse to publish a DCP half whose weights are in the export that failed.
+
+    Raises:
+        WriteError: If they are.
+    """
+    if plan.once:
+        raise WriteError(
+            "the export failed, and the weights are stored nowhere else",
+            rank=error.rank,
+            phase="finish",
+            path=error.path,
+            found=error.found,
+            errno=error.errno,
+            hint='nothing was published; with weights="both" the DCP half is saved in any case',
+        ) from error
+
+
 def drop_export(directory: StagingDirectory, subdir: str) -> None:
     """Take the export out of a checkpoint whose DCP half shall be published alone.
 
@@ -253,6 +271,7 @@ def publish(
         step=step_of(directory.target),
         subdir=subdir,
         layout=layout,
+        once=sorted(plan.once),
         reports=reports,
         whole_files=[*(whole_files if error is None else ()), *others],
         seconds={**attempt.seconds, "total": time.monotonic() - attempt.began, **extra},

@@ -281,6 +281,21 @@ def hf_loops(copy: Copy) -> IndexLoops:
     return tuple((loop.extent, loop.hf_dim, loop.hf_step) for loop in copy.loops)
 
 
+def runtime_loops(copy: Copy) -> IndexLoops:
+    """Return the loops of a copy over the runtime tensor alone."""
+    return tuple((loop.extent, loop.dim, loop.step) for loop in copy.loops)
+
+
+def runtime_box(copy: Copy) -> Box | None:
+    """Return the box of the runtime tensor that a copy reads; `None` if it has gaps."""
+    sizes = [1] * len(copy.start)
+    for extent, dim, step in sorted(runtime_loops(copy), key=lambda loop: loop[2]):
+        if step != sizes[dim]:
+            return None
+        sizes[dim] *= extent
+    return Box(copy.start, tuple(sizes))
+
+
 def hf_box(copy: Copy) -> Box | None:
     """Return the box of the HuggingFace tensor that a copy fills; `None` if it has gaps.
 

@@ -41,6 +41,7 @@ def encode_manifest(
     step: int | None,
     subdir: str,
     layout: Layout | None,
+    once: Sequence[str] = (),
     reports: Sequence[RankReport],
     whole_files: Sequence[WholeFile],
     seconds: Mapping[str, float],
@@ -55,6 +56,7 @@ def encode_manifest(
         step: Training step, where the path tells it.
         subdir: Directory of the export.
         layout: The export; `None` without one.
+        once: FQNs of the tensors that the DCP half leaves to the export.
         reports: One per rank.
         whole_files: Files written in one piece, by path within the checkpoint.
         seconds: Time the coordinator spent by phase.
@@ -86,6 +88,7 @@ def encode_manifest(
             for report in _by_rank(reports)
             for file in report.dcp_files
         },
+        "once": list(once),
         "hf": None if layout is None else _export(layout, subdir, reports),
         "export_error": export_error,
     }

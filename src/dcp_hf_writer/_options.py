@@ -66,12 +66,15 @@ def check_numbers(*, timeout_s: float, host_budget_bytes: int) -> None:
         )
 
 
-def check_export(export: Any) -> None:
-    """Check that `export` is one, or `None`.
+def check_export(export: Any, weights: str) -> None:
+    """Check that `export` is one, or `None` where the DCP half holds the weights.
 
     Raises:
         ConfigError: If it is something else.
     """
+    if export is None and weights == "once":
+        msg = 'weights="once" stores them in the export'
+        raise ConfigError(msg, expected="export=HFExport(...)", found="export=None")
     if export is not None and not isinstance(export, HFExport):
         msg = "export must be an HFExport or None"
         raise ConfigError(msg, expected="HFExport(...)", found=type(export).__name__)

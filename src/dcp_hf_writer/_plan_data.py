@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dcp_hf_writer._boxes import BoxTable
 from dcp_hf_writer._layout import Layout, PartTarget, RuntimeTensor, plan_layout
 from dcp_hf_writer._model_entry import model_prefix, names_in_model
+from dcp_hf_writer._once import targets_stored_once
 from dcp_hf_writer._regions import TargetTable
 from dcp_hf_writer.errors import LayoutError, PlanningError
 
@@ -36,6 +37,8 @@ class LocalFacts:
     """FQNs in state-dict order, from the coordinator; `None` from the others."""
     tied: tuple[tuple[str, ...], ...]
     """Groups of FQNs whose tensors are the same memory."""
+    samples: bytes = b""
+    """Of the tensors that may pass for replicas, as `_hand_sharded` compares them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,8 @@ class RankPlan:
     """`(name, bytes)` of each output file."""
     targets: Mapping[str, tuple[PartTarget, ...]]
     """Where the parts of each tensor go that this rank writes, by FQN."""
+    once: Mapping[str, tuple[PartTarget, ...]]
+    """Where tensors are that the DCP half leaves to the export, by FQN; as `targets`, and tied."""
     tied: tuple[tuple[str, str], ...]
     """`(dropped, kept)` FQNs that were taken for tied because some rank found them to be."""
 
@@ -77,6 +82,8 @@ class GlobalPlan:
     """Fingerprint of the export options that led to it."""
     hosts: tuple[str, ...]
     """Host of each rank."""
+    once: Mapping[str, tuple[PartTarget, ...]]
+    """Where tensors are that the DCP half leaves to the export, by FQN."""
     tied: tuple[tuple[str, str], ...]
     """`(dropped, kept)` FQNs."""
 
@@ -87,8 +94,16 @@ def plan_globally(
     *,
     options: str,
     file_of_key: Mapping[str, str] | None,
+    once: bool = False,
 ) -> GlobalPlan:
     """Plan the export from DCP's deduplicated plans (coordinator).
+
+    Args:
+        plans: DCP's plans, one a rank.
+        export: The export; `None` for the DCP half only.
+        options: Fingerprint of all options that the plan follows from.
+        file_of_key: File of each key, from the index of `export.like`.
+        once: Whether the DCP half leaves to the export what it holds bit for bit.
 
     Raises:
         PlanningError: If the state dict cannot be exported as asked.
@@ -96,19 +111,22 @@ def plan_globally(
     facts = [_facts(plan) for plan in plans]
     hosts = tuple(fact.host for fact in facts)
     if export is None:
-        return GlobalPlan(plans, None, uuid.uuid4().hex, options, hosts, ())
+        return GlobalPlan(plans, None, uuid.uuid4().hex, options, hosts, {}, ())
     tensors, fqn_of_name = _runtime_tensors(plans, facts, export.key)
     name_of_fqn = {fqn: name for name, fqn in fqn_of_name.items()}
     tied = _tied_names(facts, name_of_fqn)
     layout = plan_layout(tensors, export, tied=tied, file_of_key=file_of_key)
-    found = tied if export.tied is None else {}
+    # Ties that are given are taken as given; only those found save a second copy.
+    found = tied if once or export.tied is None else {}
+    pairs = {fqn_of_name[drop]: fqn_of_name[keep] for drop, keep in found.items()}
     return GlobalPlan(
         plans=plans,
         layout=layout,
         plan_id=uuid.uuid4().hex,
         options=options,
         hosts=hosts,
-        tied=tuple((fqn_of_name[drop], fqn_of_name[keep]) for drop, keep in found.items()),
+        once=targets_stored_once(tensors, layout.targets, pairs) if once else {},
+        tied=tuple(pairs.items()),
     )
 
 
@@ -122,11 +140,8 @@ def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
     seen: dict[str, int] = {}
     sizes = {host: plan.hosts.count(host) for host in set(plan.hosts)}
     files = () if plan.layout is None else tuple((f.name, f.nbytes) for f in plan.layout.files)
-    tables = (
-        {}
-        if plan.layout is None
-        else {fqn: TargetTable(targets) for fqn, targets in plan.layout.targets.items()}
-    )
+    tables = {} if plan.layout is None else _tables(plan.layout.targets)
+    once = _tables(plan.once)
     result = []
     for host, own, prepared in zip(plan.hosts, plan.plans, dcp, strict=True):
         host_rank = seen.get(host, 0)
@@ -139,10 +154,15 @@ def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
             host_size=sizes[host],
             files=files,
             targets=_targets_of(own, tables),
+            once=_targets_of(own, once),
             tied=plan.tied,
         )
         result.append(replace(prepared, storage_data=data))
     return result
+
+
+def _tables(targets: Mapping[str, Sequence[PartTarget]]) -> dict[str, TargetTable]:
+    return {fqn: TargetTable(parts) for fqn, parts in targets.items()}
 
 
 def _targets_of(

@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -27,8 +27,9 @@ from dcp_hf_writer._dcp_half import (
 from dcp_hf_writer._dtypes import ITEMSIZE
 from dcp_hf_writer._hf_half import BlockWriter, is_interleaved, regions_by_file
 from dcp_hf_writer._hooks import reach
+from dcp_hf_writer._once import stored_once
 from dcp_hf_writer._report import RankReport
-from dcp_hf_writer._source import TensorSource
+from dcp_hf_writer._source import TensorSource, chunk_of
 from dcp_hf_writer._writes import OpenFiles
 from dcp_hf_writer.errors import (
     CheckpointError,
@@ -97,9 +98,11 @@ class WritePhase:
         results: list[WriteResult] = []
         with contextlib.suppress(IndexError):
             self.blocks = _idle_blocks.pop()
-        work = regions_by_file(
-            [i for i in self.plan.items if i.type != WriteItemType.BYTE_IO], self.own.targets
-        )
+        tensors = [i for i in self.plan.items if i.type != WriteItemType.BYTE_IO]
+        work = regions_by_file(tensors, self.own.targets)
+        left_out = [self._stored_once(i) for i in tensors if i.index.fqn in self.own.once]
+        if left_out:
+            self._leave_out({result.index for result in left_out})
         shares = self.slots.is_shared_by_halves()
         reach("before slot")
         with ExitStack() as held:
@@ -135,7 +138,19 @@ class WritePhase:
             "dcp": sum(result.size_in_bytes for result in results),
             "hf": report.nbytes.get("hf", 0),
         }
-        return [*results, WriteResult(MetadataIndex(_REPORT_FQN), 0, report)]
+        return [*results, *left_out, WriteResult(MetadataIndex(_REPORT_FQN), 0, report)]
+
+    def _stored_once(self, item: WriteItem) -> WriteResult:
+        """Say of an item that the DCP half leaves to the export where its bytes will be."""
+        names = [name for name, _ in self.own.files]
+        chunk = chunk_of(item)
+        where = stored_once(chunk, self.own.once[item.index.fqn], files=names, subdir=self.subdir)
+        nbytes = sum(c.numel * ITEMSIZE[p.dtype] for p in where.parts for c in p.copies)
+        return WriteResult(item.index, nbytes, where)
+
+    def _leave_out(self, indices: set[MetadataIndex]) -> None:
+        kept = [item for item in self.plan.items if item.index not in indices]
+        self.plan = replace(self.plan, items=kept)
 
     def _jobs(self, files: Sequence[int]) -> list[int | None]:
         """Return this rank's files, `None` being its DCP file, from where it starts."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import socket
 import threading
 import time
 from dataclasses import replace
@@ -16,17 +15,17 @@ from torch.futures import Future
 
 from dcp_hf_writer import _assets, _coordinator, _options, _plan_cache, _plan_data
 from dcp_hf_writer._attempt import Attempt, register
-from dcp_hf_writer._caller import current_planner, current_staged, planned_state_dict
+from dcp_hf_writer._caller import current_planner, current_staged, gathered_plans
 from dcp_hf_writer._commit import StagingDirectory
 from dcp_hf_writer._dcp_half import SlabFileSystemWriter
 from dcp_hf_writer._guards import guard_save
 from dcp_hf_writer._hf_half import MAX_BOUNCE_NBYTES
 from dcp_hf_writer._hooks import reach
-from dcp_hf_writer._owner import new_save_id, page_cache_id
-from dcp_hf_writer._plan_data import LocalFacts, RankPlan
+from dcp_hf_writer._local_facts import check_facts, local_facts
+from dcp_hf_writer._owner import new_save_id
+from dcp_hf_writer._plan_data import RankPlan
 from dcp_hf_writer._rendezvous import Announcement, fall_in, next_count, rendezvous_of
 from dcp_hf_writer._stager import SlabStager
-from dcp_hf_writer._tensors import memory_of, tied_groups
 from dcp_hf_writer._write_phase import WritePhase, export_error, take_reports
 from dcp_hf_writer.errors import (
     CheckpointError,
@@ -91,7 +90,8 @@ class HFDualWriter(StorageWriter, SlabStager):
         Args:
             path: Directory of the checkpoint; must not exist, unless `overwrite`.
             export: The HuggingFace half; `None` writes the DCP half only.
-            weights: `"both"` stores the weights in both halves.
+            weights: `"both"` stores the weights in both halves; `"once"` only in the export, where
+                its bytes are those of the state dict: read them with `HFDualReader`.
             staging: `"blocking"` returns from `async_save` when all is copied; `"overlap"` copies
                 beside the next forward and backward, and needs `guard(optimizer)`.
             overwrite: Replace an existing checkpoint, in the step that publishes the new one.
@@ -110,16 +110,17 @@ class HFDualWriter(StorageWriter, SlabStager):
             ConfigError: If an option cannot be used as given.
         """
         super().__init__()
-        _options.one_of("weights", weights, ("both",), hint='"once" needs a reader of its own')
+        _options.one_of("weights", weights, ("both", "once"))
         _options.one_of("staging", staging, ("blocking", "overlap"))
         _options.one_of("on_export_error", on_export_error, ("raise", "warn"))
         _options.one_of("strategy", strategy, ("auto", "direct"))
         _options.check_numbers(timeout_s=timeout_s, host_budget_bytes=host_budget_bytes)
         _options.check_no_storage_options(storage_options)
-        _options.check_export(export)
+        _options.check_export(export, weights)
         _options.check_dcp_writer(dcp_writer)
         self.path = _options.local_path(path)
         self.export = export
+        self.weights = weights
         self.staging = staging
         self.overwrite = overwrite
         self.slots = slots
@@ -219,15 +220,17 @@ class HFDualWriter(StorageWriter, SlabStager):
         _plan_cache.begin_plan()
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Attach to DCP's plan what only this rank knows."""
-        attempt = self._current()
-        if attempt.staged is not None:
-            attempt.memory = attempt.staged.memory
-        else:
-            attempt.memory = memory_of(planned_state_dict(current_planner()))
-        order = tuple(item.index.fqn for item in plan.items) if attempt.is_coordinator else None
-        facts = LocalFacts(
-            page_cache_id(attempt.target), socket.gethostname(), order, tied_groups(attempt.memory)
+        """Attach to DCP's plan what only this rank knows.
+
+        Raises:
+            PlanningError: If the plan leaves out what this rank holds, so that DCP would lose it.
+        """
+        facts = local_facts(
+            plan,
+            current_planner(),
+            attempt=self._current(),
+            export=self.export,
+            group=self.process_group,
         )
         reach("local plan")
         return replace(plan, storage_data=facts)
@@ -246,6 +249,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt.world_size = len(plans)
         export, assets = self._export_of(attempt)
         whole = _plan_cache.whole_plans(plans, current_planner())
+        check_facts(gathered_plans() or plans, whole)
         known, result = self._plan(whole, export, assets)
         if known.layout is not None and assets is not None:
             _coordinator.check_names(known.layout, assets)
@@ -272,12 +276,16 @@ class HFDualWriter(StorageWriter, SlabStager):
         with self._current().timed("plan"):
             file_of_key = None if assets is None else assets.file_of_key
             options = _plan_data.options_fingerprint(export, file_of_key)
-            options += f" {type(self.dcp_writer).__qualname__}"
+            options += f" {type(self.dcp_writer).__qualname__} {self.weights}"
             known = _plan_cache.delivered(whole, options)
             if known is not None:
                 return known, None
             known = _plan_data.plan_globally(
-                whole, export, options=options, file_of_key=file_of_key
+                whole,
+                export,
+                options=options,
+                file_of_key=file_of_key,
+                once=self.weights == "once",
             )
             return known, _plan_data.rank_plans(known, self._prepare_dcp(whole))
 
@@ -415,6 +423,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             errors = [r.export_error for r in reports if r.export_error is not None]
             error = attempt.export_error or (errors[0] if errors else None)
             if error is not None:
+                _coordinator.check_dcp_stands_alone(plan, error)
                 _coordinator.drop_export(directory, self._subdir)
             self._finish_dcp(attempt, directory, metadata, plain)
             _coordinator.publish(
