@@ -86,8 +86,8 @@ class LoadSpec:
 
     The plain form: one key renames the tensor; several keys are the parts that the runtime tensor
     fuses along `fused_dim`, in order: equal parts, or of the extents in `fused_sizes` (as
-    grouped-query attention has them). The general form: `pieces`. A tensor without a spec keeps
-    its name.
+    grouped-query attention has them). The general form: `pieces`; `pieces=()` without keys leaves
+    the tensor out of the export. A tensor without a spec keeps its name.
     """
 
     name: str
@@ -222,7 +222,8 @@ class LoadSpec:
         return (self.origin_shape[self.fused_dim] // len(self.hf_keys),) * len(self.hf_keys)
 
     def _check(self) -> None:
-        if not self.hf_keys or len(set(self.hf_keys)) != len(self.hf_keys):
+        is_left_out = self.pieces == () and not self.hf_keys
+        if len(set(self.hf_keys)) != len(self.hf_keys) or not (self.hf_keys or is_left_out):
             self._refuse("hf_keys must be one or more distinct names", found=self.hf_keys)
         origin, shape = self.origin_shape, self.global_shape
         if len(origin) != len(shape) or any(
