@@ -22,8 +22,10 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_dequantize", "_stored", "_quantized"),
     ("_derivation",),
     ("_header", "_layout", "_regions", "_once", "_model_entry", "_report", "_manifest"),
+    ("_shards", "_spec_match"),
     ("_parse_header", "_parse_manifest"),
     ("_tensors", "_plan_data", "_plan_cache"),
+    ("_blocked", "planner"),
     ("_slab", "staging", "_caller"),
     ("_slot_files", "slots"),
     ("storage", "storage._libc", "storage._posix", "_writes"),
@@ -31,6 +33,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_rendezvous", "_owner"),
     ("_commit",),
     ("_attempt", "_watchdog", "_coordinator", "_guards", "_write_phase", "_stager"),
+    ("_plan_check", "_hand_sharded", "_local_facts"),
     ("writer",),
     ("",),
 )
@@ -40,6 +43,7 @@ LAYER = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 PLANNING = (
     *("_boxes", "_dtypes", "_header", "_layout", "_model_entry", "_report", "_manifest"),
     *("_copies", "_regions", "_once"),
+    *("_shards", "_spec_match"),
     *("spec", "export"),
     *("_dequantize", "_stored", "_quantized"),
     *("_strict_json", "_parse_header", "_parse_manifest"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch.distributed.checkpoint.planner import SavePlanner
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from dcp_hf_writer.staging import StagedStateDict
 
@@ -57,3 +57,18 @@ def planned_state_dict(planner: SavePlanner | None) -> Mapping[str, Any]:
     """Return the flat state dict that a planner was set up with; empty if it shows none."""
     found = getattr(planner, "state_dict", None)
     return found if isinstance(found, dict) else {}
+
+
+def planned_paths(planner: SavePlanner | None) -> Mapping[str, tuple[str | int, ...]]:
+    """Return the path of each value that a planner flattened, by FQN; empty if it shows none."""
+    found = getattr(planner, "mappings", None)
+    return found if isinstance(found, dict) else {}
+
+
+def gathered_plans() -> list[SavePlan] | None:
+    """Return the plans that the coordinator got for the save that calls a writer.
+
+    A planner that caches plans leaves out those that did not change, with what we attached.
+    """
+    found = _local("all_data", list, _NEAR)
+    return found if found and all(isinstance(plan, SavePlan) for plan in found) else None

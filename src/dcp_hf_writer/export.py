@@ -106,9 +106,8 @@ class HFExport:
 
     def __post_init__(self) -> None:
         """Check and normalise each option."""
-        specs = self.specs.values() if isinstance(self.specs, Mapping) else self.specs or ()
         frozen = {
-            "spec_by_fqn": _by_fqn(specs),
+            "spec_by_fqn": specs_by_name(self.specs),
             "max_shard_nbytes": size_in_bytes(self.max_shard_size, option="max_shard_size"),
             "dtype": export_dtype(self.dtype),
             "keep_dtype": _patterns(self.keep_dtype),
@@ -177,9 +176,14 @@ def _global_part(spec: LoadSpec) -> tuple[object, ...]:
     return (*plain, spec.origin_shape, spec.dtype, spec.pieces, spec.alias_of)
 
 
-def _by_fqn(specs: Iterable[object]) -> dict[str, LoadSpec]:
+def specs_by_name(specs: Mapping[str, LoadSpec] | Iterable[object] | None) -> dict[str, LoadSpec]:
+    """Return specs by the FQN that each one names.
+
+    Raises:
+        ConfigError: If one is no `LoadSpec`, or two name one tensor.
+    """
     found: dict[str, LoadSpec] = {}
-    for spec in specs:
+    for spec in specs.values() if isinstance(specs, Mapping) else specs or ():
         if not isinstance(spec, LoadSpec):
             msg = "specs must be LoadSpec objects"
             raise ConfigError(msg, expected="LoadSpec", found=repr(spec))

@@ -17,7 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer._slab import ALIGN_NBYTES, Lease, Slab, SlabPool
-from dcp_hf_writer._tensors import check_one_block, memory_identity
+from dcp_hf_writer._tensors import memory_identity
 from dcp_hf_writer.errors import CheckpointError, StagingError
 
 if TYPE_CHECKING:
@@ -335,7 +335,6 @@ def _collect(value: Any, path: Path, leaves: list[_Leaf]) -> None:
 def _leaf(value: torch.Tensor, path: Path) -> _Leaf:
     local = value
     if isinstance(value, DTensor):
-        check_one_block(".".join(map(str, path)), value)
         with torch.no_grad():
             local = value.to_local()
         if hasattr(local, "wait"):
