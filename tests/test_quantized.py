@@ -438,6 +438,23 @@ def test_quantised_tensors_stay_as_stored_when_their_scales_are_asked_for() -> N
     assert sorted(some) == ["a.weight", "e.gate_up_proj"]
 
 
+def test_scales_of_another_name_are_left_to_a_model_that_asks_for_them() -> None:
+    tensors = {
+        "a.weight": random_codes((4, 4)).view(FP8),
+        "a.weight_scale": torch.ones(4, 1),
+        **{f"b.{key[2:]}": tensor for key, tensor in fp8_tensors((4, 4)).items()},
+        "b.activation_scale": torch.ones(()),
+    }
+    asked = ["a.weight", "a.weight_scale", "b.weight", "b.activation_scale"]
+    logical = logical_tensors(headers_of(tensors), None, wanted=asked)
+    assert {key: s.is_plain for key, s in logical.items()} == {
+        "a.weight": True,
+        "a.weight_scale": True,
+        "b.activation_scale": True,
+        "b.weight": False,
+    }
+
+
 @pytest.mark.parametrize(
     ("config", "dtype"),
     [
@@ -532,6 +549,7 @@ REFUSED = {
     "block-of-no-size": (CorruptCheckpointError, {}, config_of(weight_block_size=[0, 128])),
     "block-of-three": (CorruptCheckpointError, {}, config_of(weight_block_size=[1, 2, 3])),
     "block-of-text": (CorruptCheckpointError, {}, config_of(weight_block_size="128")),
+    "block-of-floats": (CorruptCheckpointError, {}, config_of(weight_block_size=[128.0, 128.0])),
 }
 
 
