@@ -20,7 +20,7 @@ from torch.futures import Future
 from dcp_hf_writer._archive import tensor_archive
 from dcp_hf_writer._hooks import reach
 from dcp_hf_writer._report import DCPFile
-from dcp_hf_writer._source import TensorSource, host_bytes
+from dcp_hf_writer._source import TensorSource, host_bytes, row_major_bytes
 from dcp_hf_writer.errors import CoverageError
 from dcp_hf_writer.storage._posix import PIECE_NBYTES, OutputFile
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import queue
     from collections.abc import Callable, Sequence
 
+    import torch
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
 # Buffers gathered for one system call; three an item.
@@ -123,15 +124,29 @@ class _FileWriter:
         self._check()
         reach("mid dcp")
         tensor = self._source.tensor(item)
-        before, after = tensor_archive(tensor)
-        data = host_bytes(tensor)
+        # A block of a larger tensor is stored in row-major order, as torch's writer would.
+        kind = tensor if tensor.is_contiguous() else tensor.new_empty(tensor.shape, device="meta")
+        before, after = tensor_archive(kind)
         start = self._position
         self._add_rest(before)
-        if data.nbytes:
-            self._ranges.append((self._position, data.nbytes, self._source.digest(item, data)))
-            self._add(data)
+        if tensor.nbytes:
+            began = self._position
+            self._ranges.append((began, tensor.nbytes, self._add_data(item, tensor)))
         self._add_rest(after)
         return self._result(item, start)
+
+    def _add_data(self, item: WriteItem, tensor: torch.Tensor) -> str:
+        """Add the data of a tensor; returns its digest."""
+        if tensor.is_contiguous():
+            data = host_bytes(tensor)
+            whole = self._source.digest(item, data)
+            self._add(data)
+            return whole
+        digest = xxhash.xxh3_64()
+        for data in row_major_bytes(tensor):
+            digest.update(data)
+            self._add(data)
+        return str(digest.hexdigest())
 
     def _add_rest(self, data: bytes) -> None:
         self._rest.update(data)

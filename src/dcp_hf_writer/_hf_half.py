@@ -106,7 +106,8 @@ class BlockWriter:
         if not needs_cast(tensor.dtype, region.target) and view.is_contiguous():
             data = host_bytes(view)
             _write_runs(file, data, region.hf_runs())
-            return source.digest(item, data) if len(data) == tensor.nbytes else digest_of(data)
+            is_item = tensor.is_contiguous() and len(data) == tensor.nbytes
+            return source.digest(item, data) if is_item else digest_of(data)
         digest = xxhash.xxh3_64()
         dtype = TORCH_BY_NAME[region.target.dtype]
         for part in split(region.copy, self._bounce_nbytes // dtype.itemsize):

@@ -11,10 +11,17 @@ from dcp_hf_writer._boxes import Box
 from dcp_hf_writer.errors import PlanningError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from torch.distributed.checkpoint.metadata import MetadataIndex
     from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
 
 _EMPTY = memoryview(b"")
+
+# Rows of a block below this size are copied together, at most so much at a time: a system call
+# takes them in one buffer, and the copies are gone before the next ones.
+_ROW_NBYTES = 64 << 10
+_COPIED_NBYTES = 8 << 20
 
 
 def host_bytes(tensor: torch.Tensor) -> memoryview:
@@ -24,11 +31,25 @@ def host_bytes(tensor: torch.Tensor) -> memoryview:
     return tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
+def row_major_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """Yield the bytes of a CPU tensor in row-major order, without a copy where rows are long."""
+    if tensor.is_contiguous():
+        yield host_bytes(tensor)
+        return
+    row_nbytes = tensor.nbytes // tensor.shape[0]
+    if row_nbytes > _COPIED_NBYTES or (row_nbytes >= _ROW_NBYTES and tensor[0].is_contiguous()):
+        for row in tensor.unbind():
+            yield from row_major_bytes(row)
+        return
+    for rows in tensor.split(max(1, _COPIED_NBYTES // row_nbytes)):
+        yield host_bytes(rows.contiguous())
+
+
 class TensorSource:
     """Resolves write items to tensors in host memory; one per save and rank.
 
     Staged tensors lie in the slab and are used in place. A synchronous save has the trainer's own
-    tensors: those are used in place too where they are contiguous in host memory, else copied.
+    tensors: those are used in place too where they are in host memory, else copied.
     """
 
     def __init__(self, planner: SavePlanner) -> None:
@@ -37,7 +58,7 @@ class TensorSource:
         self._digests: dict[MetadataIndex, str] = {}
 
     def tensor(self, item: WriteItem) -> torch.Tensor:
-        """Return the item's tensor: on the CPU, contiguous, its storage exactly its own.
+        """Return the item's tensor: on the CPU, a view of a larger one where it is one block of it.
 
         Raises:
             PlanningError: If it is not what the plan says, as a reused plan may have it.
@@ -46,7 +67,7 @@ class TensorSource:
         if not isinstance(found, torch.Tensor) or item.tensor_data is None:
             msg = "the planner resolves a tensor item to something else"
             raise PlanningError(msg, phase="write", fqn=item.index.fqn, found=type(found).__name__)
-        tensor = found.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        tensor = found.detach().resolve_conj().resolve_neg().cpu()
         planned = (item.tensor_data.properties.dtype, tuple(item.tensor_data.chunk.sizes))
         if planned != (tensor.dtype, tuple(tensor.shape)):
             msg = "a tensor is not what the plan says"
@@ -58,8 +79,6 @@ class TensorSource:
                 found=f"{tensor.dtype} of shape {list(tensor.shape)}",
                 hint="plan caching does not notice a new dtype; the next save plans anew",
             )
-        if tensor.untyped_storage().nbytes() != tensor.nbytes:
-            return tensor.clone()
         return tensor
 
     def digest(self, item: WriteItem, data: memoryview) -> str:
