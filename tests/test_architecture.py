@@ -24,11 +24,13 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_header", "_layout", "_regions", "_once", "_model_entry", "_report", "_manifest"),
     ("_shards", "_spec_match"),
     ("_parse_header", "_parse_manifest"),
+    ("_unpickle", "_dcp_metadata", "_archived", "_read_plan"),
     ("_tensors", "_plan_data", "_plan_cache"),
     ("_blocked", "planner"),
     ("_slab", "staging", "_caller"),
     ("_slot_files", "slots"),
     ("storage", "storage._libc", "storage._posix", "_writes"),
+    ("_input_files", "_read_phase"),
     ("_archive", "_source", "_dcp_half", "_hf_half", "_assets", "_options"),
     ("_rendezvous", "_owner"),
     ("_commit",),
@@ -47,6 +49,7 @@ PLANNING = (
     *("spec", "export"),
     *("_dequantize", "_stored", "_quantized"),
     *("_strict_json", "_parse_header", "_parse_manifest"),
+    *("_unpickle", "_read_plan"),
 )
 # Storage, processes, other machines.
 EFFECTS = frozenset(

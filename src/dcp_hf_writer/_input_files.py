@@ -1,0 +1,378 @@
+"""Files of a checkpoint, open for reading: below a local directory, or on a store of fsspec's.
+
+Names come from the checkpoint itself, so they are not believed: none leads out of the directory,
+also not through a symbolic link, and only regular files are opened.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from abc import ABC, abstractmethod
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from dcp_hf_writer.errors import ConfigError, CorruptCheckpointError, ReadError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping, Sequence
+
+    from typing_extensions import Self
+
+# Linux, UIO_MAXIOV: buffers of one preadv.
+MAX_BUFFERS = 1024
+
+# Of a store that is asked over a network most of the time is waiting.
+_REMOTE_READERS = 16
+
+# More threads than this are in each other's way on a page cache, and enough to keep a disk busy.
+_LOCAL_READERS = 4
+
+
+class InputFile(ABC):
+    """One open file; reads may run in several threads at a time."""
+
+    path: str
+    """Where it is, for errors."""
+    nbytes: int
+    """Its size when it was opened."""
+
+    @abstractmethod
+    def read_into(self, buffers: Sequence[memoryview], start: int) -> None:
+        """Fill buffers, at most `MAX_BUFFERS`, one after another from `start` on.
+
+        Raises:
+            ReadError: If the storage refuses, or the file has become shorter.
+        """
+
+    def read(self, start: int, nbytes: int) -> bytes:
+        """Return bytes of the file; the caller bounds how many.
+
+        Raises:
+            ReadError: As `read_into`.
+        """
+        data = bytearray(nbytes)
+        if nbytes:
+            self.read_into([memoryview(data)], start)
+        return bytes(data)
+
+    def close(self) -> None:  # noqa: B027 - most stores hold nothing open
+        """Give back what the open file holds."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class InputFiles(ABC):
+    """The files of one directory; thread-safe."""
+
+    path: str
+    """The directory, for errors."""
+    readers: int
+    """Number of reads that are worth having in flight."""
+
+    @abstractmethod
+    def open(self, name: str) -> InputFile:
+        """Open a file.
+
+        Args:
+            name: Its path within the directory, as some file of the checkpoint has it.
+
+        Raises:
+            ReadError: If it is not there, or cannot be opened.
+            CorruptCheckpointError: If the name leads elsewhere.
+        """
+
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Return the names of the files that lie in the directory itself, sorted.
+
+        Raises:
+            ReadError: If the directory cannot be listed.
+        """
+
+    @abstractmethod
+    def below(self, name: str) -> InputFiles:
+        """Return the files of a directory within this one; it need not exist."""
+
+    def has(self, name: str) -> bool:
+        """Whether a file of this name lies in the directory."""
+        return name in self.names()
+
+    def read_whole(self, name: str, *, max_nbytes: int) -> bytes:
+        """Return the content of a small file.
+
+        Raises:
+            ReadError: As `open`.
+            CorruptCheckpointError: If it is larger than such a file can be.
+        """
+        with self.open(name) as file:
+            if file.nbytes > max_nbytes:
+                raise CorruptCheckpointError(
+                    "a file is larger than one of its kind can be",
+                    phase="read",
+                    path=file.path,
+                    expected=f"at most {max_nbytes} bytes",
+                    found=f"{file.nbytes} bytes",
+                )
+            return file.read(0, file.nbytes)
+
+
+def open_directory(
+    path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None
+) -> InputFiles:
+    """Return the files below a local path or an fsspec URL.
+
+    Raises:
+        ConfigError: If the path cannot be one, or fsspec does not know its protocol.
+    """
+    text = os.fspath(path)
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ConfigError("path must be a path or a URL", found=repr(path))
+    for scheme in ("file://", "local://"):
+        text = text.removeprefix(scheme)
+    if "://" in text:
+        return FsspecFiles(text, storage_options)
+    if storage_options:
+        raise ConfigError(
+            "storage_options are for URLs",
+            expected="None for a path",
+            found=sorted(storage_options),
+        )
+    return LocalFiles(os.path.abspath(text))
+
+
+def check_name(name: object, *, path: str) -> str:
+    """Return a name from a checkpoint if it stays within its directory.
+
+    Raises:
+        CorruptCheckpointError: If it is absolute, or climbs.
+    """
+    if isinstance(name, str):
+        parts = name.replace("\\", "/").split("/")
+        if name and not {"", ".", ".."}.intersection(parts) and name.isprintable():
+            return name
+    raise CorruptCheckpointError(
+        "a checkpoint names a file outside its directory",
+        phase="read",
+        path=path,
+        expected="a relative path without '.' and '..'",
+        found=ascii(name)[:200],
+    )
+
+
+class LocalFiles(InputFiles):
+    """Files below a directory of this host's file systems."""
+
+    readers = _LOCAL_READERS
+
+    def __init__(self, path: str) -> None:
+        """Read below `path`, which may itself be a link."""
+        self.path = path
+        self._root = os.path.realpath(path)
+
+    def open(self, name: str) -> InputFile:
+        """Open a file; see `InputFiles.open`."""
+        path = os.path.join(self.path, check_name(name, path=self.path))
+        real = os.path.realpath(os.path.join(self._root, name))
+        if not self._is_ours(real):
+            raise CorruptCheckpointError(
+                "a symbolic link leads out of the checkpoint",
+                phase="read",
+                path=path,
+                expected=f"a file below {self._root}",
+                found=real,
+                hint="put the file there; links are followed within it, and to the blobs of a "
+                "HuggingFace cache",
+            )
+        return _LocalFile(path, real)
+
+    def _is_ours(self, real: str) -> bool:
+        if real.startswith(os.path.join(self._root, "")):
+            return True
+        # The cache of huggingface_hub: snapshots/<revision>/<file> -> ../../blobs/<digest>.
+        snapshots = os.path.dirname(self._root)
+        blobs = os.path.join(os.path.dirname(snapshots), "blobs")
+        return os.path.basename(snapshots) == "snapshots" and os.path.dirname(real) == blobs
+
+    def names(self) -> list[str]:
+        """Return the names in the directory; see `InputFiles.names`."""
+        with read_errors(self.path), os.scandir(self._root) as entries:
+            return sorted(entry.name for entry in entries if not entry.is_dir())
+
+    def below(self, name: str) -> InputFiles:
+        """Return the files of a directory within this one."""
+        return LocalFiles(os.path.join(self.path, check_name(name, path=self.path)))
+
+    def has(self, name: str) -> bool:
+        """Whether a file of this name lies in the directory."""
+        return os.path.lexists(os.path.join(self._root, name))
+
+
+class _LocalFile(InputFile):
+    def __init__(self, path: str, real: str) -> None:
+        self.path = path
+        self._fd = -1
+        with read_errors(path):
+            # Not to wait for the writer of a named pipe; a regular file does not care.
+            flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            self._fd = os.open(real, flags)
+            status = os.fstat(self._fd)
+        self.nbytes = status.st_size
+        if not stat.S_ISREG(status.st_mode):
+            self.close()
+            raise CorruptCheckpointError(
+                "a checkpoint names what is no regular file", phase="read", path=path
+            )
+
+    def read_into(self, buffers: Sequence[memoryview], start: int) -> None:
+        """Fill buffers; see `InputFile.read_into`."""
+        wanted = sum(buffer.nbytes for buffer in buffers)
+        with read_errors(self.path):
+            done = os.preadv(self._fd, buffers, start)
+            while done < wanted:
+                more = os.preadv(self._fd, _rest(buffers, done), start + done)
+                if not more:
+                    raise _ended(self.path, start + wanted, start + done)
+                done += more
+
+    def close(self) -> None:
+        """Close the file."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def _rest(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
+    """Return what is left of buffers of which the first `done` bytes are filled."""
+    rest = []
+    for buffer in buffers:
+        skipped = min(done, buffer.nbytes)
+        done -= skipped
+        if skipped < buffer.nbytes:
+            rest.append(buffer[skipped:])
+    return rest
+
+
+def _ended(path: str, expected: int, found: int) -> ReadError:
+    return ReadError(
+        "a file ends too early",
+        phase="read",
+        path=path,
+        expected=f"at least {expected} bytes",
+        found=f"{found} bytes",
+        hint="it was cut off, or changed while it was read",
+    )
+
+
+@contextmanager
+def read_errors(path: str) -> Iterator[None]:
+    """Turn the storage's errors on `path` into ours, with number and advice."""
+    try:
+        yield
+    except (ReadError, CorruptCheckpointError):
+        raise
+    except OSError as error:
+        raise ReadError(
+            "the storage refused a read",
+            phase="read",
+            path=path,
+            found=f"{errno.errorcode.get(error.errno or 0, type(error).__name__)}: "
+            f"{error.strerror or error}",
+            errno=error.errno,
+            hint=_ADVICE.get(error.errno or 0),
+        ) from error
+
+
+_ADVICE = {
+    errno.ENOENT: "is this the path of a checkpoint?",
+    errno.ENOTDIR: "is this the path of a checkpoint?",
+    errno.EACCES: "it is not readable by this user",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+    errno.EIO: "the device may be failing; read another copy",
+}
+
+
+class FsspecFiles(InputFiles):
+    """Files on a store that fsspec knows."""
+
+    readers = _REMOTE_READERS
+
+    def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
+        """Connect to the store of `url`.
+
+        Raises:
+            ConfigError: If fsspec does not know the protocol, or lacks a package for it.
+        """
+        import fsspec  # noqa: PLC0415 - a second of import that a local path does not need
+
+        self.path = url.rstrip("/")
+        try:
+            self._fs, root = fsspec.core.url_to_fs(url, **(storage_options or {}))
+        except (ValueError, ImportError) as error:
+            raise ConfigError("fsspec cannot read this URL", path=url, found=str(error)) from error
+        self._root = root.rstrip("/")
+
+    def open(self, name: str) -> InputFile:
+        """Look a file up; see `InputFiles.open`."""
+        inner = check_name(name, path=self.path)
+        return _FsspecFile(self._fs, f"{self._root}/{inner}", f"{self.path}/{inner}")
+
+    def names(self) -> list[str]:
+        """Return the names in the directory; see `InputFiles.names`."""
+        with read_errors(self.path):
+            # A listing that fsspec kept may be older than the checkpoint.
+            self._fs.invalidate_cache(self._root)
+            entries = self._fs.ls(self._root, detail=True)
+        names = (
+            entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if _is_file(entry)
+        )
+        return sorted(filter(None, names))
+
+    def below(self, name: str) -> InputFiles:
+        """Return the files of a directory within this one."""
+        inner = check_name(name, path=self.path)
+        found = object.__new__(FsspecFiles)
+        found.path, found._root, found._fs = (
+            f"{self.path}/{inner}",
+            f"{self._root}/{inner}",
+            self._fs,
+        )
+        return found
+
+    def has(self, name: str) -> bool:
+        """Whether a file of this name lies in the directory."""
+        with read_errors(self.path):
+            return bool(self._fs.exists(f"{self._root}/{name}"))
+
+
+def _is_file(entry: Mapping[str, Any]) -> bool:
+    return entry.get("type") != "directory"
+
+
+class _FsspecFile(InputFile):
+    def __init__(self, fs: Any, where: str, path: str) -> None:
+        self.path = path
+        self._fs, self._where = fs, where
+        with read_errors(path):
+            entry = fs.info(where)
+        if not _is_file(entry) or not isinstance(entry.get("size"), int):
+            raise CorruptCheckpointError(
+                "a checkpoint names what is no file of a known size", phase="read", path=path
+            )
+        self.nbytes = entry["size"]
+
+    def read_into(self, buffers: Sequence[memoryview], start: int) -> None:
+        """Fill buffers; see `InputFile.read_into`."""
+        wanted = sum(buffer.nbytes for buffer in buffers)
+        with read_errors(self.path):
+            data = memoryview(self._fs.cat_file(self._where, start=start, end=start + wanted))
+        if data.nbytes != wanted:
+            raise _ended(self.path, start + wanted, start + data.nbytes)
+        for buffer in buffers:
+            buffer[:] = data[: buffer.nbytes]
+            data = data[buffer.nbytes :]

@@ -1,0 +1,194 @@
+"""Run planned reads: several in flight, each straight into its tensors or through a reused buffer.
+
+System calls and copies run without the interpreter lock, so threads do them side by side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from dcp_hf_writer._read_plan import BOUNCE_NBYTES, Bounce, Direct
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dcp_hf_writer._input_files import InputFile, InputFiles
+    from dcp_hf_writer._read_plan import Read, Scatter
+
+# With room for the alignment of the parts of one read.
+_BUFFER_NBYTES = BOUNCE_NBYTES + (128 << 10)
+_MAX_SPARE = 4
+
+# Each part of the buffer starts at a multiple of this, so that it can be seen as any dtype.
+_ALIGN = 64
+
+
+def is_direct(target: torch.Tensor, dtype: torch.dtype) -> bool:
+    """Whether a tensor takes bytes of `dtype` as they are."""
+    return target.device.type == "cpu" and target.dtype == dtype and not target.is_conj()
+
+
+def run_reads(files: InputFiles, reads: Sequence[Read], targets: Sequence[torch.Tensor]) -> None:
+    """Run reads to the end, or to the first error; no thread is left then.
+
+    Args:
+        files: Where the files are.
+        reads: As planned; in any order.
+        targets: The tensors in memory, by number; on any device, with any strides.
+
+    Raises:
+        ReadError: If the storage refuses, or a file is shorter than planned.
+        CorruptCheckpointError: If a file's name leads elsewhere.
+    """
+    if not reads:
+        return
+    shared = _Shared(files, reads, targets)
+    helpers = min(files.readers, len(reads)) - 1
+    try:
+        with ThreadPoolExecutor(max(helpers, 1), thread_name_prefix="dcp-hf-read") as pool:
+            working = [pool.submit(shared.work) for _ in range(helpers)]
+            shared.work()
+    finally:
+        shared.close()
+    # What the first error stopped may have failed too, but has nothing to say.
+    for future in working:
+        future.result()
+
+
+class _Shared:
+    """What the threads of one load share."""
+
+    def __init__(
+        self, files: InputFiles, reads: Sequence[Read], targets: Sequence[torch.Tensor]
+    ) -> None:
+        self._files = files
+        self._todo = iter(reads)
+        self._left = Counter(read.file for read in reads)
+        self._open: dict[str, InputFile] = {}
+        self._lock = threading.Lock()
+        self._targets = [target.detach() for target in targets]
+        self._is_pinned = any(target.is_cuda for target in self._targets)
+        self._is_stopped = False
+
+    def work(self) -> None:
+        """Run reads until there are none, or one failed in some thread."""
+        buffer = _Buffer(is_pinned=self._is_pinned)
+        try:
+            while not self._is_stopped:
+                with self._lock:
+                    read = next(self._todo, None)
+                if read is None:
+                    break
+                self._run(read, buffer)
+        except BaseException:
+            self._is_stopped = True
+            raise
+        finally:
+            buffer.give_back()
+
+    def _run(self, read: Read, buffer: _Buffer) -> None:
+        file = self._take(read.file)
+        try:
+            buffers, scatters = self._destinations(read, buffer)
+            file.read_into(buffers, read.start)
+            for start, scatter in scatters:
+                self._scatter(buffer.tensor, start, scatter)
+        finally:
+            self._give_back(read.file)
+
+    def _destinations(
+        self, read: Read, buffer: _Buffer
+    ) -> tuple[list[memoryview], list[tuple[int, Scatter]]]:
+        """Return the memory of each part, and the copies that follow, with their buffer's start."""
+        memory, scatters, used = [], [], 0
+        bounced = sum(_aligned(part.nbytes) for part in read.parts if isinstance(part, Bounce))
+        scratch = buffer.view(bounced) if bounced else memoryview(b"")
+        for part in read.parts:
+            if isinstance(part, Direct):
+                memory.append(_bytes_of(self._targets[part.target], part))
+                continue
+            memory.append(scratch[used : used + part.nbytes])
+            scatters += [(used, scatter) for scatter in part.scatters]
+            used += _aligned(part.nbytes)
+        return memory, scatters
+
+    def _scatter(self, buffer: torch.Tensor, start: int, scatter: Scatter) -> None:
+        first = (start + scatter.start) // scatter.dtype.itemsize
+        whole = buffer[: buffer.numel() // _ALIGN * _ALIGN].view(scatter.dtype)
+        sizes = [extent for extent, _, _ in scatter.loops]
+        source = whole.as_strided(sizes, [stride for _, stride, _ in scatter.loops], first)
+        target = self._targets[scatter.target]
+        strides = [stride for _, _, stride in scatter.loops]
+        offset = target.storage_offset() + scatter.target_start
+        target.as_strided(sizes, strides, offset).copy_(source)
+
+    def _take(self, name: str) -> InputFile:
+        with self._lock:
+            file = self._open.get(name)
+            if file is None:
+                file = self._open[name] = self._files.open(name)
+            return file
+
+    def _give_back(self, name: str) -> None:
+        """Close a file after its last read."""
+        with self._lock:
+            self._left[name] -= 1
+            file = self._open.pop(name, None) if not self._left[name] else None
+        if file is not None:
+            file.close()
+
+    def close(self) -> None:
+        """Close what a failed load left open; all threads have ended."""
+        for file in self._open.values():
+            file.close()
+        self._open.clear()
+
+
+class _Buffer:
+    """The buffer of one thread; its memory is kept for the next load: fresh pages are dear."""
+
+    _spare: ClassVar[list[torch.Tensor]] = []
+
+    def __init__(self, *, is_pinned: bool) -> None:
+        self._is_pinned = is_pinned
+        self.tensor = torch.empty(0, dtype=torch.uint8)
+
+    def view(self, nbytes: int) -> memoryview:
+        """Return at least this much memory; what was in it before is lost."""
+        if self.tensor.numel() < nbytes:
+            self.tensor = self._memory(max(nbytes, _BUFFER_NBYTES))
+        found: memoryview = self.tensor.numpy().data
+        return found
+
+    def _memory(self, nbytes: int) -> torch.Tensor:
+        if not self._is_pinned:
+            with contextlib.suppress(IndexError):
+                spare = self._spare.pop()
+                if spare.numel() >= nbytes:
+                    return spare
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._is_pinned)
+
+    def give_back(self) -> None:
+        """Keep the memory for the next thread that needs a buffer."""
+        if self.tensor.numel() == _BUFFER_NBYTES and not self._is_pinned:
+            if len(self._spare) < _MAX_SPARE:
+                self._spare.append(self.tensor)
+            self.tensor = torch.empty(0, dtype=torch.uint8)
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // _ALIGN) * _ALIGN
+
+
+def _bytes_of(tensor: torch.Tensor, part: Direct) -> memoryview:
+    """Return the memory of a part of a tensor in host memory."""
+    first, itemsize = part.target_start // tensor.itemsize, tensor.itemsize
+    flat = tensor.as_strided((part.nbytes // itemsize,), (1,), tensor.storage_offset() + first)
+    found: memoryview = flat.view(torch.uint8).numpy().data
+    return found
