@@ -36,6 +36,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_commit",),
     ("_attempt", "_watchdog", "_coordinator", "_guards", "_write_phase", "_stager"),
     ("_plan_check", "_hand_sharded", "_local_facts"),
+    ("integrations", "integrations._twin", "integrations._base_check"),
+    ("integrations._conversions", "integrations.transformers"),
     ("writer",),
     ("",),
 )
@@ -45,6 +47,7 @@ LAYER = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 PLANNING = (
     *("_boxes", "_dtypes", "_header", "_layout", "_model_entry", "_report", "_manifest"),
     *("_copies", "_regions", "_once"),
+    *("_affine", "_symbolic", "_derivation"),
     *("_shards", "_spec_match"),
     *("spec", "export"),
     *("_dequantize", "_stored", "_quantized"),

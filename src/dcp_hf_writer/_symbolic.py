@@ -82,7 +82,7 @@ class SymbolicTensor(torch.Tensor):
             _refuse(func, _sources((args, kwargs)))
         return _view(func, args[0], args[1:], kwargs or {})
 
-    def __repr__(self, *, tensor_contents: Any = None) -> Any:
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         """Say what is known; the elements are not."""
         return f"SymbolicTensor({list(self.shape)}, {self.dtype}, of {sorted(self.memory.sources)})"
 

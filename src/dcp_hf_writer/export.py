@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -119,6 +120,38 @@ class HFExport:
             object.__setattr__(self, name, value)
         self._check()
         object.__setattr__(self, "is_in_natural_order", self._natural())
+
+    @classmethod
+    def from_transformers(
+        cls,
+        model: Any,
+        tokenizer: Any = None,
+        base: str | os.PathLike[str] | None = None,
+        *,
+        orientation: Literal["model", "base"] = "model",
+        **options: Any,
+    ) -> HFExport:
+        """Make the export that equals what `save_pretrained` writes of the unsharded model.
+
+        Specs, tied names, the order of the files and the keys to expect are asked of transformers,
+        see `specs_from_transformers`; the config and generation config are the model's. With
+        `dtype`, what transformers keeps in float32 keeps its dtype. Every rank calls it.
+
+        Args:
+            model: A transformers model, sharded or not.
+            tokenizer: A tokenizer or processor to save beside the weights.
+            base: Local directory of the checkpoint that the model came from, to compare with.
+            orientation: `"base"` transposes what `base` has transposed.
+            **options: Options of `HFExport`; `assets` and `keep_dtype` are added to, the others
+                override what is found.
+
+        Raises:
+            ConfigError: If it is no transformers model, or an option cannot be used as given.
+            SpecError: If the layout cannot be had, or is not that of `base`.
+        """
+        # Planning imports no integration, which would import the library that it is for.
+        module = importlib.import_module("dcp_hf_writer.integrations.transformers")
+        return cls(**module.export_options(model, tokenizer, base, orientation, options))
 
     @functools.cached_property
     def fingerprint(self) -> str:
