@@ -121,7 +121,14 @@ def _call(
         return None, error, "".join(traceback.format_exception(error))
 
 
+def is_spawning() -> bool:
+    """Whether ranks are new interpreters instead of forks."""
+    return os.environ.get("TEST_RANKS_START") == "spawn"
+
+
 def _require_single_threaded_server() -> None:
+    if is_spawning():
+        return
     threads = os.listdir(f"/proc/{os.getppid()}/task")
     if len(threads) != 1:
         msg = f"the fork server must have one thread for its forks to be safe, has {len(threads)}"

@@ -4,7 +4,8 @@ Ranks are forked from a fork server that has torch and transformers imported, so
 milliseconds. Forking after such imports is safe only while the server has a single thread: a
 second one could hold a lock that no fork would ever release. Importing torch starts threads only
 in OpenBLAS and OpenMP, which the environment of the server forbids, and each rank checks that its
-server has one thread before it does anything else.
+server has one thread before it does anything else. Builds of torch for a GPU start threads as they
+are imported: there, `TEST_RANKS_START=spawn` starts each rank as a new interpreter, in seconds.
 
 `run_ranks` is what most tests want. `spawn_ranks` returns a handle for tests that kill or stop
 ranks. A hang is a failure: at the deadline every rank writes the stacks of its threads to its log,
@@ -33,6 +34,7 @@ from rank_process import (
     Job,
     RankFailedError,
     RankTracebackError,
+    is_spawning,
     limit_of,
     rank_main,
 )
@@ -330,6 +332,8 @@ class RankHandle:
 
 def _context() -> Any:
     """Fork-server context whose server is running, with the modules imported in one thread."""
+    if is_spawning():
+        return get_context("spawn")
     context = get_context("forkserver")
     context.set_forkserver_preload(list(PRELOADED_MODULES))
     with _environment(SERVER_ENVIRONMENT):
