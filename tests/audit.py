@@ -104,15 +104,26 @@ def _itemsize(dtype: str) -> int:
     return _NBYTES[bits]
 
 
-def _tensor_fault(key: str, data: bytes, shape: list[int], pieces: list[Any]) -> str | None:
+def _tensor_fault(key: str, data: bytes, shape: list[int], blocks: list[Any]) -> str | None:
     if not math.prod(shape):
         return None
-    elements = np.frombuffer(data, dtype=np.uint8).reshape(*shape, -1)
-    count = np.zeros(shape, dtype=int)
-    for rank, offsets, sizes, digest in pieces:
-        where = tuple(slice(o, o + s) for o, s in zip(offsets, sizes, strict=True))
-        count[where] += 1
+    elements = np.frombuffer(data, dtype=np.uint8).reshape(math.prod(shape), -1)
+    count = np.zeros(math.prod(shape), dtype=int)
+    for rank, offsets, extent, digest in blocks:
+        where = _indices(offsets, extent, shape)
+        np.add.at(count, where, 1)
         fault = _digest_fault(f"{key} of rank {rank}", elements[where].tobytes(), digest)
         if fault is not None:
             return fault
     return None if (count == 1).all() else f"{key} is not covered once"
+
+
+def _indices(offsets: list[int], extent: list[Any], shape: list[int]) -> Any:
+    """Return the flat indices of a block, in order: of a box, or of loops `[count, dim, step]`."""
+    is_box = not (extent and isinstance(extent[0], list))
+    loops = [[n, d, 1] for d, n in enumerate(extent)] if is_box else extent
+    strides = [math.prod(shape[d + 1 :]) for d in range(len(shape))]
+    found = np.array(sum(o * s for o, s in zip(offsets, strides, strict=True)))
+    for count, dim, step in loops:
+        found = found[..., None] + np.arange(count) * (step * strides[dim])
+    return found.reshape(-1)

@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_derivation",),
     ("_header", "_layout", "_regions", "_once", "_model_entry", "_report", "_manifest"),
     ("_shards", "_spec_match"),
-    ("_parse_header", "_parse_manifest"),
+    ("_parse_header", "_parse_manifest", "_sweep", "_problems"),
     ("_unpickle", "_dcp_metadata", "_archived", "_read_plan"),
     ("_tensors", "_plan_data", "_plan_cache"),
     ("_blocked", "planner"),
