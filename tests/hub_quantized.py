@@ -12,7 +12,7 @@ from unittest import mock
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import DeepseekV3Config, GptOssConfig, Mxfp4Config
+from transformers import DeepseekV3Config, FineGrainedFP8Config, GptOssConfig, Mxfp4Config
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3ForCausalLM
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
@@ -89,13 +89,16 @@ def dequantized_by_transformers(directory: Path) -> dict[str, torch.Tensor]:
     # transformers wants accelerate for any fp8 model, but not to load one on the CPU.
     gate = "transformers.quantizers.quantizer_finegrained_fp8.is_accelerate_available"
     kind = json.loads((directory / "config.json").read_text())["model_type"]
+    # Said, since the default is to keep the codes where there is a GPU to compute with them.
     with mock.patch(gate, return_value=True):
         if kind == "gpt_oss":
             model = GptOssForCausalLM.from_pretrained(
                 directory, quantization_config=Mxfp4Config(dequantize=True)
             )
         else:
-            model = DeepseekV3ForCausalLM.from_pretrained(directory)
+            model = DeepseekV3ForCausalLM.from_pretrained(
+                directory, quantization_config=FineGrainedFP8Config(dequantize=True)
+            )
     return dict(model.state_dict())
 
 

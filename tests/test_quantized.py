@@ -153,6 +153,17 @@ def targets(draw: st.DrawFn, sizes: tuple[int, ...]) -> torch.Tensor:
 # ---------------------------------------------------------------------------------------- fp8
 
 
+def by_transformers(
+    fp8_op: Any, tensors: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> torch.Tensor:
+    """Dequantise as transformers does for a parameter of a dtype."""
+    model = torch.nn.Linear(1, 1, dtype=dtype)
+    lists = {key: [tensor] for key, tensor in tensors.items()}
+    found: torch.Tensor
+    (found,) = fp8_op.convert(lists, full_layer_name="weight", model=model)["a.weight"]
+    return found
+
+
 @pytest.mark.parametrize("dtype", TARGETS, ids=str)
 @pytest.mark.parametrize("scale_dtype", [F32, BF16, torch.float8_e8m0fnu, torch.uint8], ids=str)
 @pytest.mark.parametrize(
@@ -173,11 +184,7 @@ def test_fp8_equals_transformers(
     random = random_codes(tuple(scales.shape), seed=3) % SCALE_BYTES
     as_bytes = scale_dtype.itemsize == 1
     tensors["a.weight_scale_inv"] = random.view(scale_dtype) if as_bytes else scales.to(scale_dtype)
-    expected = fp8_op.convert(
-        {"weight": tensors["a.weight"], "weight_scale_inv": tensors["a.weight_scale_inv"]},
-        full_layer_name="weight",
-        model=torch.nn.Linear(1, 1, dtype=dtype),
-    )["weight"]
+    expected = by_transformers(fp8_op, tensors, dtype)
     found = read_whole("a.weight", tensors, config_of(weight_block_size=list(block)), dtype)
     assert_same(found, expected)
 
@@ -188,11 +195,7 @@ def test_fp8_of_one_scale_equals_transformers(fp8_op: Any, scale_shape: tuple[in
         "a.weight": random_codes((33, 65)).view(FP8),
         "a.weight_scale_inv": torch.full(scale_shape, 0.37),
     }
-    expected = fp8_op.convert(
-        {"weight": tensors["a.weight"], "weight_scale_inv": tensors["a.weight_scale_inv"]},
-        full_layer_name="weight",
-        model=torch.nn.Linear(1, 1, dtype=BF16),
-    )["weight"]
+    expected = by_transformers(fp8_op, tensors, BF16)
     found = read_whole("a.weight", tensors, config_of(weight_block_size=None), BF16)
     assert_same(found, expected)
 
