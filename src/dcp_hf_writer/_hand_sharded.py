@@ -42,8 +42,11 @@ _MAX_TENSORS = 1024
 # of their norm; shards have nothing in common, and differ by more than their norm.
 _DRIFT = 0.01
 
-# Ranks that a message names of each group.
+# Groups of ranks that a message names, and ranks of each.
 _SHOWN = 8
+
+# Places of the values, in halves of their distance.
+_ODD = torch.arange(1, 2 * _VALUES, 2)
 
 _KINDS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -111,8 +114,13 @@ def check_samples(samples: Sequence[bytes], plans: Iterable[SavePlan]) -> None:
     alike: dict[bytes, list[int]] = {}
     for i in np.flatnonzero(rows["name"] == rows["name"][worst]):
         alike.setdefault(rows[i].tobytes(), []).extend(holders[i])
-    found = " and ".join(f"one on ranks {sorted(group)[:_SHOWN]}" for group in alike.values())
+    found = " and ".join(f"one on ranks {_some(group)}" for group in list(alike.values())[:_SHOWN])
     _say(_fqn_of(int(rows["name"][worst]), plans), found, is_drift=bool(distance[worst] <= _DRIFT))
+
+
+def _some(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, sorted(ranks)[:_SHOWN]))
+    return f"[{shown}, ...]" if len(ranks) > _SHOWN else f"[{shown}]"
 
 
 def _say(fqn: str | None, found: str, *, is_drift: bool) -> None:
@@ -180,8 +188,11 @@ def _values(tensor: torch.Tensor) -> npt.NDArray[np.uint16]:
     elif not tensor.is_floating_point() or tensor.itemsize == 1:
         # Not every type of integer, nor of 8-bit numbers, can be indexed.
         tensor = tensor.view(_INTEGERS[tensor.itemsize])
-    places = (torch.arange(_VALUES, device=tensor.device) * 2 + 1) * tensor.numel() // (2 * _VALUES)
-    chosen = tensor[torch.unravel_index(places, tensor.shape)]
+    places = _ODD.to(tensor.device) * tensor.numel() // (2 * _VALUES)
+    if tensor.is_contiguous():
+        chosen = tensor.view(-1)[places]
+    else:
+        chosen = tensor[torch.unravel_index(places, tensor.shape)]
     found: npt.NDArray[np.uint16] = chosen.to(torch.bfloat16).cpu().view(torch.uint16).numpy()
     return found
 
