@@ -1,4 +1,4 @@
-"""What torch's `save` does not hand to a storage writer: the planner, what was staged, its end.
+"""What torch does not hand to a storage writer or reader: the planner, what was staged, its end.
 
 A synchronous save needs the planner to find tied tensors (an asynchronous one finds them while it
 stages), and any save whose planner caches plans, to see those that torch does not show. Of a save
@@ -10,7 +10,7 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.planner import LoadPlanner, SavePlan, SavePlanner
 
 from dcp_hf_writer.staging import StagedStateDict
 
@@ -38,6 +38,16 @@ def current_save() -> object | None:
 def current_staged() -> StagedStateDict | None:
     """Return what the writer staged for the save that calls it; `None` for a synchronous save."""
     return _local("state_dict", StagedStateDict, _FAR)
+
+
+def current_load_planner() -> LoadPlanner | None:
+    """Return the planner of a load, for the reader that it calls; `None` if unknown."""
+    return _local("planner", LoadPlanner, _NEAR)  # type: ignore[type-abstract]
+
+
+def loaded_state_dict() -> Mapping[str, Any] | None:
+    """Return the state dict of the load that calls a reader, as the planner is given it."""
+    return _local("state_dict", dict, _NEAR)
 
 
 def _local(name: str, kind: type[_Found], depth: int) -> _Found | None:
