@@ -17,6 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from states import local_tensors
 
 if TYPE_CHECKING:
+    from torch.distributed.checkpoint.storage import StorageReader
     from torch.distributed.tensor import DTensor
 
 
@@ -68,19 +69,22 @@ def read_phases(directory: str) -> dict[str, float]:
     return phases
 
 
-def check_content(state_dict: dict[str, Any], directory: str, hf: str) -> None:
+def check_content(
+    state_dict: dict[str, Any], directory: str, hf: str, *, reader: StorageReader | None = None
+) -> None:
     """Read both formats back by stock torch and stock safetensors; all ranks together.
 
     Args:
         state_dict: What was saved, unchanged since.
         directory: The DCP checkpoint.
         hf: The directory of the weights in HuggingFace's format.
+        reader: Reads the DCP half; `None` is torch's own.
 
     Raises:
         WrongContentError: If a byte differs on this rank.
     """
     found = _empty_like(state_dict)
-    dcp.load(found, checkpoint_id=directory)
+    dcp.load(found, checkpoint_id=directory, storage_reader=reader)
     pairs = zip(local_tensors(state_dict), local_tensors(found), strict=True)
     if not all(_same_bytes(a, b) for a, b in pairs):
         msg = f"{directory}: dcp.load gives other tensors than were saved, rank {dist.get_rank()}"

@@ -13,7 +13,7 @@ import os
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from torch.distributed._state_dict_utils import _create_cpu_state_dict
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from torch.distributed.tensor import DTensor
 
-from contents import read_phases
+from contents import check_content, read_phases
 from machine import file_system
 from states import Workload, local_tensors, nbytes_by_key, split_into_files
 
@@ -67,6 +67,9 @@ class Contender(abc.ABC):
     def save(self, state_dict: dict[str, Any], directory: str) -> Saved:
         """Save into the new directory `directory`; all ranks call it together."""
 
+    def check(self, state_dict: dict[str, Any], directory: str) -> None:  # noqa: B027 - ours only
+        """Check that what is on storage is what was saved; all ranks call it together."""
+
 
 class Ours(Contender):
     """Both formats by this package: a new writer a step, as a trainer would have it."""
@@ -74,6 +77,7 @@ class Ours(Contender):
     name = "ours"
     title = "HFDualWriter"
     formats = "DCP + HF"
+    weights: Literal["both", "once"] = "both"
 
     def prepare(self, state_dict: dict[str, Any]) -> None:  # noqa: ARG002 - its contract
         """Make the export's options once, as they are the same for each step."""
@@ -86,13 +90,33 @@ class Ours(Contender):
 
     def save(self, state_dict: dict[str, Any], directory: str) -> Saved:
         """Save both formats by one call."""
-        writer = self._writer_class(directory, export=self._export)
+        writer = self._writer_class(directory, export=self._export, weights=self.weights)
         start = time.perf_counter()
         future = dcp.async_save(state_dict, storage_writer=writer)
         stall = time.perf_counter() - start
         future.result()
         total = time.perf_counter() - start
         return Saved(stall, total, read_phases(directory))
+
+
+    def check(self, state_dict: dict[str, Any], directory: str) -> None:
+        """Read both formats back by stock torch and stock safetensors."""
+        check_content(state_dict, directory, os.path.join(directory, "hf"))
+
+
+class OursOnce(Ours):
+    """The same with each weight stored once: what the trainer resumes from is what it serves."""
+
+    name = "ours_once"
+    title = "HFDualWriter, once"
+    weights = "once"
+
+    def check(self, state_dict: dict[str, Any], directory: str) -> None:
+        """Read the DCP half back by our reader, which alone can, and the other by safetensors."""
+        from dcp_hf_writer import HFDualReader  # noqa: PLC0415 - as above
+
+        reader = HFDualReader(directory)
+        check_content(state_dict, directory, os.path.join(directory, "hf"), reader=reader)
 
 
 class Torch(Contender):
@@ -200,7 +224,8 @@ class Floor(Contender):
 
 
 CONTENDERS: dict[str, type[Contender]] = {
-    contender.name: contender for contender in (Ours, Torch, TorchById, TorchCached, TorchHf, Floor)
+    contender.name: contender
+    for contender in (Ours, OursOnce, Torch, TorchById, TorchCached, TorchHf, Floor)
 }
 
 

@@ -24,9 +24,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
-from contents import check_content, count_bytes
+from contents import count_bytes
 from machine import describe_machine, file_system, held, peak_rss_nbytes, reset_peak
-from peers import CONTENDERS, Ours, Saved
+from peers import CONTENDERS, Saved
 from ranks import Rank, RanksFailedError, run_ranks
 from report import Memory, Result, as_json, judge, render_bars, render_phases, render_table
 from states import GIB, Workload, build_state_dict
@@ -140,8 +140,8 @@ def measure_times(rank: Rank, workload: Workload, root: str, names: list[str], r
             gc.collect()
             dist.barrier()
             saved = _slowest(contenders[name].save(state_dict, directory))
-            if name == Ours.name and round_number == 0:
-                check_content(state_dict, directory, os.path.join(directory, "hf"))
+            if round_number == 0:
+                contenders[name].check(state_dict, directory)
             if rank.rank == 0:
                 rank.emit(
                     name=name, round=round_number, saved=saved, written=count_bytes(directory)
