@@ -38,7 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_rendezvous", "_owner"),
     ("_commit",),
     ("_attempt", "_watchdog", "_coordinator", "_guards", "_write_phase", "_stager"),
-    ("_plan_check", "_hand_sharded", "_local_facts"),
+    ("_plan_check", "_hand_sharded", "_ties", "_local_facts"),
     ("integrations", "integrations._twin", "integrations._base_check"),
     ("integrations._conversions", "integrations.transformers"),
     ("verify",),

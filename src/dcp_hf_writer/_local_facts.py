@@ -13,6 +13,7 @@ from dcp_hf_writer._owner import page_cache_id
 from dcp_hf_writer._plan_check import check_plan
 from dcp_hf_writer._plan_data import LocalFacts
 from dcp_hf_writer._tensors import memory_of, tied_groups
+from dcp_hf_writer._ties import untrue_tie
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,7 +32,9 @@ def local_facts(
     export: HFExport | None,
     group: dist.ProcessGroup | None,
 ) -> LocalFacts:
-    """Check a rank's plan, and return what it shall carry; notes the memory of tensors on the way.
+    """Check a rank's plan, and return what it shall carry.
+
+    Notes the memory of the tensors, and why the export would be wrong if it would.
 
     Raises:
         PlanningError: If the plan leaves out what this rank holds.
@@ -41,6 +44,8 @@ def local_facts(
         attempt.memory = attempt.staged.memory
     else:
         attempt.memory = memory_of(planned_state_dict(planner))
+    if export is not None:
+        attempt.export_error = untrue_tie(planner, export, attempt.memory, rank=attempt.rank)
     return LocalFacts(
         host=page_cache_id(attempt.target),
         host_name=socket.gethostname(),

@@ -92,6 +92,7 @@ class WritePhase:
         """
         attempt = self.attempt
         report = RankReport(attempt.rank, socket.gethostname())
+        report.export_error = attempt.export_error
         files = attempt.files or OpenFiles()
         attempt.files = files
         source = TensorSource(self.planner)
