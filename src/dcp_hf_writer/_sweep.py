@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     Read = Callable[[memoryview, int], int]
 
 WINDOW_NBYTES = 2 << 20
-"""Bytes in memory at a time; a sweep needs twice that. It fits a cache: 8 MiB take twice as long."""
+"""Bytes in memory at a time; a sweep needs twice that. It fits a cache, which is twice as fast."""
 
 # Spans that are this close are read together: a system call costs as much as such a gap.
 _GAP_NBYTES = 64 << 10
