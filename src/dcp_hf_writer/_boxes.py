@@ -65,9 +65,9 @@ def intersect(a: Box, b: Box) -> Box | None:
 class BoxTable:
     """Many boxes of one tensor, in columns: a global plan holds one box a rank and tensor."""
 
-    offsets: tuple[Shape, ...]
+    offsets: Sequence[Shape]
     """First indices of each box."""
-    sizes: tuple[Shape, ...]
+    sizes: Sequence[Shape]
     """Extents of each box."""
 
 
@@ -87,9 +87,9 @@ def tiling_fault(boxes: Sequence[Box] | BoxTable, shape: Shape) -> str | None:
         boxes: Parts of the tensor, in any order; those without elements do not count.
         shape: Shape of the tensor; `()` for a scalar.
     """
-    if not isinstance(boxes, BoxTable):
-        boxes = BoxTable(tuple(b.offsets for b in boxes), tuple(b.sizes for b in boxes))
-    return _fault(boxes.offsets, boxes.sizes, shape)
+    if isinstance(boxes, BoxTable):
+        return _fault(tuple(boxes.offsets), tuple(boxes.sizes), shape)
+    return _fault(tuple(b.offsets for b in boxes), tuple(b.sizes for b in boxes), shape)
 
 
 # The layers of a model are cut alike, and so are saves of one run.

@@ -7,7 +7,7 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer._boxes import BoxTable
+from dcp_hf_writer._boxes import BoxTable, Shape
 from dcp_hf_writer._layout import Layout, PartTarget, RuntimeTensor, plan_layout
 from dcp_hf_writer._model_entry import model_prefix, names_in_model
 from dcp_hf_writer._once import targets_stored_once
@@ -17,7 +17,7 @@ from dcp_hf_writer.errors import LayoutError, PlanningError
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from torch.distributed.checkpoint.planner import SavePlan
+    from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData
 
     from dcp_hf_writer._model_entry import Path
     from dcp_hf_writer.export import HFExport
@@ -69,6 +69,22 @@ class RankPlan:
 
 
 @dataclass(frozen=True, slots=True)
+class PlannedTensor:
+    """What all ranks together write of one tensor, in columns: there are millions of items."""
+
+    data: TensorWriteData
+    """Shape and dtype, from the first item."""
+    path: Path
+    """Keys that lead to it in the state dict."""
+    ranks: list[int]
+    """Rank that writes each chunk."""
+    offsets: list[Shape]
+    """First indices of each chunk."""
+    sizes: list[Shape]
+    """Extents of each chunk."""
+
+
+@dataclass(frozen=True, slots=True)
 class GlobalPlan:
     """The coordinator's result."""
 
@@ -82,6 +98,8 @@ class GlobalPlan:
     """Fingerprint of the export options that led to it."""
     hosts: tuple[str, ...]
     """Host of each rank."""
+    tensors: Mapping[str, PlannedTensor]
+    """Every tensor of the plans, by FQN; empty without an export."""
     once: Mapping[str, tuple[PartTarget, ...]]
     """Where tensors are that the DCP half leaves to the export, by FQN."""
     tied: tuple[tuple[str, str], ...]
@@ -111,8 +129,9 @@ def plan_globally(
     facts = [_facts(plan) for plan in plans]
     hosts = tuple(fact.host for fact in facts)
     if export is None:
-        return GlobalPlan(plans, None, uuid.uuid4().hex, options, hosts, {}, ())
-    tensors, fqn_of_name = _runtime_tensors(plans, facts, export.key)
+        return GlobalPlan(plans, None, uuid.uuid4().hex, options, hosts, {}, {}, ())
+    planned = _planned_tensors(plans)
+    tensors, fqn_of_name = _runtime_tensors(planned, facts, export.key)
     name_of_fqn = {fqn: name for name, fqn in fqn_of_name.items()}
     tied = _tied_names(facts, name_of_fqn)
     layout = plan_layout(tensors, export, tied=tied, file_of_key=file_of_key)
@@ -125,6 +144,7 @@ def plan_globally(
         plan_id=uuid.uuid4().hex,
         options=options,
         hosts=hosts,
+        tensors=planned,
         once=targets_stored_once(tensors, layout.targets, pairs) if once else {},
         tied=tuple(pairs.items()),
     )
@@ -140,10 +160,10 @@ def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
     seen: dict[str, int] = {}
     sizes = {host: plan.hosts.count(host) for host in set(plan.hosts)}
     files = () if plan.layout is None else tuple((f.name, f.nbytes) for f in plan.layout.files)
-    tables = {} if plan.layout is None else _tables(plan.layout.targets)
-    once = _tables(plan.once)
+    targets = _by_rank({} if plan.layout is None else plan.layout.targets, plan)
+    once = _by_rank(plan.once, plan)
     result = []
-    for host, own, prepared in zip(plan.hosts, plan.plans, dcp, strict=True):
+    for rank, (host, prepared) in enumerate(zip(plan.hosts, dcp, strict=True)):
         host_rank = seen.get(host, 0)
         seen[host] = host_rank + 1
         data = RankPlan(
@@ -153,31 +173,30 @@ def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
             host_rank=host_rank,
             host_size=sizes[host],
             files=files,
-            targets=_targets_of(own, tables),
-            once=_targets_of(own, once),
+            targets=targets[rank],
+            once=once[rank],
             tied=plan.tied,
         )
         result.append(replace(prepared, storage_data=data))
     return result
 
 
-def _tables(targets: Mapping[str, Sequence[PartTarget]]) -> dict[str, TargetTable]:
-    return {fqn: TargetTable(parts) for fqn, parts in targets.items()}
-
-
-def _targets_of(
-    plan: SavePlan, tables: Mapping[str, TargetTable]
-) -> dict[str, tuple[PartTarget, ...]]:
-    """Return the targets of what a rank writes: an expert of its own, and not those of the rest."""
-    found: dict[str, tuple[PartTarget, ...]] = {}
-    for item in plan.items:
-        fqn, data = item.index.fqn, item.tensor_data
-        table = tables.get(fqn)
-        if table is None or data is None:
+def _by_rank(
+    targets: Mapping[str, tuple[PartTarget, ...]], plan: GlobalPlan
+) -> list[dict[str, tuple[PartTarget, ...]]]:
+    """Return the targets of what each rank writes: an expert of its own, not those of the rest."""
+    found: list[dict[str, tuple[PartTarget, ...]]] = [{} for _ in plan.plans]
+    for fqn, parts in targets.items():
+        tensor = plan.tensors[fqn]
+        if len(parts) == 1:
+            for rank in tensor.ranks:
+                found[rank][fqn] = parts
             continue
-        near = table.near(data.chunk)
-        known = found.get(fqn)
-        found[fqn] = near if known is None else tuple(dict.fromkeys((*known, *near)))
+        table = TargetTable(parts)
+        for rank, offsets, sizes in zip(tensor.ranks, tensor.offsets, tensor.sizes, strict=True):
+            near = table.near_rows(offsets[0], offsets[0] + sizes[0]) if offsets else parts
+            known = found[rank].get(fqn)
+            found[rank][fqn] = near if known is None else tuple(dict.fromkeys((*known, *near)))
     return found
 
 
@@ -203,41 +222,45 @@ def _facts(plan: SavePlan) -> LocalFacts:
     return facts
 
 
-def _runtime_tensors(
-    plans: Sequence[SavePlan], facts: Sequence[LocalFacts], key: str | None
-) -> tuple[list[RuntimeTensor], dict[str, str]]:
-    """Collect the model's tensors from all plans, in state-dict order."""
-    # One pass over every item of every rank: this is what grows with the job.
-    chunks: dict[str, list[Any]] = {}
-    kinds: dict[str, Any] = {}
-    paths: dict[str, Path] = {}
-    for plan in plans:
-        known = plan.planner_data if isinstance(plan.planner_data, dict) else {}
+def _planned_tensors(plans: Iterable[SavePlan]) -> dict[str, PlannedTensor]:
+    """Collect what the ranks write of each tensor."""
+    # The one pass over every item of every rank: this is what grows with the job. Each attribute is
+    # read once, as most of the time goes into fetching the objects from memory.
+    found: dict[str, PlannedTensor] = {}
+    for rank, plan in enumerate(plans):
+        paths = plan.planner_data if isinstance(plan.planner_data, dict) else {}
         for item in plan.items:
             data = item.tensor_data
             if data is None:
                 continue
             fqn = item.index.fqn
-            if fqn not in kinds:
-                kinds[fqn] = data
-                paths[fqn] = tuple(known.get(fqn, (fqn,)))
-                chunks[fqn] = []
-            chunks[fqn].append(data.chunk)
+            tensor = found.get(fqn)
+            if tensor is None:
+                path = tuple(paths.get(fqn, (fqn,)))
+                tensor = found[fqn] = PlannedTensor(data, path, [], [], [])
+            chunk = data.chunk
+            tensor.ranks.append(rank)
+            tensor.offsets.append(chunk.offsets)
+            tensor.sizes.append(chunk.sizes)
+    return found
+
+
+def _runtime_tensors(
+    planned: Mapping[str, PlannedTensor], facts: Sequence[LocalFacts], key: str | None
+) -> tuple[list[RuntimeTensor], dict[str, str]]:
+    """Return the model's tensors, in state-dict order, and the FQN of each name in the model."""
     order = next((fact.order for fact in facts if fact.order is not None), ())
     ranked = {fqn: i for i, fqn in enumerate(order)}
-    fqns = sorted(paths, key=lambda fqn: ranked.get(fqn, len(ranked)))
-    ordered = {fqn: paths[fqn] for fqn in fqns}
-    names = names_in_model(ordered, model_prefix(ordered, key=key))
+    fqns = sorted(planned, key=lambda fqn: ranked.get(fqn, len(ranked)))
+    paths = {fqn: planned[fqn].path for fqn in fqns}
+    names = names_in_model(paths, model_prefix(paths, key=key))
     tensors = [
         RuntimeTensor(
             fqn=fqn,
             name=name,
-            shape=tuple(kinds[fqn].size),
-            dtype=kinds[fqn].properties.dtype,
-            chunks=BoxTable(
-                tuple(chunk.offsets for chunk in chunks[fqn]),
-                tuple(chunk.sizes for chunk in chunks[fqn]),
-            ),
+            shape=tuple(planned[fqn].data.size),
+            dtype=planned[fqn].data.properties.dtype,
+            chunks=BoxTable(planned[fqn].offsets, planned[fqn].sizes),
         )
         for fqn, name in names.items()
     ]

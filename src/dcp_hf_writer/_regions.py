@@ -33,14 +33,24 @@ class TargetTable:
         self._targets = tuple(targets[i] for _, _, i in spans)
         self._first = [first for first, _, _ in spans]
         self._last = list(itertools.accumulate((last for _, last, _ in spans), max))
+        self._known: dict[tuple[int, int], tuple[PartTarget, ...]] = {}
 
-    def near(self, chunk: ChunkStorageMetadata) -> tuple[PartTarget, ...]:
+    def near(self, chunk: Box | ChunkStorageMetadata) -> tuple[PartTarget, ...]:
         """Return the targets that may have elements in a chunk, and few others."""
-        if len(self._targets) == 1 or not chunk.offsets:
+        if not chunk.offsets:
             return self._targets
         first = chunk.offsets[0]
-        start = bisect.bisect_left(self._last, first)
-        return self._targets[start : bisect.bisect_left(self._first, first + chunk.sizes[0])]
+        return self.near_rows(first, first + chunk.sizes[0])
+
+    def near_rows(self, first: int, stop: int) -> tuple[PartTarget, ...]:
+        """Return the targets that may have elements in rows `[first, stop)`, and few others."""
+        # Ranks that share these rows get the same tuple.
+        found = self._known.get((first, stop))
+        if found is None:
+            start = bisect.bisect_left(self._last, first)
+            found = self._targets[start : bisect.bisect_left(self._first, stop)]
+            self._known[first, stop] = found
+        return found
 
 
 def _rows(target: PartTarget) -> tuple[int, int]:
