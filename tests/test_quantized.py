@@ -311,6 +311,23 @@ def test_boxes_of_mxfp4_are_whole_groups() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("name", "tensors"),
+    [("a.weight", fp8_tensors((4, 384, 640))), ("e.gate_up_proj", mxfp4_tensors(4, 6, 8))],
+    ids=["fp8", "mxfp4"],
+)
+def test_half_of_the_first_dimensions_of_the_file_is_one_run(
+    name: str, tensors: dict[str, torch.Tensor]
+) -> None:
+    stored = logical_tensors(headers_of(tensors), None)[name]
+    sizes = list(stored.shape)
+    for number, dim in enumerate(stored.dims_in_file[:2]):
+        sizes[dim] = 1 if number == 0 else sizes[dim] // 2
+    codes = stored.keys[0]
+    part = stored.raw_boxes(Box((0, 0, 0), tuple(sizes)))[codes]
+    assert part_of(tensors[codes], part).is_contiguous()
+
+
 # --------------------------------------------------------------------------- tiles and memory
 
 

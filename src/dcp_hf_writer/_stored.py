@@ -39,6 +39,14 @@ class Stored:
         """Whether its bytes are those of its one stored tensor."""
         return True
 
+    @property
+    def dims_in_file(self) -> tuple[int, ...]:
+        """Its dimensions in the order of the file, outermost first.
+
+        Parts that are cut along the first ones are long runs of the file.
+        """
+        return tuple(range(len(self.shape)))
+
     def raw_boxes(self, box: Box) -> dict[str, Box]:
         """Return the boxes of the stored tensors that a box needs; none if it has no element."""
         return dict.fromkeys(self.keys, box) if box.numel else {}
@@ -108,6 +116,11 @@ class BlockScaled(Stored):
 @dataclass(frozen=True, slots=True)
 class PackedFp4(Stored):
     """`(experts, columns, rows)` of bytes that hold two values, `(experts, rows, groups, 16)`."""
+
+    @property
+    def dims_in_file(self) -> tuple[int, ...]:
+        """Its dimensions in the order of the file, outermost first."""
+        return 0, 2, 1
 
     @property
     def is_plain(self) -> bool:
