@@ -321,7 +321,6 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "condition": (lambda w: w if w[0, 0] > 0 else -w, "aten.gt"),
     "numpy": (lambda w: torch.from_numpy(w.numpy()), "access to the data"),
     "list": (lambda w: torch.tensor(w.tolist()), "access to the data"),
-    "pointer": (lambda w: w[: w.data_ptr()], "access to the data"),
     "storage": (lambda w: w[: w.untyped_storage().nbytes()], "access to the data"),
     "cast to integers": (lambda w: w.long(), "a cast from torch.float32 to torch.int64"),
     "rounded twice": (lambda w: w.bfloat16().float(), "a cast from torch.bfloat16"),
@@ -370,6 +369,18 @@ def test_symbolic_tensor_looks_like_the_real_one() -> None:
     assert (w.dtype, w.device, w.stride()) == (real.dtype, real.device, real.stride())
     assert (w.is_contiguous(), w.itemsize, w.nbytes) == (False, 2, 24)
     assert repr(w) == "SymbolicTensor([3, 4], torch.bfloat16, of ['w'])"
+
+
+def test_addresses_are_those_of_aligned_memory() -> None:
+    def function(given: Tensors) -> Tensors:
+        w, v = given["w"], given["v"]
+        assert w.data_ptr() % 64 == 0
+        assert w.data_ptr() == w.view(-1).data_ptr() != v.data_ptr()
+        assert w[1].data_ptr() - w.data_ptr() == 12
+        assert w.clone().data_ptr() != w.data_ptr()
+        return given
+
+    specs_from_function(function, numbered(w=(4, 3), v=(4, 3)))
 
 
 def test_large_model_takes_seconds() -> None:

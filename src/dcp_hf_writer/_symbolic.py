@@ -93,8 +93,12 @@ class SymbolicTensor(torch.Tensor):
     def _no_data(self, *_: Any, **__: Any) -> NoReturn:
         _refuse("access to the data of a tensor", self.memory.sources)
 
+    def data_ptr(self) -> int:
+        """Return an address as it could be: aligned memory, equal for equal views of it."""
+        return (self.memory.number << 64) + int(self.storage_offset()) * self.itemsize
+
     # What torch answers without an operation, and would answer wrongly here.
-    numpy = tolist = data_ptr = storage = untyped_storage = _no_data
+    numpy = tolist = storage = untyped_storage = _no_data
     __array__ = __dlpack__ = _no_data
 
     def runs(self, steps: tuple[int, ...]) -> list[Run]:
