@@ -77,19 +77,21 @@ def _match(
     named = specs.get(dotted) or (None if name is None else specs.get(name))
     if named is not None:
         return Match(named, is_kept_beside=False)
-    if name is not None:
-        return None
-    owner = _owner(dotted.split("."), path, specs)
+    owner = None
+    # In a flat state dict nothing tells the model's own tensors from those beside it.
+    if name is None or len(path) == 1:
+        owner = _owner_of_state(dotted.split("."), specs)
+    if name is None and owner is None:
+        owner = _owner_of_copy(path, specs)
     return None if owner is None else Match(owner, is_kept_beside=True)
 
 
-def _owner(parts: list[str], path: Path, specs: Mapping[str, LoadSpec]) -> LoadSpec | None:
-    for i, part in enumerate(parts):
-        spec = specs.get(".".join(parts[i + 1 : -1])) if part == _STATE else None
-        if spec is not None:
-            return spec
-    for depth in _COPY_DEPTHS:
-        spec = specs.get(".".join(map(str, path[depth:])))
-        if spec is not None:
-            return spec
-    return None
+def _owner_of_state(parts: list[str], specs: Mapping[str, LoadSpec]) -> LoadSpec | None:
+    starts = (i + 1 for i, part in enumerate(parts) if part == _STATE)
+    found = (specs.get(".".join(parts[start:-1])) for start in starts)
+    return next(filter(None, found), None)
+
+
+def _owner_of_copy(path: Path, specs: Mapping[str, LoadSpec]) -> LoadSpec | None:
+    found = (specs.get(".".join(map(str, path[depth:]))) for depth in _COPY_DEPTHS)
+    return next(filter(None, found), None)
