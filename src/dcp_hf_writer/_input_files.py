@@ -240,6 +240,10 @@ class _LocalFile(InputFile):
                     raise _ended(self.path, start + wanted, start + done)
                 done += more
 
+    def __del__(self) -> None:
+        # Of a load that was given up, on another rank's account perhaps, nobody may be left to say.
+        self.close()
+
     def close(self) -> None:
         """Close the file."""
         fd, self._fd = self._fd, -1

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, ClassVar
 
@@ -18,7 +17,7 @@ from dcp_hf_writer._read_plan import BOUNCE_NBYTES, Bounce, Direct
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dcp_hf_writer._input_files import InputFile, InputFiles
+    from dcp_hf_writer._open_inputs import OpenInputs
     from dcp_hf_writer._read_plan import Read, Scatter
 
 # With room for the alignment of the parts of one read.
@@ -34,13 +33,20 @@ def is_direct(target: torch.Tensor, dtype: torch.dtype) -> bool:
     return target.device.type == "cpu" and target.dtype == dtype and not target.is_conj()
 
 
-def run_reads(files: InputFiles, reads: Sequence[Read], targets: Sequence[torch.Tensor]) -> None:
+def run_reads(
+    inputs: OpenInputs,
+    reads: Sequence[Read],
+    targets: Sequence[torch.Tensor],
+    *,
+    readers: int | None = None,
+) -> None:
     """Run reads to the end, or to the first error; no thread is left then.
 
     Args:
-        files: Where the files are.
+        inputs: The files.
         reads: As planned; in any order.
         targets: The tensors in memory, by number; on any device, with any strides.
+        readers: Reads in flight; `None` is what suits the storage.
 
     Raises:
         ReadError: If the storage refuses, or a file is shorter than planned.
@@ -48,14 +54,14 @@ def run_reads(files: InputFiles, reads: Sequence[Read], targets: Sequence[torch.
     """
     if not reads:
         return
-    shared = _Shared(files, reads, targets)
-    helpers = min(files.readers, len(reads)) - 1
-    try:
-        with ThreadPoolExecutor(max(helpers, 1), thread_name_prefix="dcp-hf-read") as pool:
-            working = [pool.submit(shared.work) for _ in range(helpers)]
-            shared.work()
-    finally:
-        shared.close()
+    shared = _Shared(inputs, reads, targets)
+    helpers = min(readers or inputs.files.readers, len(reads)) - 1
+    if not helpers:
+        shared.work()
+        return
+    with ThreadPoolExecutor(helpers, thread_name_prefix="dcp-hf-read") as pool:
+        working = [pool.submit(shared.work) for _ in range(helpers)]
+        shared.work()
     # What the first error stopped may have failed too, but has nothing to say.
     for future in working:
         future.result()
@@ -65,12 +71,10 @@ class _Shared:
     """What the threads of one load share."""
 
     def __init__(
-        self, files: InputFiles, reads: Sequence[Read], targets: Sequence[torch.Tensor]
+        self, inputs: OpenInputs, reads: Sequence[Read], targets: Sequence[torch.Tensor]
     ) -> None:
-        self._files = files
+        self._inputs = inputs
         self._todo = iter(reads)
-        self._left = Counter(read.file for read in reads)
-        self._open: dict[str, InputFile] = {}
         self._lock = threading.Lock()
         self._targets = [target.detach() for target in targets]
         self._is_pinned = any(target.is_cuda for target in self._targets)
@@ -93,14 +97,11 @@ class _Shared:
             buffer.give_back()
 
     def _run(self, read: Read, buffer: _Buffer) -> None:
-        file = self._take(read.file)
-        try:
-            buffers, scatters = self._destinations(read, buffer)
+        buffers, scatters = self._destinations(read, buffer)
+        with self._inputs.use(read.file) as file:
             file.read_into(buffers, read.start)
-            for start, scatter in scatters:
-                self._scatter(buffer.tensor, start, scatter)
-        finally:
-            self._give_back(read.file)
+        for start, scatter in scatters:
+            self._scatter(buffer.tensor, start, scatter)
 
     def _destinations(
         self, read: Read, buffer: _Buffer
@@ -119,35 +120,18 @@ class _Shared:
         return memory, scatters
 
     def _scatter(self, buffer: torch.Tensor, start: int, scatter: Scatter) -> None:
-        first = (start + scatter.start) // scatter.dtype.itemsize
-        whole = buffer[: buffer.numel() // _ALIGN * _ALIGN].view(scatter.dtype)
+        target, dtype = self._targets[scatter.target], scatter.dtype
+        if target.dtype == dtype and dtype.itemsize == 1:
+            # Not every dtype of one byte can be copied, but bytes can.
+            target, dtype = target.view(torch.uint8), torch.uint8
         sizes = [extent for extent, _, _ in scatter.loops]
-        source = whole.as_strided(sizes, [stride for _, stride, _ in scatter.loops], first)
-        target = self._targets[scatter.target]
+        strides = [stride for _, stride, _ in scatter.loops]
+        first = (start + scatter.start) // dtype.itemsize
+        whole = buffer[: buffer.numel() // _ALIGN * _ALIGN].view(dtype)
+        source = whole.as_strided(sizes, strides, first)
         strides = [stride for _, _, stride in scatter.loops]
         offset = target.storage_offset() + scatter.target_start
         target.as_strided(sizes, strides, offset).copy_(source)
-
-    def _take(self, name: str) -> InputFile:
-        with self._lock:
-            file = self._open.get(name)
-            if file is None:
-                file = self._open[name] = self._files.open(name)
-            return file
-
-    def _give_back(self, name: str) -> None:
-        """Close a file after its last read."""
-        with self._lock:
-            self._left[name] -= 1
-            file = self._open.pop(name, None) if not self._left[name] else None
-        if file is not None:
-            file.close()
-
-    def close(self) -> None:
-        """Close what a failed load left open; all threads have ended."""
-        for file in self._open.values():
-            file.close()
-        self._open.clear()
 
 
 class _Buffer:

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     import torch
 
+    from dcp_hf_writer._boxes import Shape
+    from dcp_hf_writer._copies import Copy
+
 PIECE_NBYTES = 8 << 20
 """One read takes at most about this much, so that several threads share a large tensor."""
 
@@ -53,6 +56,44 @@ class Fetch:
     """In any order; all strides are at least 1."""
     is_direct: bool
     """Whether memory takes the bytes as they are: host memory of the same dtype."""
+
+
+def fetch_of_copy(
+    copy: Copy,
+    *,
+    file: str,
+    start: int,
+    dtype: torch.dtype,
+    strides: Shape,
+    target: int,
+    target_strides: Sequence[int],
+    is_direct: bool,
+) -> Fetch:
+    """Return what fetches the elements of a copy.
+
+    Args:
+        copy: Its HuggingFace side is the stored tensor, its runtime side the one in memory.
+        file: Name of the file.
+        start: Offset of the stored tensor's first element in the file, in bytes.
+        dtype: Its dtype.
+        strides: Its strides, in elements.
+        target: Number of the tensor in memory.
+        target_strides: Its strides, in elements.
+        is_direct: Whether memory takes the bytes as they are.
+    """
+    first = sum(i * s for i, s in zip(copy.hf_start, strides, strict=True))
+    return Fetch(
+        file=file,
+        start=start + first * dtype.itemsize,
+        dtype=dtype,
+        target=target,
+        target_start=sum(i * s for i, s in zip(copy.start, target_strides, strict=True)),
+        loops=tuple(
+            (n.extent, n.hf_step * strides[n.hf_dim], n.step * target_strides[n.dim])
+            for n in copy.loops
+        ),
+        is_direct=is_direct,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +149,13 @@ class Read:
     def nbytes(self) -> int:
         """Number of bytes."""
         return sum(part.nbytes for part in self.parts)
+
+
+def span_of(fetch: Fetch) -> int:
+    """Return the bytes from the first to the last one of a fetch; 0 if it has no element."""
+    if any(extent == 0 for extent, _, _ in fetch.loops):
+        return 0
+    return _span(fetch.loops) * fetch.dtype.itemsize
 
 
 def plan_reads(fetches: Iterable[Fetch]) -> list[Read]:

@@ -1,0 +1,312 @@
+"""The DCP half as a source: where the bytes of each item are, and objects that are no tensors."""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from dcp_hf_writer._archived import ArchivedTensor, UnusualArchiveError, find_tensor
+from dcp_hf_writer._boxes import Box
+from dcp_hf_writer._copies import clip, strides_of
+from dcp_hf_writer._dtypes import TORCH_BY_NAME
+from dcp_hf_writer._once import StoredOnce
+from dcp_hf_writer._read_phase import is_direct
+from dcp_hf_writer._read_plan import Fetch, fetch_of_copy
+from dcp_hf_writer.errors import CorruptCheckpointError, PickledObjectError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.planner import ReadItem
+
+    from dcp_hf_writer._input_files import InputFile
+    from dcp_hf_writer._open_inputs import OpenInputs
+
+# Heads of archives that one task of a thread reads.
+_GROUP = 64
+
+# What stands before the data of an archive is far less; more is not worth keeping.
+_MAX_PREFIX_NBYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A part of a stored tensor, and where it goes."""
+
+    item: ReadItem
+    """The part."""
+    target: torch.Tensor
+    """Of the part's shape; any dtype, device and strides."""
+
+
+@dataclass(frozen=True, slots=True)
+class WholeRead:
+    """A tensor whose archive only `torch.load` can read."""
+
+    wanted: Wanted
+    where: _StorageInfo
+
+
+class DCPSource:
+    """The DCP half of one checkpoint; thread-safe."""
+
+    def __init__(self, inputs: OpenInputs, metadata: Metadata) -> None:
+        """Read items of `metadata`, as `parse_metadata` returned it."""
+        self._inputs = inputs
+        self._metadata = metadata
+        self._storage: Mapping[MetadataIndex, _StorageInfo | StoredOnce] = (
+            metadata.storage_data or {}
+        )
+        # Archives of equal tensors differ in their data alone: what stands before it, by size of
+        # the archive, dtype and shape.
+        self._known: dict[tuple[int, torch.dtype, torch.Size], tuple[bytes, ArchivedTensor]] = {}
+
+    def fetches(self, wanted: Sequence[Wanted]) -> tuple[list[Fetch], list[WholeRead]]:
+        """Find the bytes of parts of tensors.
+
+        Returns:
+            What to fetch; a target's number is its place in `wanted`. And what must be loaded as a
+            whole.
+
+        Raises:
+            CorruptCheckpointError: If the files are not what the metadata says.
+            ReadError: If one cannot be read.
+        """
+        places: dict[MetadataIndex, _StorageInfo] = {}
+        for one in wanted:
+            where = self._where(one.item)
+            if not isinstance(where, StoredOnce):
+                places[one.item.storage_index] = where
+        found = self._find_all(places)
+        fetches: list[Fetch] = []
+        whole: list[WholeRead] = []
+        for number, one in enumerate(wanted):
+            index = one.item.storage_index
+            where = self._where(one.item)
+            if isinstance(where, StoredOnce):
+                fetches += self._of_once(number, one, where)
+            elif (archived := found[index]) is None:
+                whole.append(WholeRead(one, where))
+            else:
+                fetches.append(_of_archive(number, one, where, archived))
+        return fetches, whole
+
+    def load_whole(self, read: WholeRead) -> None:
+        """Load a tensor whose archive is unusual, and copy the wanted part of it.
+
+        Raises:
+            CorruptCheckpointError: If it holds anything but a tensor of the shape in the metadata.
+        """
+        item, where = read.wanted.item, read.where
+        with self._inputs.use(where.relative_path) as file:
+            data = io.BytesIO(file.read(where.offset, where.length))
+            try:
+                tensor = torch.load(data, map_location="cpu", weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+                _refuse(file.path, "an archive holds no tensor", item, found=str(error)[:200])
+            chunk = self._chunk_sizes(item.storage_index)
+            if not isinstance(tensor, torch.Tensor) or tensor.shape != chunk:
+                _refuse(file.path, "an archive holds another tensor", item, found=type(tensor))
+        for dim, (offset, length) in enumerate(
+            zip(item.storage_offsets, item.lengths, strict=True)
+        ):
+            tensor = tensor.narrow(dim, offset, length)
+        read.wanted.target.detach().copy_(tensor)
+
+    def read_object(self, item: ReadItem, *, allow_pickled_objects: bool) -> io.BytesIO:
+        """Return the bytes of an object, which torch's planners load with all of pickle.
+
+        Raises:
+            PickledObjectError: If loading it would call anything but what torch considers safe.
+        """
+        where = self._where(item)
+        if isinstance(where, StoredOnce):
+            _refuse(self._inputs.files.path, "an object is stored as a tensor", item)
+        with self._inputs.use(where.relative_path) as file:
+            _check_place(file, where, item)
+            data = file.read(where.offset, where.length)
+            if not allow_pickled_objects:
+                _check_object(data, item, file.path)
+        return io.BytesIO(data)
+
+    def file_of(self, item: ReadItem) -> str:
+        """Return the file that an object is in."""
+        where = self._where(item)
+        return "" if isinstance(where, StoredOnce) else where.relative_path
+
+    def _where(self, item: ReadItem) -> _StorageInfo | StoredOnce:
+        where = self._storage.get(item.storage_index)
+        if where is None:
+            _refuse(self._inputs.files.path, "the metadata does not say where an item is", item)
+        return where
+
+    def _chunk_sizes(self, index: MetadataIndex) -> torch.Size:
+        entry = self._metadata.state_dict_metadata[index.fqn]
+        assert isinstance(entry, TensorStorageMetadata)
+        number = index.index
+        if number is not None and 0 <= number < len(entry.chunks):
+            chunk = entry.chunks[number]
+            if chunk.offsets == index.offset:
+                return chunk.sizes
+        return next(chunk.sizes for chunk in entry.chunks if chunk.offsets == index.offset)
+
+    def _find_all(
+        self, places: Mapping[MetadataIndex, _StorageInfo]
+    ) -> dict[MetadataIndex, ArchivedTensor | None]:
+        """Find the data in many archives; `None` for an unusual one."""
+        ordered = sorted(places.items(), key=lambda one: (one[1].relative_path, one[1].offset))
+        groups = [ordered[i : i + _GROUP] for i in range(0, len(ordered), _GROUP)]
+        readers = min(self._inputs.files.readers, len(groups))
+        if readers <= 1:
+            return dict(one for group in groups for one in self._find_group(group))
+        with ThreadPoolExecutor(readers, thread_name_prefix="dcp-hf-read") as pool:
+            return dict(one for found in pool.map(self._find_group, groups) for one in found)
+
+    def _find_group(
+        self, group: Iterable[tuple[MetadataIndex, _StorageInfo]]
+    ) -> list[tuple[MetadataIndex, ArchivedTensor | None]]:
+        return [(index, self._find(index, where)) for index, where in group]
+
+    def _find(self, index: MetadataIndex, where: _StorageInfo) -> ArchivedTensor | None:
+        if where.transform_descriptors:
+            raise CorruptCheckpointError(
+                "a tensor was stored through an extension of torch's writer",
+                phase="read",
+                path=where.relative_path,
+                fqn=index.fqn,
+                found=list(where.transform_descriptors),
+                hint="load it with torch's FileSystemReader and the same extensions",
+            )
+        entry = self._metadata.state_dict_metadata[index.fqn]
+        assert isinstance(entry, TensorStorageMetadata)
+        kind = (where.length, entry.properties.dtype, self._chunk_sizes(index))
+        known = self._known.get(kind)
+        with self._inputs.use(where.relative_path) as file:
+            if known is not None and file.read(where.offset, len(known[0])) == known[0]:
+                return known[1]
+            _check_place(file, where, index)
+            try:
+                found = find_tensor(
+                    lambda start, nbytes: file.read(where.offset + start, nbytes),
+                    where.length,
+                    path=file.path,
+                )
+            except UnusualArchiveError:
+                return None
+            if (found.dtype, found.shape) != kind[1:]:
+                _refuse(
+                    file.path,
+                    "an archive holds another tensor than the metadata says",
+                    index,
+                    expected=f"{kind[1]} of shape {list(kind[2])}",
+                    found=f"{found.dtype} of shape {list(found.shape)}",
+                )
+            if found.start <= _MAX_PREFIX_NBYTES:
+                self._known[kind] = (file.read(where.offset, found.start), found)
+        return found
+
+    def _of_once(self, number: int, wanted: Wanted, where: StoredOnce) -> Iterable[Fetch]:
+        item, target = wanted.item, wanted.target
+        _check_parts(where, self._chunk_sizes(item.storage_index), item, self._inputs.files.path)
+        box = Box(tuple(item.storage_offsets), tuple(item.lengths))
+        for part in where.parts:
+            dtype, strides = TORCH_BY_NAME[part.dtype], strides_of(part.shape)
+            for copy in (inner for whole in part.copies for inner in clip(whole, box)):
+                yield fetch_of_copy(
+                    copy,
+                    file=part.path,
+                    start=part.start,
+                    dtype=dtype,
+                    strides=strides,
+                    target=number,
+                    target_strides=target.stride(),
+                    is_direct=is_direct(target, dtype),
+                )
+
+
+def _of_archive(
+    number: int, wanted: Wanted, where: _StorageInfo, archived: ArchivedTensor
+) -> Fetch:
+    item, target, strides = wanted.item, wanted.target, archived.strides
+    first = sum(o * s for o, s in zip(item.storage_offsets, strides, strict=True))
+    return Fetch(
+        file=where.relative_path,
+        start=where.offset + archived.start + first * archived.dtype.itemsize,
+        dtype=archived.dtype,
+        target=number,
+        target_start=0,
+        loops=tuple(zip(item.lengths, strides, target.stride(), strict=True)),
+        is_direct=is_direct(target, archived.dtype),
+    )
+
+
+def _check_place(file: InputFile, where: _StorageInfo, item: ReadItem | MetadataIndex) -> None:
+    if where.offset + where.length > file.nbytes:
+        _refuse(
+            file.path,
+            "a file ends before an item that the metadata places in it",
+            item,
+            expected=f"at least {where.offset + where.length} bytes",
+            found=f"{file.nbytes} bytes",
+        )
+
+
+def _check_parts(where: StoredOnce, chunk: torch.Size, item: ReadItem, path: str) -> None:
+    copies = [copy for part in where.parts for copy in part.copies]
+    for copy in copies:
+        last = list(copy.start)
+        for loop in copy.loops:
+            last[loop.dim] += (loop.extent - 1) * loop.step
+        if len(last) != len(chunk) or any(i >= n for i, n in zip(last, chunk, strict=True)):
+            _refuse(path, "the metadata places elements outside their chunk", item, found=last)
+    if sum(copy.numel for copy in copies) != math.prod(chunk):
+        _refuse(path, "the metadata does not place each element of a chunk", item)
+
+
+def _check_object(data: bytes, item: ReadItem, path: str) -> None:
+    try:
+        torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Whatever it is that torch does not accept: the planner would run it.
+        raise PickledObjectError(
+            "an object in the checkpoint can be loaded only by running what it names",
+            phase="read",
+            path=path,
+            fqn=item.storage_index.fqn,
+            expected="numbers, text, tensors, and containers of them",
+            found=_named(data) or str(error)[:200],
+            hint="if you trust who wrote it: torch.serialization.add_safe_globals([...]), or "
+            "HFDualReader(..., allow_pickled_objects=True)",
+        ) from error
+
+
+def _named(data: bytes) -> str:
+    """Return what an object names that torch does not consider safe; empty if that is not known."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
+    except Exception:  # noqa: BLE001 - only the text of an error depends on it
+        return ""
+    return ", ".join(sorted(names))[:200]
+
+
+def _refuse(
+    path: str,
+    problem: str,
+    item: ReadItem | MetadataIndex,
+    *,
+    expected: object = None,
+    found: object = None,
+) -> NoReturn:
+    index = item if isinstance(item, MetadataIndex) else item.storage_index
+    raise CorruptCheckpointError(
+        problem, phase="read", path=path, fqn=index.fqn, expected=expected, found=found
+    )

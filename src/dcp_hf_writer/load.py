@@ -1,0 +1,217 @@
+"""load_hf: a HuggingFace directory straight into sharded parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import get_model_state_dict
+from torch.distributed.tensor import DTensor
+
+from dcp_hf_writer._boxes import whole
+from dcp_hf_writer._fit import flat_tensors
+from dcp_hf_writer._hf_source import Block, Findings, HFSource
+from dcp_hf_writer._load_blocks import load_blocks
+from dcp_hf_writer._model_entry import model_prefix, names_in_model
+from dcp_hf_writer._shards import blocks_of, local_shape, shards_of
+from dcp_hf_writer._sources import find_place, open_hf_source
+from dcp_hf_writer._tensors import memory_identity
+from dcp_hf_writer.errors import ConfigError, PlanningError
+from dcp_hf_writer.export import specs_by_name
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Iterator, Mapping
+
+    from dcp_hf_writer._boxes import Box
+    from dcp_hf_writer.spec import LoadSpec, ShardSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedKeys:
+    """What `load_hf` left out; both empty when it was strict."""
+
+    missing: tuple[str, ...]
+    """Runtime tensors that the directory does not hold, which are as they were; sorted."""
+    unexpected: tuple[str, ...]
+    """Tensors of the directory that nothing was loaded from; sorted."""
+
+
+def load_hf(
+    model_or_state_dict: torch.nn.Module | Mapping[str, Any],
+    path: str | os.PathLike[str],
+    *,
+    specs: Mapping[str, LoadSpec] | Iterable[LoadSpec] | None = None,
+    strict: bool = True,
+    key: str | None = None,
+    verify: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+) -> LoadedKeys:
+    """Load a HuggingFace directory, ours or a hub's, into a model in place.
+
+        model = AutoModelForCausalLM.from_config(config)     # on the meta device
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        model.to_empty(device="cuda")
+        load_hf(model, "Qwen/Qwen3-30B-A3B")                 # a local snapshot of it
+
+    Each rank reads only the bytes of its own shards; no rank ever holds a full tensor, and there is
+    no communication. Floats are cast to the parameters' dtype; fp8 and mxfp4 weights are
+    dequantised. Buffers that are not in the state dict (such as rotary frequencies) are left as
+    they are.
+
+    Args:
+        model_or_state_dict: A model, or its state dict: DTensors with any placements, or plain
+            tensors that a spec declares to be shards, or that are whole.
+        path: The directory, one of its files, or a checkpoint that has it as `hf`; a local path or
+            an fsspec URL.
+        specs: How runtime tensors stand for HuggingFace tensors. `None` asks transformers if the
+            model is one of its own, else names are the same.
+        strict: Refuse names that are only on one side.
+        key: Entry of the state dict that holds the model; `None` finds it as `HFExport` does.
+        verify: Compare what is read with the digests of the manifest; `path` must have one.
+        storage_options: Options of an fsspec URL.
+
+    Returns:
+        What was left out.
+
+    Raises:
+        MismatchError: If tensors do not fit, or with `strict` are missing or unexpected: one error
+            that lists them all, before anything is read.
+        PlanningError: If a tensor is not what its spec or its placements say.
+        ReadError: If there are no weights, or they cannot be read.
+        CorruptCheckpointError: If they are damaged, or not what they say they are.
+    """
+    tensors = _tensors_of(model_or_state_dict, key)
+    by_name = _specs_of(model_or_state_dict, specs)
+    place = find_place(path, "hf", storage_options, with_manifest=verify)
+    source, inputs = open_hf_source(place, by_name)
+    with inputs:
+        chosen, findings = _choose(source, tensors)
+        bad = findings if strict else Findings(mismatched=findings.mismatched)
+        if bad != Findings():
+            bad.refuse(place.weights.path, hint=_HINT if findings.missing else None)
+        blocks = [block for name in chosen for block in _blocks(source, name, tensors[name])]
+        load_blocks(place, source, inputs, blocks, is_verified=verify)
+    return LoadedKeys(tuple(sorted(findings.missing)), tuple(sorted(findings.unexpected)))
+
+
+_HINT = (
+    "specs=[LoadSpec(...)] say how names differ, and which are tied (alias_of); strict=False loads "
+    "what there is"
+)
+
+
+def _tensors_of(
+    model_or_state_dict: torch.nn.Module | Mapping[str, Any], key: str | None
+) -> dict[str, torch.Tensor]:
+    """Return the tensors to load into, by their names within the model."""
+    if isinstance(model_or_state_dict, torch.nn.Module):
+        # Without the prefixes of wrappers: DDP, torch.compile, activation checkpointing.
+        state_dict: Mapping[str, Any] = get_model_state_dict(model_or_state_dict)
+        found = {name: v for name, v in state_dict.items() if isinstance(v, torch.Tensor)}
+    else:
+        flat = flat_tensors(model_or_state_dict)
+        paths = {fqn: path for fqn, (path, _) in flat.items()}
+        prefix = model_prefix(paths, key=key) if paths else ()
+        found = {name: flat[fqn][1] for fqn, name in names_in_model(paths, prefix).items()}
+    on_meta = [name for name, tensor in found.items() if tensor.is_meta]
+    if on_meta:
+        raise ConfigError(
+            "tensors on the meta device have no memory to load into",
+            found=f"{len(on_meta)} of {len(found)}, such as {on_meta[0]!r}",
+            hint="call model.to_empty(device=...) after it is sharded",
+        )
+    return found
+
+
+def _specs_of(
+    model: object, specs: Mapping[str, LoadSpec] | Iterable[LoadSpec] | None
+) -> dict[str, LoadSpec]:
+    if specs is None and any(
+        kind.__name__ == "PreTrainedModel" and kind.__module__.startswith("transformers.")
+        for kind in type(model).__mro__
+    ):
+        from dcp_hf_writer.integrations.transformers import (  # noqa: PLC0415 - optional
+            specs_from_transformers,
+        )
+
+        specs = specs_from_transformers(model)
+    return specs_by_name(specs)
+
+
+def _choose(source: HFSource, tensors: Mapping[str, torch.Tensor]) -> tuple[list[str], Findings]:
+    """Choose one name for each memory, and say what does not fit."""
+    chosen: dict[Any, str] = {}
+    missing: dict[str, Any] = {}
+    taken: set[str] = set()
+    for name, tensor in tensors.items():
+        identity = memory_identity(tensor) or name
+        if source.missing_keys(name):
+            missing[name] = identity
+        else:
+            chosen.setdefault(identity, name)
+            taken |= source.keys_of(name)
+    mismatched = []
+    for name in chosen.values():
+        fault = source.fault(name, _whole_shape(source, name, tensors[name]), tensors[name].dtype)
+        if fault is not None:
+            mismatched.append(f"{name} ({fault})")
+    findings = Findings(
+        tuple(name for name, identity in missing.items() if identity not in chosen),
+        tuple(mismatched),
+        tuple(source.stored.keys() - taken),
+    )
+    return list(chosen.values()), findings
+
+
+def _whole_shape(source: HFSource, name: str, tensor: torch.Tensor) -> tuple[int, ...]:
+    """Return the shape of the whole tensor of which a rank holds a part."""
+    spec = source.spec(name)
+    if spec is not None and spec.shards:
+        return spec.global_shape
+    return tuple(tensor.shape)
+
+
+def _blocks(source: HFSource, name: str, tensor: torch.Tensor) -> Iterator[Block]:
+    """Yield the blocks of the whole tensor that this rank holds."""
+    spec = source.spec(name)
+    declared = () if spec is None else spec.shards
+    if not isinstance(tensor, DTensor):
+        shape = tuple(tensor.shape) if spec is None else spec.global_shape
+        yield from _local_blocks(name, tensor, shape, declared)
+        return
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is not None:
+        shards = shards_of(tensor.placements, tensor.device_mesh.shape, coordinate)
+        shape = tuple(tensor.shape)
+        if declared and spec is not None and shape != spec.global_shape:
+            shape, shards = spec.global_shape, (*declared, *shards)
+        yield from _local_blocks(name, tensor.to_local(), shape, shards)
+
+
+def _local_blocks(
+    name: str, local: torch.Tensor, shape: tuple[int, ...], shards: tuple[ShardSpec, ...]
+) -> Iterator[Block]:
+    described = local_shape(shape, shards)
+    if tuple(local.shape) != described:
+        raise PlanningError(
+            "a rank holds another part of a tensor than its placements or its spec say",
+            phase="plan",
+            fqn=name,
+            expected=f"a local tensor of shape {list(described)}",
+            found=f"shape {list(local.shape)}",
+        )
+    for block in blocks_of(shape, shards):
+        if block.global_box.numel:
+            yield Block(name, block.global_box, _view(local.detach(), block.local_box))
+
+
+def _view(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    if box == whole(tuple(tensor.shape)):
+        return tensor
+    for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+        tensor = tensor.narrow(dim, offset, size)
+    return tensor

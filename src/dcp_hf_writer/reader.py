@@ -1,0 +1,215 @@
+"""HFDualReader: a StorageReader for `dcp.load`, from either half of a checkpoint. Wiring only."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import StorageReader
+from torch.futures import Future
+
+from dcp_hf_writer._caller import current_load_planner, loaded_state_dict
+from dcp_hf_writer._fit import check_blocks
+from dcp_hf_writer._loads import DCPLoad, HFLoad, Load, LoadOptions
+from dcp_hf_writer._options import one_of
+from dcp_hf_writer._sources import find_place
+from dcp_hf_writer.errors import CheckpointError, ConfigError, ReadError
+from dcp_hf_writer.export import specs_by_name
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+
+    from dcp_hf_writer._sources import SourceName
+    from dcp_hf_writer.spec import LoadSpec
+
+# What ranks write that save without collectives.
+_RANK_METADATA = re.compile(r"__\d+\.metadata")
+
+
+class HFDualReader(StorageReader):
+    """Reads a checkpoint into a state dict, sharded in any way, on any number of ranks.
+
+        dcp.load(state_dict, storage_reader=HFDualReader("ckpt/step-100"))
+
+    The DCP half of a checkpoint of `HFDualWriter`, with weights that are stored once; any
+    checkpoint that torch's own writer made; and any HuggingFace directory, ours or a hub's, into
+    sharded parameters, as `specs` say what its tensors are called. Each rank reads only its own
+    bytes, straight into its tensors where they are contiguous and of the stored dtype; floats are
+    cast where the target has another dtype.
+
+    Nothing that a checkpoint names is run, and no file outside of it is read. What does not fit is
+    refused before anything is read, in one error that lists all of it; an error while reading
+    leaves the state dict in part as it was.
+
+    Thread safety: several threads may load through one reader at a time.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        specs: Mapping[str, LoadSpec] | Iterable[LoadSpec] | None = None,
+        source: SourceName = "auto",
+        verify: bool = False,
+        key: str | None = None,
+        allow_pickled_objects: bool = False,
+        storage_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Set up a reader; touches no storage.
+
+        Args:
+            path: A checkpoint or a HuggingFace directory, as a local path or an fsspec URL. Of
+                the latter also a file: the one of its safetensors files, or the index, to take.
+            specs: How runtime tensors stand for HuggingFace tensors, for `source="hf"`; which
+                plain tensors are shards, for both.
+            source: `"dcp"` is the DCP half, `"hf"` a HuggingFace directory: `path` itself or the
+                export within it. `"auto"` is the DCP half where `path` has one, else the other.
+            verify: Compare what is read with the digests of the manifest, before any of it is
+                loaded. Whole blocks are read for it.
+            key: Entry of the state dict that holds the model, dots for nested entries, for
+                `source="hf"`; `None` finds it as `HFExport` does.
+            allow_pickled_objects: Load objects of any class from the DCP half, which runs what the
+                checkpoint names. Otherwise only what `torch.load(weights_only=True)` takes.
+            storage_options: Options of an fsspec URL.
+
+        Raises:
+            ConfigError: If an option cannot be used as given.
+        """
+        super().__init__()
+        one_of("source", source, ("auto", "dcp", "hf"))
+        self.path = os.fspath(path)
+        self.source = source
+        self.verify = verify
+        self._storage_options = storage_options
+        self._options = LoadOptions(specs_by_name(specs), key, verify, allow_pickled_objects)
+        # Torch runs a load from one thread, and may run others beside it.
+        self._thread = threading.local()
+
+    def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        """Take `checkpoint_id=` of a load as the path of loads in this thread."""
+        self._forget()
+        if checkpoint_id is not None:
+            self._thread.path = os.fspath(checkpoint_id)
+
+    @property
+    def checkpoint_id(self) -> str:
+        """Path that a load in this thread reads."""
+        path: str = getattr(self._thread, "path", self.path)
+        return path
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
+        """Whether this kind of reader can read there."""
+        text = os.fspath(checkpoint_id)
+        return isinstance(text, str) and bool(text) and "\0" not in text
+
+    def read_metadata(self, *_: Any, **kwargs: Any) -> Metadata:
+        """Describe what is there, for the planner; torch calls this first.
+
+        Args:
+            **kwargs: `rank`: read what that rank saved without collectives.
+
+        Raises:
+            CheckpointError: If there is no checkpoint, or one that cannot be trusted. Within
+                `dcp.load`, which would drop its type, `set_up_storage_reader` raises it instead.
+        """
+        self._forget()
+        rank = kwargs.get("rank")
+        planner, state_dict = current_load_planner(), loaded_state_dict()
+        try:
+            load = self._begin(state_dict, rank)
+        except CheckpointError as error:
+            if planner is None or (rank is None and self._has_rank_metadata()):
+                raise
+            self._thread.failed = error
+            return Metadata({}, planner_data={}, storage_data={})
+        self._thread.load = load
+        return load.metadata
+
+    def _begin(self, state_dict: Mapping[str, Any] | None, rank: int | None) -> Load:
+        place = find_place(
+            self.checkpoint_id,
+            self.source if rank is None else "dcp",
+            self._storage_options,
+            with_manifest=self.verify,
+        )
+        if place.subdir is None:
+            return DCPLoad(place, self._options, rank=rank)
+        return HFLoad(place, self._options, state_dict=state_dict)
+
+    def set_up_storage_reader(
+        self,
+        metadata: Metadata,  # noqa: ARG002 - of this load, as `read_metadata` returned it
+        is_coordinator: bool,  # noqa: ARG002, FBT001 - torch's
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        """Check that all that is loaded is there.
+
+        Raises:
+            MismatchError: Listing all that is not, or is something else.
+            CheckpointError: What `read_metadata` found wrong.
+        """
+        failed = getattr(self._thread, "failed", None)
+        if failed is not None:
+            raise failed
+        self._current().check(current_load_planner())
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Check that blocks are planned as what they are.
+
+        Raises:
+            PlanningError: If a rank holds several blocks of a tensor that are planned as one.
+        """
+        check_blocks(plan, current_load_planner(), self._options.specs, key=self._options.key)
+        return plan
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        """Leave the plans as they are."""
+        return plans
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what a plan says; it is in place on return.
+
+        Raises:
+            CheckpointError: If something cannot be read, or may not be.
+        """
+        try:
+            self._current().read(plan, planner)
+        finally:
+            self._forget()
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _current(self) -> Load:
+        load: Load | None = getattr(self._thread, "load", None)
+        if load is None:
+            raise ConfigError(
+                "a reader is asked for data before it has read the metadata",
+                expected="read_metadata in the same thread first, as dcp.load does",
+            )
+        return load
+
+    def _forget(self) -> None:
+        load, self._thread.load, self._thread.failed = (
+            getattr(self._thread, "load", None),
+            None,
+            None,
+        )
+        if load is not None:
+            load.close()
+
+    def _has_rank_metadata(self) -> bool:
+        try:
+            place = find_place(
+                self.checkpoint_id, "dcp", self._storage_options, with_manifest=False
+            )
+            return any(_RANK_METADATA.fullmatch(name) for name in place.files.names())
+        except (ReadError, ConfigError):
+            return False
