@@ -39,6 +39,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_dequantize_load", "_verify_ranges", "_load_blocks", "_loads"),
     ("_rendezvous", "_owner"),
     ("_commit",),
+    ("_checksums",),
     ("_attempt", "_watchdog", "_coordinator", "_guards", "_write_phase", "_stager"),
     ("_plan_check", "_hand_sharded", "_ties", "_local_facts"),
     ("integrations", "integrations._twin", "integrations._base_check"),

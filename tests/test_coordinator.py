@@ -121,12 +121,14 @@ def layout_of(*names: str, **options: Any) -> Layout:
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
 def test_asset_that_would_take_the_name_of_a_weight_file_is_refused(name: str) -> None:
     with pytest.raises(LayoutError, match="leave it out of assets") as caught:
-        check_names(layout_of("w"), Assets({name: b"", "config.json": b""}, None))
+        check_names(layout_of("w"), Assets({name: b"", "config.json": b""}, None), HFExport())
     assert caught.value.path == name
 
 
 def test_other_assets_pass() -> None:
-    check_names(layout_of("w"), Assets({"config.json": b"", "sub/model.safetensors": b""}, None))
+    check_names(
+        layout_of("w"), Assets({"config.json": b"", "sub/model.safetensors": b""}, None), HFExport()
+    )
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from dcp_hf_writer.export import HFExport
 
 CONFIG_NAME = "config.json"
+CHECKSUMS_NAME = "checksums.json"
+"""What `sglang ... --model-checksum <directory>/checksums.json` is given."""
+
 _INDEX_SUFFIX = ".safetensors.index.json"
 
 # Weights in any format: the export brings its own.
@@ -192,14 +195,16 @@ def _save_pretrained(asset: Any) -> dict[str, bytes]:
 def _other_files(base: Path) -> dict[str, bytes]:
     """Return every file of a directory that is not weights, hidden or in a cache.
 
-    Weights beside those of the export would be loaded with them, or instead.
+    Weights beside those of the export would be loaded with them, or instead; checksums of other
+    weights would not be theirs.
     """
     files = {}
     for path in sorted(base.rglob("*")):
         name = path.relative_to(base)
         is_hidden = any(part.startswith(".") for part in name.parts)
         is_weights = name.name.endswith(_WEIGHTS + _WEIGHT_INDEXES)
-        if path.is_file() and not is_hidden and not is_weights:
+        is_stale = is_weights or name.as_posix() == CHECKSUMS_NAME
+        if path.is_file() and not is_hidden and not is_stale:
             files[name.as_posix()] = path.read_bytes()
     return files
 

@@ -10,7 +10,7 @@ import re
 import time
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer._assets import CONFIG_NAME
+from dcp_hf_writer._assets import CHECKSUMS_NAME, CONFIG_NAME
 from dcp_hf_writer._commit import MANIFEST_NAME, remove_tree
 from dcp_hf_writer._dcp_half import digest_file
 from dcp_hf_writer._hooks import reach
@@ -47,6 +47,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer._commit import StagingDirectory
     from dcp_hf_writer._layout import Layout
     from dcp_hf_writer._plan_data import GlobalPlan
+    from dcp_hf_writer.export import HFExport
 
 _log = logging.getLogger(__name__)
 
@@ -77,16 +78,18 @@ def check_strategy(*, hosts: Sequence[str], fs_type: str, strategy: str, path: s
     )
 
 
-def check_names(layout: Layout, assets: Assets) -> None:
-    """Refuse assets that would take the name of a weight file.
+def check_names(layout: Layout, assets: Assets, export: HFExport) -> None:
+    """Refuse assets that would take the name of a file that the export makes.
 
     Raises:
         LayoutError: Naming the file.
     """
-    weights = {file.name for file in layout.files} | {INDEX_NAME}
-    taken = weights & assets.files.keys()
+    made = {file.name for file in layout.files} | {INDEX_NAME}
+    if export.checksums is not None:
+        made.add(CHECKSUMS_NAME)
+    taken = made & assets.files.keys()
     if taken:
-        msg = "an asset has the name of a weight file"
+        msg = "an asset has the name of a file that the export makes"
         raise LayoutError(msg, phase="plan", path=min(taken), hint="leave it out of assets")
 
 

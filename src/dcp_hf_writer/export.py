@@ -98,6 +98,12 @@ class HFExport:
     """
     total_parameters: int | None = None
     """`total_parameters` of the index; `None` counts the elements of all exported tensors."""
+    checksums: Literal["sha256"] | None = None
+    """`"sha256"` adds `checksums.json`, which SGLang's `--model-checksum` reads.
+
+    The coordinator then reads every byte of the export once more before it commits; the log and the
+    manifest say how long that took. The manifest's own digests need no such pass.
+    """
     spec_by_fqn: dict[str, LoadSpec] = field(init=False, repr=False)
     """`specs`, by the FQN that each one names."""
     max_shard_nbytes: int = field(init=False, repr=False)
@@ -186,6 +192,9 @@ class HFExport:
         ):
             msg = "metadata must map text to text, and leaves format to us"
             raise ConfigError(msg, expected="str -> str without 'format'", found=repr(pairs))
+        if self.checksums not in (None, "sha256"):
+            msg = "checksums must be a known kind"
+            raise ConfigError(msg, expected='"sha256" or None', found=repr(self.checksums))
         if self.order not in ("auto", "state_dict", "natural"):
             msg = "order must be a known one"
             raise ConfigError(

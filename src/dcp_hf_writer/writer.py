@@ -16,6 +16,7 @@ from torch.futures import Future
 from dcp_hf_writer import _assets, _coordinator, _options, _plan_cache, _plan_data
 from dcp_hf_writer._attempt import Attempt, register
 from dcp_hf_writer._caller import current_planner, current_staged, gathered_plans
+from dcp_hf_writer._checksums import add_checksums
 from dcp_hf_writer._commit import StagingDirectory
 from dcp_hf_writer._dcp_half import SlabFileSystemWriter
 from dcp_hf_writer._guards import guard_save
@@ -32,6 +33,8 @@ from dcp_hf_writer.errors import (
     ConfigError,
     ExportError,
     PlanningError,
+    SaveAbortedError,
+    SaveTimeoutError,
     StagingError,
     WriteError,
 )
@@ -251,8 +254,8 @@ class HFDualWriter(StorageWriter, SlabStager):
         whole = _plan_cache.whole_plans(plans, current_planner())
         check_facts(gathered_plans() or plans, whole)
         known, result = self._plan(whole, export, assets)
-        if known.layout is not None and assets is not None:
-            _coordinator.check_names(known.layout, assets)
+        if known.layout is not None and export is not None and assets is not None:
+            _coordinator.check_names(known.layout, assets, export)
         directory = StagingDirectory(attempt.target, new_save_id())
         with attempt.timed("prepare"):
             try:
@@ -422,6 +425,8 @@ class HFDualWriter(StorageWriter, SlabStager):
             plain, reports = take_reports(results)
             errors = [r.export_error for r in reports if r.export_error is not None]
             error = attempt.export_error or (errors[0] if errors else None)
+            if error is None:
+                error = self._add_checksums(attempt, directory, plan)
             if error is not None:
                 _coordinator.check_dcp_stands_alone(plan, error)
                 _coordinator.drop_export(directory, self._subdir)
@@ -445,6 +450,23 @@ class HFDualWriter(StorageWriter, SlabStager):
             if self.on_export_error == "raise":
                 raise error
             _log.warning("checkpoint %s has no export: %s", attempt.target, error)
+
+    def _add_checksums(
+        self, attempt: Attempt, directory: StagingDirectory, plan: _plan_data.GlobalPlan
+    ) -> ExportError | None:
+        """Add checksums to an export that shall have them; what fails costs the export alone."""
+        if plan.layout is None or self.export is None or self.export.checksums is None:
+            return None
+        try:
+            with attempt.timed("checksums"):
+                file = add_checksums(directory.path, self._subdir, check=attempt.check)
+        except (SaveAbortedError, SaveTimeoutError):
+            raise
+        except OSError as error:
+            path = os.path.join(directory.path, self._subdir)
+            return export_error(error, rank=attempt.rank, path=path)
+        attempt.whole_files.append(file)
+        return None
 
     def _finish_dcp(
         self,
