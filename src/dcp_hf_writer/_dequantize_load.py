@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -38,13 +39,20 @@ def run_dequantized(
     Raises:
         ReadError: If a file cannot be read.
     """
-    parts = [(one, part) for one in wanted for part in split(one.copy, _MAX_ELEMENTS)]
+    parts = [(one, part) for one in wanted for part in split(_in_file_order(one), _MAX_ELEMENTS)]
     readers = min(inputs.files.readers, len(parts))
     if not readers:
         return
     with ThreadPoolExecutor(readers, thread_name_prefix="dcp-hf-read") as pool:
         for _ in pool.map(lambda each: _compute(inputs, directory, *each), parts):
             pass
+
+
+def _in_file_order(one: Dequantized) -> Copy:
+    """Return a copy with its loops as the codes lie in the file, so that its parts are runs."""
+    place = one.stored.dims_in_file.index
+    loops = sorted(one.copy.loops, key=lambda loop: (place(loop.hf_dim), -loop.hf_step))
+    return replace(one.copy, loops=tuple(loops))
 
 
 def _compute(inputs: OpenInputs, directory: HFDirectory, one: Dequantized, part: Copy) -> None:

@@ -16,7 +16,7 @@ from dcp_hf_writer.errors import MismatchError
 from dcp_hf_writer.spec import LoadSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     import torch
 
@@ -106,6 +106,7 @@ class HFSource:
         directory: HFDirectory,
         specs: Mapping[str, LoadSpec],
         *,
+        names: Collection[str],
         tied: Mapping[str, str],
     ) -> None:
         """Look a directory at through specs.
@@ -113,6 +114,8 @@ class HFSource:
         Args:
             directory: The directory.
             specs: Specs by name; a tensor without one has its name as its key.
+            names: Names of the runtime tensors that are loaded, as far as they are known: a model
+                that holds scales itself takes its weights as they are stored.
             tied: Keys that the directory leaves out, and the key that holds their bytes.
 
         Raises:
@@ -122,6 +125,7 @@ class HFSource:
         self.directory = directory
         self._tied = tied
         wanted = {key for spec in specs.values() for key in spec.hf_keys}
+        wanted |= {name for name in names if name not in specs}
         self.stored = directory.logical(wanted)
         self.specs = {name: self._as_stored(spec) for name, spec in specs.items()}
         self._targets: dict[str, tuple[PartTarget, ...]] = {}

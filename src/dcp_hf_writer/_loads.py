@@ -186,14 +186,15 @@ class HFLoad(Load):
             CorruptCheckpointError: If headers or index are damaged.
             PlanningError: If it is not clear which entry is the model.
         """
-        self._source, inputs = open_hf_source(place, options.specs)
-        super().__init__(place, inputs, options)
         tensors = {} if state_dict is None else flat_tensors(state_dict)
         paths = {fqn: path for fqn, (path, _) in tensors.items()}
         prefix = model_prefix(paths, key=options.key) if paths else ()
         start = "".join(f"{part}." for part in prefix)
-        self._name_of = {f"{start}{name}": name for name in self._source.names()}
         in_model = names_in_model(paths, prefix)
+        names = set(in_model.values())
+        self._source, inputs = open_hf_source(place, options.specs, names=names)
+        super().__init__(place, inputs, options)
+        self._name_of = {f"{start}{name}": name for name in self._source.names()}
         self._name_of |= self._tied_in_memory({fqn: tensors[fqn][1] for fqn in in_model})
         self.metadata = Metadata(
             {fqn: self._entry(name) for fqn, name in self._name_of.items()},

@@ -15,7 +15,7 @@ from dcp_hf_writer._parse_manifest import MANIFEST_NAME, MAX_MANIFEST_NBYTES, pa
 from dcp_hf_writer.errors import ReadError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from torch.distributed.checkpoint.metadata import Metadata
 
@@ -133,7 +133,9 @@ def read_dcp_metadata(files: InputFiles, rank: int | None = None) -> Metadata:
     return parse_metadata(data, path=f"{files.path}/{name}")
 
 
-def open_hf_source(place: Place, specs: Mapping[str, LoadSpec]) -> tuple[HFSource, OpenInputs]:
+def open_hf_source(
+    place: Place, specs: Mapping[str, LoadSpec], *, names: Collection[str]
+) -> tuple[HFSource, OpenInputs]:
     """Open the HuggingFace half.
 
     Raises:
@@ -145,7 +147,8 @@ def open_hf_source(place: Place, specs: Mapping[str, LoadSpec]) -> tuple[HFSourc
     try:
         directory = open_hf_directory(inputs, only=place.only)
         export = None if place.manifest is None else place.manifest.hf
-        return HFSource(directory, specs, tied={} if export is None else export.tied), inputs
+        tied = {} if export is None else export.tied
+        return HFSource(directory, specs, names=names, tied=tied), inputs
     except BaseException:
         inputs.close()
         raise

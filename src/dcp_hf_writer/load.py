@@ -87,7 +87,7 @@ def load_hf(
     tensors = _tensors_of(model_or_state_dict, key)
     by_name = _specs_of(model_or_state_dict, specs)
     place = find_place(path, "hf", storage_options, with_manifest=verify)
-    source, inputs = open_hf_source(place, by_name)
+    source, inputs = open_hf_source(place, by_name, names=tensors)
     with inputs:
         chosen, findings = _choose(source, tensors)
         bad = findings if strict else Findings(mismatched=findings.mismatched)
