@@ -6,6 +6,7 @@ either tensor. What crosses a dimension, as a reshape does, is cut into several 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -73,9 +74,11 @@ def copy_of_box(box: Box) -> Copy:
     return Copy((0,) * len(box.sizes), box.offsets, loops)
 
 
-# A copy in flat indices, while it is cut: starts in both tensors, and loops of
-# `(extent, hf_step, step)`.
-_Flat = tuple[int, int, tuple[tuple[int, int, int], ...]]
+# `(extent, hf_step, step)` of each loop over flat indices.
+_Loops = tuple[tuple[int, int, int], ...]
+
+# A copy in flat indices, while it is cut: starts in both tensors, and loops.
+_Flat = tuple[int, int, _Loops]
 
 
 def copies_of(
@@ -101,6 +104,14 @@ def copies_of(
     Raises:
         ValueError: If the loops leave a tensor, or cross dimensions unevenly.
     """
+    return _copies_of(tuple(map(tuple, loops)), hf_start, start, tuple(hf_shape), tuple(shape))
+
+
+# The layers of a model are cut alike, and may have hundreds of experts each.
+@functools.lru_cache(maxsize=4096)
+def _copies_of(
+    loops: _Loops, hf_start: int, start: int, hf_shape: Shape, shape: Shape
+) -> tuple[Copy, ...]:
     if any(extent == 0 for extent, _, _ in loops):
         return ()
     for of, (first, number) in {"runtime": (start, 2), "HuggingFace": (hf_start, 1)}.items():
@@ -363,8 +374,11 @@ def source_span(copy: Copy) -> tuple[int, int]:
     """Return first and last index along dim 0 of the runtime tensor; `(0, 0)` for a scalar."""
     if not copy.start:
         return 0, 0
-    reach = sum((loop.extent - 1) * loop.step for loop in copy.loops if loop.dim == 0)
-    return copy.start[0], copy.start[0] + reach
+    last = copy.start[0]
+    for loop in copy.loops:
+        if loop.dim == 0:
+            last += (loop.extent - 1) * loop.step
+    return copy.start[0], last
 
 
 def coverage_fault(parts: Sequence[tuple[Shape, IndexLoops]], shape: Shape) -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer._dtypes import ITEMSIZE, SORT_RANK, stored_shape
@@ -31,11 +31,12 @@ class HFTensor:
     """Its safetensors dtype name."""
     shape: Shape
     """Its shape in elements of torch; `()` for a scalar."""
+    nbytes: int = field(init=False, compare=False)
+    """Size of its data in bytes."""
 
-    @property
-    def nbytes(self) -> int:
-        """Size of its data in bytes."""
-        return math.prod(self.shape) * ITEMSIZE[self.dtype]
+    def __post_init__(self) -> None:
+        """Count the bytes, which planning asks for again and again."""
+        object.__setattr__(self, "nbytes", math.prod(self.shape) * ITEMSIZE[self.dtype])
 
 
 def in_file_order(tensors: Sequence[HFTensor]) -> list[HFTensor]:

@@ -219,9 +219,19 @@ def _assign_keys(
             if known.tensor != wanted:
                 _refuse_two(known, tensor.fqn)
             known.parts.append((tensor.fqn, part.copies))
-    for one in assigned.values():
-        _check_whole(one)
+    _check_all_whole(assigned.values())
     return list(assigned.values())
+
+
+def _check_all_whole(assigned: Iterable[_Assigned]) -> None:
+    # The layers of a model share their copies, which need to be looked at only once.
+    checked: set[tuple[int, Shape]] = set()
+    for one in assigned:
+        what = id(one.parts[0][1]), one.tensor.shape
+        if len(one.parts) > 1 or what not in checked:
+            _check_whole(one)
+        if len(one.parts) == 1:
+            checked.add(what)
 
 
 def _check_whole(one: _Assigned) -> None:

@@ -54,6 +54,8 @@ class TargetTable:
 
 
 def _rows(target: PartTarget) -> tuple[int, int]:
+    if len(target.copies) == 1:
+        return source_span(target.copies[0])
     spans = [source_span(copy) for copy in target.copies]
     return min((s[0] for s in spans), default=0), max((s[1] for s in spans), default=0)
 

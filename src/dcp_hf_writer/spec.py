@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -189,7 +191,7 @@ class LoadSpec:
 
     def _parts_of(self, pieces: Iterable[Piece]) -> tuple[SpecPart, ...]:
         shapes: dict[str, Shape] = {}
-        found: dict[str, list[Copy]] = {key: [] for key in self.hf_keys}
+        found: dict[str, list[tuple[Copy, ...]]] = {key: [] for key in self.hf_keys}
         for piece in pieces:
             shape = shapes.setdefault(piece.key, piece.shape)
             if shape != piece.shape or piece.key not in found:
@@ -199,7 +201,7 @@ class LoadSpec:
                     found=f"shape {list(piece.shape)}",
                 )
             try:
-                found[piece.key] += copies_of(
+                copies = copies_of(
                     piece.loops,
                     hf_start=piece.hf_start,
                     start=piece.start,
@@ -212,9 +214,10 @@ class LoadSpec:
                     expected="loops that stay in both tensors and along their dimensions",
                     found=str(error),
                 )
+            found[piece.key].append(copies)
         if len(shapes) != len(found):
             self._refuse("a key has no piece", found=sorted(found.keys() - shapes.keys()))
-        return tuple(SpecPart(key, shapes[key], tuple(copies)) for key, copies in found.items())
+        return tuple(SpecPart(key, shapes[key], _joined(copies)) for key, copies in found.items())
 
     def _part_sizes(self) -> tuple[int, ...]:
         if self.fused_sizes is not None:
@@ -271,6 +274,15 @@ def _ints(values: Iterable[int]) -> Shape:
     return tuple(int(n) for n in values)
 
 
+def _joined(copies: Sequence[tuple[Copy, ...]]) -> tuple[Copy, ...]:
+    # A tuple that many specs share is checked once.
+    return copies[0] if len(copies) == 1 else tuple(itertools.chain.from_iterable(copies))
+
+
 def _part(key: str, box: Box) -> SpecPart:
-    copies = (copy_of_box(box),) if math.prod(box.sizes) else ()
-    return SpecPart(key, box.sizes, copies)
+    return SpecPart(key, box.sizes, _copies_of_box(box))
+
+
+@functools.lru_cache(maxsize=1024)
+def _copies_of_box(box: Box) -> tuple[Copy, ...]:
+    return (copy_of_box(box),) if math.prod(box.sizes) else ()
