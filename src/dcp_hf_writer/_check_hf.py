@@ -6,6 +6,7 @@ import math
 import re
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from dcp_hf_writer._hf_directory import MAX_INDEX_NBYTES, SUFFIX
 from dcp_hf_writer._layout import INDEX_NAME, SINGLE_NAME
 from dcp_hf_writer._parse_header import LENGTH_NBYTES, header_nbytes, parse_header
 from dcp_hf_writer._parse_manifest import is_relative_name
@@ -20,17 +21,12 @@ if TYPE_CHECKING:
     from dcp_hf_writer._parse_header import FileHeader
     from dcp_hf_writer._parse_manifest import ManifestExport
 
-SUFFIX = ".safetensors"
-
-MAX_INDEX_NBYTES = 256 << 20
-"""Larger ones are refused before they are read; a key takes about 100 bytes."""
-
 # How save_pretrained and the hub name the files that an index belongs to.
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 
-class HFDirectory:
-    """A HuggingFace directory as far as it could be read, and what is wrong with it."""
+class DirectoryCheck:
+    """A HuggingFace directory as far as it can be read, and what is wrong with it."""
 
     def __init__(self, files: InputFiles, sizes: Mapping[str, int]) -> None:
         """Read index and headers; the weights are not touched.
@@ -185,7 +181,7 @@ def _refuse(
 
 
 def export_problems(
-    export: ManifestExport, directory: HFDirectory, fqns: frozenset[str]
+    export: ManifestExport, directory: DirectoryCheck, fqns: frozenset[str]
 ) -> Iterator[Problem]:
     """Yield where headers differ from what the manifest says of them; files as the directory's.
 

@@ -29,8 +29,8 @@ class WholeFile:
     """Path within the checkpoint."""
     nbytes: int
     """Its size."""
-    digest: str | None
-    """xxh3_64 of its bytes, in hex; `None` for files of a writer that is not ours."""
+    digest: str
+    """xxh3_64 of its bytes, in hex."""
 
 
 def encode_manifest(

@@ -261,7 +261,7 @@ class _Parser:
             found[name] = WholeFile(
                 name,
                 self._count(nbytes, f"the size of {name}"),
-                self._optional(digest, f"the digest of {name}", self._digest),
+                self._digest(digest, f"the digest of {name}"),
             )
         return found
 

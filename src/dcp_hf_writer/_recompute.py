@@ -57,8 +57,7 @@ class Job:
 def jobs_of(manifest: Manifest) -> Iterator[Job]:
     """Yield what must be read to compute every digest of a manifest."""
     for whole in manifest.files.values():
-        if whole.digest is not None:
-            yield Job(whole.name, whole.nbytes, partial(_whole, whole.digest, whole))
+        yield Job(whole.name, whole.nbytes, partial(_whole, whole))
     for dcp in manifest.dcp.values():
         data_nbytes = sum(nbytes for _, nbytes, _ in dcp.ranges)
         yield Job(dcp.name, dcp.nbytes - data_nbytes, partial(_rest, dcp))
@@ -89,8 +88,8 @@ def _spans(digest: Digest, ranges: Iterable[tuple[int, int]]) -> list[Span]:
     return [Span(a, b, ((digest, contiguous(a, b)),)) for a, b in ranges if a < b]
 
 
-def _whole(digest: str, file: WholeFile) -> _Work:
-    found = Digest(digest, "the file", start=0, stop=file.nbytes)
+def _whole(file: WholeFile) -> _Work:
+    found = Digest(file.digest, "the file", start=0, stop=file.nbytes)
     return _spans(found, [(0, file.nbytes)]), [found]
 
 

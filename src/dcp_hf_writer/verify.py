@@ -13,8 +13,9 @@ from dcp_hf_writer._check_dcp import (
     fqn_at,
     items_by_file,
 )
-from dcp_hf_writer._check_hf import SUFFIX, HFDirectory, export_problems
+from dcp_hf_writer._check_hf import DirectoryCheck, export_problems
 from dcp_hf_writer._dcp_metadata import MAX_METADATA_NBYTES, parse_metadata
+from dcp_hf_writer._hf_directory import SUFFIX
 from dcp_hf_writer._input_files import open_directory
 from dcp_hf_writer._layout import INDEX_NAME
 from dcp_hf_writer._listing import list_tree
@@ -242,7 +243,7 @@ class _Check:
             sizes = {
                 n[len(below) :]: size for n, size in self._sizes.items() if n.startswith(below)
             }
-            directory = HFDirectory(self.files.below(name) if name else self.files, sizes)
+            directory = DirectoryCheck(self.files.below(name) if name else self.files, sizes)
             problems = directory.problems
             if self._manifest is not None and self._manifest.hf is not None:
                 fqns = frozenset(self._metadata.state_dict_metadata if self._metadata else ())
