@@ -82,11 +82,16 @@ MODELS: Mapping[str, Callable[[], PreTrainedModel]] = {
     "qwen2_moe": _model("Qwen2Moe", **_EXPERTS, shared_expert_intermediate_size=24),
     "deepseek_v3": _model(
         "DeepseekV3",
-        **{k: v for k, v in _EXPERTS.items() if k not in {"num_experts", "head_dim"}},
+        **{
+            k: v
+            for k, v in _EXPERTS.items()
+            if k not in {"num_experts", "head_dim", "num_key_value_heads"}
+        },
         n_routed_experts=4,
         n_group=2,
         topk_group=1,
         first_k_dense_replace=1,
+        num_key_value_heads=8,
         kv_lora_rank=16,
         q_lora_rank=24,
         qk_rope_head_dim=8,
