@@ -159,6 +159,29 @@ class HFExport:
         module = importlib.import_module("dcp_hf_writer.integrations.transformers")
         return cls(**module.export_options(model, tokenizer, base, orientation, options))
 
+    @classmethod
+    def from_state_dict_adapter(
+        cls, adapter: Any, state_dict: Mapping[str, Any], **options: Any
+    ) -> HFExport:
+        """Make the export of what a `StateDictAdapter` (torchtitan's protocol) makes of a model.
+
+        `adapter.to_hf` is called once, with stand-ins that have no data; what it does with them is
+        the layout. Where `adapter.hf_assets_path` holds an index, the files are cut as it says.
+
+        Args:
+            adapter: An object with `to_hf(state_dict)`.
+            state_dict: State dict of the whole model; only names, global shapes and dtypes matter,
+                so under pipeline parallelism that of a model on the meta device will do.
+            **options: Options of `HFExport`, which override what is found.
+
+        Raises:
+            ConfigError: If it is no adapter, or an option cannot be used as given.
+            SpecError: If the adapter does more than lay tensors out.
+        """
+        # As above.
+        module = importlib.import_module("dcp_hf_writer.integrations.torchtitan")
+        return cls(**module.export_options(adapter, state_dict, options))
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Name of the options that a layout follows from, equal for equal options."""

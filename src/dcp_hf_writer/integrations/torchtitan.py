@@ -1,0 +1,88 @@
+"""Exports of trainers that bring their own `StateDictAdapter`, as torchtitan does.
+
+Nothing of torchtitan is imported: its protocol is `to_hf(state_dict) -> dict`, and where the files
+of the base model are, `hf_assets_path` and `fqn_to_index_mapping`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from dcp_hf_writer._derivation import derive
+from dcp_hf_writer.errors import ConfigError
+from dcp_hf_writer.spec import LoadSpec
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+def export_options(
+    adapter: Any, state_dict: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the options of the `HFExport` of an adapter; see `HFExport.from_state_dict_adapter`.
+
+    Raises:
+        ConfigError: If `adapter` is none, or the state dict holds no tensors.
+        SpecError: If the adapter computes anything.
+    """
+    if not callable(getattr(adapter, "to_hf", None)):
+        raise ConfigError(
+            "the layout can be asked of a state-dict adapter only",
+            expected="an object with to_hf(state_dict), such as torchtitan's StateDictAdapter",
+            found=type(adapter).__name__,
+        )
+    tensors = {name: one for name, one in state_dict.items() if isinstance(one, torch.Tensor)}
+    if not tensors:
+        raise ConfigError(
+            "the state dict holds no tensors",
+            expected="the model's state dict, {FQN: tensor}",
+            found=", ".join(map(repr, list(state_dict)[:5])) or "an empty one",
+        )
+    derived = derive(adapter.to_hf, tensors)
+    return {
+        "specs": derived.specs | _aliases(derived.specs, tensors),
+        # In the order of the adapter; which tensors share storage is nothing that files need.
+        "groups": tuple((key,) for key in derived.hf),
+        "expect_keys": frozenset(derived.hf),
+        **_files(adapter, options),
+        **options,
+    }
+
+
+def _aliases(
+    specs: Mapping[str, LoadSpec], tensors: Mapping[str, torch.Tensor]
+) -> dict[str, LoadSpec]:
+    """Return specs of the tensors that are left out because they are tied to one that is not."""
+    kept: dict[object, str] = {}
+    for name, spec in specs.items():
+        if len(spec.hf_keys) == 1 and (memory := _memory(tensors[name])) is not None:
+            kept.setdefault(memory, spec.hf_keys[0])
+    found = {}
+    for name, spec in specs.items():
+        key = None if spec.hf_keys else kept.get(_memory(tensors[name]))
+        if key is not None:
+            found[name] = LoadSpec(name, name, spec.global_shape, alias_of=key)
+    return found
+
+
+def _memory(tensor: torch.Tensor) -> tuple[object, ...] | None:
+    """Return what tied tensors have in common; `None` for one without memory here."""
+    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # noqa: SLF001 - no wait
+    if local.is_meta or not local.numel():
+        return None
+    return local.device, local.data_ptr(), tuple(local.shape), tuple(tensor.shape)
+
+
+def _files(adapter: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return where the files beside the weights come from, and which file holds which key."""
+    path = getattr(adapter, "hf_assets_path", None)
+    if not path or "like" in options or "assets" in options or not Path(path).is_dir():
+        return {}
+    # Set where the directory has an index.
+    if getattr(adapter, "fqn_to_index_mapping", None):
+        return {"like": path}
+    return {"assets": (path,)}
