@@ -87,13 +87,11 @@ def _check_tensors(tensors: object, path: str) -> None:
 
 
 def _tensor_fault(tensor: TensorStorageMetadata) -> str | None:
-    if "chunks" not in tensor.__dict__ or "dtype" not in tensor.properties.__dict__:
-        return "an entry without a state"
     size = tensor.size
     if math.prod(size) * tensor.properties.dtype.itemsize >= _MAX_NBYTES:
         return f"size {list(size)}"
     for chunk in tensor.chunks:
-        if type(chunk) is not ChunkStorageMetadata or "sizes" not in chunk.__dict__:
+        if type(chunk) is not ChunkStorageMetadata:
             return f"a {type(chunk).__name__} as a chunk"
         offsets, sizes = chunk.offsets, chunk.sizes
         if len(offsets) != len(size) or any(
@@ -110,9 +108,6 @@ def _check_storage(storage: object, path: str) -> None:
         if type(index) is not MetadataIndex or type(info) not in {_StorageInfo, StoredOnce}:
             found = f"{type(index).__name__}: {type(info).__name__}"
             _refuse(path, "says in an unknown way where a tensor is", found=found)
-        # Made, but never given a state.
-        if not (hasattr(info, "parts") if type(info) is StoredOnce else info.__dict__):
-            _refuse(path, "does not say where a tensor is", fqn=index.fqn)
 
 
 def _check_plain(value: object, path: str) -> None:
@@ -340,7 +335,9 @@ _ADMITTED: Mapping[tuple[str, str], Admitted] = {
             {"properties": (TensorProperties,), "size": (torch.Size,), "chunks": (list,)}, {}
         ),
     ),
-    (_METADATA, "BytesStorageMetadata"): Class(BytesStorageMetadata, _building({}, {})),
+    (_METADATA, "BytesStorageMetadata"): Class(
+        BytesStorageMetadata, _building({}, {}), has_state=False
+    ),
     (_METADATA, "TensorProperties"): Class(TensorProperties, _build_properties),
     (_METADATA, "ChunkStorageMetadata"): Class(
         ChunkStorageMetadata, _building({"offsets": (torch.Size,), "sizes": (torch.Size,)}, {})

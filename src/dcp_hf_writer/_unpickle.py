@@ -45,6 +45,8 @@ class Class:
     """Gives an object its state, once; refuses a state by `TypeError` or `ValueError`."""
     is_key: bool = False
     """Whether it may be a key of a dict; it must hash fast then, whatever its state."""
+    has_state: bool = True
+    """Whether every object must be given a state."""
 
 
 Admitted = Constant | Function | Class
@@ -120,6 +122,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
+        self.unbuilt: dict[int, Any] = {}
         self._admitted = admitted
         self._persistent = persistent
         kinds = (one for one in admitted.values() if isinstance(one, Class))
@@ -168,6 +171,9 @@ class _Machine:
                 stack, at = self.stack, self.at
         if len(stack) != 1 or self.marks:
             raise _RefusedError("a stream that ends in the middle")
+        if self.unbuilt:
+            kind = type(next(iter(self.unbuilt.values())))
+            raise _RefusedError(f"a {kind.__name__} without a state")
         return stack[0]
 
     def take(self, count: int) -> bytes:
@@ -222,6 +228,7 @@ class _Machine:
         if made is None:
             raise _RefusedError(f"a state for a {type(target).__name__}")
         made.build(target, state)
+        self.unbuilt.pop(id(target), None)
 
     def set_items(self, values: list[Any]) -> None:
         """Set entries of the dict on top; `values` are keys and values in turn."""
@@ -250,7 +257,10 @@ def _make(machine: _Machine) -> None:
     arguments, made = machine.stack.pop(), machine.stack.pop()
     if not isinstance(made, Class) or type(arguments) is not tuple or arguments:
         raise _RefusedError(f"an object of a {type(made).__name__}")
-    machine.stack.append(object.__new__(made.kind))
+    found = object.__new__(made.kind)
+    if made.has_state:
+        machine.unbuilt[id(found)] = found
+    machine.stack.append(found)
 
 
 def _build(machine: _Machine) -> None:
