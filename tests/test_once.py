@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,15 @@ from compare import tensor_difference
 from dcp_hf_writer import HFDualWriter, HFExport
 from dcp_hf_writer._copies import hf_view, runtime_view
 from dcp_hf_writer._once import StoredOnce
-from dcp_hf_writer.errors import ConfigError, StoredOnceError
+from dcp_hf_writer.errors import (
+    ConfigError,
+    CorruptCheckpointError,
+    ReadError,
+    StoredOnceError,
+    TargetExistsError,
+)
+from dcp_hf_writer.materialize import materialize
+from dcp_hf_writer.reader import HFDualReader
 from held import WORLD_SIZE, Case, plain, rows
 from rank_process import Raised
 from ranks import run_ranks
@@ -132,6 +141,62 @@ def test_tied_tensors_are_both_found_in_the_one_that_is_kept(root: Path) -> None
     assert once_fqns(root / "tied_found") == {*tied, "model.w"}
     # Equal by word of the user alone: the dropped one is kept where no one can doubt it.
     assert once_fqns(root / "tied_given") == {"model.embed", "model.w"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_our_reader_loads_every_tensor(root: Path, name: str) -> None:
+    case = CASES[name](root)
+    check_loaded(root / name, case, HFDualReader(root / name))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_materialized_checkpoint_is_one_that_torch_reads(
+    root: Path, name: str, tmp_path: Path
+) -> None:
+    materialize(root / name, tmp_path / "plain")
+    assert once_fqns(tmp_path / "plain") == set()
+    assert audit.faults(tmp_path / "plain") == []
+    check_loaded(tmp_path / "plain", CASES[name](root), dcp.FileSystemReader(tmp_path / "plain"))
+
+
+def check_loaded(directory: Path, case: Case, reader: dcp.StorageReader) -> None:
+    expected = case.full()
+    target = {fqn: torch.full_like(one, 1) for fqn, one in expected.items()}
+    state: dict[str, Any] = {"model": target, "optim": {"m": torch.zeros(3)}, "step": 0}
+    dcp.load(state, storage_reader=reader, no_dist=True)
+    assert tensor_difference(state["model"], expected) is None
+    assert torch.equal(state["optim"]["m"], torch.ones(3))
+    assert state["step"] == 3
+
+
+def test_materialized_tensor_passes_through_a_small_buffer(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dcp_hf_writer.materialize._BUFFER_NBYTES", 16)
+    monkeypatch.setattr("dcp_hf_writer.materialize._FILE_NBYTES", 100)
+    for name in ("uneven_shards", "fused_keys", "columns_and_depth"):
+        materialize(root / name, tmp_path / name)
+        check_loaded(tmp_path / name, CASES[name](root), dcp.FileSystemReader(tmp_path / name))
+        assert len(list((tmp_path / name).glob("__once_*"))) > 1
+
+
+def test_materialize_replaces_nothing_unless_told(root: Path, tmp_path: Path) -> None:
+    materialize(root / "uneven_shards", tmp_path / "plain")
+    before = (tmp_path / "plain" / ".metadata").stat().st_ino
+    with pytest.raises(TargetExistsError):
+        materialize(root / "uneven_shards", tmp_path / "plain")
+    assert (tmp_path / "plain" / ".metadata").stat().st_ino == before
+    materialize(root / "uneven_shards", tmp_path / "plain", overwrite=True)
+    assert (tmp_path / "plain" / ".metadata").stat().st_ino != before
+
+
+def test_nothing_is_left_when_a_weight_file_is_short(root: Path, tmp_path: Path) -> None:
+    shutil.copytree(root / "uneven_shards", tmp_path / "damaged")
+    weights = tmp_path / "damaged" / "hf" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises((ReadError, CorruptCheckpointError)):
+        materialize(tmp_path / "damaged", tmp_path / "plain")
+    assert [path.name for path in tmp_path.iterdir()] == ["damaged"]
 
 
 def test_stock_reader_says_what_to_use_instead(root: Path) -> None:
