@@ -45,7 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("integrations", "integrations._twin", "integrations._base_check"),
     ("integrations._conversions", "integrations.transformers", "integrations.torchtitan"),
     ("_check_hf", "verify"),
-    ("reader", "load", "materialize"),
+    ("reader", "load", "_materialize"),
     ("writer", "stream"),
     ("",),
 )

@@ -1,9 +1,30 @@
 """Save a PyTorch training run for resuming and for serving, in one asynchronous step."""
 
 from dcp_hf_writer import errors
+from dcp_hf_writer._materialize import materialize
 from dcp_hf_writer.export import HFExport
+from dcp_hf_writer.integrations.transformers import specs_from_transformers
+from dcp_hf_writer.load import load_hf
+from dcp_hf_writer.planner import HFLoadPlanner, HFSavePlanner
+from dcp_hf_writer.reader import HFDualReader
 from dcp_hf_writer.slots import WriteSlots
-from dcp_hf_writer.spec import LoadSpec
+from dcp_hf_writer.spec import LoadSpec, Piece, ShardSpec
+from dcp_hf_writer.stream import iter_hf_buckets
 from dcp_hf_writer.writer import HFDualWriter
 
-__all__ = ["HFDualWriter", "HFExport", "LoadSpec", "WriteSlots", "errors"]
+__all__ = [
+    "HFDualReader",
+    "HFDualWriter",
+    "HFExport",
+    "HFLoadPlanner",
+    "HFSavePlanner",
+    "LoadSpec",
+    "Piece",
+    "ShardSpec",
+    "WriteSlots",
+    "errors",
+    "iter_hf_buckets",
+    "load_hf",
+    "materialize",
+    "specs_from_transformers",
+]
