@@ -6,6 +6,7 @@ takes a part of one. Nothing has been changed in the state dict when a digest di
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ _THREADS = 4
 
 _Work = tuple[list[Span], list[Digest]]
 _Bytes = list[tuple[int, int]]
-"""First byte, and one past the last, of each fetch in a file."""
+"""First byte, and one past the last, of what is wanted of a file: ascending and apart."""
 
 
 def verify_ranges(
@@ -77,21 +78,36 @@ def _wanted(place: Place, fetches: Sequence[Fetch]) -> dict[str, _Bytes]:
     for fetch in fetches:
         if nbytes := span_of(fetch):
             found.setdefault(f"{below}{fetch.file}", []).append((fetch.start, fetch.start + nbytes))
-    for ranges in found.values():
-        ranges.sort()
+    return {name: _merged(ranges) for name, ranges in found.items()}
+
+
+def _merged(ranges: _Bytes) -> _Bytes:
+    found: _Bytes = []
+    for first, last in sorted(ranges):
+        if found and first < found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], last))
+        else:
+            found.append((first, last))
     return found
 
 
-def _touches(ranges: _Bytes, start: int, stop: int) -> bool:
-    return any(first < stop and start < last for first, last in ranges)
+def _touching(ranges: _Bytes, start: int, stop: int) -> _Bytes:
+    low = bisect_right(ranges, start, key=lambda one: one[1])
+    return ranges[low : bisect_left(ranges, stop, key=lambda one: one[0])]
 
 
 def _dcp_jobs(manifest: Manifest, wanted: Mapping[str, _Bytes]) -> Iterator[Job]:
     for name in wanted.keys() & manifest.dcp.keys():
+        covered = 0
         for start, nbytes, digest in manifest.dcp[name].ranges:
-            if _touches(wanted[name], start, start + nbytes):
-                found = Digest(digest, "the data", start=start, stop=start + nbytes)
+            stop = start + nbytes
+            if touching := _touching(wanted[name], start, stop):
+                found = Digest(digest, "the data", start=start, stop=stop)
                 yield Job(name, nbytes, partial(_contiguous, found))
+                covered += sum(start <= a and b <= stop for a, b in touching)
+        if covered < len(wanted[name]):
+            # What no range holds is in the digest of the rest.
+            yield _rest_job(manifest.dcp[name])
 
 
 def _hf_jobs(manifest: Manifest, wanted: Mapping[str, _Bytes]) -> Iterator[Job]:
@@ -103,20 +119,30 @@ def _hf_jobs(manifest: Manifest, wanted: Mapping[str, _Bytes]) -> Iterator[Job]:
             continue
         yield _header_job(name, file)
         for tensor in file.tensors.values():
-            if _touches(wanted[name], tensor.start, tensor.start + tensor.nbytes):
+            if _touching(wanted[name], tensor.start, tensor.start + tensor.nbytes):
                 yield from _tensor_jobs(name, tensor, wanted[name])
 
 
 def _tensor_jobs(name: str, tensor: ManifestTensor, wanted: _Bytes) -> Iterator[Job]:
     blocks = [block for block in tensor.blocks if block.runs is not None]
-    if any(block.runs.loops for block in blocks if block.runs is not None):
-        # Blocks lie between each other: one pass over all of them reads each byte once.
+    if not _follow_one_another(tensor, blocks):
+        # Blocks lie between each other, or leave a gap: one pass over all of them reads each byte
+        # once, and tells.
         yield Job(name, tensor.nbytes, partial(_interleaved, tensor, blocks))
         return
     for block in blocks:
         digest = _digest(tensor, block)
-        if _touches(wanted, digest.start, digest.stop):
+        if _touching(wanted, digest.start, digest.stop):
             yield Job(name, digest.stop - digest.start, partial(_contiguous, digest))
+
+
+def _follow_one_another(tensor: ManifestTensor, blocks: Sequence[StoredBlock]) -> bool:
+    reached = tensor.start
+    for runs in sorted((b.runs for b in blocks if b.runs is not None), key=lambda r: r.start):
+        if runs.loops or runs.start != reached:
+            return False
+        reached += runs.nbytes
+    return reached == tensor.start + tensor.nbytes
 
 
 def _digest(tensor: ManifestTensor, block: StoredBlock) -> Digest:
