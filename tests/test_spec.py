@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import pickle
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.placement_types import _StridedShard
 
-from dcp_hf_writer import LoadSpec
+from dcp_hf_writer import LoadSpec, ShardSpec
 from dcp_hf_writer._boxes import Box, Shape, tiling_fault, whole
 from dcp_hf_writer._copies import hf_box
 from dcp_hf_writer.errors import SpecError
@@ -39,6 +42,16 @@ def test_spec_of_a_tensor_has_its_shape() -> None:
         name="qkv", hf_keys=["q", "k"], tensor=torch.zeros(6, 2), origin_shape=(4, 2)
     )
     assert spec == LoadSpec("qkv", ["q", "k"], (6, 2), 0, (), (4, 2))
+
+
+def test_spec_of_a_dtensor_says_how_it_is_cut() -> None:
+    mesh = SimpleNamespace(shape=(3, 2), get_coordinate=lambda: [2, 1])
+    tensor = SimpleNamespace(
+        shape=(12, 8), device_mesh=mesh, placements=(Replicate(), _StridedShard(1, split_factor=2))
+    )
+    spec = LoadSpec.from_tensor(name="w", hf_keys="w", tensor=cast("torch.Tensor", tensor))
+    assert spec.shards == (ShardSpec(1, 1, 2, interleave=2),)
+    assert LoadSpec.from_tensor(name="w", hf_keys="w", tensor=torch.zeros(2)).shards == ()
 
 
 def test_parts_of_unequal_extent_follow_one_another() -> None:

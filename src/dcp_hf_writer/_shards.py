@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer._boxes import Box, Shape
-from dcp_hf_writer.errors import PlanningError
-from dcp_hf_writer.spec import ShardSpec
+from dcp_hf_writer.errors import PlanningError, SpecError
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +22,38 @@ _Run = tuple[int, int]
 
 # The layers of a model are cut alike, and so are saves of one run.
 _KEPT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class ShardSpec:
+    """One cut of a tensor, as a trainer makes it by hand.
+
+    The dimension is taken as `interleave` equal segments, each is cut into `count` chunks as
+    `torch.chunk` cuts, and a rank holds the chunk `index` of each segment, one after another.
+    """
+
+    dim: int
+    """Dimension that is cut."""
+    index: int
+    """Which of the chunks this rank holds."""
+    count: int
+    """Number of chunks."""
+    interleave: int = 1
+    """Number of segments: 2 for a gate and an up projection that lie one after the other."""
+
+    def __post_init__(self) -> None:
+        """Check that the numbers can be meant.
+
+        Raises:
+            SpecError: If they cannot.
+        """
+        if not 0 <= self.index < self.count or self.interleave < 1 or self.dim < 0:
+            raise SpecError(
+                "a shard is not one of its cut",
+                phase="plan",
+                expected="0 <= index < count, interleave >= 1, dim >= 0",
+                found=repr(self),
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from dcp_hf_writer._boxes import Box, Shape, whole
 from dcp_hf_writer._copies import Copy, copies_of, copy_of_box
+from dcp_hf_writer._shards import ShardSpec, shards_of
 from dcp_hf_writer.errors import SpecError
 
 if TYPE_CHECKING:
@@ -36,38 +37,6 @@ class Piece:
     """First element in the HuggingFace tensor."""
     start: int = 0
     """First element in the runtime tensor of the spec's `global_shape`."""
-
-
-@dataclass(frozen=True, slots=True)
-class ShardSpec:
-    """One cut of a tensor, as a trainer makes it by hand.
-
-    The dimension is taken as `interleave` equal segments, each is cut into `count` chunks as
-    `torch.chunk` cuts, and a rank holds the chunk `index` of each segment, one after another.
-    """
-
-    dim: int
-    """Dimension that is cut."""
-    index: int
-    """Which of the chunks this rank holds."""
-    count: int
-    """Number of chunks."""
-    interleave: int = 1
-    """Number of segments: 2 for a gate and an up projection that lie one after the other."""
-
-    def __post_init__(self) -> None:
-        """Check that the numbers can be meant.
-
-        Raises:
-            SpecError: If they cannot.
-        """
-        if not 0 <= self.index < self.count or self.interleave < 1 or self.dim < 0:
-            raise SpecError(
-                "a shard is not one of its cut",
-                phase="plan",
-                expected="0 <= index < count, interleave >= 1, dim >= 0",
-                found=repr(self),
-            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,14 +137,16 @@ class LoadSpec:
         fused_dim: int | None = None,
         origin_shape: Sequence[int] | None = None,
     ) -> LoadSpec:
-        """Make the spec of a runtime tensor; a DTensor gives its global shape.
+        """Make the spec of a runtime tensor; a DTensor gives its global shape and its shards.
 
-        How a DTensor is cut is read off its placements whenever it is saved or loaded.
+        The shards are those of this rank at this time; what is saved or loaded as a DTensor is
+        taken as its own placements say.
 
         Raises:
             SpecError: As the constructor.
+            PlanningError: If a DTensor is placed in a way that cannot be saved, as `Partial` is.
         """
-        return cls(name, hf_keys, tuple(tensor.shape), fused_dim, (), origin_shape)
+        return cls(name, hf_keys, tuple(tensor.shape), fused_dim, _shards_of(tensor), origin_shape)
 
     def _plain_parts(self) -> tuple[SpecPart, ...]:
         origin = self.origin_shape
@@ -268,6 +239,15 @@ class LoadSpec:
 
     def _refuse(self, problem: str, *, expected: object = None, found: object = None) -> None:
         raise SpecError(problem, phase="plan", fqn=self.name, expected=expected, found=found)
+
+
+def _shards_of(tensor: torch.Tensor) -> tuple[ShardSpec, ...]:
+    # Asked of what a DTensor has, since specs are plain data and need no process group.
+    mesh = getattr(tensor, "device_mesh", None)
+    coordinate = None if mesh is None else mesh.get_coordinate()
+    if mesh is None or coordinate is None:
+        return ()
+    return shards_of(getattr(tensor, "placements", ()), mesh.shape, coordinate)
 
 
 def _ints(values: Iterable[int]) -> Shape:
