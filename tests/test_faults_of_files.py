@@ -183,6 +183,18 @@ def test_d1_damaged_file_is_found_and_not_loaded(copy: Path, kind: str) -> None:
     assert verify(copy).ok
 
 
+def test_d1_dcp_half_of_a_given_writer_is_verified_as_well(tmp_path: Path) -> None:
+    directory = tmp_path / f"step-{STEP}"
+    writer = HFDualWriter(directory, dcp_writer=dcp.FileSystemWriter(tmp_path / "unused"))
+    dcp.async_save(state_of(STEP), storage_writer=writer, no_dist=True).result()
+    assert verify(directory).ok
+    assert refusals(directory, "dcp") == [None, None]
+    (path,) = directory.glob("*.distcp")
+    flip(path, path.stat().st_size // 2)
+    assert "the digest of the file differs" in whats(verify(directory), path.name)
+    assert isinstance(load(directory, "dcp"), CorruptCheckpointError)
+
+
 # -- D2: hostile headers ---------------------------------------------------------------------------
 
 
