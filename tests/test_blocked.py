@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter, _version
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,6 +21,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dcp_hf_writer._blocked import blocked_tensors
 from dcp_hf_writer._shards import blocks_of, local_shape, shards_of
+from dcp_hf_writer._source import row_major_bytes
 from dcp_hf_writer.errors import ConfigError, PlanningError
 from dcp_hf_writer.planner import HFLoadPlanner, HFSavePlanner
 from dcp_hf_writer.spec import LoadSpec, ShardSpec
@@ -196,6 +198,20 @@ def four_parts(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_rows_of_a_block_are_written_in_order() -> None:
+    """Long rows as they lie, short ones copied together, however many dimensions are cut."""
+    for shape, box in (
+        ((6, 40_000), (slice(1, 5), slice(0, 30_000))),
+        ((3, 2_000_000, 3), (slice(0, 3), slice(5, 1_900_000), slice(1, 3))),
+        ((2, 3, 70_000, 2), (slice(0, 2), slice(1, 3), slice(10, 60_000), slice(0, 2))),
+        ((1, 9, 5), (slice(0, 1), slice(0, 9, 2), slice(0, 4))),
+    ):
+        part = torch.arange(math.prod(shape), dtype=torch.int32).reshape(shape)[box]
+        assert not part.is_contiguous()
+        found = b"".join(bytes(piece) for piece in row_major_bytes(part))
+        assert found == part.contiguous().numpy().tobytes()
+
+
 def test_parts_become_the_whole(four_parts: Path) -> None:
     assert dcp_difference(four_parts, {"model": {"w": tensor("w", *WHOLE)}}) is None
 
@@ -253,6 +269,18 @@ def test_a_missing_key_is_refused_unless_partial_loads_are_allowed(four_parts: P
     planner = HFLoadPlanner([spec], allow_partial_load=True)
     dcp.load(state, checkpoint_id=four_parts, planner=planner, no_dist=True)
     assert torch.equal(state["model"]["new"], torch.ones(LOCAL))
+
+
+def test_a_checkpoint_of_an_old_torch_is_refused(tmp_path: Path) -> None:
+    """Torch before 2.4 named what is in lists otherwise; torch goes back to that in a load."""
+    state = {"model": {"w": torch.zeros(WHOLE)}, "optim": {"groups": [{"lr": 0.1}]}}
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(_version, "_derived_version", "2_3")
+        dcp.save(state, checkpoint_id=tmp_path, no_dist=True)
+    dcp.load(state, checkpoint_id=tmp_path, planner=HFLoadPlanner(), no_dist=True)
+    whole = LoadSpec("w", "w", WHOLE, shards=[ShardSpec(0, 0, 1)])
+    with pytest.raises(dcp.api.CheckpointException, match="a checkpoint this old"):
+        dcp.load(state, checkpoint_id=tmp_path, planner=HFLoadPlanner([whole]), no_dist=True)
 
 
 def test_a_block_that_a_rank_does_not_hold_is_refused() -> None:

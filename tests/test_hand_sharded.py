@@ -20,6 +20,7 @@ from dcp_hf_writer import HFDualWriter, HFExport, _hand_sharded
 from dcp_hf_writer._hand_sharded import check_samples, samples_of
 from dcp_hf_writer.errors import CheckpointError, PlanningError
 from dcp_hf_writer.planner import HFSavePlanner
+from dcp_hf_writer.spec import LoadSpec, ShardSpec
 from expert_layouts import LAYOUTS, specs_of, state_of
 from held import tensor
 from rank_process import Raised
@@ -72,6 +73,12 @@ def save_what_is_refused(saver: Saver) -> None:
     saver.save("one rank", model_with("x", tensor(f"x of {rank == 2}", 5, 2)))
     saver.save("other dtype", model_with("x", torch.ones(5, 2, dtype=_DTYPES[rank])))
     saver.save("integers", model_with("x", torch.arange(10).reshape(5, 2) + rank))
+
+    wrong = LoadSpec("x", "x", (9, 2), shards=[ShardSpec(0, rank, WORLD_SIZE)])
+    specs = [wrong] if rank == 1 else []
+    value = tensor("x", 5, 2)
+    saver.save("wrong spec", model_with("x", value), planner=HFSavePlanner(specs))
+    saver.save("after it", model_with("x", value), planner=HFSavePlanner())
 
 
 _DTYPES = (torch.float32, torch.float32, torch.float64, torch.float32)
@@ -198,7 +205,7 @@ def test_refusal_names_the_tensor_and_the_ranks(
     "name",
     [
         *("rows", "both", "stages", "vectors", "scalars", "only here", "random state", "drifted"),
-        *("declared", "cached 0", "cached 2"),
+        *("declared", "cached 0", "cached 2", "after it"),
     ],
 )
 def test_what_dcp_saves_rightly_is_not_refused(
@@ -210,6 +217,15 @@ def test_what_dcp_saves_rightly_is_not_refused(
         if raised is not None:
             raised.reraise()
     assert (root / name / "hf" / "model.safetensors").exists()
+
+
+def test_a_spec_that_is_wrong_on_one_rank_is_refused_on_all(
+    saved: tuple[Path, list[dict[str, Raised | None]]],
+) -> None:
+    error = refusal(saved, "wrong spec")
+    assert isinstance(error, PlanningError)
+    assert error.fqn == "model.x"
+    assert "shape [3, 2], of the [9, 2] of 'x'" in str(error.expected)
 
 
 def test_different_tensors_are_refused_when_the_plan_is_that_of_the_save_before(

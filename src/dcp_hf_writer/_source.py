@@ -25,14 +25,14 @@ _COPIED_NBYTES = 8 << 20
 
 
 def host_bytes(tensor: torch.Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor, without a copy."""
+    """Return the bytes of a contiguous tensor, without a copy if it is in host memory."""
     if not tensor.numel():
         return _EMPTY
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    return tensor.reshape(-1).view(torch.uint8).cpu().numpy().data
 
 
 def row_major_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """Yield the bytes of a CPU tensor in row-major order, without a copy where rows are long."""
+    """Yield the bytes of a tensor in row-major order, without a copy where rows are long."""
     if tensor.is_contiguous():
         yield host_bytes(tensor)
         return
@@ -46,10 +46,10 @@ def row_major_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
 
 
 class TensorSource:
-    """Resolves write items to tensors in host memory; one per save and rank.
+    """Resolves write items to tensors; one per save and rank.
 
     Staged tensors lie in the slab and are used in place. A synchronous save has the trainer's own
-    tensors: those are used in place too where they are in host memory, else copied.
+    tensors, on any device: of those, what is written at a time is copied to host memory.
     """
 
     def __init__(self, planner: SavePlanner) -> None:
@@ -58,7 +58,7 @@ class TensorSource:
         self._digests: dict[MetadataIndex, str] = {}
 
     def tensor(self, item: WriteItem) -> torch.Tensor:
-        """Return the item's tensor: on the CPU, a view of a larger one where it is one block of it.
+        """Return the item's tensor: a view of a larger one where it is one block of it.
 
         Raises:
             PlanningError: If it is not what the plan says, as a reused plan may have it.
@@ -67,7 +67,7 @@ class TensorSource:
         if not isinstance(found, torch.Tensor) or item.tensor_data is None:
             msg = "the planner resolves a tensor item to something else"
             raise PlanningError(msg, phase="write", fqn=item.index.fqn, found=type(found).__name__)
-        tensor = found.detach().resolve_conj().resolve_neg().cpu()
+        tensor = found.detach().resolve_conj().resolve_neg()
         planned = (item.tensor_data.properties.dtype, tuple(item.tensor_data.chunk.sizes))
         if planned != (tensor.dtype, tuple(tensor.shape)):
             msg = "a tensor is not what the plan says"
