@@ -71,6 +71,21 @@ _QWEN_VISION: Mapping[str, Any] = {
     "deepstack_visual_indexes": [0],
 }
 
+
+def _qwen3_vl_moe(**values: Any) -> Callable[[], PreTrainedModel]:
+    return _model(
+        "Qwen3VLMoe",
+        "Qwen3VLMoeForConditionalGeneration",
+        text_config={**_EXPERTS, "rope_parameters": _MROPE, **values},
+        vision_config=_QWEN_VISION,
+        image_token_id=90,
+        video_token_id=91,
+        vision_start_token_id=92,
+        vision_end_token_id=93,
+        tie_word_embeddings=False,
+    )
+
+
 MODELS: Mapping[str, Callable[[], PreTrainedModel]] = {
     "llama": _model("Llama", **_SIZES),
     "llama_tied": _model("Llama", **{**_SIZES, "tie_word_embeddings": True}),
@@ -197,17 +212,9 @@ MODELS: Mapping[str, Callable[[], PreTrainedModel]] = {
         video_end_token_id=94,
         video_token_id=95,
     ),
-    "qwen3_vl_moe": _model(
-        "Qwen3VLMoe",
-        "Qwen3VLMoeForConditionalGeneration",
-        text_config={**_EXPERTS, "rope_parameters": _MROPE},
-        vision_config=_QWEN_VISION,
-        image_token_id=90,
-        video_token_id=91,
-        vision_start_token_id=92,
-        vision_end_token_id=93,
-        tie_word_embeddings=False,
-    ),
+    "qwen3_vl_moe": _qwen3_vl_moe(moe_intermediate_size=16),
+    # None of its experts is square, so that their shapes tell how they lie.
+    "qwen3_vl_moe_wide": _qwen3_vl_moe(moe_intermediate_size=24),
 }
 
 
