@@ -102,9 +102,9 @@ class _Unit:
     dtype: torch.dtype
     pieces: tuple[Piece, ...]
 
-    @property
-    def nbytes(self) -> int:
-        return sum(piece.copy.numel for piece in self.pieces) * self.dtype.itemsize
+    def packed_nbytes(self, align: int = _PIECE_ALIGN) -> int:
+        sizes = (piece.copy.numel * self.dtype.itemsize for piece in self.pieces)
+        return sum(aligned(nbytes, align) for nbytes in sizes)
 
 
 def plan_steps(bucket: Bucket, *, places: Sequence[int], limit_nbytes: int) -> Steps:
@@ -156,10 +156,11 @@ def _units(number: int, tensor: HFTensor, part: Part, limit_nbytes: int) -> Iter
     held = part.held
     dtype = wire_dtype(held.dtype, tensor.dtype)
     whole = _Unit(number, held.fqn, dtype, part.pieces)
-    if whole.nbytes <= limit_nbytes:
+    nbytes = whole.packed_nbytes(align=1)
+    if nbytes <= limit_nbytes:
         yield whole
         return
-    cut = [_cut(piece, whole.nbytes, limit_nbytes) for piece in part.pieces]
+    cut = [_cut(piece, nbytes, limit_nbytes) for piece in part.pieces]
     for level in itertools.zip_longest(*cut):
         yield _Unit(number, held.fqn, dtype, tuple(piece for piece in level if piece is not None))
 
@@ -174,11 +175,12 @@ def _filled(units: Iterable[_Unit], limit_nbytes: int) -> Iterator[list[_Unit]]:
     current: list[_Unit] = []
     nbytes = 0
     for unit in units:
-        if current and nbytes + unit.nbytes > limit_nbytes:
+        packed = unit.packed_nbytes()
+        if current and nbytes + packed > limit_nbytes:
             yield current
             current, nbytes = [], 0
         current.append(unit)
-        nbytes += unit.nbytes
+        nbytes += packed
     if current:
         yield current
 

@@ -217,7 +217,8 @@ def _local_of(fqn: str, value: torch.Tensor) -> torch.Tensor:
             expected="a dense tensor with data, or a DTensor of one",
             found=f"{type(local).__name__}, {local.layout}, on {local.device}",
         )
-    return local.detach()
+    # Views that are conjugated or negated when they are read have no bits of their own.
+    return local.detach().resolve_conj().resolve_neg()
 
 
 def _is_whole(value: torch.Tensor, spec: LoadSpec) -> bool:
