@@ -86,11 +86,17 @@ def write_mxfp4(directory: Path) -> None:
 
 def dequantized_by_transformers(directory: Path) -> dict[str, torch.Tensor]:
     """Return the state dict that transformers itself loads from a quantised directory."""
+    return dict(load_dequantized(directory).state_dict())
+
+
+def load_dequantized(directory: Path) -> PreTrainedModel:
+    """Load a quantised directory with transformers, as a model of bf16 weights."""
     # transformers wants accelerate for any fp8 model, but not to load one on the CPU.
     gate = "transformers.quantizers.quantizer_finegrained_fp8.is_accelerate_available"
     kind = json.loads((directory / "config.json").read_text())["model_type"]
     # Said, since the default is to keep the codes where there is a GPU to compute with them.
     with mock.patch(gate, return_value=True):
+        model: PreTrainedModel
         if kind == "gpt_oss":
             model = GptOssForCausalLM.from_pretrained(
                 directory, quantization_config=Mxfp4Config(dequantize=True)
@@ -99,7 +105,7 @@ def dequantized_by_transformers(directory: Path) -> dict[str, torch.Tensor]:
             model = DeepseekV3ForCausalLM.from_pretrained(
                 directory, quantization_config=FineGrainedFP8Config(dequantize=True)
             )
-    return dict(model.state_dict())
+    return model
 
 
 def _saved(model: PreTrainedModel, directory: Path) -> dict[str, torch.Tensor]:
