@@ -6,6 +6,7 @@ of the base model are, `hf_assets_path` and `fqn_to_index_mapping`.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,11 @@ from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer._derivation import derive
 from dcp_hf_writer.errors import ConfigError
+from dcp_hf_writer.integrations._twin import listed
 from dcp_hf_writer.spec import LoadSpec
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
 
 def export_options(
@@ -43,14 +45,30 @@ def export_options(
             found=", ".join(map(repr, list(state_dict)[:5])) or "an empty one",
         )
     derived = derive(adapter.to_hf, tensors)
+    specs = derived.specs | _aliases(derived.specs, tensors)
+    _warn_of_gaps(specs, derived.hf.keys(), getattr(adapter, "fqn_to_index_mapping", None) or {})
     return {
-        "specs": derived.specs | _aliases(derived.specs, tensors),
+        "specs": specs,
         # In the order of the adapter; which tensors share storage is nothing that files need.
         "groups": tuple((key,) for key in derived.hf),
         "expect_keys": frozenset(derived.hf),
         **_files(adapter, options),
         **options,
     }
+
+
+def _warn_of_gaps(
+    specs: Mapping[str, LoadSpec], keys: Collection[str], expected: Iterable[str]
+) -> None:
+    """Say what an adapter leaves out: buffers may be meant, experts under a new name are not."""
+    left = [name for name, spec in specs.items() if not spec.hf_keys]
+    lacking = [key for key in expected if key not in keys]
+    for names, why in (
+        (left, "the adapter leaves tensors of the model out of the export"),
+        (lacking, "the export lacks tensors that the index at hf_assets_path has"),
+    ):
+        if names:
+            warnings.warn(f"{why}: {listed(names)}", stacklevel=4)
 
 
 def _aliases(
