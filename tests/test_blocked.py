@@ -14,17 +14,17 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Shard
+from torch.distributed.tensor import DTensor, Partial, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dcp_hf_writer._blocked import blocked_tensors
-from dcp_hf_writer._shards import blocks_of, local_shape, shards_of
+from dcp_hf_writer._shards import ShardSpec, blocks_of, local_shape, shards_of
 from dcp_hf_writer._source import row_major_bytes
 from dcp_hf_writer.errors import ConfigError, PlanningError
 from dcp_hf_writer.planner import HFLoadPlanner, HFSavePlanner
-from dcp_hf_writer.spec import LoadSpec, ShardSpec
+from dcp_hf_writer.spec import LoadSpec
 from expert_layouts import cut
 from held import tensor
 from ranks import run_ranks
@@ -124,7 +124,14 @@ def test_optimizer_state_of_another_shape_is_refused_until_a_spec_names_it() -> 
     assert planned(state, SPEC, whole)["optim.state.w.row"] == [((0, 0), (3, 4), (3, 4))]
 
 
-@pytest.mark.parametrize("shape", [WHOLE, (3, 8, 3), (3, 4)], ids=str)
+def test_a_tensor_that_is_whole_after_all_is_saved_whole() -> None:
+    kept = {"w": {"m": torch.zeros(WHOLE)}}
+    state = {"model": {"w": torch.zeros(WHOLE)}, "optim": {"state": kept}}
+    whole = [((0, 0, 0), WHOLE, WHOLE)]
+    assert planned(state, SPEC) == {"model.w": whole, "optim.state.w.m": whole}
+
+
+@pytest.mark.parametrize("shape", [(6, 8, 1), (3, 8, 3), (3, 4)], ids=str)
 def test_a_tensor_that_is_not_its_shard_is_refused(shape: tuple[int, ...]) -> None:
     with pytest.raises(PlanningError) as error:
         planned({"model": {"w": torch.zeros(shape)}}, SPEC)
@@ -332,6 +339,23 @@ def test_dtensors_of_one_block_are_planned_by_torch() -> None:
     placements = [_StridedShard(0, split_factor=2), Shard(0)]
     value = DTensor.from_local(torch.zeros(2, 2), mesh, placements, run_check=False)
     assert blocked_tensors({"w": value}, {}, {}, key=None) == {}
+
+
+@pytest.mark.usefixtures("fake_ranks")
+def test_specs_of_dtensors_may_be_among_those_of_the_planner() -> None:
+    """Their shards are read off the placements, which hold also for what is kept beside them."""
+    mesh = init_device_mesh("cpu", (6,))
+    value = distribute_tensor(torch.zeros(12, 2), mesh, [Shard(0)], src_data_rank=None)
+    spec = LoadSpec.from_tensor(name="w", hf_keys="w", tensor=value)
+    kept = {"m": value, "local": torch.zeros(2, 2), "row": torch.zeros(12), "step": torch.zeros(())}
+    state = {"model": {"w": value}, "optim": {"state": {"w": kept}}}
+    assert planned(state, spec) == {
+        "model.w": [((6, 0), (2, 2), (12, 2))],
+        "optim.state.w.m": [((6, 0), (2, 2), (12, 2))],
+        "optim.state.w.local": [((6, 0), (2, 2), (12, 2))],
+        "optim.state.w.row": [((0,), (12,), (12,))],
+        "optim.state.w.step": [((), (), ())],
+    }
 
 
 class Layer(torch.nn.Module):

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dcp_hf_writer._model_entry import Path
+    from dcp_hf_writer._shards import ShardSpec
     from dcp_hf_writer._spec_match import Match
-    from dcp_hf_writer.spec import LoadSpec, ShardSpec
+    from dcp_hf_writer.spec import LoadSpec
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -117,17 +118,27 @@ def blocked_tensors(
     if any(spec.shards for spec in specs.values()):
         paths = {fqn: tuple(mappings.get(fqn, (fqn,))) for fqn in tensors}
         matches = match_specs(paths, specs, key=key)
+    placed = {
+        match.spec.name
+        for fqn, match in matches.items()
+        if not match.is_kept_beside and _is_placed(tensors[fqn], match.spec)
+    }
     found = {}
     for fqn, value in tensors.items():
         match = matches.get(fqn)
         blocked = (
-            _of_declared(fqn, value, match)
+            _of_declared(fqn, value, match, is_by_hand=match.spec.name not in placed)
             if match is not None and match.spec.shards
             else _of_placements(fqn, value)
         )
         if blocked is not None:
             found[fqn] = blocked
     return found
+
+
+def _is_placed(value: torch.Tensor, spec: LoadSpec) -> bool:
+    """Whether a tensor says itself how it is cut."""
+    return isinstance(value, DTensor) and tuple(value.shape) == spec.global_shape
 
 
 def _of_placements(fqn: str, value: torch.Tensor) -> BlockedTensor | None:
@@ -143,19 +154,25 @@ def _of_placements(fqn: str, value: torch.Tensor) -> BlockedTensor | None:
     return blocked if len(blocked.blocks) > 1 else None
 
 
-def _of_declared(fqn: str, value: torch.Tensor, match: Match) -> BlockedTensor | None:
+def _of_declared(
+    fqn: str, value: torch.Tensor, match: Match, *, is_by_hand: bool
+) -> BlockedTensor | None:
     spec, shards = match.spec, match.spec.shards
     own = local_shape(spec.global_shape, shards)
+    if _is_placed(value, spec):
+        return _of_placements(fqn, value)
     if isinstance(value, DTensor):
-        if tuple(value.shape) == spec.global_shape:
-            return _of_placements(fqn, value)
         placed = _placed(fqn, value)
         if placed is None:
             return None
         shards = (*shards, *placed)
-    if tuple(value.shape) == own:
+    shape = tuple(value.shape)
+    if shape == own:
         return _blocked(fqn, value, spec.global_shape, shards)
-    if match.is_kept_beside and value.numel() <= 1:
+    # Whole after all, a number of the optimizer, or beside a DTensor that needs no spec.
+    if shape == spec.global_shape or (
+        match.is_kept_beside and (value.numel() <= 1 or not is_by_hand)
+    ):
         return None
     hint = "its ShardSpecs must say what this rank holds"
     if match.is_kept_beside:

@@ -35,11 +35,12 @@ class HFSavePlanner(DefaultSavePlanner):
     ranks hold is written once. All other tensors, all options and the plan cache are torch's.
 
     `specs` declare what is sharded by hand: a plain tensor (or a DTensor of the ranks that share
-    it) whose spec has `shards` is this rank's part of `global_shape`. Optimizer state of such a
-    parameter, `[...].state.<name>.<what>`, and copies of it in other entries are cut the same way
-    if they have its local shape; single numbers are left as they are, and any other shape is
-    refused until a spec names that tensor by its whole dotted path. Optimizer state must be keyed
-    by FQN, as `get_optimizer_state_dict` has it. DTensors need no spec.
+    it) whose spec has `shards` is this rank's part of `global_shape`, or all of it if it has that
+    shape. Optimizer state of such a parameter, `[...].state.<name>.<what>`, and copies of it in
+    other entries are cut the same way if they have its local shape; single numbers are left as
+    they are, and any other shape is refused until a spec names that tensor by its whole dotted
+    path. Optimizer state must be keyed by FQN, as `get_optimizer_state_dict` has it. DTensors need
+    no spec.
     """
 
     def __init__(self, specs: Specs | None = (), *, key: str | None = None, **options: Any) -> None:
