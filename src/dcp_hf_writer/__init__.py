@@ -1,6 +1,7 @@
 """Save a PyTorch training run for resuming and for serving, in one asynchronous step."""
 
 from dcp_hf_writer import errors
+from dcp_hf_writer._derivation import specs_from_function
 from dcp_hf_writer._materialize import materialize
 from dcp_hf_writer.export import HFExport
 from dcp_hf_writer.integrations.transformers import specs_from_transformers
@@ -26,5 +27,6 @@ __all__ = [
     "iter_hf_buckets",
     "load_hf",
     "materialize",
+    "specs_from_function",
     "specs_from_transformers",
 ]
