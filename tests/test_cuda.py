@@ -14,7 +14,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from compare import tensor_difference
-from dcp_hf_writer import HFDualWriter
+from dcp_hf_writer import HFDualReader, HFDualWriter, iter_hf_buckets
+from dcp_hf_writer import load_hf as load_hf_directory
 from stock import load_dcp, load_hf
 
 if TYPE_CHECKING:
@@ -158,3 +159,60 @@ def test_mesh_of_the_gpu_is_saved_from_the_host_copy(tmp_path: Path, group: None
     state = {"model": {"w": distribute_tensor(full, mesh, [Shard(0)])}}
     dcp.async_save(state, storage_writer=HFDualWriter(tmp_path / "one")).result()
     check(tmp_path / "one", {"w": full.cpu()})
+
+
+def sharded_layers(seed: int) -> nn.Module:
+    torch.manual_seed(seed)
+    model = nn.Sequential(*(nn.Linear(96, 96, device=DEVICE) for _ in range(3)))
+    mesh = init_device_mesh(DEVICE, (1,))
+    for layer in model:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def whole(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {
+        name: value.full_tensor().detach().cpu().clone()
+        for name, value in model.state_dict().items()
+        if isinstance(value, DTensor)
+    }
+
+
+@pytest.mark.parametrize("source", ["dcp", "hf", "load_hf"])
+@pytest.mark.parametrize("weights", ["both", "once"])
+def test_what_was_saved_is_loaded_onto_the_gpu(
+    tmp_path: Path, group: None, source: Any, weights: Any
+) -> None:
+    model = sharded_layers(0)
+    expected = whole(model)
+    writer = HFDualWriter(tmp_path / "one", weights=weights)
+    dcp.async_save({"model": model.state_dict()}, storage_writer=writer).result()
+    other = sharded_layers(1)
+    assert tensor_difference(whole(other), expected) is not None
+    if source == "load_hf":
+        load_hf_directory(other, tmp_path / "one" / "hf")
+    else:
+        reader = HFDualReader(tmp_path / "one", source=source, verify=True)
+        dcp.load({"model": other.state_dict()}, storage_reader=reader)
+    assert tensor_difference(whole(other), expected) is None
+
+
+def test_cast_on_the_way_to_the_gpu_is_that_of_torch(tmp_path: Path, group: None) -> None:
+    full = numbers(300, 40)
+    dcp.save({"model": {"w": full}}, storage_writer=HFDualWriter(tmp_path / "one"))
+    target = torch.zeros(300, 40, dtype=torch.bfloat16, device=DEVICE)
+    load_hf_directory({"w": target}, tmp_path / "one")
+    assert torch.equal(target, full.to(torch.bfloat16))
+
+
+def test_stream_leaves_tensors_on_the_gpu(group: None) -> None:
+    model = sharded_layers(0)
+    expected = whole(model)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    found = {}
+    for bucket in iter_hf_buckets(model.state_dict(), bucket_bytes=50_000):
+        assert all(tensor.is_cuda for _, tensor in bucket)
+        found |= {name: tensor.cpu() for name, tensor in bucket}
+    assert tensor_difference(found, expected) is None
+    assert torch.cuda.max_memory_allocated() - before < 4 * 50_000
