@@ -37,8 +37,19 @@ DISTRIBUTED: Mapping[str, Mapping[str, int]] = {
 # FSDP2 by hand: of the layers and the root, or also of the model between them.
 PARALLELISMS = ("fsdp", "fsdp_inner", *DISTRIBUTED)
 
-# In bfloat16, but for what transformers keeps in float32: some of it, where a model has such.
-HALF = ("llama_tied", "mixtral", "deepseek_v3", "glm4_moe", "ernie4_5_vl_moe")
+# Models in bfloat16, and whether transformers keeps a part of them in float32.
+HALF: Mapping[str, bool] = {
+    "llama_tied": False,
+    "mixtral": False,
+    "deepseek_v3": True,
+    "glm4_moe": True,
+    "ernie4_5_vl_moe": True,
+}
+
+WITH_EXPERTS = (
+    *("gpt_oss", "qwen3_moe", "mixtral", "qwen2_moe", "deepseek_v3", "glm4_moe", "olmoe", "phimoe"),
+    *("granitemoe", "llama4", "ernie4_5_vl_moe", "qwen3_vl_moe", "qwen3_vl_moe_wide"),
+)
 
 # What transformers cannot load sharded: it cuts a tensor before it transposes it.
 _LOADED_WHOLE = ("ernie4_5_vl_moe", "qwen3_vl_moe_wide")
@@ -76,8 +87,8 @@ def parallel_model(name: str, parallelism: str, *, saved: Path | None) -> PreTra
         saved: Directory to load it from; `None` makes it from its config.
     """
     if parallelism not in DISTRIBUTED:
-        return _fully_sharded(unsharded(name, saved=saved), with_inner=parallelism == "fsdp_inner")
-    if parallelism.startswith("ep_") and name in _BY_HAND:
+        return fully_sharded(unsharded(name, saved=saved), with_inner=parallelism == "fsdp_inner")
+    if not is_distributed(name, parallelism):
         return _expert_parallel(unsharded(name, saved=saved))
     _share_meshes()
     if saved is None or name in _LOADED_WHOLE:
@@ -91,21 +102,38 @@ def parallel_model(name: str, parallelism: str, *, saved: Path | None) -> PreTra
 
 def is_applicable(name: str, parallelism: str) -> bool:
     """Whether a model can be held so: only experts can be parallel."""
-    if not parallelism.startswith("ep_"):
-        return True
-    return any(key.endswith("experts.down_proj") for key in build(name).state_dict())
+    if name in _BY_HAND:
+        return parallelism != "ep_fsdp_tp"
+    return name in WITH_EXPERTS or not parallelism.startswith("ep_")
 
 
-def needs_accelerate(name: str, parallelism: str) -> bool:
-    """Whether transformers wants accelerate to load a model so."""
-    by_hand = parallelism.startswith("ep_") and name in _BY_HAND
-    return parallelism in DISTRIBUTED and name not in _LOADED_WHOLE and not by_hand
+def is_fused(name: str, parallelism: str) -> bool:
+    """Whether a rank holds two blocks of a tensor: TP cuts gate and up, which are one.
+
+    transformers has no plan for gpt_oss, so that its experts stay whole.
+    """
+    return parallelism in {"tp", "fsdp_tp"} and name in WITH_EXPERTS and name != "gpt_oss"
 
 
-has_accelerate = importlib.util.find_spec("accelerate") is not None
+def is_distributed(name: str, parallelism: str) -> bool:
+    """Whether it is transformers that makes a model so."""
+    return parallelism in DISTRIBUTED and not (parallelism == "ep_fsdp" and name in _BY_HAND)
 
 
-def _fully_sharded(model: PreTrainedModel, *, with_inner: bool) -> PreTrainedModel:
+def can_distribute() -> bool:
+    """Whether transformers can do so here.
+
+    It has meshes since 5.20, asks for accelerate, and puts each rank on a GPU if there is one.
+    """
+    from transformers import distributed
+
+    has_meshes = hasattr(distributed, "initialize_distributed_mesh")
+    has_accelerate = importlib.util.find_spec("accelerate") is not None
+    return has_meshes and has_accelerate and not torch.accelerator.is_available()
+
+
+def fully_sharded(model: PreTrainedModel, *, with_inner: bool = False) -> PreTrainedModel:
+    """Apply FSDP2 to the layers and the root of a model, and to the model between them if asked."""
     mesh = init_device_mesh("cpu", (WORLD_SIZE,))
     for layer in _layers(model):
         fully_shard(layer, mesh=mesh)
@@ -124,7 +152,7 @@ def _expert_parallel(model: PreTrainedModel) -> PreTrainedModel:
                 cut = distribute_tensor(value.data, meshes["ep"], [Shard(0)], src_data_rank=None)
                 setattr(module, key, torch.nn.Parameter(cut))
             fully_shard(module, mesh=meshes["efsdp"])
-    return _fully_sharded(model, with_inner=False)
+    return fully_sharded(model)
 
 
 def _layers(model: PreTrainedModel) -> Iterator[nn.Module]:

@@ -18,13 +18,16 @@ from dcp_hf_writer import HFDualWriter, HFExport
 from dcp_hf_writer.errors import SpecError
 from dcp_hf_writer.planner import HFSavePlanner
 from dcp_hf_writer.spec import LoadSpec, Piece
-from hf_models import MODELS
+from hf_models import MODELS, build
 from parallel_models import (
+    HALF,
     PARALLELISMS,
     WORLD_SIZE,
-    has_accelerate,
+    can_distribute,
+    fully_sharded,
     is_applicable,
-    needs_accelerate,
+    is_distributed,
+    is_fused,
     parallel_model,
     unsharded,
 )
@@ -38,6 +41,15 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+CAN_DISTRIBUTE = can_distribute()
+needs_distributed = pytest.mark.skipif(
+    not CAN_DISTRIBUTE,
+    reason="transformers shards models so on CPUs from 5.20 on, and where accelerate is",
+)
+
+# The first test that asks for an export waits for those of all of them.
+pytestmark = pytest.mark.timeout(300)
+
 ORIGINS = ("built", "loaded")
 # One file; several; and many, where many a tensor is larger than a file may be.
 SIZES: Mapping[str, int | str] = {"one-file": "5GB", "several": 20_000, "many": "5KB"}
@@ -45,14 +57,10 @@ SIZES: Mapping[str, int | str] = {"one-file": "5GB", "several": 20_000, "many": 
 # The other qwen3_vl_moe shows nothing more.
 NAMES = tuple(name for name in MODELS if name != "qwen3_vl_moe")
 
-# Where transformers' TP cuts gate and up, which are one tensor: a rank holds two blocks of it.
-FUSED = (
-    *("qwen3_moe", "mixtral", "qwen2_moe", "deepseek_v3", "glm4_moe", "olmoe", "phimoe"),
-    *("granitemoe", "llama4", "ernie4_5_vl_moe", "qwen3_vl_moe_wide"),
-)
-
 TURNED = "qwen3_vl_moe_wide"
-TURNED_BY = {"fsdp": "loaded", "tp": "built", "fsdp_tp": "built", "ep_fsdp": "loaded"}
+TURNED_IN = {"fsdp": "loaded", "tp": "built", "fsdp_tp": "built", "ep_fsdp": "loaded"}
+if not CAN_DISTRIBUTE:
+    TURNED_IN = {"fsdp": "loaded", "fsdp_inner": "built"}
 
 
 class Case(NamedTuple):
@@ -66,12 +74,12 @@ class Case(NamedTuple):
         return "-".join(self)
 
     @property
-    def is_loaded_sharded(self) -> bool:
-        return self.origin == "loaded" and needs_accelerate(self.name, self.parallelism)
+    def is_possible(self) -> bool:
+        return CAN_DISTRIBUTE or not is_distributed(self.name, self.parallelism)
 
     @property
     def is_fused(self) -> bool:
-        return self.parallelism in {"tp", "fsdp_tp"} and self.name in FUSED
+        return is_fused(self.name, self.parallelism)
 
 
 def all_cases() -> Iterator[Case]:
@@ -91,15 +99,12 @@ def is_on_diagonal(case: Case) -> bool:
 CASES = tuple(all_cases())
 DIAGONAL = tuple(case for case in CASES if is_on_diagonal(case))
 SLOW = (pytest.mark.slow, pytest.mark.timeout(600))
-UNAVAILABLE = pytest.mark.skipif(
-    not has_accelerate, reason="transformers loads a model sharded only where accelerate is"
-)
 
 
 def parameter(case: Case) -> Any:
     marks = [] if case in DIAGONAL else [*SLOW]
-    if case.is_loaded_sharded:
-        marks.append(UNAVAILABLE)
+    if not case.is_possible:
+        marks.append(needs_distributed)
     return pytest.param(case, id=case.label, marks=marks)
 
 
@@ -189,8 +194,7 @@ class Exports:
         return self.root / "exports" / case.label
 
     def _save(self, cases: Iterable[Case]) -> None:
-        cases = [one for one in cases if has_accelerate or not one.is_loaded_sharded]
-        cases = [case for case in cases if case not in self.saved]
+        cases = [case for case in cases if case.is_possible and case not in self.saved]
         for case in cases:
             self.model_of(case.name, case.origin)
         outcomes = run_ranks(save_cases, WORLD_SIZE, cases, self.root, timeout_s=540)
@@ -324,10 +328,10 @@ def hub_specs(model: PreTrainedModel) -> list[LoadSpec]:
     return specs
 
 
-def save_turned(rank: int, world_size: int, root: Path) -> dict[str, str]:
+def save_turned(root: Path) -> dict[str, str]:
     """Save as the hub has it, with specs of transformers and by hand; what `base` finds."""
     base, found = root / "hub" / "built" / "one-file", {}
-    for parallelism, origin in TURNED_BY.items():
+    for parallelism, origin in TURNED_IN.items():
         model = parallel_model(TURNED, parallelism, saved=base if origin == "loaded" else None)
         try:
             HFExport.from_transformers(model, base=base)
@@ -345,51 +349,70 @@ def save_turned(rank: int, world_size: int, root: Path) -> dict[str, str]:
     return found
 
 
+def save_others(rank: int, world_size: int, root: Path) -> dict[str, str]:
+    """Save what is not in the matrix; return what `save_turned` found."""
+    for name in HALF:
+        save_model(root / "half" / name, fully_sharded(build(name)), None, dtype="bfloat16")
+    return save_turned(root)
+
+
 @pytest.fixture(scope="module")
-def turned(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
-    root = tmp_path_factory.mktemp("turned")
+def others(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+    root = tmp_path_factory.mktemp("others")
     model = unsharded(TURNED)
     for origin in ORIGINS:
         for size, max_shard_size in SIZES.items():
             save_as_hub(model, root / "hub" / origin / size, max_shard_size)
         # The order in which its keys fill the files depends on where a model comes from.
         model = type(model).from_pretrained(root / "hub" / "built" / "one-file")
-    return root, run_ranks(save_turned, WORLD_SIZE, root)[0]
+    return root, run_ranks(save_others, WORLD_SIZE, root)[0]
 
 
-@pytest.mark.parametrize("parallelism", TURNED_BY)
+@pytest.mark.parametrize("parallelism", TURNED_IN)
 def test_base_tells_that_it_is_transposed_when_model_is_held_by_ranks(
-    turned: tuple[Path, dict[str, str]], parallelism: str
+    others: tuple[Path, dict[str, str]], parallelism: str
 ) -> None:
-    found = turned[1][parallelism]
+    found = others[1][parallelism]
     assert "transposed in dims 1, 2" in found
     assert "down_proj" in found
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("parallelism", TURNED_BY)
+@pytest.mark.parametrize("parallelism", TURNED_IN)
 def test_export_has_the_orientation_of_the_hub_when_base_has_it(
-    turned: tuple[Path, dict[str, str]], parallelism: str, size: str
+    others: tuple[Path, dict[str, str]], parallelism: str, size: str
 ) -> None:
-    root, _ = turned
-    export, hub = root / parallelism / size / "hf", root / "hub" / TURNED_BY[parallelism] / size
+    root, _ = others
+    export, hub = root / parallelism / size / "hf", root / "hub" / TURNED_IN[parallelism] / size
     assert export_difference(export, hub) is None
     assert reload_difference(export, unsharded(TURNED)) is None
 
 
-@pytest.mark.parametrize("parallelism", TURNED_BY)
+@pytest.mark.parametrize("parallelism", TURNED_IN)
 def test_export_has_the_orientation_of_the_hub_when_a_spec_transposes(
-    turned: tuple[Path, dict[str, str]], parallelism: str
+    others: tuple[Path, dict[str, str]], parallelism: str
 ) -> None:
-    root, _ = turned
+    root, _ = others
     export = root / parallelism / "by-hand" / "hf"
     assert export_difference(export, root / "hub" / "built" / "one-file") is None
 
 
-@pytest.mark.parametrize("parallelism", TURNED_BY)
+@pytest.mark.parametrize("parallelism", TURNED_IN)
 def test_stock_load_gives_the_runtime_orientation_when_the_export_has_that_of_the_hub(
-    turned: tuple[Path, dict[str, str]], parallelism: str
+    others: tuple[Path, dict[str, str]], parallelism: str
 ) -> None:
     expected = unsharded(TURNED).state_dict()
-    loaded = load_dcp(turned[0] / parallelism / "several", {"model": expected})
+    loaded = load_dcp(others[0] / parallelism / "several", {"model": expected})
     assert tensor_difference(loaded["model"], expected) is None
+
+
+@pytest.mark.parametrize("name", HALF)
+def test_export_equals_that_of_a_half_model_when_float32_is_exported_so(
+    others: tuple[Path, dict[str, str]], tmp_path: Path, name: str
+) -> None:
+    export = others[0] / "half" / name / "hf"
+    model = unsharded(name)
+    assert len({tensor.dtype for tensor in model.state_dict().values()}) == 1 + HALF[name]
+    model.save_pretrained(tmp_path)
+    assert export_difference(export, tmp_path) is None
+    assert other_files(export) == other_files(tmp_path)
