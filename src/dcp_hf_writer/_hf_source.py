@@ -128,6 +128,7 @@ class HFSource:
         wanted |= {name for name in names if name not in specs}
         self.stored = directory.logical(wanted)
         self.specs = {name: self._as_stored(spec) for name, spec in specs.items()}
+        self._own: dict[str, LoadSpec] = {}
         self._targets: dict[str, tuple[PartTarget, ...]] = {}
         self._number_of_file = {name: i for i, name in enumerate(directory.headers)}
         self._files = list(directory.headers)
@@ -139,25 +140,26 @@ class HFSource:
             return spec
         return LoadSpec(spec.name, spec.name, spec.global_shape, shards=spec.shards)
 
-    def names(self) -> dict[str, LoadSpec]:
-        """Return the runtime tensors that the directory holds all of, with their specs."""
-        found = {name: spec for name, spec in self.specs.items() if not self.missing_keys(name)}
+    def names(self) -> list[str]:
+        """Return the runtime tensors that the directory holds all of."""
         taken = {key for spec in self.specs.values() for key in spec.hf_keys}
-        for key, stored in self.stored.items():
-            if key not in taken and key not in self.specs:
-                found[key] = LoadSpec(key, key, stored.shape)
-        for key, kept in self._tied.items():
-            if kept in self.stored and key not in found and key not in self.specs:
-                found[key] = LoadSpec(key, key, self.stored[kept].shape)
+        found = [name for name in self.specs if not self.missing_keys(name)]
+        found += [key for key in self.stored if key not in taken and key not in self.specs]
+        known = set(found)
+        found += [
+            key
+            for key, kept in self._tied.items()
+            if kept in self.stored and key not in known and key not in self.specs
+        ]
         return found
 
     def spec(self, name: str) -> LoadSpec | None:
         """Return the spec of a runtime tensor, or one that says it is stored under its name."""
-        spec = self.specs.get(name)
-        if spec is not None:
-            return spec
+        spec = self.specs.get(name) or self._own.get(name)
         stored = self.stored.get(self._key(name))
-        return None if stored is None else LoadSpec(name, name, stored.shape)
+        if spec is None and stored is not None:
+            spec = self._own[name] = LoadSpec(name, name, stored.shape)
+        return spec
 
     def missing_keys(self, name: str) -> list[str]:
         """Return the keys that a runtime tensor needs and the directory lacks."""

@@ -74,6 +74,8 @@ class InputFiles(ABC):
     """The directory, for errors."""
     readers: int
     """Number of reads that are worth having in flight."""
+    reads_ahead: bool
+    """Whether an open file is read ahead of one reader, so that each thread wants its own."""
 
     @abstractmethod
     def open(self, name: str) -> InputFile:
@@ -169,6 +171,7 @@ class LocalFiles(InputFiles):
     """Files below a directory of this host's file systems."""
 
     readers = _LOCAL_READERS
+    reads_ahead = True
 
     def __init__(self, path: str) -> None:
         """Read below `path`, which may itself be a link."""
@@ -305,6 +308,7 @@ class FsspecFiles(InputFiles):
     """Files on a store that fsspec knows."""
 
     readers = _REMOTE_READERS
+    reads_ahead = False
 
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
         """Connect to the store of `url`.
