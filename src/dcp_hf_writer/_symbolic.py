@@ -121,6 +121,12 @@ class SymbolicTensor(torch.Tensor):
         stop = first + span(loops)
         found = []
         for run, run_stop in self.memory.runs:
+            if run.at <= first and stop <= run_stop and len(run.loops) == 1 == run.loops[0][1]:
+                # The view is of an unbroken run, as that of a whole runtime tensor is.
+                step = run.loops[0][2]
+                start = run.start + (first - run.at) * step
+                within = [(extent, to, over * step) for extent, over, to in loops]
+                return [Run(run.source, 0, start, merged(within))]
             if run.at < stop and first < run_stop:
                 for at, start, common in meetings(loops, run.loops, run.at - first):
                     found.append(Run(run.source, at, run.start + start, merged(common)))
