@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from audit import faults
 from compare import tensor_difference
-from dcp_hf_writer import HFDualWriter, HFExport
+from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport
 from dcp_hf_writer.planner import HFLoadPlanner, HFSavePlanner
 from expert_layouts import LAYOUTS, W2, W13, exported_of, model_of, specs_of, state_of
 from ranks import run_ranks
@@ -44,6 +44,14 @@ def save_each(rank: int, world_size: int, root: Path) -> None:
             planner=HFSavePlanner(specs, dedup_save_to_lowest_rank=step % 2 == 1),
         )
         spoil(state)
+        future.result()
+        future = dcp.async_save(
+            state_of(step, layout, **held),
+            storage_writer=HFDualWriter(
+                root / f"once {name}", export=HFExport(specs=specs), weights="once"
+            ),
+            planner=HFSavePlanner(specs),
+        )
         future.result()
     layout = LAYOUTS[CACHED]
     specs = specs_of(layout, rank, world_size)
@@ -94,10 +102,14 @@ def load_each(rank: int, world_size: int, root: Path) -> list[str]:
     wrong = []
     for step, saved_as in enumerate(LAYOUTS):
         for name, layout in LAYOUTS.items():
+            # Each layout is also read where the weights are stored once, in one of the others.
+            is_once = list(LAYOUTS).index(name) == (step + 1) % len(LAYOUTS)
             held = {"layout": layout, "rank": rank, "world_size": world_size}
             target, expected = state_of(99, **held), state_of(step, **held)
             specs = specs_of(layout, rank, world_size)
-            dcp.load(target, checkpoint_id=root / saved_as, planner=HFLoadPlanner(specs))
+            path = root / (f"once {saved_as}" if is_once else saved_as)
+            reader = HFDualReader(path) if is_once else FileSystemReader(path)
+            dcp.load(target, storage_reader=reader, planner=HFLoadPlanner(specs))
             different = [fqn for fqn, one in flat(target).items() if one != flat(expected)[fqn]]
             if different or target["step"] != step:
                 wrong.append(f"{saved_as} as {name}: {different}")
