@@ -9,12 +9,13 @@ import torch
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
+from dcp_hf_writer._blocked import blocked_tensors
 from dcp_hf_writer._boxes import whole
 from dcp_hf_writer._fit import flat_tensors
 from dcp_hf_writer._hf_source import Block, Findings, HFSource
 from dcp_hf_writer._load_blocks import load_blocks
 from dcp_hf_writer._model_entry import model_prefix, names_in_model
-from dcp_hf_writer._shards import blocks_of, local_shape, shards_of
+from dcp_hf_writer._shards import blocks_of, shards_of
 from dcp_hf_writer._sources import find_place, open_hf_source
 from dcp_hf_writer._tensors import memory_identity
 from dcp_hf_writer.errors import ConfigError, PlanningError
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Iterable, Iterator, Mapping
 
-    from dcp_hf_writer._boxes import Box
-    from dcp_hf_writer.spec import LoadSpec, ShardSpec
+    from dcp_hf_writer._boxes import Box, Shape
+    from dcp_hf_writer.spec import LoadSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,8 +85,8 @@ def load_hf(
         ReadError: If there are no weights, or they cannot be read.
         CorruptCheckpointError: If they are damaged, or not what they say they are.
     """
-    tensors = _tensors_of(model_or_state_dict, key)
     by_name = _specs_of(model_or_state_dict, specs)
+    tensors = _held(_tensors_of(model_or_state_dict, key), by_name)
     place = find_place(path, "hf", storage_options, with_manifest=verify)
     source, inputs = open_hf_source(place, by_name, names=tensors)
     with inputs:
@@ -93,7 +94,8 @@ def load_hf(
         bad = findings if strict else Findings(mismatched=findings.mismatched)
         if bad != Findings():
             bad.refuse(place.weights.path, hint=_HINT if findings.missing else None)
-        blocks = [block for name in chosen for block in _blocks(source, name, tensors[name])]
+        parts = [(name, box, target) for name in chosen for box, target in tensors[name].parts]
+        blocks = [Block(name, box, target) for name, box, target in parts if box.numel]
         load_blocks(place, source, inputs, blocks, is_verified=verify)
     return LoadedKeys(tuple(sorted(findings.missing)), tuple(sorted(findings.unexpected)))
 
@@ -142,76 +144,75 @@ def _specs_of(
     return specs_by_name(specs)
 
 
-def _choose(source: HFSource, tensors: Mapping[str, torch.Tensor]) -> tuple[list[str], Findings]:
+def _choose(source: HFSource, tensors: Mapping[str, _Held]) -> tuple[list[str], Findings]:
     """Choose one name for each memory, and say what does not fit."""
     chosen: dict[Any, str] = {}
     missing: dict[str, Any] = {}
     taken: set[str] = set()
-    for name, tensor in tensors.items():
-        identity = memory_identity(tensor) or name
+    for name, held in tensors.items():
+        identity = memory_identity(held.tensor) or name
         if source.missing_keys(name):
             missing[name] = identity
         else:
             chosen.setdefault(identity, name)
             taken |= source.keys_of(name)
-    mismatched = []
-    for name in chosen.values():
-        fault = source.fault(name, _whole_shape(source, name, tensors[name]), tensors[name].dtype)
-        if fault is not None:
-            mismatched.append(f"{name} ({fault})")
+    faults = {
+        name: source.fault(name, tensors[name].shape, tensors[name].tensor.dtype)
+        for name in chosen.values()
+    }
     findings = Findings(
         tuple(name for name, identity in missing.items() if identity not in chosen),
-        tuple(mismatched),
+        tuple(f"{name} ({fault})" for name, fault in faults.items() if fault is not None),
         tuple(source.stored.keys() - taken),
     )
     return list(chosen.values()), findings
 
 
-def _whole_shape(source: HFSource, name: str, tensor: torch.Tensor) -> tuple[int, ...]:
-    """Return the shape of the whole tensor of which a rank holds a part."""
-    spec = source.spec(name)
-    if spec is not None and spec.shards:
-        return spec.global_shape
-    return tuple(tensor.shape)
+@dataclass(frozen=True, eq=False, slots=True)
+class _Held:
+    """What this rank holds of one tensor of the model."""
+
+    tensor: torch.Tensor
+    """As the state dict has it."""
+    shape: Shape
+    """Shape of the whole tensor."""
+    parts: tuple[tuple[Box, torch.Tensor], ...]
+    """Blocks of the whole tensor, and the memory of each."""
 
 
-def _blocks(source: HFSource, name: str, tensor: torch.Tensor) -> Iterator[Block]:
-    """Yield the blocks of the whole tensor that this rank holds."""
-    spec = source.spec(name)
-    declared = () if spec is None else spec.shards
-    if not isinstance(tensor, DTensor):
-        shape = tuple(tensor.shape) if spec is None else spec.global_shape
-        yield from _local_blocks(name, tensor, shape, declared)
-        return
+def _held(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, LoadSpec]) -> dict[str, _Held]:
+    """Find the blocks of each tensor that this rank holds."""
+    blocked = blocked_tensors(dict(tensors), {}, specs, key=None)
+    found = {}
+    for name, tensor in tensors.items():
+        special = blocked.get(name)
+        if special is not None:
+            boxes = [block.global_box for block in special.blocks]
+            parts = tuple((box, special.part(box.offsets)) for box in boxes)
+            found[name] = _Held(tensor, special.shape, parts)
+        elif isinstance(tensor, DTensor):
+            found[name] = _Held(tensor, tuple(tensor.shape), tuple(_placed(name, tensor)))
+        else:
+            shape = tuple(tensor.shape)
+            found[name] = _Held(tensor, shape, ((whole(shape), tensor.detach()),))
+    return found
+
+
+def _placed(name: str, tensor: DTensor) -> Iterator[tuple[Box, torch.Tensor]]:
+    """Yield the one block of a DTensor that this rank holds, if it holds one."""
     coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is not None:
-        shards = shards_of(tensor.placements, tensor.device_mesh.shape, coordinate)
-        shape = tuple(tensor.shape)
-        if declared and spec is not None and shape != spec.global_shape:
-            shape, shards = spec.global_shape, (*declared, *shards)
-        yield from _local_blocks(name, tensor.to_local(), shape, shards)
-
-
-def _local_blocks(
-    name: str, local: torch.Tensor, shape: tuple[int, ...], shards: tuple[ShardSpec, ...]
-) -> Iterator[Block]:
-    described = local_shape(shape, shards)
-    if tuple(local.shape) != described:
+    if coordinate is None:
+        return
+    local = tensor.to_local().detach()
+    shards = shards_of(tensor.placements, tensor.device_mesh.shape, coordinate)
+    blocks = blocks_of(tuple(tensor.shape), shards)
+    if local.numel() != sum(block.global_box.numel for block in blocks) or len(blocks) > 1:
         raise PlanningError(
-            "a rank holds another part of a tensor than its placements or its spec say",
+            "a rank holds another part of a tensor than its placements say",
             phase="plan",
             fqn=name,
-            expected=f"a local tensor of shape {list(described)}",
+            expected=[block.global_box.sizes for block in blocks],
             found=f"shape {list(local.shape)}",
         )
-    for block in blocks_of(shape, shards):
-        if block.global_box.numel:
-            yield Block(name, block.global_box, _view(local.detach(), block.local_box))
-
-
-def _view(tensor: torch.Tensor, box: Box) -> torch.Tensor:
-    if box == whole(tuple(tensor.shape)):
-        return tensor
-    for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
-        tensor = tensor.narrow(dim, offset, size)
-    return tensor
+    for block in blocks:
+        yield block.global_box, local
