@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -145,9 +146,11 @@ def test_slab_is_pinned_and_reused(tmp_path: Path, group: None) -> None:
     state = {"model": some_state()}
     writer = HFDualWriter(tmp_path / "0")
     writer.warm_up(state)
+    gc.collect()
     before = torch.cuda.memory_allocated()
     for step in range(3):
         dcp.async_save(state, storage_writer=writer, checkpoint_id=tmp_path / str(step)).result()
+    gc.collect()
     assert torch.cuda.memory_allocated() == before
     with open("/proc/self/maps") as maps:
         assert sum("memfd:" in line for line in maps) == 1

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 
+__all__ = ["LoadSpec", "Piece", "ShardSpec", "SpecPart"]
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Elements of a runtime tensor, and where each stands in a HuggingFace tensor.
@@ -70,7 +73,10 @@ class LoadSpec:
     fused_dim: int
     """Dimension along which the parts follow one another."""
     shards: tuple[ShardSpec, ...]
-    """How a plain tensor was cut by hand, in order; empty for whole tensors and DTensors."""
+    """How this rank's part of a plain tensor was cut, in order; empty for a whole one.
+
+    A DTensor is taken as its placements say, whatever stands here.
+    """
     origin_shape: Shape
     """Shape without runtime padding; what lies beyond it is not exported, and loads as zeros."""
     fused_sizes: tuple[int, ...] | None
