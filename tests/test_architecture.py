@@ -16,7 +16,7 @@ ROOT = Path(dcp_hf_writer.__file__).parent
 # Each module may import from its own layer and from those above it, in the order of the design.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_hooks"),
-    ("_boxes", "_dtypes", "_copies", "_strict_json"),
+    ("_name_patterns", "_boxes", "_dtypes", "_copies", "_strict_json"),
     ("_affine", "_symbolic"),
     ("_shards",),
     ("spec", "export"),
@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_parse_header", "_parse_manifest", "_sweep", "_problems"),
     ("_unpickle", "_dcp_metadata", "_archived", "_read_plan"),
     ("_tensors", "_plan_data", "_plan_cache"),
+    ("_explanation", "_explanation_table", "explain"),
     ("_agreement", "_fill", "_stock"),
     ("_blocked", "planner"),
     ("_slab", "staging", "_caller"),
@@ -42,11 +43,12 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_commit",),
     ("_checksums",),
     ("_attempt", "_watchdog", "_coordinator", "_guards", "_write_phase", "_stager"),
-    ("_plan_check", "_hand_sharded", "_ties", "_local_facts"),
+    ("_plan_check", "_hand_sharded", "_ties", "_local_facts", "_joined_save"),
     ("integrations", "integrations._twin", "integrations._base_check"),
     ("integrations._conversions", "integrations.transformers", "integrations.torchtitan"),
-    ("_check_hf", "verify"),
+    ("_check_hf", "_verify"),
     ("reader", "load", "_materialize"),
+    ("_dry_run",),
     ("writer", "stream"),
     ("",),
 )
@@ -55,7 +57,7 @@ LAYER = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
 PLANNING = (
     *("_boxes", "_dtypes", "_header", "_layout", "_model_entry", "_report", "_manifest"),
-    *("_copies", "_regions", "_once"),
+    *("_copies", "_regions", "_once", "_name_patterns"),
     *("_affine", "_symbolic", "_derivation"),
     *("_shards", "_spec_match"),
     *("_buckets", "_rounds"),

@@ -14,9 +14,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
 from audit import faults, read_manifest
-from dcp_hf_writer import HFDualWriter, HFExport, _checksums
+from dcp_hf_writer import HFDualWriter, HFExport, _checksums, verify
 from dcp_hf_writer.errors import ConfigError, ExportError, LayoutError, SaveTimeoutError
-from dcp_hf_writer.verify import verify
 from ranks import run_ranks
 from small import dcp_difference, state_of
 

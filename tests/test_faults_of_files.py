@@ -23,17 +23,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from audit import MANIFEST_NAME
 from checkpoints import copied, flip, manifest_of, put_manifest, sign
 from compare import INDEX_NAME, tensor_difference
-from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
+from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, LoadSpec, verify
 from dcp_hf_writer.errors import CheckpointError, CorruptCheckpointError, LayoutError, ReadError
-from dcp_hf_writer.reader import HFDualReader
-from dcp_hf_writer.verify import verify
 from ranks import run_ranks
 from small import MODEL, model_of, state_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dcp_hf_writer.verify import VerifyReport
+    from dcp_hf_writer import VerifyReport
 
 STEP = 100
 Source = Literal["dcp", "hf"]

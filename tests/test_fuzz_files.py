@@ -28,11 +28,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from audit import MANIFEST_NAME
 from checkpoints import encoded, sign
 from compare import INDEX_NAME, tensor_difference
-from dcp_hf_writer import HFDualWriter, HFExport
+from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, verify
 from dcp_hf_writer._dcp_metadata import parse_metadata
 from dcp_hf_writer.errors import CheckpointError, CorruptCheckpointError
-from dcp_hf_writer.reader import HFDualReader
-from dcp_hf_writer.verify import verify
 from mutations import pickle_streams, spoiled_bytes, spoiled_json, spoiled_metadata
 from small import MODEL, model_of, state_of
 

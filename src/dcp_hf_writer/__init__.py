@@ -3,6 +3,7 @@
 from dcp_hf_writer import errors
 from dcp_hf_writer._derivation import specs_from_function
 from dcp_hf_writer._materialize import materialize
+from dcp_hf_writer._verify import VerifyReport, verify
 from dcp_hf_writer.export import HFExport
 from dcp_hf_writer.integrations.transformers import specs_from_transformers
 from dcp_hf_writer.load import load_hf
@@ -22,6 +23,7 @@ __all__ = [
     "LoadSpec",
     "Piece",
     "ShardSpec",
+    "VerifyReport",
     "WriteSlots",
     "errors",
     "iter_hf_buckets",
@@ -29,4 +31,5 @@ __all__ = [
     "materialize",
     "specs_from_function",
     "specs_from_transformers",
+    "verify",
 ]

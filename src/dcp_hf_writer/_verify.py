@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from dcp_hf_writer._input_files import InputFiles
     from dcp_hf_writer._parse_manifest import Manifest
 
-__all__ = ["Problem", "VerifyReport", "verify"]
-
 _SHOWN = 20
 """How many problems the text of a report lists."""
 _MIB = 1 << 20
