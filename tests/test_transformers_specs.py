@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
@@ -89,6 +89,25 @@ def test_dequantised_model_gets_the_names_of_one_that_never_was(
     assert specs_from_transformers(model) == specs_from_transformers(plain)
     with pytest.warns(UserWarning, match="the base is quantised in model.layers.0"):
         specs_from_transformers(model, base=tmp_path)
+
+
+def test_prefixes_of_the_checkpoint_are_kept_beside_quantisation(tmp_path: Path) -> None:
+    from transformers.core_model_loading import WeightConverter
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    model = build("gemma3_vision")
+    model.save_pretrained(tmp_path)
+    # As the hub has it, and a model that is built from its config does not.
+    tensors = {
+        key.replace("vision_tower.", "vision_tower.vision_model."): one
+        for key, one in saved(tmp_path).items()
+    }
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    loaded = type(model).from_pretrained(tmp_path)
+    layout = layout_of(loaded, base=tmp_path, orientation="model")
+    assert layout.keys == tensors.keys()
+    loaded._weight_conversions.append(WeightConverter("a.b", "a.b", [Fp8Dequantize(None)]))
+    assert layout_of(loaded, base=tmp_path, orientation="model").keys == tensors.keys()
 
 
 # ---- sharded and wrapped models
