@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Reader = "Callable[[int, int], bytes]"
 
+_END_NBYTES = 22
+"""Size of the record that ends an archive without a comment."""
+
 # All that is looked at of an archive is small; who claims otherwise is not believed.
 _MAX_NBYTES = 1 << 17
 
@@ -129,7 +132,14 @@ def _directory(
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as e:
         found = str(e)
     else:
-        return {entry.filename: entry for entry in entries}
+        # zipfile looks past what stands before and after an archive; torch leaves nothing there.
+        end = read(nbytes - _END_NBYTES, _END_NBYTES)
+        if (
+            end.startswith(b"PK\x05\x06")
+            and min((e.header_offset for e in entries), default=1) == 0
+        ):
+            return {entry.filename: entry for entry in entries}
+        found = "other bytes around it"
     return _refuse(path, "is none of torch.save", found=found)
 
 

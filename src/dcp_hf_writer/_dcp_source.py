@@ -191,9 +191,9 @@ class DCPSource:
         kind = (where.length, entry.properties.dtype, self._chunk_sizes(index))
         known = self._known.get(kind)
         with self._inputs.use(where.relative_path) as file:
+            _check_place(file, where, index)
             if known is not None and file.read(where.offset, len(known[0])) == known[0]:
                 return known[1]
-            _check_place(file, where, index)
             try:
                 found = find_tensor(
                     lambda start, nbytes: file.read(where.offset + start, nbytes),
