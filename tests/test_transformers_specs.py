@@ -295,6 +295,31 @@ def test_tied_name_is_an_alias() -> None:
     )
 
 
+def test_tensors_that_save_pretrained_ignores_are_left_out(tmp_path: Path) -> None:
+    from transformers import MarianConfig, MarianMTModel
+
+    model = MarianMTModel(
+        MarianConfig(
+            vocab_size=50,
+            d_model=16,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=16,
+            decoder_ffn_dim=16,
+            max_position_embeddings=16,
+            pad_token_id=0,
+            decoder_start_token_id=1,
+        )
+    )
+    model.save_pretrained(tmp_path / "reference", max_shard_size=3_000)
+    found = export(model, tmp_path / "export", max_shard_size=3_000)
+    assert export_difference(found, tmp_path / "reference") is None
+    name = "model.encoder.embed_positions.weight"
+    assert specs_from_transformers(model)[name] == LoadSpec(name, (), (16, 16), pieces=())
+
+
 def test_modules_that_transformers_keeps_in_float32_keep_their_dtype(tmp_path: Path) -> None:
     model = build("deepseek_v3")
     found = saved(
