@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
 from audit import faults
-from dcp_hf_writer import HFDualWriter, HFExport, _coordinator, _hooks, _owner, writer
+from dcp_hf_writer import HFDualWriter, HFExport, _coordinator, _hooks, _owner
 from dcp_hf_writer._assets import Assets
 from dcp_hf_writer._attempt import Attempt
 from dcp_hf_writer._boxes import whole
@@ -89,7 +89,7 @@ def save_from_two_hosts(rank: int, world_size: int, root: Path) -> str:
     """Save as if each rank were on a host of its own, on NFS; return what was raised."""
     monkeypatch = pytest.MonkeyPatch()
     monkeypatch.setattr(_owner, "host_id", lambda: f"host {rank}")
-    monkeypatch.setattr(writer, "file_system_type", lambda _: "nfs4")
+    monkeypatch.setattr(_coordinator, "file_system_type", lambda _: "nfs4")
     state = state_of(1, init_device_mesh("cpu", (world_size,)))
     with pytest.raises(IncoherentStorageError) as caught:
         dcp.async_save(state, storage_writer=HFDualWriter(root / "step-1")).result()

@@ -104,16 +104,26 @@ def without_objects(export: HFExport) -> HFExport:
     return bare
 
 
+def file_of_key_in_like(export: HFExport) -> dict[str, str] | None:
+    """Return the file of each key in `like`, reading nothing else; `None` without `like`.
+
+    Raises:
+        ConfigError: If `like` is not what it must be.
+    """
+    if export.like is None:
+        return None
+    base = Path(export.like)
+    if not base.is_dir():
+        msg = "like must be a model directory"
+        raise ConfigError(msg, path=str(base), expected="a directory", found="none")
+    return _file_of_key(base)
+
+
 def _render(export: HFExport) -> Assets:
     files: dict[str, bytes] = {}
-    file_of_key = None
+    file_of_key = file_of_key_in_like(export)
     if export.like is not None:
-        base = Path(export.like)
-        if not base.is_dir():
-            msg = "like must be a model directory"
-            raise ConfigError(msg, path=str(base), expected="a directory", found="none")
-        file_of_key = _file_of_key(base)
-        files.update(_other_files(base))
+        files.update(_other_files(Path(export.like)))
     for asset in _each(export.assets):
         files.update(_render_one(asset))
     for name in files:

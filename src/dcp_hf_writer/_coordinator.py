@@ -19,6 +19,7 @@ from dcp_hf_writer._manifest import WholeFile, encode_manifest
 from dcp_hf_writer._owner import Owner
 from dcp_hf_writer._report import RankReport, check_coverage
 from dcp_hf_writer._source import digest_of
+from dcp_hf_writer._write_phase import export_error
 from dcp_hf_writer._writes import OpenFiles
 from dcp_hf_writer.errors import (
     CommitError,
@@ -104,6 +105,34 @@ def make_directory(directory: StagingDirectory, *, overwrite: bool, attempt: Att
     attempt.directory = directory
     reach("directory made")
     files.sync(files.take(record.path) or record)
+
+
+def make_export(
+    plan: GlobalPlan, assets: Assets | None, attempt: Attempt, *, strategy: str, subdir: str
+) -> bool:
+    """Make the files of the export; `False` if they cannot be made, so that it is left out.
+
+    Raises:
+        IncoherentStorageError: If hosts may not share files here.
+    """
+    directory, files = attempt.directory, attempt.files
+    if plan.layout is None or assets is None or directory is None or files is None:
+        return True
+    check_strategy(
+        hosts=plan.hosts,
+        fs_type=file_system_type(directory.path),
+        strategy=strategy,
+        path=attempt.target,
+    )
+    try:
+        attempt.whole_files = prepare_export(directory, plan.layout, assets, files, subdir=subdir)
+    except WriteError as error:
+        path = os.path.join(directory.path, subdir)
+        files.discard_below(path)
+        drop_export(directory, subdir)
+        attempt.export_error = export_error(error, rank=attempt.rank, path=path)
+        return False
+    return True
 
 
 def prepare_export(

@@ -400,16 +400,40 @@ def coverage_fault(parts: Sequence[tuple[Shape, IndexLoops]], shape: Shape) -> s
     wanted, have = math.prod(shape), sum(math.prod(map(len, sets)) for sets in visited)
     if have != wanted:
         return f"the parts hold {have} elements, the tensor has {wanted}"
-    atoms = [_atoms([sets[d] for sets in visited], n) for d, n in enumerate(shape)]
-    cells = np.zeros([int(labels.max()) + 1 for labels in atoms], dtype=np.int32)
-    for sets in visited:
-        cells[np.ix_(*(np.unique(atoms[d][i]) for d, i in enumerate(sets)))] += 1
+    atoms, cells = _cells(visited, shape)
     # The volumes add up, so a cell that is visited twice means another that is not visited.
     bad = np.argwhere(cells != 1)
     if not len(bad):
         return None
     at = [int((atoms[d] == label).argmax()) for d, label in enumerate(bad[0])]
     return f"parts overlap or leave a gap at {at}"
+
+
+def covered(parts: Sequence[tuple[Shape, IndexLoops]], shape: Shape) -> int:
+    """Count the elements of a tensor that loops over it visit, each once.
+
+    Args:
+        parts: First index and loops of each part, within the tensor.
+        shape: Shape of the tensor; `()` for a scalar.
+    """
+    if not parts:
+        return 0
+    atoms, cells = _cells([_indices(start, loops) for start, loops in parts], shape)
+    volumes = (cells > 0).astype(np.int64)
+    for labels in atoms:
+        volumes = np.tensordot(np.bincount(labels), volumes, axes=(0, 0))
+    return int(volumes)
+
+
+def _cells(
+    visited: Sequence[Sequence[npt.NDArray[np.int64]]], shape: Shape
+) -> tuple[list[npt.NDArray[np.int64]], npt.NDArray[np.int32]]:
+    """Return the atoms of each dimension, and how many parts visit each cell of theirs."""
+    atoms = [_atoms([sets[d] for sets in visited], n) for d, n in enumerate(shape)]
+    cells = np.zeros([int(labels.max()) + 1 for labels in atoms], dtype=np.int32)
+    for sets in visited:
+        cells[np.ix_(*(np.unique(atoms[d][i]) for d, i in enumerate(sets)))] += 1
+    return atoms, cells
 
 
 def _indices(start: Shape, loops: IndexLoops) -> list[npt.NDArray[np.int64]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import xxhash
@@ -55,6 +55,22 @@ def is_interleaved(blocks: Iterable[tuple[WriteItem, Region]]) -> bool:
     return any(region.hf_runs().count > 1 for _, region in blocks)
 
 
+def way_of(tensor: torch.Tensor, region: Region) -> Literal["direct", "cast", "strided"]:
+    """Say how a block gets into its file: as it lies in memory, or through the bounce buffer.
+
+    Args:
+        tensor: What the rank holds, on any device.
+        region: A block of it.
+
+    Returns:
+        `"cast"` if the buffer changes the dtype, `"strided"` if it only brings the elements into
+        the order of the file.
+    """
+    if needs_cast(tensor.dtype, region.target):
+        return "cast"
+    return "direct" if runtime_view(tensor, region.copy).is_contiguous() else "strided"
+
+
 class BlockWriter:
     """Writes blocks of one rank; keeps its bounce buffer from save to save."""
 
@@ -102,9 +118,8 @@ class BlockWriter:
         self, file: OutputFile, item: WriteItem, region: Region, source: TensorSource
     ) -> str:
         tensor = source.tensor(item)
-        view = runtime_view(tensor, region.copy)
-        if not needs_cast(tensor.dtype, region.target) and view.is_contiguous():
-            data = host_bytes(view)
+        if way_of(tensor, region) == "direct":
+            data = host_bytes(runtime_view(tensor, region.copy))
             _write_runs(file, data, region.hf_runs())
             is_item = tensor.is_contiguous() and len(data) == tensor.nbytes
             return source.digest(item, data) if is_item else digest_of(data)

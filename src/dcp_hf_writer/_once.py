@@ -85,19 +85,20 @@ def targets_stored_once(
         is_same = (tensor.shape, tensor.dtype) == (kept.shape, kept.dtype)
         if is_same and not any(needs_cast(tensor.dtype, part) for part in parts):
             copies = [copy for part in parts for copy in part.copies]
-            if copies and _fault(copies, tensor.shape) is None:
+            if copies and is_whole(copies, tensor.shape):
                 found[fqn] = parts
     return found
 
 
-def _fault(copies: Sequence[Copy], shape: Shape) -> str | None:
+def is_whole(copies: Sequence[Copy], shape: Shape) -> bool:
+    """Whether copies read each element of a runtime tensor once."""
     if sum(copy.numel for copy in copies) != math.prod(shape):
-        return "elements are missing"
+        return False
     boxes = [runtime_box(copy) for copy in copies]
     solid = [box for box in boxes if box is not None]
     if len(solid) == len(boxes):
-        return tiling_fault(solid, shape)
-    return coverage_fault([(copy.start, runtime_loops(copy)) for copy in copies], shape)
+        return tiling_fault(solid, shape) is None
+    return coverage_fault([(copy.start, runtime_loops(copy)) for copy in copies], shape) is None
 
 
 def stored_once(

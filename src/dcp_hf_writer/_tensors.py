@@ -28,9 +28,10 @@ def memory_of(state_dict: Mapping[str, Any]) -> dict[str, int]:
 
 
 def memory_identity(value: torch.Tensor) -> tuple[Any, ...] | None:
-    """Name the memory and view of a tensor; equal for tied tensors, `None` without elements."""
+    """Name the memory and view of a tensor; equal for tied tensors, `None` for one without."""
     local = value._local_tensor if isinstance(value, DTensor) else value  # noqa: SLF001
-    if type(local) not in {torch.Tensor, torch.nn.Parameter} or not local.numel():
+    is_plain = type(local) in {torch.Tensor, torch.nn.Parameter}
+    if not is_plain or local.is_meta or not local.numel():
         return None
     where = (local.device, local.data_ptr(), local.dtype)
     return (*where, tuple(local.shape), local.stride(), tuple(value.shape))

@@ -19,13 +19,15 @@ from dcp_hf_writer._caller import current_planner, current_staged, gathered_plan
 from dcp_hf_writer._checksums import add_checksums
 from dcp_hf_writer._commit import StagingDirectory
 from dcp_hf_writer._dcp_half import SlabFileSystemWriter
+from dcp_hf_writer._dry_run import DryRun, fresh_planner
 from dcp_hf_writer._guards import guard_save
 from dcp_hf_writer._hf_half import MAX_BOUNCE_NBYTES
 from dcp_hf_writer._hooks import reach
+from dcp_hf_writer._joined_save import planned_directory
 from dcp_hf_writer._local_facts import check_facts, local_facts
 from dcp_hf_writer._owner import new_save_id
 from dcp_hf_writer._plan_data import RankPlan
-from dcp_hf_writer._rendezvous import Announcement, fall_in, next_count, rendezvous_of
+from dcp_hf_writer._rendezvous import Announcement, next_count, rendezvous_of
 from dcp_hf_writer._stager import SlabStager
 from dcp_hf_writer._write_phase import WritePhase, export_error, take_reports
 from dcp_hf_writer.errors import (
@@ -36,25 +38,20 @@ from dcp_hf_writer.errors import (
     SaveAbortedError,
     SaveTimeoutError,
     StagingError,
-    WriteError,
 )
 from dcp_hf_writer.export import HFExport
 from dcp_hf_writer.slots import WriteSlots
-from dcp_hf_writer.storage._posix import file_system_type, write_errors
+from dcp_hf_writer.storage._posix import write_errors
 
 if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-    from dcp_hf_writer.staging import (
-        StagingMode,
-    )
+    from dcp_hf_writer.explain import Explanation
+    from dcp_hf_writer.staging import StagingMode
 
 _log = logging.getLogger(__name__)
-
-_FIND_S = 60.0
-"""Longest wait for the coordinator's record, which is there before the plan is."""
 
 
 class HFDualWriter(StorageWriter, SlabStager):
@@ -260,7 +257,9 @@ class HFDualWriter(StorageWriter, SlabStager):
         with attempt.timed("prepare"):
             try:
                 _coordinator.make_directory(directory, overwrite=self.overwrite, attempt=attempt)
-                is_ready = self._prepare_export(known, assets)
+                is_ready = _coordinator.make_export(
+                    known, assets, attempt, strategy=self.strategy, subdir=self._subdir
+                )
             except BaseException:
                 attempt.end()
                 raise
@@ -288,33 +287,9 @@ class HFDualWriter(StorageWriter, SlabStager):
                 export,
                 options=options,
                 file_of_key=file_of_key,
-                once=self.weights == "once",
+                once=self._once,
             )
             return known, _plan_data.rank_plans(known, self._prepare_dcp(whole))
-
-    def _prepare_export(self, plan: _plan_data.GlobalPlan, assets: _assets.Assets | None) -> bool:
-        """Make the files of the export; `False` if they cannot be made, so that it is left out."""
-        attempt = self._current()
-        directory, files = attempt.directory, attempt.files
-        if plan.layout is None or assets is None or directory is None or files is None:
-            return True
-        _coordinator.check_strategy(
-            hosts=plan.hosts,
-            fs_type=file_system_type(directory.path),
-            strategy=self.strategy,
-            path=attempt.target,
-        )
-        try:
-            attempt.whole_files = _coordinator.prepare_export(
-                directory, plan.layout, assets, files, subdir=self._subdir
-            )
-        except WriteError as error:
-            path = os.path.join(directory.path, self._subdir)
-            files.discard_below(path)
-            _coordinator.drop_export(directory, self._subdir)
-            attempt.export_error = export_error(error, rank=attempt.rank, path=path)
-            return False
-        return True
 
     def _export_of(self, attempt: Attempt) -> tuple[HFExport | None, _assets.Assets | None]:
         if self.export is None:
@@ -351,7 +326,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             )
         attempt.seconds.setdefault("plan", time.monotonic() - attempt.began)
         try:
-            directory = self._directory(attempt, own)
+            directory = planned_directory(attempt, own)
             attempt.post("write")
             directory.check_visible(rank=attempt.rank)
             _plan_data.check_tied(own.tied, attempt.memory, rank=attempt.rank)
@@ -378,32 +353,6 @@ class HFDualWriter(StorageWriter, SlabStager):
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
-
-    def _directory(self, attempt: Attempt, own: RankPlan) -> StagingDirectory:
-        if attempt.is_coordinator and attempt.directory is not None:
-            directory, plan_id = attempt.directory, self._planned(attempt).plan_id
-        else:
-            if attempt.rendezvous is None:
-                msg = "the ranks of the save have no store in common"
-                raise PlanningError(msg, rank=attempt.rank, phase="write", path=attempt.target)
-            found = attempt.rendezvous.find(
-                attempt.target, timeout_s=min(attempt.left_s(), _FIND_S), rank=attempt.rank
-            )
-            fall_in(found.count)
-            attempt.count = found.count
-            directory, plan_id = StagingDirectory(attempt.target, found.save_id), found.plan_id
-        attempt.directory = directory
-        if plan_id != own.plan_id:
-            msg = "this rank holds a part of another plan"
-            raise PlanningError(
-                msg,
-                rank=attempt.rank,
-                phase="write",
-                expected=f"plan {plan_id[:12]}",
-                found=f"plan {own.plan_id[:12]}",
-                hint="pass the same HFExport and a planner of one run on every rank",
-            )
-        return directory
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Prove that all is there, and publish it (coordinator).
@@ -482,11 +431,35 @@ class HFDualWriter(StorageWriter, SlabStager):
         with attempt.timed("metadata"), write_errors(directory.path):
             writer.finish(metadata, results)
 
+    def explain(
+        self, state_dict: dict[str, Any], *, planner: SavePlanner | None = None
+    ) -> Explanation:
+        """Say what a save would write where, and what it would leave out; writes nothing.
+
+        Called by all ranks of the process group, none of which has a save in flight; each gets the
+        same answer. `print` it for tables. The state dict may lie on the meta device.
+
+        Args:
+            state_dict: What would be saved.
+            planner: Planner of the save; a copy of it is used.
+
+        Raises:
+            PlanningError: As the save would.
+            StagingBusyError: If an earlier save of this writer is not over by its deadline.
+        """
+        self._wait_for_earlier_save()
+        run = DryRun(self.path, self.export, self.process_group, fresh_planner(planner), self._once)
+        return run.run(state_dict)
+
     # -- odds and ends ------------------------------------------------------------------------
 
     @property
     def _subdir(self) -> str:
         return HFExport.subdir if self.export is None else self.export.subdir
+
+    @property
+    def _once(self) -> bool:
+        return self.weights == "once"
 
     def _current(self) -> Attempt:
         if self._attempt is None:
