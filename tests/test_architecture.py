@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_unpickle", "_dcp_metadata", "_archived", "_read_plan"),
     ("_tensors", "_plan_data", "_plan_cache"),
     ("_explanation", "_explanation_table", "explain"),
-    ("_agreement", "_fill", "_stock"),
+    ("_agreement", "_fill", "_groups", "_stock"),
     ("_blocked", "planner"),
     ("_slab", "staging", "_caller"),
     ("_slot_files", "slots"),

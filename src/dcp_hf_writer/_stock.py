@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer._boxes import Box, Shape, tiling_fault, whole
 from dcp_hf_writer._buckets import LOCAL, Chain, Cuts, Held
+from dcp_hf_writer._groups import Groups, is_by_hand
 from dcp_hf_writer._layout import RuntimeTensor
-from dcp_hf_writer._model_entry import model_prefix, names_in_model
 from dcp_hf_writer._shards import blocks_of, local_shape, shards_of
 from dcp_hf_writer.errors import ConfigError, CoverageError, PlanningError, SpecError
 
@@ -25,44 +24,10 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-    from dcp_hf_writer._model_entry import Path
     from dcp_hf_writer.export import HFExport
     from dcp_hf_writer.spec import LoadSpec, ShardSpec
 
 _KINDS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
-
-_UNGROUPED = -1
-
-
-class Groups:
-    """The process groups that tensors are sharded over, in the order in which they are met.
-
-    All ranks that share a group meet it as the same one: groups are told apart by their ranks.
-    """
-
-    def __init__(self) -> None:
-        """Start without groups."""
-        self.all: list[ProcessGroup] = []
-        self.places: list[int] = []
-        self._numbers: dict[tuple[Any, ...], int] = {}
-
-    def add(self, group: ProcessGroup, device_type: str) -> int:
-        """Return the number of a group."""
-        ranks = (device_type, *dist.get_process_group_ranks(group))
-        if ranks not in self._numbers:
-            self._numbers[ranks] = len(self.all)
-            self.all.append(group)
-            self.places.append(dist.get_rank(group))
-        return self._numbers[ranks]
-
-    def add_mesh(self, mesh: DeviceMesh) -> tuple[int, ...]:
-        """Return the number of the group of each dimension; negative where there is one rank."""
-        if mesh.get_coordinate() is None:
-            return (_UNGROUPED,) * mesh.ndim
-        return tuple(
-            self.add(mesh.get_group(dim), mesh.device_type) if mesh.size(dim) > 1 else _UNGROUPED
-            for dim in range(mesh.ndim)
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,38 +55,9 @@ class Stock:
         return next(iter(self.places.values()), None)
 
 
-def flatten(state_dict: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Path]]:
-    """Return the tensors of a nested state dict and their paths, by FQN."""
-    flat, paths = flatten_state_dict(dict(state_dict))
-    tensors = {fqn: value for fqn, value in flat.items() if isinstance(value, torch.Tensor)}
-    return tensors, {fqn: tuple(paths[fqn]) for fqn in tensors}
-
-
-def meet_groups(
-    tensors: Mapping[str, torch.Tensor], export: HFExport, group: ProcessGroup | None
-) -> tuple[Groups, int]:
-    """Collect the groups of all meshes, then the one of tensors that are sharded by hand.
-
-    Returns:
-        The groups, and the number of that last one; negative without such tensors or with one rank.
-    """
-    groups = Groups()
-    for mesh in dict.fromkeys(
-        value.device_mesh for value in tensors.values() if isinstance(value, DTensor)
-    ):
-        groups.add_mesh(mesh)
-    if not any(spec.shards for spec in export.spec_by_fqn.values()) or not dist.is_initialized():
-        return groups, _UNGROUPED
-    chosen = dist.group.WORLD if group is None else group
-    # The size of a group that this rank is not in is negative.
-    if chosen is None or dist.get_world_size(chosen) <= 1:
-        return groups, _UNGROUPED
-    return groups, groups.add(chosen, "")
-
-
 def take_stock(
     tensors: Mapping[str, torch.Tensor],
-    paths: Mapping[str, Path],
+    names: Mapping[str, str],
     export: HFExport,
     *,
     groups: Groups,
@@ -129,18 +65,24 @@ def take_stock(
 ) -> Stock:
     """Find how each tensor of the model is held; looks at this rank alone.
 
+    Args:
+        tensors: Its tensors, by FQN in state-dict order.
+        names: Their names within the model.
+        export: Options, of which the specs count here.
+        groups: All groups that they are sharded over.
+        preserve: Mesh dimension that stays sharded.
+
     Raises:
         PlanningError: If a tensor cannot be streamed.
         ConfigError: If no mesh has the dimension to preserve.
     """
     stock = Stock()
-    names = names_in_model(paths, model_prefix(paths, key=export.key))
     dim_names: dict[str, None] = {}
     for fqn, name in names.items():
         value, spec = tensors[fqn], export.spec_by_fqn.get(name)
         local = _local_of(fqn, value)
         shape = tuple(value.shape)
-        if spec is not None and spec.shards and not _is_whole(value, spec):
+        if spec is not None and is_by_hand(value, spec):
             shape = spec.global_shape
             stock.by_hand[fqn] = _cuts_by_hand(fqn, value, local, spec)
             held = Held(fqn, shape, local.dtype, LOCAL, ((stock.by_hand[fqn],),))
@@ -219,10 +161,6 @@ def _local_of(fqn: str, value: torch.Tensor) -> torch.Tensor:
         )
     # Views that are conjugated or negated when they are read have no bits of their own.
     return local.detach().resolve_conj().resolve_neg()
-
-
-def _is_whole(value: torch.Tensor, spec: LoadSpec) -> bool:
-    return isinstance(value, DTensor) and tuple(value.shape) == spec.global_shape
 
 
 def _description(value: torch.Tensor, held: Held) -> tuple[Any, ...]:

@@ -19,16 +19,10 @@ from dcp_hf_writer._agreement import (
 )
 from dcp_hf_writer._buckets import Bucket, fill_buckets, hf_tensors
 from dcp_hf_writer._fill import Filler
+from dcp_hf_writer._groups import Groups, meet_groups, model_tensors
 from dcp_hf_writer._layout import plan_layout
 from dcp_hf_writer._rounds import Steps, plan_steps
-from dcp_hf_writer._stock import (
-    Groups,
-    Stock,
-    complete_by_hand,
-    flatten,
-    meet_groups,
-    take_stock,
-)
+from dcp_hf_writer._stock import Stock, complete_by_hand, take_stock
 from dcp_hf_writer._tensors import memory_of, tied_groups
 from dcp_hf_writer.errors import CheckpointError
 from dcp_hf_writer.export import HFExport, size_in_bytes, specs_by_name
@@ -119,22 +113,21 @@ def _agree(
     bucket_bytes: int | str,
 ) -> tuple[Stock, Groups, _Plan]:
     """Look at what this rank holds, let the ranks tell one another, and plan from that."""
-    tensors, paths = flatten(state_dict)
-    groups, number = meet_groups(tensors, export, group)
+    tensors, names = model_tensors(state_dict, key=export.key)
+    groups, number = meet_groups(tensors, names, export, group)
     stock, error, limit_nbytes = Stock(), None, 0
     try:
         limit_nbytes = size_in_bytes(bucket_bytes, option="bucket_bytes")
-        stock = take_stock(tensors, paths, export, groups=groups, preserve=preserve)
+        stock = take_stock(tensors, names, export, groups=groups, preserve=preserve)
     except CheckpointError as raised:
         error = raised
     fingerprint = _digest(stock.described, export.fingerprint, limit_nbytes, preserve)
-    memory = memory_of({fqn: tensors[fqn] for fqn in stock.held})
+    memory = memory_of(tensors)
     facts = exchange(Facts(fingerprint, tied_groups(memory), stock.by_hand, error), groups.all)
     raise_first({rank: fact.error for rank, fact in facts.items()})
     check_alike(facts)
     cuts_of = {rank: fact.cuts for rank, fact in facts.items()}
     complete_by_hand(stock, cuts_of, groups=groups, number=number)
-    names = {tensor.fqn: tensor.name for tensor in stock.tensors}
     ties = {} if export.tied is not None else agree_on_ties(facts.values(), names)
     if ties:
         raise_first(exchange(tie_fault(ties, names, memory), groups.all))
