@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -70,7 +71,8 @@ def load_hf(
             an fsspec URL.
         specs: How runtime tensors stand for HuggingFace tensors. `None` asks transformers if the
             model is one of its own, else names are the same.
-        strict: Refuse names that are only on one side.
+        strict: Refuse names that are only on one side, but for those that the model says it does
+            without (as transformers' models do) and for buffers that are not in its state dict.
         key: Entry of the state dict that holds the model; `None` finds it as `HFExport` does.
         verify: Compare what is read with the digests of the manifest; `path` must have one.
         storage_options: Options of an fsspec URL.
@@ -91,6 +93,7 @@ def load_hf(
     source, inputs = open_hf_source(place, by_name, names=tensors)
     with inputs:
         chosen, findings = _choose(source, tensors)
+        findings = _without_expected(findings, model_or_state_dict)
         bad = findings if strict else Findings(mismatched=findings.mismatched)
         if bad != Findings():
             bad.refuse(place.weights.path, hint=_HINT if findings.missing else None)
@@ -166,6 +169,35 @@ def _choose(source: HFSource, tensors: Mapping[str, _Held]) -> tuple[list[str], 
         tuple(source.stored.keys() - taken),
     )
     return list(chosen.values()), findings
+
+
+def _without_expected(findings: Findings, model: object) -> Findings:
+    """Drop what a model says it does without, and buffers that it makes itself.
+
+    Source:
+        transformers, `PreTrainedModel._adjust_missing_and_unexpected_keys`.
+    """
+    if not isinstance(model, torch.nn.Module):
+        return findings
+    buffers = {name for name, _ in model.named_buffers()}
+    unexpected = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
+    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
+        # Of each layer once; one of the model since.
+        unexpected.append(r"rotary_emb\.inv_freq")
+    missing = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
+    return replace(
+        findings,
+        missing=tuple(name for name in findings.missing if not _matches(name, missing)),
+        unexpected=tuple(
+            key
+            for key in findings.unexpected
+            if key not in buffers and not _matches(key, unexpected)
+        ),
+    )
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(re.search(pattern, name) for pattern in patterns)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
