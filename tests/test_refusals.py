@@ -270,7 +270,7 @@ def test_max_shard_size_is_refused_when_it_is_no_size(size: Any) -> None:
 @pytest.mark.parametrize(
     ("options", "word"),
     [
-        ({"weights": "once"}, "once"),
+        ({"weights": "twice"}, "twice"),
         ({"staging": "later"}, "later"),
         ({"on_export_error": "ignore"}, "ignore"),
         ({"strategy": "exchange"}, "exchange"),
