@@ -202,9 +202,9 @@ def test_error_of_one_thread_ends_the_load_and_is_raised(tmp_path: Path) -> None
 def test_buffers_are_kept_for_the_next_load(stored_dir: Path) -> None:
     wanted = [fetch_of(0, 4000, is_direct=False)]
     target = torch.zeros(4000)
-    _read_phase._Buffer._spare.clear()
+    _read_phase.Buffer._spare.clear()
     for _ in range(3):
         with OpenInputs(open_directory(stored_dir)) as inputs:
             reads = [Read("stored", 0, read.parts) for read in plan_reads(wanted)]
             run_reads(inputs, reads, [target])
-        assert len(_read_phase._Buffer._spare) == 1
+        assert len(_read_phase.Buffer._spare) == 1

@@ -105,13 +105,12 @@ class _Shared:
         self._inputs = inputs
         self._todo = iter(shares)
         self._lock = threading.Lock()
-        self._targets = [target.detach() for target in targets]
-        self._is_pinned = any(target.is_cuda for target in self._targets)
+        self._landing = Landing(targets)
         self._is_stopped = False
 
     def work(self) -> None:
         """Run reads until there are none, or one failed in some thread."""
-        buffer = _Buffer(is_pinned=self._is_pinned)
+        buffer = self._landing.buffer()
         try:
             while not self._is_stopped:
                 with self._lock:
@@ -125,7 +124,7 @@ class _Shared:
         finally:
             buffer.give_back()
 
-    def _run(self, share: Sequence[Read], buffer: _Buffer) -> None:
+    def _run(self, share: Sequence[Read], buffer: Buffer) -> None:
         own = self._inputs
         if self._inputs.files.reads_ahead and self.count > 1:
             own = OpenInputs(self._inputs.files)
@@ -133,32 +132,49 @@ class _Shared:
             for read in share:
                 if self._is_stopped:
                     return
-                buffers, scatters = self._destinations(read, buffer)
                 with own.use(read.file) as file:
-                    file.read_into(buffers, read.start)
-                for start, scatter in scatters:
-                    self._scatter(buffer.tensor, start, scatter)
+                    file.read_into(self._landing.memory(read, buffer), read.start)
+                self._landing.scatter(read, buffer)
         finally:
             if own is not self._inputs:
                 own.close()
 
-    def _destinations(
-        self, read: Read, buffer: _Buffer
-    ) -> tuple[list[memoryview], list[tuple[int, Scatter]]]:
-        """Return the memory of each part, and the copies that follow, with their buffer's start."""
-        memory, scatters, used = [], [], 0
+
+class Landing:
+    """Where planned reads land: the tensors of a load, straight or through a buffer."""
+
+    def __init__(self, targets: Sequence[torch.Tensor]) -> None:
+        """Take tensors by number."""
+        self._targets = [target.detach() for target in targets]
+        self._is_pinned = any(target.is_cuda for target in self._targets)
+
+    def buffer(self) -> Buffer:
+        """Return a buffer for one read at a time."""
+        return Buffer(is_pinned=self._is_pinned)
+
+    def memory(self, read: Read, buffer: Buffer) -> list[memoryview]:
+        """Return the memory that takes the bytes of each part of a read."""
+        found, used = [], 0
         bounced = sum(_aligned(part.nbytes) for part in read.parts if isinstance(part, Bounce))
         scratch = buffer.view(bounced) if bounced else memoryview(b"")
         for part in read.parts:
             if isinstance(part, Direct):
-                memory.append(_bytes_of(self._targets[part.target], part))
-                continue
-            memory.append(scratch[used : used + part.nbytes])
-            scatters += [(used, scatter) for scatter in part.scatters]
-            used += _aligned(part.nbytes)
-        return memory, scatters
+                found.append(_bytes_of(self._targets[part.target], part))
+            else:
+                found.append(scratch[used : used + part.nbytes])
+                used += _aligned(part.nbytes)
+        return found
 
-    def _scatter(self, buffer: torch.Tensor, start: int, scatter: Scatter) -> None:
+    def scatter(self, read: Read, buffer: Buffer) -> None:
+        """Copy what a read left in the buffer to where it belongs."""
+        used = 0
+        for part in read.parts:
+            if isinstance(part, Bounce):
+                for scatter in part.scatters:
+                    self._copy(buffer.tensor, used, scatter)
+                used += _aligned(part.nbytes)
+
+    def _copy(self, buffer: torch.Tensor, start: int, scatter: Scatter) -> None:
         target, dtype = self._targets[scatter.target], scatter.dtype
         if target.dtype == dtype and dtype.itemsize == 1:
             # Not every dtype of one byte can be copied, but bytes can.
@@ -173,7 +189,7 @@ class _Shared:
         target.as_strided(sizes, strides, offset).copy_(source)
 
 
-class _Buffer:
+class Buffer:
     """The buffer of one thread; its memory is kept for the next load: fresh pages are dear."""
 
     _spare: ClassVar[list[torch.Tensor]] = []
