@@ -7,6 +7,7 @@ one line; tensors that keep their names are, if they differ in words as well.
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -59,6 +60,13 @@ def size_text(nbytes: float) -> str:
 def count_text(count: int, what: str) -> str:
     """Return a number of things: `1 file`, `2 files`."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+def wrapped(text: str, width: int) -> str:
+    """Break a sentence into lines; words are not broken."""
+    return textwrap.fill(
+        text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+    )
 
 
 def aligned(head: Line, lines: Sequence[Line], *, width: int, left: frozenset[int]) -> list[str]:

@@ -48,7 +48,8 @@ class Explanation:
             width: Characters of a line, where what it shows allows it.
             collapse: Show the layers of a model as one line; else each block, with its bytes.
         """
-        parts = [self._headline(), *(f"! {problem}" for problem in self.problems)]
+        said = [self._headline(), *(f"! {problem}" for problem in self.problems)]
+        parts = [tables.wrapped(text, width) for text in said]
         if self.rows:
             table = tables.mapping_table if collapse else tables.block_table
             parts.append(table(self.rows, self.entry, self.files, width))
