@@ -297,6 +297,58 @@ def test_dropped_key_may_be_a_part_of_a_fused_tensor() -> None:
     assert keys_of(layout) == ["q", "w"]
 
 
+@pytest.mark.parametrize("order", [*itertools.permutations(["embed", "head", "copy"])])
+def test_key_that_an_alias_leads_to_is_kept_whichever_tensor_comes_first(
+    order: Sequence[str],
+) -> None:
+    specs = [
+        LoadSpec("embed", "hub.embed", (4,)),
+        LoadSpec("head", "hub.head", (4,), alias_of="hub.embed"),
+    ]
+    # As tensors that share their memory are found: all but the first are dropped.
+    found = dict.fromkeys(order[1:], order[0])
+    layout = plan_layout([one(name) for name in order], HFExport(specs=specs), tied=found)
+    assert keys_of(layout) == ["hub.embed"]
+    assert layout.tied == {"hub.head": "hub.embed", "copy": "hub.embed"}
+
+
+def test_ties_are_said_in_keys_of_the_export() -> None:
+    specs = [
+        LoadSpec("a", "hub.a", (4,)),
+        LoadSpec("b", "hub.b", (4,)),
+        LoadSpec("kv", ["k", "v"], (4,)),
+        LoadSpec("other", ["k2", "v2"], (4,)),
+    ]
+    tensors = [one(name) for name in ("a", "b", "kv", "other")]
+    layout = plan_layout(tensors, HFExport(specs=specs), tied={"b": "a", "other": "kv"})
+    assert keys_of(layout) == ["hub.a", "k", "v"]
+    assert layout.tied == {"hub.b": "hub.a", "k2": "k", "v2": "v"}
+
+
+def test_key_that_was_the_name_of_a_dropped_tensor_is_exported() -> None:
+    tensors = [one("embed"), one("head"), one("w")]
+    export = HFExport(specs=[LoadSpec("w", "head", (4,))])
+    layout = plan_layout(tensors, export, tied={"head": "embed"})
+    assert layout.targets.keys() == {"model.embed", "model.w"}
+    assert keys_of(layout) == ["embed", "head"]
+    assert layout.tied == {}
+
+
+@pytest.mark.parametrize("order", [*itertools.permutations(["none", "a", "b"])])
+def test_tensor_that_its_spec_leaves_out_takes_no_tied_one_with_it(order: Sequence[str]) -> None:
+    spec = LoadSpec("none", global_shape=(4,), pieces=())
+    found = dict.fromkeys(order[1:], order[0])
+    layout = plan_layout([one(name) for name in order], HFExport(specs=[spec]), tied=found)
+    (key,) = keys_of(layout)
+    assert {key, *layout.tied} == {"a", "b"}
+
+
+def test_alias_of_a_name_that_no_key_has_is_refused() -> None:
+    specs = [LoadSpec("a", "hub.a", (4,)), LoadSpec("b", "hub.b", (4,), alias_of="a")]
+    with pytest.raises(LayoutError, match=r"not exported.*'a'"):
+        plan_layout([one("a"), one("b")], HFExport(specs=specs), tied={})
+
+
 def test_files_are_those_of_like_when_it_is_given() -> None:
     tensors = [one("a"), one("b"), one("c")]
     layout = plan_layout(

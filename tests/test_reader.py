@@ -465,6 +465,29 @@ def test_tied_tensors_are_filled_from_the_one_that_is_stored(tmp_path: Path) -> 
     assert tensor_difference(shared, model) is None
 
 
+def test_tied_tensors_under_other_names_are_found_too(tmp_path: Path) -> None:
+    embed = torch.arange(12.0).reshape(4, 3)
+    specs = [LoadSpec("embed", "hub.embed", (4, 3)), LoadSpec("head", "hub.head", (4, 3))]
+    writer = HFDualWriter(tmp_path / "x", export=HFExport(specs=specs))
+    dcp.save({"model": {"embed": embed, "head": embed}}, storage_writer=writer)
+    apart = {"model": {"embed": torch.zeros(4, 3), "head": torch.zeros(4, 3)}}
+    dcp.load(apart, storage_reader=HFDualReader(tmp_path / "x", source="hf", specs=specs))
+    assert tensor_difference(apart["model"], {"embed": embed, "head": embed}) is None
+
+
+@pytest.mark.parametrize("source", ["dcp", "hf"])
+def test_tensor_that_its_spec_leaves_out_stays_as_it_is(tmp_path: Path, source: Any) -> None:
+    specs = [LoadSpec("cache", global_shape=(3,), pieces=())]
+    model = {"cache": torch.ones(3), "w": torch.arange(4.0)}
+    writer = HFDualWriter(tmp_path / "x", export=HFExport(specs=specs))
+    dcp.save({"model": model}, storage_writer=writer)
+    found = {"model": {"cache": torch.zeros(3), "w": torch.zeros(4)}}
+    dcp.load(found, storage_reader=HFDualReader(tmp_path / "x", source=source, specs=specs))
+    # The DCP half holds it, the export does not.
+    expected = model if source == "dcp" else {**model, "cache": torch.zeros(3)}
+    assert tensor_difference(found["model"], expected) is None
+
+
 def fused_specs() -> list[LoadSpec]:
     return [
         LoadSpec("qkv", ("q", "k", "v"), (10, 6), fused_sizes=(4, 2, 2), origin_shape=(8, 6)),

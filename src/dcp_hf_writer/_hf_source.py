@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
+
 from dcp_hf_writer._copies import strides_of
 from dcp_hf_writer._dtypes import CASTABLE, TORCH_BY_NAME
 from dcp_hf_writer._layout import PartTarget
@@ -17,8 +19,6 @@ from dcp_hf_writer.spec import LoadSpec
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-
-    import torch
 
     from dcp_hf_writer._boxes import Box, Shape
     from dcp_hf_writer._copies import Copy
@@ -145,7 +145,7 @@ class HFSource:
         taken = {key for spec in self.specs.values() for key in spec.hf_keys}
         found = [name for name in self.specs if not self.missing_keys(name)]
         found += [key for key in self.stored if key not in taken and key not in self.specs]
-        known = set(found)
+        known = taken.union(found)
         found += [
             key
             for key, kept in self._tied.items()
@@ -175,6 +175,9 @@ class HFSource:
     def dtype(self, spec: LoadSpec) -> torch.dtype:
         """Return the dtype that a tensor is stored in; of a fused one, that of its first part."""
         keys = [self._key(key) for key in self._keys(spec)]
+        if not keys:
+            # Nothing of it is read, so nothing follows from this.
+            return spec.dtype or torch.float32
         return TORCH_BY_NAME[self.stored[keys[0]].dtype]
 
     def fault(self, name: str, shape: Shape, dtype: torch.dtype) -> str | None:

@@ -16,6 +16,7 @@ from dcp_hf_writer._boxes import Box, BoxTable, Shape, tiling_fault
 from dcp_hf_writer._copies import Copy, coverage_fault, hf_box, hf_loops
 from dcp_hf_writer._dtypes import CASTABLE, safetensors_name
 from dcp_hf_writer._header import HFTensor, encode_header, in_file_order
+from dcp_hf_writer._tied_names import all_ties, checked_ties, tied_keys
 from dcp_hf_writer.errors import CoverageError, LayoutError, SpecError
 from dcp_hf_writer.spec import LoadSpec
 
@@ -95,7 +96,8 @@ class Layout:
     index: bytes | None
     """`model.safetensors.index.json`; `None` where one file holds everything."""
     tied: Mapping[str, str]
-    """Names that were left out, and the name that holds their bytes."""
+    """Keys that were left out, and the key that holds their bytes; of tensors that do not have keys
+    in pairs, their names within the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,8 @@ def plan_layout(
         SpecError: If a spec names no tensor, or does not fit the one it names.
         CoverageError: If the ranks' parts of a tensor leave a gap or overlap.
     """
-    dropped = _check_tied(tensors, _all_tied(tied, export), export)
+    shapes = {tensor.name: tensor.shape for tensor in tensors}
+    dropped = checked_ties(shapes, all_ties(tied, export), export)
     ordered = sorted(tensors, key=_natural) if export.is_in_natural_order else list(tensors)
     assigned = _assign_keys(ordered, export, dropped)
     _check_keys(assigned, export)
@@ -136,7 +139,7 @@ def plan_layout(
         if file_of_key is None
         else _files_like(assigned, file_of_key)
     )
-    return _place(files, export, dropped)
+    return _place(files, export, tied_keys(dropped, {one.tensor.key for one in assigned}, export))
 
 
 def _natural(tensor: RuntimeTensor) -> list[tuple[Any, ...]]:
@@ -152,48 +155,6 @@ def _natural(tensor: RuntimeTensor) -> list[tuple[Any, ...]]:
     return key
 
 
-def _all_tied(found: Mapping[str, str], export: HFExport) -> dict[str, str]:
-    """Join the ties that specs declare with those given or found; what a spec declares holds."""
-    aliases = {
-        spec.name: spec.alias_of
-        for spec in export.spec_by_fqn.values()
-        if spec.alias_of is not None
-    }
-    others = found if export.tied is None else export.tied
-    tied = dict(aliases)
-    for drop, keep in others.items():
-        end = aliases.get(keep, keep)
-        # An alias leads back where storage alone would have dropped the one that it names.
-        if drop not in tied and (keep == end or drop != end):
-            tied[drop] = end
-    return tied
-
-
-def _check_tied(
-    tensors: Sequence[RuntimeTensor], tied: Mapping[str, str], export: HFExport
-) -> dict[str, str]:
-    if not tied:
-        return {}
-    names = {tensor.name for tensor in tensors}
-    keys = {key for spec in export.spec_by_fqn.values() for key in spec.hf_keys}
-    known = names | keys
-    shape_of = {t.name: t.shape for t in tensors if t.name not in export.spec_by_fqn}
-    for drop, keep in tied.items():
-        if drop in tied.values() or keep not in known or drop == keep:
-            msg = "tied names must lead from a dropped tensor to one that is kept"
-            raise LayoutError(msg, phase="plan", key=drop, expected="a kept tensor", found=keep)
-        if shape_of.get(drop, ()) != shape_of.get(keep, ()) and {drop, keep} <= shape_of.keys():
-            msg = "tied names must be names of one tensor, these have different shapes"
-            raise LayoutError(
-                msg,
-                phase="plan",
-                key=drop,
-                expected=f"shape {list(shape_of[keep])}, as {keep!r}",
-                found=f"shape {list(shape_of[drop])}",
-            )
-    return dict(tied)
-
-
 def _assign_keys(
     tensors: Sequence[RuntimeTensor], export: HFExport, dropped: Mapping[str, str]
 ) -> list[_Assigned]:
@@ -202,6 +163,8 @@ def _assign_keys(
         msg = "specs name tensors that the model does not have"
         raise SpecError(msg, phase="plan", expected="FQNs within the model", found=_some(unused))
     keep = [re.compile(pattern) for pattern in export.keep_dtype]
+    # A key may be the name of another tensor, which is not the one that is meant.
+    dropped_keys = dropped.keys() - {tensor.name for tensor in tensors}
     assigned: dict[str, _Assigned] = {}
     for tensor in tensors:
         if tensor.name in dropped:
@@ -211,7 +174,7 @@ def _assign_keys(
             spec = LoadSpec(tensor.name, (tensor.name,), tensor.shape)
         _check_tensor(tensor, spec)
         for part in spec.parts:
-            if part.key in dropped:
+            if part.key in dropped_keys:
                 continue
             dtype = safetensors_name(_on_disk(tensor, spec, part.key, export, keep), fqn=tensor.fqn)
             wanted = HFTensor(part.key, dtype, part.shape)
