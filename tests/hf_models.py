@@ -121,7 +121,10 @@ MODELS: Mapping[str, Callable[[], PreTrainedModel]] = {
         topk_group=1,
         first_k_dense_replace=1,
     ),
-    "olmoe": _model("Olmoe", **{k: v for k, v in _EXPERTS.items() if k != "head_dim"}),
+    # Of six experts, four ranks hold two, two, two and none.
+    "olmoe": _model(
+        "Olmoe", **{k: v for k, v in {**_EXPERTS, "num_experts": 6}.items() if k != "head_dim"}
+    ),
     "phimoe": _model("Phimoe", **{k: v for k, v in _LOCAL_EXPERTS.items() if k != "head_dim"}),
     "granitemoe": _model(
         "GraniteMoe", **{k: v for k, v in _LOCAL_EXPERTS.items() if k != "head_dim"}

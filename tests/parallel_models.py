@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch import nn
+    from torch.distributed.device_mesh import DeviceMesh
     from transformers import PreTrainedModel
 
 WORLD_SIZE = 4
@@ -34,8 +35,8 @@ DISTRIBUTED: Mapping[str, Mapping[str, int]] = {
     "ep_fsdp": {"ep_size": 2, "fsdp_size": 4},
     "ep_fsdp_tp": {"ep_size": 2, "fsdp_size": 2, "tp_size": 2},
 }
-# FSDP2 by hand: of the layers and the root, or also of the model between them.
-PARALLELISMS = ("fsdp", "fsdp_inner", *DISTRIBUTED)
+# FSDP2 by hand: of the layers and the root; also of the model between them; within two replicas.
+PARALLELISMS = ("fsdp", "fsdp_inner", "hsdp", *DISTRIBUTED)
 
 # Models in bfloat16, and whether transformers keeps a part of them in float32.
 HALF: Mapping[str, bool] = {
@@ -87,7 +88,7 @@ def parallel_model(name: str, parallelism: str, *, saved: Path | None) -> PreTra
         saved: Directory to load it from; `None` makes it from its config.
     """
     if parallelism not in DISTRIBUTED:
-        return fully_sharded(unsharded(name, saved=saved), with_inner=parallelism == "fsdp_inner")
+        return fully_sharded(unsharded(name, saved=saved), how=parallelism)
     if not is_distributed(name, parallelism):
         return _expert_parallel(unsharded(name, saved=saved))
     _share_meshes()
@@ -132,20 +133,27 @@ def can_distribute() -> bool:
     return has_meshes and has_accelerate and not torch.accelerator.is_available()
 
 
-def fully_sharded(model: PreTrainedModel, *, with_inner: bool = False) -> PreTrainedModel:
-    """Apply FSDP2 to the layers and the root of a model, and to the model between them if asked."""
-    mesh = init_device_mesh("cpu", (WORLD_SIZE,))
+def fully_sharded(model: PreTrainedModel, how: str = "fsdp") -> PreTrainedModel:
+    """Apply FSDP2 by hand."""
+    mesh = _mesh("replica", "shard") if how == "hsdp" else _mesh("shard")
     for layer in _layers(model):
         fully_shard(layer, mesh=mesh)
-    if with_inner:
+    if how == "fsdp_inner":
         fully_shard(model.model, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
 
 
+@functools.cache
+def _mesh(*names: str) -> DeviceMesh:
+    """Return a mesh of all ranks; two dimensions are of two each."""
+    shape = (2, 2) if len(names) > 1 else (WORLD_SIZE,)
+    return init_device_mesh("cpu", shape, mesh_dim_names=names)
+
+
 def _expert_parallel(model: PreTrainedModel) -> PreTrainedModel:
     """Do as transformers does for `ep_size=2`, whatever the sizes of the rest."""
-    meshes = init_device_mesh("cpu", (2, 2), mesh_dim_names=("efsdp", "ep"))
+    meshes = _mesh("efsdp", "ep")
     for name, module in model.named_modules():
         if name.endswith(".experts"):
             for key, value in list(module.named_parameters(recurse=False)):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from compare import export_difference, tensor_difference
 from dcp_hf_writer import HFDualWriter, HFExport
@@ -33,7 +34,7 @@ from parallel_models import (
 )
 from rank_process import Raised
 from ranks import run_ranks
-from stock import load_dcp
+from stock import Digests, digests, load_dcp
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -61,6 +62,12 @@ TURNED = "qwen3_vl_moe_wide"
 TURNED_IN = {"fsdp": "loaded", "tp": "built", "fsdp_tp": "built", "ep_fsdp": "loaded"}
 if not CAN_DISTRIBUTE:
     TURNED_IN = {"fsdp": "loaded", "fsdp_inner": "built"}
+
+
+# Trained too, so that optimizer state is saved with them.
+TRAINED = {"qwen3_moe": "tp", "qwen2_moe": "fsdp_tp", "olmoe": "ep_fsdp"}
+if not CAN_DISTRIBUTE:
+    TRAINED = {"qwen3_moe": "fsdp", "qwen2_moe": "hsdp", "olmoe": "fsdp"}
 
 
 class Case(NamedTuple):
@@ -137,9 +144,14 @@ def save_cases(rank: int, world_size: int, cases: Iterable[Case], root: Path) ->
     saved = Saved({}, {})
     tokenizer = tiny_tokenizer()
     for (name, parallelism, origin), group in itertools.groupby(cases, lambda case: case[:3]):
-        checkpoint = root / "checkpoints" / name if origin == "loaded" else None
-        model = parallel_model(name, parallelism, saved=checkpoint)
-        for case in group:
+        same = list(group)
+        try:
+            checkpoint = root / "checkpoints" / name if origin == "loaded" else None
+            model = parallel_model(name, parallelism, saved=checkpoint)
+        except Exception as error:  # noqa: BLE001
+            saved.failures.update(dict.fromkeys(same, Raised.of(error)))
+            continue
+        for case in same:
             save_case(case, model, tokenizer, root, saved)
     return saved
 
@@ -197,7 +209,11 @@ class Exports:
         cases = [case for case in cases if case.is_possible and case not in self.saved]
         for case in cases:
             self.model_of(case.name, case.origin)
-        outcomes = run_ranks(save_cases, WORLD_SIZE, cases, self.root, timeout_s=540)
+        try:
+            outcomes = run_ranks(save_cases, WORLD_SIZE, cases, self.root, timeout_s=540)
+        except BaseException as error:
+            self.saved.update(dict.fromkeys(cases, Raised.of(error)))
+            raise
         self.saved.update(dict.fromkeys(cases))
         for outcome in outcomes:
             self.saved.update(outcome.failures)
@@ -349,15 +365,42 @@ def save_turned(root: Path) -> dict[str, str]:
     return found
 
 
-def save_others(rank: int, world_size: int, root: Path) -> dict[str, str]:
-    """Save what is not in the matrix; return what `save_turned` found."""
+def save_trained(root: Path) -> dict[str, Digests]:
+    """Save models with the optimizers that trained them; return what was saved."""
+    found = {}
+    for name, parallelism in TRAINED.items():
+        model = parallel_model(name, parallelism, saved=None)
+        # Not all parameters are on one mesh, as the fused step wants.
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
+        tokens = torch.arange(3, 15).reshape(2, 6)
+        model(input_ids=tokens, labels=tokens).loss.backward()
+        optimizer.step()
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state = {"model": model_state, "optim": optimizer_state}
+        export = HFExport.from_transformers(model, max_shard_size=SIZES["several"])
+        writer = HFDualWriter(root / "trained" / name, export=export)
+        dcp.async_save(state, storage_writer=writer, planner=HFSavePlanner()).result()
+        found[name] = digests(state)
+    return found
+
+
+class Others(NamedTuple):
+    """What came of saves that are not in the matrix."""
+
+    differences: dict[str, str]
+    """What `base` found, by parallelism."""
+    trained: dict[str, Digests]
+    """What was saved, by model."""
+
+
+def save_others(rank: int, world_size: int, root: Path) -> Others:
     for name in HALF:
         save_model(root / "half" / name, fully_sharded(build(name)), None, dtype="bfloat16")
-    return save_turned(root)
+    return Others(save_turned(root), save_trained(root))
 
 
 @pytest.fixture(scope="module")
-def others(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+def others(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Others]:
     root = tmp_path_factory.mktemp("others")
     model = unsharded(TURNED)
     for origin in ORIGINS:
@@ -370,9 +413,9 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, st
 
 @pytest.mark.parametrize("parallelism", TURNED_IN)
 def test_base_tells_that_it_is_transposed_when_model_is_held_by_ranks(
-    others: tuple[Path, dict[str, str]], parallelism: str
+    others: tuple[Path, Others], parallelism: str
 ) -> None:
-    found = others[1][parallelism]
+    found = others[1].differences[parallelism]
     assert "transposed in dims 1, 2" in found
     assert "down_proj" in found
 
@@ -380,7 +423,7 @@ def test_base_tells_that_it_is_transposed_when_model_is_held_by_ranks(
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("parallelism", TURNED_IN)
 def test_export_has_the_orientation_of_the_hub_when_base_has_it(
-    others: tuple[Path, dict[str, str]], parallelism: str, size: str
+    others: tuple[Path, Others], parallelism: str, size: str
 ) -> None:
     root, _ = others
     export, hub = root / parallelism / size / "hf", root / "hub" / TURNED_IN[parallelism] / size
@@ -390,7 +433,7 @@ def test_export_has_the_orientation_of_the_hub_when_base_has_it(
 
 @pytest.mark.parametrize("parallelism", TURNED_IN)
 def test_export_has_the_orientation_of_the_hub_when_a_spec_transposes(
-    others: tuple[Path, dict[str, str]], parallelism: str
+    others: tuple[Path, Others], parallelism: str
 ) -> None:
     root, _ = others
     export = root / parallelism / "by-hand" / "hf"
@@ -399,7 +442,7 @@ def test_export_has_the_orientation_of_the_hub_when_a_spec_transposes(
 
 @pytest.mark.parametrize("parallelism", TURNED_IN)
 def test_stock_load_gives_the_runtime_orientation_when_the_export_has_that_of_the_hub(
-    others: tuple[Path, dict[str, str]], parallelism: str
+    others: tuple[Path, Others], parallelism: str
 ) -> None:
     expected = unsharded(TURNED).state_dict()
     loaded = load_dcp(others[0] / parallelism / "several", {"model": expected})
@@ -408,7 +451,7 @@ def test_stock_load_gives_the_runtime_orientation_when_the_export_has_that_of_th
 
 @pytest.mark.parametrize("name", HALF)
 def test_export_equals_that_of_a_half_model_when_float32_is_exported_so(
-    others: tuple[Path, dict[str, str]], tmp_path: Path, name: str
+    others: tuple[Path, Others], tmp_path: Path, name: str
 ) -> None:
     export = others[0] / "half" / name / "hf"
     model = unsharded(name)
@@ -416,3 +459,33 @@ def test_export_equals_that_of_a_half_model_when_float32_is_exported_so(
     model.save_pretrained(tmp_path)
     assert export_difference(export, tmp_path) is None
     assert other_files(export) == other_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_stock_load_gives_model_and_optimizer_when_they_were_trained(
+    others: tuple[Path, Others], name: str
+) -> None:
+    root, found = others
+    expected = found.trained[name]
+    moments = [key for key in expected if key.endswith("experts.gate_up_proj.exp_avg")]
+    assert moments
+    blank = {
+        key: torch.full(shape, torch.nan)
+        for key, (kind, shape, _) in expected.items()
+        if kind != "value"
+    }
+    dcp.load(blank, checkpoint_id=root / "trained" / name, no_dist=True)
+    assert digests(blank) == {key: expected[key] for key in blank}
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_export_equals_save_pretrained_when_the_model_was_trained(
+    others: tuple[Path, Others], tmp_path: Path, name: str
+) -> None:
+    model = unsharded(name)
+    before = model.state_dict()["lm_head.weight"].clone()
+    trained = load_dcp(others[0] / "trained" / name, {"model": model.state_dict()})
+    model.load_state_dict(trained["model"])
+    assert not torch.equal(model.state_dict()["lm_head.weight"], before)
+    model.save_pretrained(tmp_path, max_shard_size=SIZES["several"])
+    assert export_difference(others[0] / "trained" / name / "hf", tmp_path) is None
