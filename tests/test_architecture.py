@@ -26,7 +26,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_spec_match",),
     ("_buckets", "_rounds"),
     ("_parse_header", "_parse_manifest", "_sweep", "_problems"),
-    ("_unpickle", "_dcp_metadata", "_archived", "_read_plan"),
+    ("_unpickle", "_dcp_metadata", "_archived", "_read_plan", "_exchange_plan"),
     ("_tensors", "_plan_data", "_plan_cache"),
     ("_explanation", "_explanation_table", "explain"),
     ("_agreement", "_fill", "_groups", "_stock"),
@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_slab", "staging", "_caller"),
     ("_slot_files", "slots"),
     ("storage", "storage._libc", "storage._posix", "_writes"),
-    ("_input_files", "_open_inputs", "_read_phase"),
+    ("_input_files", "_open_inputs", "_read_phase", "_exchange"),
     ("_listing", "_check_dcp", "_recompute", "_progress"),
     ("_archive", "_source", "_dcp_half", "_hf_half", "_assets", "_options"),
     ("_dcp_source", "_hf_directory", "_hf_source", "_sources", "_fit"),
@@ -64,7 +64,7 @@ PLANNING = (
     *("spec", "export"),
     *("_dequantize", "_stored", "_quantized"),
     *("_strict_json", "_parse_header", "_parse_manifest", "_sweep", "_problems"),
-    *("_unpickle", "_read_plan"),
+    *("_unpickle", "_read_plan", "_exchange_plan"),
 )
 # Storage, processes, other machines.
 EFFECTS = frozenset(

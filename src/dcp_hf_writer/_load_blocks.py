@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from dcp_hf_writer._dequantize_load import run_dequantized
-from dcp_hf_writer._read_phase import run_reads
 from dcp_hf_writer._read_plan import Fetch, plan_reads
 from dcp_hf_writer._verify_ranges import verify_ranges
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
+    from dcp_hf_writer._exchange import Reading
     from dcp_hf_writer._hf_directory import HFDirectory
     from dcp_hf_writer._hf_source import Block, Dequantized, HFSource
     from dcp_hf_writer._open_inputs import OpenInputs
@@ -27,6 +27,7 @@ def load_blocks(
     blocks: Sequence[Block],
     *,
     is_verified: bool,
+    reading: Reading,
 ) -> None:
     """Load blocks into their targets.
 
@@ -36,6 +37,7 @@ def load_blocks(
         inputs: Its files.
         blocks: What is wanted; all of it is there.
         is_verified: Compare what is read with the digests of the manifest first.
+        reading: Runs the reads.
 
     Raises:
         CorruptCheckpointError: If a digest differs; then nothing was loaded.
@@ -49,7 +51,7 @@ def load_blocks(
         verify_ranges(place, place.manifest, [*jobs.fetches, *raw])
     for target in jobs.padded:
         target.detach().zero_()
-    run_reads(inputs, plan_reads(jobs.fetches), [block.target for block in blocks])
+    reading.run(inputs, plan_reads(jobs.fetches), [block.target for block in blocks])
     run_dequantized(inputs, source.directory, jobs.computed)
 
 

@@ -20,12 +20,12 @@ from torch.distributed.checkpoint.planner import LoadItemType
 from dcp_hf_writer._boxes import Box
 from dcp_hf_writer._dcp_metadata import METADATA_NAME
 from dcp_hf_writer._dcp_source import DCPSource, Wanted
+from dcp_hf_writer._exchange import Reading
 from dcp_hf_writer._fit import flat_tensors, loaded_values, misfits
 from dcp_hf_writer._hf_source import Block, Findings
 from dcp_hf_writer._load_blocks import load_blocks
 from dcp_hf_writer._model_entry import model_prefix, names_in_model
 from dcp_hf_writer._open_inputs import OpenInputs
-from dcp_hf_writer._read_phase import run_reads
 from dcp_hf_writer._read_plan import plan_reads
 from dcp_hf_writer._sources import open_hf_source, read_dcp_metadata
 from dcp_hf_writer._tensors import memory_identity
@@ -35,6 +35,7 @@ from dcp_hf_writer.errors import MismatchError
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    import torch.distributed as dist
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
     from dcp_hf_writer._read_plan import Fetch
@@ -50,6 +51,8 @@ class LoadOptions:
     key: str | None
     is_verified: bool
     allow_pickled_objects: bool
+    group: dist.ProcessGroup | None
+    """Ranks that pass on what they read; `None` reads alone."""
 
 
 class Load(ABC):
@@ -71,8 +74,8 @@ class Load(ABC):
         """
 
     @abstractmethod
-    def _load_tensors(self, wanted: Sequence[Wanted]) -> None:
-        """Read parts of tensors into their targets."""
+    def _load_tensors(self, wanted: Sequence[Wanted], reading: Reading) -> None:
+        """Read parts of tensors into their targets; runs `reading` once."""
 
     def _read_objects(self, items: Sequence[ReadItem]) -> list[tuple[ReadItem, Any]]:
         assert not items
@@ -84,7 +87,7 @@ class Load(ABC):
         Raises:
             CheckpointError: If something cannot be read, or may not be.
         """
-        with self._inputs:
+        with self._inputs, Reading(self._options.group) as reading:
             objects = self._read_objects(
                 [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
             )
@@ -93,7 +96,7 @@ class Load(ABC):
                 for item in plan.items
                 if item.type == LoadItemType.TENSOR
             ]
-            self._load_tensors(wanted)
+            self._load_tensors(wanted, reading)
         for item, data in objects:
             planner.load_bytes(item, data)
         for one in wanted:
@@ -160,10 +163,10 @@ class DCPLoad(Load):
             (item, self._source.read_object(item, allow_pickled_objects=allow)) for item in items
         ]
 
-    def _load_tensors(self, wanted: Sequence[Wanted]) -> None:
+    def _load_tensors(self, wanted: Sequence[Wanted], reading: Reading) -> None:
         fetches, whole = self._source.fetches(wanted)
         self._verify(fetches)
-        run_reads(self._inputs, plan_reads(fetches), [one.target for one in wanted])
+        reading.run(self._inputs, plan_reads(fetches), [one.target for one in wanted])
         for one in whole:
             self._source.load_whole(one)
 
@@ -246,7 +249,7 @@ class HFLoad(Load):
             tuple(self._source.stored.keys() - taken),
         ).refuse(self._place.weights.path, hint=_HINT)
 
-    def _load_tensors(self, wanted: Sequence[Wanted]) -> None:
+    def _load_tensors(self, wanted: Sequence[Wanted], reading: Reading) -> None:
         blocks = {}
         for one in wanted:
             item = one.item
@@ -261,6 +264,7 @@ class HFLoad(Load):
             self._inputs,
             list(blocks.values()),
             is_verified=self._options.is_verified,
+            reading=reading,
         )
 
 

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer._blocked import blocked_tensors
 from dcp_hf_writer._boxes import whole
+from dcp_hf_writer._exchange import Reading
 from dcp_hf_writer._fit import flat_tensors
 from dcp_hf_writer._hf_source import Block, Findings, HFSource
 from dcp_hf_writer._load_blocks import load_blocks
@@ -99,7 +100,8 @@ def load_hf(
             bad.refuse(place.weights.path, hint=_HINT if findings.missing else None)
         parts = [(name, box, target) for name in chosen for box, target in tensors[name].parts]
         blocks = [Block(name, box, target) for name, box, target in parts if box.numel]
-        load_blocks(place, source, inputs, blocks, is_verified=verify)
+        alone = Reading(None)
+        load_blocks(place, source, inputs, blocks, is_verified=verify, reading=alone)
     return LoadedKeys(tuple(sorted(findings.missing)), tuple(sorted(findings.unexpected)))
 
 

@@ -22,6 +22,7 @@ from dcp_hf_writer.export import specs_by_name
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    import torch.distributed as dist
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
     from dcp_hf_writer._sources import SourceName
@@ -57,6 +58,8 @@ class HFDualReader(StorageReader):
         source: SourceName = "auto",
         verify: bool = False,
         key: str | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        exchange: bool = False,
         allow_pickled_objects: bool = False,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
@@ -73,6 +76,11 @@ class HFDualReader(StorageReader):
                 loaded. Whole blocks are read for it.
             key: Entry of the state dict that holds the model, dots for nested entries, for
                 `source="hf"`; `None` finds it as `HFExport` does.
+            process_group: Group whose ranks exchange what they read: a gloo group that nothing else
+                uses, of all ranks of the load or of those of one host. Not that of the load, and
+                one load at a time.
+            exchange: Read what several ranks of `process_group` want once, and pass it on: for
+                storage that is slower than the network between them.
             allow_pickled_objects: Load objects of any class from the DCP half, which runs what the
                 checkpoint names. Otherwise only what `torch.load(weights_only=True)` takes.
             storage_options: Options of an fsspec URL.
@@ -86,7 +94,19 @@ class HFDualReader(StorageReader):
         self.source = source
         self.verify = verify
         self._storage_options = storage_options
-        self._options = LoadOptions(specs_by_name(specs), key, verify, allow_pickled_objects)
+        if exchange and process_group is None:
+            raise ConfigError(
+                "exchange needs a group of ranks to exchange with",
+                expected='process_group=dist.new_group(backend="gloo")',
+                found="None",
+            )
+        self._options = LoadOptions(
+            specs=specs_by_name(specs),
+            key=key,
+            is_verified=verify,
+            allow_pickled_objects=allow_pickled_objects,
+            group=process_group if exchange else None,
+        )
         # Torch runs a load from one thread, and may run others beside it.
         self._thread = threading.local()
 
