@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec, _hf_half
+from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec, _explanation_table, _hf_half
 from dcp_hf_writer._copies import covered
 from dcp_hf_writer._name_patterns import patterns, ranges
 from dcp_hf_writer.errors import ConfigError, PlanningError
@@ -456,6 +456,16 @@ def test_middle_of_what_is_many_is_left_out() -> None:
     names = [f"a.{i}.{word}_proj" for i in range(20) for word in "abcdefgh"]
     assert list(patterns(names)) == ["a.{0-19}.{a,b,c,d,...,h}_proj"]
     assert list(patterns(names, is_complete=True)) == ["a.{0-19}.{a,b,c,d,e,f,g,h}_proj"]
+
+
+@pytest.mark.parametrize(
+    ("numbers", "text"),
+    [([4], "4"), ([2, 0, 1], "0-2"), ([1, 3, 4, 9], "1,3-4,9"), ([1, 3, 5, 7], "1..7")],
+)
+def test_ranks_and_files_that_lie_here_and_there_are_first_and_last(
+    numbers: list[int], text: str
+) -> None:
+    assert _explanation_table._span(numbers) == text
 
 
 @settings(deadline=None)

@@ -29,6 +29,9 @@ _ARROW = "  -> "
 # Lines of a list that are shown before its middle is left out, and names that are.
 _SHOWN, _NAMES = 12, 4
 
+# Ranges of ranks or files that are shown; of more than these, first and last.
+_RANGES = 3
+
 _WAYS = {
     "direct": "bytes of the staged copy go to the file as they lie there",
     "runs": "the same, in runs between those of other blocks",
@@ -228,7 +231,7 @@ def _keeps_name(group: Mapping[str, Sequence[Row]]) -> bool:
 def _group_lines(group: Mapping[str, Sequence[Row]], number: Mapping[str, int]) -> Iterator[Line]:
     rows = [row for some in group.values() for row in some]
     first = rows[0]
-    ranks = ranges({row.rank for row in rows})
+    ranks = _span({row.rank for row in rows})
     if _keeps_name(group) and first.shape == first.hf_shape:
         dtype = first.dtype + ("" if first.dtype == first.hf_dtype else f" -> {first.hf_dtype}")
         cells = _cells(len(group), first.shape, dtype, _nbytes(rows))
@@ -263,7 +266,14 @@ def _cells(count: int, shape: Shape, dtype: str, nbytes: int) -> Cells:
 
 
 def _files(rows: Iterable[Row], number: Mapping[str, int]) -> str:
-    return ranges({number[row.file] for row in rows})
+    return _span({number[row.file] for row in rows})
+
+
+def _span(numbers: Iterable[int]) -> str:
+    """Return numbers as ranges, or first and last of those that lie here and there."""
+    found = list(numbers)
+    text = ranges(found)
+    return text if text.count(",") < _RANGES else f"{min(found)}..{max(found)}"
 
 
 def _way(row: Row) -> str:

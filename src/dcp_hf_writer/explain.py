@@ -42,7 +42,7 @@ class Explanation:
     """Why the save would be refused, or its export left out."""
 
     def table(self, *, width: int = _WIDTH, collapse: bool = True) -> str:
-        """Return tables for a terminal.
+        """Return tables for a terminal; `0..9` are some ranks or files from the first to the last.
 
         Args:
             width: Characters of a line, where what it shows allows it.
