@@ -223,15 +223,18 @@ def timed(tensors: Any, device: str) -> float:
 
 def count_received(grid: DeviceMesh) -> list[int]:
     """Count what this rank receives over each dimension of a mesh."""
-    numbers = {grid.get_group(dim): dim for dim in range(grid.ndim)}
+    # By their ranks: meshes may have groups of the same ranks, of which one is used.
+    members = dist.get_process_group_ranks
+    numbers = {tuple(members(grid.get_group(dim))): dim for dim in range(grid.ndim)}
     received = [0] * grid.ndim
     gather = _fill._gather
 
     def counting(buffer: torch.Tensor, step: Gather, group: Any) -> None:
-        if group in numbers:
+        dim = numbers.get(tuple(members(group)))
+        if dim is not None:
             own = dist.get_rank(group)
             others = (nbytes for i, (_, nbytes) in enumerate(step.slots) if i != own)
-            received[numbers[group]] += sum(others)
+            received[dim] += sum(others)
         gather(buffer, step, group)
 
     _fill._gather = counting
