@@ -24,6 +24,12 @@ if TYPE_CHECKING:
     from dcp_hf_writer.export import HFExport
 
 
+HOW_TO_TIE = (
+    "shard them in one fully_shard group, or call model.tie_weights() after it; or export both, "
+    "without alias_of and tied"
+)
+
+
 def untrue_tie(
     planner: SavePlanner | None, export: HFExport, memory: Mapping[str, int], *, rank: int
 ) -> ExportError | None:
@@ -39,29 +45,50 @@ def untrue_tie(
         What is wrong, if two of them have different bytes on this rank.
     """
     state_dict = planned_state_dict(planner)
-    declared = dict(_declared(export))
-    if not declared or not state_dict:
+    if not any(_declared(export)) or not state_dict:
         return None
     paths = planned_paths(planner)
     tensors = {
         fqn: paths.get(fqn, (fqn,)) for fqn, v in state_dict.items() if isinstance(v, torch.Tensor)
     }
-    fqn_of = {name: fqn for fqn, name in model_names(tensors, key=export.key).items()}
-    for drop, keep in declared.items():
+    drifted = drifted_tie(state_dict, model_names(tensors, key=export.key), export, memory)
+    if drifted is None:
+        return None
+    return ExportError(
+        "tensors that are declared to be tied are not equal",
+        rank=rank,
+        phase="plan",
+        fqn=drifted[0],
+        expected=f"the values of {drifted[1]!r}, as only these would be exported",
+        found="others",
+        hint=HOW_TO_TIE,
+    )
+
+
+def drifted_tie(
+    tensors: Mapping[str, Any],
+    names: Mapping[str, str],
+    export: HFExport,
+    memory: Mapping[str, int],
+) -> tuple[str, str] | None:
+    """Find two tensors that are declared to be tied, and differ on this rank.
+
+    Args:
+        tensors: Tensors by FQN; other values may be among them.
+        names: Name within the model of each of its tensors, by FQN.
+        export: Options of the export.
+        memory: Number of the memory of each tensor, by FQN.
+
+    Returns:
+        FQN of the one that would be left out, and of the one that would be kept.
+    """
+    fqn_of = {name: fqn for fqn, name in names.items()}
+    for drop, keep in dict(_declared(export)).items():
         one, other = fqn_of.get(drop), fqn_of.get(keep)
         if one is None or other is None or memory.get(one) == memory.get(other) is not None:
             continue
-        if _differ(state_dict[one], state_dict[other]):
-            return ExportError(
-                "tensors that are declared to be tied are not equal",
-                rank=rank,
-                phase="plan",
-                fqn=one,
-                expected=f"the values of {other!r}, as only these would be exported",
-                found="others",
-                hint="shard them in one fully_shard group, or call model.tie_weights() after it; "
-                "or export both, without alias_of and tied",
-            )
+        if _differ(tensors[one], tensors[other]):
+            return one, other
     return None
 
 

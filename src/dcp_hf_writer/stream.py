@@ -24,7 +24,8 @@ from dcp_hf_writer._layout import plan_layout
 from dcp_hf_writer._rounds import Steps, plan_steps
 from dcp_hf_writer._stock import Stock, complete_by_hand, take_stock
 from dcp_hf_writer._tensors import memory_of, tied_groups
-from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer._ties import HOW_TO_TIE, drifted_tie
+from dcp_hf_writer.errors import CheckpointError, LayoutError
 from dcp_hf_writer.export import HFExport, size_in_bytes, specs_by_name
 
 if TYPE_CHECKING:
@@ -116,13 +117,14 @@ def _agree(
     tensors, names = model_tensors(state_dict, key=export.key)
     groups, number = meet_groups(tensors, names, export, group)
     stock, error, limit_nbytes = Stock(), None, 0
+    memory = memory_of(tensors)
     try:
         limit_nbytes = size_in_bytes(bucket_bytes, option="bucket_bytes")
         stock = take_stock(tensors, names, export, groups=groups, preserve=preserve)
+        _check_declared_ties(tensors, names, export, memory)
     except CheckpointError as raised:
         error = raised
     fingerprint = _digest(stock.described, export.fingerprint, limit_nbytes, preserve)
-    memory = memory_of(tensors)
     facts = exchange(Facts(fingerprint, tied_groups(memory), stock.by_hand, error), groups.all)
     raise_first({rank: fact.error for rank, fact in facts.items()})
     check_alike(facts)
@@ -133,6 +135,24 @@ def _agree(
         raise_first(exchange(tie_fault(ties, names, memory), groups.all))
     inputs = _Inputs(fingerprint, stock, export, ties, tuple(groups.places))
     return stock, groups, _plan(inputs, limit_nbytes=limit_nbytes, preserve=preserve)
+
+
+def _check_declared_ties(
+    tensors: Mapping[str, torch.Tensor],
+    names: Mapping[str, str],
+    export: HFExport,
+    memory: Mapping[str, int],
+) -> None:
+    drifted = drifted_tie(tensors, names, export, memory)
+    if drifted is not None:
+        raise LayoutError(
+            "tensors that are declared to be tied are not equal",
+            phase="plan",
+            fqn=drifted[0],
+            expected=f"the values of {drifted[1]!r}, as only these would be streamed",
+            found="others",
+            hint=HOW_TO_TIE,
+        )
 
 
 def _stream(plan: _Plan, filler: Filler) -> Generator[list[tuple[str, torch.Tensor]], None, None]:
