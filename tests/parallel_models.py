@@ -11,6 +11,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import torch
+from packaging.version import Version
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -124,13 +125,14 @@ def is_distributed(name: str, parallelism: str) -> bool:
 def can_distribute() -> bool:
     """Whether transformers can do so here.
 
-    It has meshes since 5.20, asks for accelerate, and puts each rank on a GPU if there is one.
+    It cuts a vocabulary of any size since 5.21, asks for accelerate, and puts each rank on a GPU if
+    there is one.
     """
-    from transformers import distributed
+    import transformers
 
-    has_meshes = hasattr(distributed, "initialize_distributed_mesh")
+    is_new = Version(transformers.__version__) >= Version("5.21")
     has_accelerate = importlib.util.find_spec("accelerate") is not None
-    return has_meshes and has_accelerate and not torch.accelerator.is_available()
+    return is_new and has_accelerate and not torch.accelerator.is_available()
 
 
 def fully_sharded(model: PreTrainedModel, how: str = "fsdp") -> PreTrainedModel:

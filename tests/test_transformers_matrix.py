@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 CAN_DISTRIBUTE = can_distribute()
 needs_distributed = pytest.mark.skipif(
     not CAN_DISTRIBUTE,
-    reason="transformers shards models so on CPUs from 5.20 on, and where accelerate is",
+    reason="transformers shards models so on CPUs, from 5.21 on, and where accelerate is",
 )
 
 # The first test that asks for an export waits for those of all of them.
