@@ -13,6 +13,7 @@ groups carry `a - 1` parts a rank instead of `b * (a - 1)`. Meshes have the slow
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from dataclasses import dataclass
@@ -213,23 +214,21 @@ def _moves(copies: dict[tuple[str, int, torch.dtype], list[Copy]]) -> tuple[Move
 
 
 def _packing(copy: Copy, at: int) -> Copy:
-    loops = tuple(
-        Loop(loop.extent, 0, step, loop.dim, loop.step)
-        for loop, step in zip(copy.loops, _packed_steps(copy), strict=True)
-    )
-    return Copy((at,), copy.start, loops)
+    return Copy((at,), copy.start, _loops_in_buffer(copy.loops)[0])
 
 
 def _unpacking(copy: Copy, at: int) -> Copy:
-    loops = tuple(
-        Loop(loop.extent, loop.hf_dim, loop.hf_step, 0, step)
-        for loop, step in zip(copy.loops, _packed_steps(copy), strict=True)
-    )
-    return Copy(copy.hf_start, (at,), loops)
+    return Copy(copy.hf_start, (at,), _loops_in_buffer(copy.loops)[1])
 
 
-def _packed_steps(copy: Copy) -> Shape:
-    return strides_of(tuple(loop.extent for loop in copy.loops))
+# The pieces of a tensor, and those of alike layers, have the same loops.
+@functools.lru_cache(maxsize=1024)
+def _loops_in_buffer(loops: tuple[Loop, ...]) -> tuple[tuple[Loop, ...], tuple[Loop, ...]]:
+    """Return loops into and out of a vector that holds the elements one after the other."""
+    pairs = list(zip(loops, strides_of(tuple(loop.extent for loop in loops)), strict=True))
+    into = tuple(Loop(loop.extent, 0, step, loop.dim, loop.step) for loop, step in pairs)
+    out_of = tuple(Loop(loop.extent, loop.hf_dim, loop.hf_step, 0, step) for loop, step in pairs)
+    return into, out_of
 
 
 def _slots(

@@ -93,7 +93,8 @@ def take_stock(
             held = Held(fqn, shape, local.dtype, LOCAL, (((),),))
         stock.tensors.append(RuntimeTensor(fqn, name, shape, local.dtype, (whole(shape),)))
         stock.local[fqn], stock.held[fqn] = local, held
-        stock.described.append((name, shape, str(local.dtype), *_description(value, held)))
+        kind = (str(local.dtype), fqn in stock.by_hand, *_description(value, held))
+        stock.described.append((name, shape, *kind))
     if preserve is not None and preserve not in dim_names:
         raise ConfigError(
             "preserve must name a mesh dimension",
