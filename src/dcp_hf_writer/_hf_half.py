@@ -11,7 +11,7 @@ import xxhash
 from dcp_hf_writer._copies import hf_box, hf_loops, runtime_view, split
 from dcp_hf_writer._dtypes import TORCH_BY_NAME
 from dcp_hf_writer._hooks import reach
-from dcp_hf_writer._regions import Region, chunk_regions, needs_cast
+from dcp_hf_writer._regions import Region, TargetTable, needs_cast
 from dcp_hf_writer._report import Block
 from dcp_hf_writer._source import TensorSource, chunk_of, digest_of, host_bytes
 
@@ -39,11 +39,15 @@ def regions_by_file(
         targets: Where the parts of each tensor go, by FQN.
     """
     found: dict[int, list[tuple[WriteItem, Region]]] = {}
+    tables: dict[str, TargetTable] = {}
     for item in items:
-        parts = targets.get(item.index.fqn)
-        if parts is None:
+        fqn = item.index.fqn
+        if fqn not in targets:
             continue
-        for region in chunk_regions(chunk_of(item), parts):
+        # A rank may hold many blocks of one tensor, and write to many others from it.
+        if fqn not in tables:
+            tables[fqn] = TargetTable(targets[fqn])
+        for region in tables[fqn].regions(chunk_of(item)):
             found.setdefault(region.target.file, []).append((item, region))
     for blocks in found.values():
         blocks.sort(key=lambda block: (block[1].target.start, block[1].copy.hf_start))

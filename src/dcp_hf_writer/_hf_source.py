@@ -12,7 +12,7 @@ from dcp_hf_writer._dtypes import CASTABLE, TORCH_BY_NAME
 from dcp_hf_writer._layout import PartTarget
 from dcp_hf_writer._read_phase import is_direct
 from dcp_hf_writer._read_plan import Fetch, fetch_of_copy
-from dcp_hf_writer._regions import Region, chunk_regions
+from dcp_hf_writer._regions import Region, TargetTable
 from dcp_hf_writer._strict_json import shortened
 from dcp_hf_writer.errors import MismatchError
 from dcp_hf_writer.spec import LoadSpec
@@ -129,7 +129,7 @@ class HFSource:
         self.stored = directory.logical(wanted)
         self.specs = {name: self._as_stored(spec) for name, spec in specs.items()}
         self._own: dict[str, LoadSpec] = {}
-        self._targets: dict[str, tuple[PartTarget, ...]] = {}
+        self._targets: dict[str, TargetTable] = {}
         self._number_of_file = {name: i for i, name in enumerate(directory.headers)}
         self._files = list(directory.headers)
 
@@ -204,9 +204,9 @@ class HFSource:
         computed: list[Dequantized] = []
         padded: list[torch.Tensor] = []
         for number, block in enumerate(blocks):
-            targets = self._targets_of(block.name)
-            regions = chunk_regions(block.box, targets)
-            if targets and sum(region.copy.numel for region in regions) < block.box.numel:
+            table = self._targets_of(block.name)
+            regions = table.regions(block.box)
+            if len(table) and sum(region.copy.numel for region in regions) < block.box.numel:
                 padded.append(block.target)
             for region in regions:
                 stored = self.stored[region.target.key]
@@ -229,12 +229,13 @@ class HFSource:
             is_direct=is_direct(target, dtype),
         )
 
-    def _targets_of(self, name: str) -> tuple[PartTarget, ...]:
+    def _targets_of(self, name: str) -> TargetTable:
         found = self._targets.get(name)
         if found is None:
             spec = self.spec(name)
             assert spec is not None
-            found = self._targets[name] = tuple(self._targets_of_spec(spec))
+            targets = tuple(self._targets_of_spec(spec))
+            found = self._targets[name] = TargetTable(targets)
         return found
 
     def _targets_of_spec(self, spec: LoadSpec) -> Iterator[PartTarget]:

@@ -188,15 +188,16 @@ def _by_rank(
     found: list[dict[str, tuple[PartTarget, ...]]] = [{} for _ in plan.plans]
     for fqn, parts in targets.items():
         tensor = plan.tensors[fqn]
-        if len(parts) == 1:
+        if len(parts) == 1 or not tensor.data.size:
             for rank in tensor.ranks:
                 found[rank][fqn] = parts
             continue
         table = TargetTable(parts)
+        rows: dict[int, set[tuple[int, int]]] = {}
         for rank, offsets, sizes in zip(tensor.ranks, tensor.offsets, tensor.sizes, strict=True):
-            near = table.near_rows(offsets[0], offsets[0] + sizes[0]) if offsets else parts
-            known = found[rank].get(fqn)
-            found[rank][fqn] = near if known is None else tuple(dict.fromkeys((*known, *near)))
+            rows.setdefault(rank, set()).add((offsets[0], offsets[0] + sizes[0]))
+        for rank, wanted in rows.items():
+            found[rank][fqn] = table.near_rows(frozenset(wanted))
     return found
 
 

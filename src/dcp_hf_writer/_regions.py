@@ -33,24 +33,39 @@ class TargetTable:
         self._targets = tuple(targets[i] for _, _, i in spans)
         self._first = [first for first, _, _ in spans]
         self._last = list(itertools.accumulate((last for _, last, _ in spans), max))
-        self._known: dict[tuple[int, int], tuple[PartTarget, ...]] = {}
+        self._known: dict[frozenset[tuple[int, int]], tuple[PartTarget, ...]] = {}
+
+    def __len__(self) -> int:
+        """Return the number of targets."""
+        return len(self._targets)
 
     def near(self, chunk: Box | ChunkStorageMetadata) -> tuple[PartTarget, ...]:
         """Return the targets that may have elements in a chunk, and few others."""
         if not chunk.offsets:
             return self._targets
         first = chunk.offsets[0]
-        return self.near_rows(first, first + chunk.sizes[0])
+        start, stop = self._span(first, first + chunk.sizes[0])
+        return self._targets[start:stop]
 
-    def near_rows(self, first: int, stop: int) -> tuple[PartTarget, ...]:
-        """Return the targets that may have elements in rows `[first, stop)`, and few others."""
+    def near_rows(self, rows: frozenset[tuple[int, int]]) -> tuple[PartTarget, ...]:
+        """Return the targets that may have elements in rows, and few others, each once.
+
+        Args:
+            rows: First row and the one after the last, of each chunk.
+        """
         # Ranks that share these rows get the same tuple.
-        found = self._known.get((first, stop))
+        found = self._known.get(rows)
         if found is None:
-            start = bisect.bisect_left(self._last, first)
-            found = self._targets[start : bisect.bisect_left(self._first, stop)]
-            self._known[first, stop] = found
+            numbers = sorted({i for first, stop in rows for i in range(*self._span(first, stop))})
+            found = self._known[rows] = tuple(self._targets[i] for i in numbers)
         return found
+
+    def regions(self, chunk: Box) -> list[Region]:
+        """Cut a chunk as `chunk_regions` does, looking only at the targets near it."""
+        return chunk_regions(chunk, self.near(chunk))
+
+    def _span(self, first: int, stop: int) -> tuple[int, int]:
+        return bisect.bisect_left(self._last, first), bisect.bisect_left(self._first, stop)
 
 
 def _rows(target: PartTarget) -> tuple[int, int]:

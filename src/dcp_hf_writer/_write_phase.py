@@ -28,6 +28,7 @@ from dcp_hf_writer._dtypes import ITEMSIZE
 from dcp_hf_writer._hf_half import BlockWriter, is_interleaved, regions_by_file
 from dcp_hf_writer._hooks import reach
 from dcp_hf_writer._once import stored_once
+from dcp_hf_writer._regions import TargetTable
 from dcp_hf_writer._report import RankReport
 from dcp_hf_writer._source import TensorSource, chunk_of
 from dcp_hf_writer._writes import OpenFiles
@@ -101,7 +102,12 @@ class WritePhase:
             self.blocks = _idle_blocks.pop()
         tensors = [i for i in self.plan.items if i.type != WriteItemType.BYTE_IO]
         work = regions_by_file(tensors, self.own.targets)
-        left_out = [self._stored_once(i) for i in tensors if i.index.fqn in self.own.once]
+        once = {fqn: TargetTable(parts) for fqn, parts in self.own.once.items()}
+        left_out = [
+            self._stored_once(item, once[item.index.fqn])
+            for item in tensors
+            if item.index.fqn in once
+        ]
         if left_out:
             self._leave_out({result.index for result in left_out})
         shares = self.slots.is_shared_by_halves()
@@ -141,11 +147,11 @@ class WritePhase:
         }
         return [*results, *left_out, WriteResult(MetadataIndex(_REPORT_FQN), 0, report)]
 
-    def _stored_once(self, item: WriteItem) -> WriteResult:
+    def _stored_once(self, item: WriteItem, table: TargetTable) -> WriteResult:
         """Say of an item that the DCP half leaves to the export where its bytes will be."""
         names = [name for name, _ in self.own.files]
         chunk = chunk_of(item)
-        where = stored_once(chunk, self.own.once[item.index.fqn], files=names, subdir=self.subdir)
+        where = stored_once(chunk, table.near(chunk), files=names, subdir=self.subdir)
         nbytes = sum(c.numel * ITEMSIZE[p.dtype] for p in where.parts for c in p.copies)
         return WriteResult(item.index, nbytes, where)
 
