@@ -66,7 +66,8 @@ VALUES = st.one_of(
     st.lists(st.integers(-2, 100), max_size=5),
     st.dictionaries(st.sampled_from(NAMES), st.integers(0, 9), max_size=2),
     st.sampled_from([_nested(50), _nested(500), [0] * 5000, [1 << 62] * 100]),
-)
+    # A later change may be of the value itself: each draw gets its own.
+).map(lambda value: json.loads(json.dumps(value)))
 
 
 @st.composite
@@ -128,20 +129,22 @@ def spoiled_metadata(draw: st.DrawFn, content: bytes) -> bytes:
 
 
 def _info(draw: st.DrawFn, metadata: Metadata) -> Any:
-    storage = metadata.storage_data or {}
-    return storage[draw(st.sampled_from(sorted(storage, key=str)))] if storage else None
+    storage = metadata.storage_data
+    if not isinstance(storage, dict) or not storage:
+        return None
+    return storage[draw(st.sampled_from(sorted(storage, key=str)))]
 
 
 def _move(draw: st.DrawFn, metadata: Metadata) -> None:
     info = _info(draw, metadata)
-    if info is not None:
+    if hasattr(info, "__dict__"):
         name = draw(st.sampled_from(["relative_path", "offset", "length", "transform_descriptors"]))
         object.__setattr__(info, name, draw(VALUES))
 
 
 def _lose(draw: st.DrawFn, metadata: Metadata) -> None:
-    part = draw(st.sampled_from([metadata.storage_data or {}, metadata.state_dict_metadata]))
-    if part:
+    part = draw(st.sampled_from([metadata.storage_data, metadata.state_dict_metadata]))
+    if isinstance(part, dict) and part:
         part.pop(draw(st.sampled_from(sorted(part, key=str))))
 
 

@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import logging
 import os
+import pickle
 import re
 import resource
 import shutil
 import subprocess
 import sys
+import traceback
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -24,6 +26,7 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from audit import MANIFEST_NAME
 from checkpoints import encoded, sign
@@ -138,7 +141,7 @@ class Watch:
             path = os.fsdecode(arguments[0])
             is_system = path.startswith(("/proc/", "/sys/", "/dev/")) or ".py" in path
             if not is_system and not os.path.realpath(path).startswith(self.inside):
-                self.seen.append(path)
+                self.seen.append("".join([path, "\n", *traceback.format_stack(limit=12)]))
 
 
 WATCH = Watch()
@@ -232,6 +235,25 @@ def test_spoiled_file_is_refused_or_read(
         check_example(data, saved, work, target)
 
     run()
+
+
+# -- what fuzzing has found ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", ["offsets", "sizes"])
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1, 1)])
+def test_chunk_of_other_dimensions_than_its_tensor_is_refused(
+    saved: Path, field: str, shape: tuple[int, ...]
+) -> None:
+    metadata = dcp.FileSystemReader(saved).read_metadata()
+    tensor = metadata.state_dict_metadata["model.embed"]
+    assert isinstance(tensor, TensorStorageMetadata)
+    setattr(tensor.chunks[0], field, torch.Size(shape))
+    with pytest.raises(CorruptCheckpointError, match="a chunk at"):
+        parse_metadata(pickle.dumps(metadata), path=".metadata")
+
+
+# -- streams of opcodes, and longer runs -----------------------------------------------------------
 
 
 @settings(max_examples=300, deadline=DEADLINE, suppress_health_check=CHECKS)

@@ -94,7 +94,7 @@ def _tensor_fault(tensor: TensorStorageMetadata) -> str | None:
         if type(chunk) is not ChunkStorageMetadata:
             return f"a {type(chunk).__name__} as a chunk"
         offsets, sizes = chunk.offsets, chunk.sizes
-        if len(offsets) != len(size) or any(
+        if not len(offsets) == len(sizes) == len(size) or any(
             o + s > n for o, s, n in zip(offsets, sizes, size, strict=True)
         ):
             return f"a chunk at {list(offsets)} of size {list(sizes)} in one of {list(size)}"
