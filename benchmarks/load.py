@@ -1,0 +1,267 @@
+"""Measure a load from either half beside torch's own readers, all in one run.
+
+    python benchmarks/load.py --gib 1 --rounds 7 --json load.json
+
+Two ranks save one checkpoint. Two and four ranks load it in turns, cut as it was saved and cut
+along the other dimension, from a warm page cache and from the disk: each round runs every reader
+once, in an order that rotates. The first round warms up and is not counted; in it the readers'
+results are compared. Times are those of the slowest rank, for `dcp.load` as a whole.
+
+The readers of a pair do the same work: the DCP half into the state dict, or the HuggingFace half
+into the model's entry of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import itertools
+import json
+import logging
+import os
+import shutil
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemReader, HuggingFaceStorageReader
+from torch.distributed.device_mesh import init_device_mesh
+
+from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport
+from machine import describe_machine, held, peak_rss_nbytes, reset_peak
+from ranks import Rank, RanksFailedError, run_ranks
+from states import GIB, Workload, build_state_dict, local_tensors, split_into_files
+from states import nbytes_by_key as nbytes_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+SAVING_RANKS = 2
+_FILES = 4
+_BAR = 0.7
+"""What the design asks of us, relative to each of torch's readers at the same work."""
+
+_READERS: dict[str, Callable[[str], Any]] = {
+    "torch dcp": FileSystemReader,
+    "ours dcp": lambda path: HFDualReader(path, source="dcp"),
+    "torch hf": lambda path: HuggingFaceStorageReader(os.path.join(path, "hf")),
+    "ours hf": lambda path: HFDualReader(path, source="hf"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """What is loaded by how many ranks."""
+
+    ranks: int
+    sharding: str
+    """`same` as it was saved, or `other`: along the other dimension."""
+    cache: str
+    """`warm`, or `cold`: the page cache is emptied before each load."""
+
+    def __str__(self) -> str:
+        return f"{self.ranks} ranks, {self.sharding} sharding, {self.cache}"
+
+
+@dataclass(slots=True)
+class Samples:
+    """What one reader took in one case."""
+
+    seconds: list[float] = field(default_factory=list)
+    processor_s: list[float] = field(default_factory=list)
+    """Processor time of all ranks together."""
+    peak_nbytes: int = 0
+    """Memory of a rank above what it held before, the highest of all ranks and rounds."""
+
+    @property
+    def work(self) -> float:
+        """Median processor time."""
+        return statistics.median(self.processor_s)
+
+    @property
+    def median(self) -> float:
+        """Median time."""
+        return statistics.median(self.seconds)
+
+
+def main() -> int:
+    """Run the benchmark; the exit status tells whether it ran, not who was fast."""
+    options = _parse_options()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    workload = Workload(options.gib, options.dtype, "fsdp", options.optim)
+    root = tempfile.mkdtemp(prefix="dcp-hf-bench-", dir=options.root)
+    try:
+        print(f"{describe_machine(root)}, load {os.getloadavg()[0]:.1f}")
+        print(
+            f"{workload.describe()}; saved by {SAVING_RANKS} ranks; medians of {options.rounds}\n"
+        )
+        log = os.path.join(root, "ranks.log")
+        path = os.path.join(root, "checkpoint")
+        run_ranks(save, workload, path, world_size=SAVING_RANKS, timeout_s=600, log=log)
+        results: dict[str, dict[str, Samples]] = {}
+        for count, sharding in itertools.product(options.ranks, options.sharding):
+            cases = [Case(count, sharding, cache) for cache in options.cache]
+            found = run_ranks(
+                measure,
+                workload,
+                path,
+                cases,
+                options.rounds,
+                world_size=count,
+                timeout_s=600 * max(1.0, options.gib),
+                log=log,
+            )
+            for case, samples in found[0].items():
+                results[case] = samples
+                _print_case(case, samples)
+        if options.json:
+            _write(options.json, workload, root, results)
+    except RanksFailedError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
+    return 0
+
+
+def save(rank: Rank, workload: Workload, path: str) -> None:
+    """Body of a rank: save the checkpoint that all readers load."""
+    state_dict = build_state_dict(workload, init_device_mesh("cpu", (rank.world_size,)))
+    max_shard_size, _ = split_into_files(nbytes_of(workload), _FILES)
+    export = HFExport(max_shard_size=max_shard_size)
+    dcp.save(state_dict, storage_writer=HFDualWriter(path, export=export))
+
+
+def measure(
+    rank: Rank, workload: Workload, path: str, cases: list[Case], rounds: int
+) -> dict[str, dict[str, Samples]]:
+    """Body of a rank: load with all readers in turns."""
+    logging.disable(logging.WARNING)
+    layout = "tp" if cases[0].sharding == "other" else "fsdp"
+    mesh = init_device_mesh("cpu", (rank.world_size,))
+    target = build_state_dict(replace(workload, layout=layout), mesh)
+    found = {str(case): {name: Samples() for name in _READERS} for case in cases}
+    digests: dict[str, str] = {}
+    names = list(_READERS)
+    for number in range(rounds + 1):
+        turn = number % len(names)
+        for case, name in itertools.product(cases, names[turn:] + names[:turn]):
+            seconds, processor_s, peak = _load(
+                target, path, name, is_cold=case.cache == "cold", rank=rank
+            )
+            if number == 0:
+                digests[name] = _digest(target)
+                continue
+            samples = found[str(case)][name]
+            samples.seconds.append(seconds)
+            samples.processor_s.append(processor_s)
+            samples.peak_nbytes = max(samples.peak_nbytes, peak)
+    for half in ("dcp", "hf"):
+        assert digests[f"ours {half}"] == digests[f"torch {half}"], f"{half}: readers differ"
+    return found
+
+
+def _load(
+    target: dict[str, Any], path: str, name: str, *, is_cold: bool, rank: Rank
+) -> tuple[float, float, int]:
+    """Load once; returns time of the slowest rank, processor time of all, most memory of one."""
+    state_dict = target if name.endswith("dcp") else dict(target["model"])
+    for tensor in local_tensors(state_dict):
+        tensor.fill_(0.5)
+    gc.collect()
+    dist.barrier()
+    if is_cold and rank.rank == 0:
+        _drop_caches(path)
+    before = held().rss_nbytes if reset_peak() else 0
+    dist.barrier()
+    began, worked = time.perf_counter(), time.process_time()
+    dcp.load(state_dict, storage_reader=_READERS[name](path))
+    seconds, processor_s = time.perf_counter() - began, time.process_time() - worked
+    peak = peak_rss_nbytes() - before if before else 0
+    most = torch.tensor([seconds, float(peak)], dtype=torch.float64)
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    total = torch.tensor(processor_s, dtype=torch.float64)
+    dist.all_reduce(total)
+    return float(most[0]), float(total), int(most[1])
+
+
+def _drop_caches(path: str) -> None:
+    for directory, _, names in os.walk(path):
+        for name in names:
+            fd = os.open(os.path.join(directory, name), os.O_RDONLY)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
+def _digest(target: dict[str, Any]) -> str:
+    digest = hashlib.blake2b()
+    for tensor in local_tensors(target["model"]):
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def _print_case(case: str, samples: dict[str, Samples]) -> None:
+    print(case)
+    for half in ("dcp", "hf"):
+        theirs, ours = samples[f"torch {half}"], samples[f"ours {half}"]
+        ratio = ours.median / theirs.median
+        mark = "✓" if ratio <= _BAR else "✗"
+        times = f"torch {theirs.median:6.3f} s  ours {ours.median:6.3f} s  {mark} {ratio:.2f}x"
+        work = f"processor {theirs.work:5.2f} / {ours.work:5.2f} s"
+        memory = f"memory {theirs.peak_nbytes >> 20:4d} / {ours.peak_nbytes >> 20:4d} MiB"
+        print(f"  {half:4} {times} (bar {_BAR}x)   {work}   {memory}")
+
+
+def _write(file: str, workload: Workload, root: str, results: dict[str, Any]) -> None:
+    facts = {
+        "machine": describe_machine(root),
+        "workload": asdict(workload),
+        "cases": {
+            case: {name: asdict(samples) for name, samples in of_case.items()}
+            for case, of_case in results.items()
+        },
+    }
+    with open(file, "w", encoding="utf-8") as out:
+        json.dump(facts, out, indent=1)
+        out.write("\n")
+
+
+def _parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add(
+        "--gib",
+        type=float,
+        default=1.0,
+        help="size of the weights, all ranks together [%(default)s]",
+    )
+    add("--optim", action="store_true", help="Adam's two fp32 moments too, in the DCP half")
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
+    add("--root", help="directory to work in, a tmpfs for instance [a temporary one]")
+    add("--rounds", type=int, default=7, help="rounds that count [%(default)s]")
+    add("--ranks", default="2,4", help="numbers of ranks that load [%(default)s]")
+    add("--sharding", default="same,other", help="how what is loaded is cut [%(default)s]")
+    add("--cache", default="warm,cold", help="states of the page cache [%(default)s]")
+    add("--json", metavar="FILE", help="write all samples")
+    options = parser.parse_args()
+    options.ranks = [int(count) for count in options.ranks.split(",")]
+    options.sharding, options.cache = options.sharding.split(","), options.cache.split(",")
+    if {*options.sharding} - {"same", "other"} or {*options.cache} - {"warm", "cold"}:
+        parser.error("--sharding takes same,other and --cache warm,cold")
+    if options.gib <= 0 or options.rounds < 1 or min(options.ranks) < 1:
+        parser.error("--gib, --rounds and --ranks must be positive")
+    if shutil.disk_usage(options.root or tempfile.gettempdir()).free < 8 * options.gib * GIB:
+        parser.error(f"this run needs about {8 * options.gib:.0f} GiB of free space; pass --root")
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
