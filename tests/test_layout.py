@@ -24,6 +24,7 @@ from dcp_hf_writer._dtypes import CASTABLE, TORCH_BY_NAME
 from dcp_hf_writer._layout import Layout, RuntimeTensor, plan_layout
 from dcp_hf_writer._regions import chunk_regions, needs_cast
 from dcp_hf_writer.errors import CoverageError, LayoutError, SpecError
+from dcp_hf_writer.spec import Piece
 from partitions import partitions_of, shapes
 
 if TYPE_CHECKING:
@@ -341,6 +342,18 @@ def test_tensor_that_its_spec_leaves_out_takes_no_tied_one_with_it(order: Sequen
     layout = plan_layout([one(name) for name in order], HFExport(specs=[spec]), tied=found)
     (key,) = keys_of(layout)
     assert {key, *layout.tied} == {"a", "b"}
+
+
+def test_parts_of_different_dtypes_are_refused_as_such() -> None:
+    specs = [
+        LoadSpec(n, global_shape=(4,), pieces=[Piece("k", (8,), ((4, 1, 1),), hf_start=start)])
+        for n, start in (("a", 0), ("b", 4))
+    ]
+    tensors = [one("a"), one("b", dtype=torch.bfloat16)]
+    with pytest.raises(LayoutError, match=r"different dtypes.*'k'.*F32.*'model.a'.*BF16.*dtype="):
+        plan_layout(tensors, HFExport(specs=specs), tied={})
+    layout = plan_layout(tensors, HFExport(specs=specs, dtype=torch.bfloat16), tied={})
+    assert keys_of(layout) == ["k"]
 
 
 def test_alias_of_a_name_that_no_key_has_is_refused() -> None:

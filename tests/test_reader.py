@@ -20,6 +20,7 @@ from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, HFLoadPlanner, L
 from dcp_hf_writer import load_hf as load_hf_directory
 from dcp_hf_writer._input_files import FsspecFiles
 from dcp_hf_writer.errors import ConfigError, MismatchError, ReadError
+from dcp_hf_writer.spec import Piece
 from small import model_of, spoil, state_of
 
 if TYPE_CHECKING:
@@ -486,6 +487,16 @@ def test_tensor_that_its_spec_leaves_out_stays_as_it_is(tmp_path: Path, source: 
     # The DCP half holds it, the export does not.
     expected = model if source == "dcp" else {**model, "cache": torch.zeros(3)}
     assert tensor_difference(found["model"], expected) is None
+
+
+def test_what_no_key_holds_is_zero_where_another_element_is_held_twice(tmp_path: Path) -> None:
+    pieces = [Piece("a", (4,), ((4, 1, 1),)), Piece("b", (4,), ((4, 1, 1),))]
+    specs = [LoadSpec("w", global_shape=(6,), pieces=pieces)]
+    writer = HFDualWriter(tmp_path / "x", export=HFExport(specs=specs))
+    dcp.save({"model": {"w": torch.arange(1.0, 7.0)}}, storage_writer=writer)
+    found = {"model": {"w": torch.full((6,), 9.0)}}
+    load_hf_directory(found, tmp_path / "x", specs=specs)
+    assert found["model"]["w"].tolist() == [1.0, 2.0, 3.0, 4.0, 0.0, 0.0]
 
 
 def fused_specs() -> list[LoadSpec]:

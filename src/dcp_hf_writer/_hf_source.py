@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dcp_hf_writer._copies import strides_of
+from dcp_hf_writer._copies import covered, runtime_loops, strides_of
 from dcp_hf_writer._dtypes import CASTABLE, TORCH_BY_NAME
 from dcp_hf_writer._layout import PartTarget
+from dcp_hf_writer._once import is_whole
 from dcp_hf_writer._read_phase import is_direct
 from dcp_hf_writer._read_plan import Fetch, fetch_of_copy
 from dcp_hf_writer._regions import Region, TargetTable
@@ -130,6 +131,8 @@ class HFSource:
         self.specs = {name: self._as_stored(spec) for name, spec in specs.items()}
         self._own: dict[str, LoadSpec] = {}
         self._targets: dict[str, TargetTable] = {}
+        # Tensors of which keys hold an element twice, so that counting does not find what is none.
+        self._repeated: set[str] = set()
         self._number_of_file = {name: i for i, name in enumerate(directory.headers)}
         self._files = list(directory.headers)
 
@@ -206,7 +209,8 @@ class HFSource:
         for number, block in enumerate(blocks):
             table = self._targets_of(block.name)
             regions = table.regions(block.box)
-            if len(table) and sum(region.copy.numel for region in regions) < block.box.numel:
+            count = sum(region.copy.numel for region in regions)
+            if len(table) and (count < block.box.numel or block.name in self._repeated):
                 padded.append(block.target)
             for region in regions:
                 stored = self.stored[region.target.key]
@@ -235,6 +239,8 @@ class HFSource:
             spec = self.spec(name)
             assert spec is not None
             targets = tuple(self._targets_of_spec(spec))
+            if spec.pieces is not None and _has_repeats(targets, spec.global_shape):
+                self._repeated.add(name)
             found = self._targets[name] = TargetTable(targets)
         return found
 
@@ -257,6 +263,15 @@ class HFSource:
 
     def _key(self, key: str) -> str:
         return key if key in self.stored else self._tied.get(key, key)
+
+
+def _has_repeats(targets: Sequence[PartTarget], shape: Shape) -> bool:
+    """Whether targets may hold an element of a runtime tensor twice, and others not at all."""
+    copies = [copy for target in targets for copy in target.copies]
+    if is_whole(copies, shape):
+        return False
+    found = covered([(copy.start, runtime_loops(copy)) for copy in copies], shape)
+    return found < sum(copy.numel for copy in copies)
 
 
 def can_cast(stored: torch.dtype, wanted: torch.dtype) -> bool:

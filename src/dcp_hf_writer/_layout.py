@@ -180,7 +180,7 @@ def _assign_keys(
             wanted = HFTensor(part.key, dtype, part.shape)
             known = assigned.setdefault(part.key, _Assigned(wanted, []))
             if known.tensor != wanted:
-                _refuse_two(known, tensor.fqn)
+                _refuse_other(known, wanted, tensor.fqn, part.copies)
             known.parts.append((tensor.fqn, part.copies))
     _check_all_whole(assigned.values())
     return list(assigned.values())
@@ -225,6 +225,23 @@ def _check_whole(one: _Assigned) -> None:
             expected=f"pieces that tile {list(shape)}",
             found=fault,
         )
+
+
+def _refuse_other(known: _Assigned, wanted: HFTensor, fqn: str, copies: Sequence[Copy]) -> None:
+    """Refuse a tensor that cannot be a part of the one that has its key."""
+    is_part = sum(copy.numel for copy in copies) < math.prod(wanted.shape)
+    if not is_part or known.tensor.shape != wanted.shape:
+        _refuse_two(known, fqn)
+    msg = "runtime tensors of different dtypes make up one HuggingFace tensor"
+    raise LayoutError(
+        msg,
+        phase="plan",
+        fqn=fqn,
+        key=wanted.key,
+        expected=f"{known.tensor.dtype}, as {known.parts[0][0]!r}",
+        found=wanted.dtype,
+        hint="HFExport(dtype=...), or the dtype of their LoadSpecs, gives them one",
+    )
 
 
 def _refuse_two(known: _Assigned, fqn: str) -> None:
