@@ -24,6 +24,7 @@ from dcp_hf_writer import (
     ShardSpec,
     iter_hf_buckets,
 )
+from dcp_hf_writer._stock import _distinct
 from held import tensor
 from models import SHARDINGS, build_model, shard
 from parallel_models import parallel_model, unsharded
@@ -406,6 +407,18 @@ def test_stream_of_tensors_sharded_by_hand_is_the_whole() -> None:
     for found in run_ranks(stream_by_hand, 4):
         assert_none(found)
         assert len(found) == 5
+
+
+def test_part_that_several_ranks_hold_is_sent_once() -> None:
+    first, second = ((ShardSpec(0, i, 2),) for i in range(2))
+    # The same rows, said in another way.
+    also_second = (ShardSpec(0, 1, 2), ShardSpec(1, 0, 1))
+    assert _distinct("w", (4, 2), [first, second, first, also_second]) == (
+        first,
+        second,
+        None,
+        None,
+    )
 
 
 def stream_and_keep(rank: int, world_size: int) -> dict[str, Any]:

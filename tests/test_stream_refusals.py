@@ -45,6 +45,15 @@ def requests(rank: int, mesh: DeviceMesh, grid: DeviceMesh) -> dict[str, Request
         shape=torch.Size(SHAPE),
         stride=(6, 1),
     )
+    # Rank 3 shares no group with rank 0: what it finds must come by way of another rank.
+    far = DTensor.from_local(
+        full[:4, : 2 if rank == 3 else 3],
+        grid,
+        [Shard(0), Shard(1)],
+        run_check=False,
+        shape=torch.Size(SHAPE),
+        stride=(6, 1),
+    )
     by_hand = LoadSpec("w", "w", SHAPE, shards=[ShardSpec(0, rank, 4)])
     part = full.chunk(4)[rank]
     both = [LoadSpec("a", "c", SHAPE), LoadSpec("b", "c", SHAPE)]
@@ -56,6 +65,7 @@ def requests(rank: int, mesh: DeviceMesh, grid: DeviceMesh) -> dict[str, Request
         "unused": ({"w": w}, [LoadSpec("v", "v", SHAPE)], {}),
         "partial": ({"w": partial}, None, {}),
         "local": ({"w": short}, None, {}),
+        "far": ({"w": far}, None, {}),
         "meta": ({"w": w, "v": torch.empty(3, device="meta")}, None, {}),
         "by hand": ({"w": part[:1] if rank == 2 else part}, [by_hand], {}),
         "group": ({"w": part}, [by_hand], {"group": grid.get_group("ep")}),
@@ -94,6 +104,7 @@ EXPECTED: dict[str, tuple[type[CheckpointError], str]] = {
     "unused": (SpecError, r"specs name tensors that the model does not have.*\['v'\]"),
     "partial": (PlanningError, r"'w'.*redistribute"),
     "local": (SpecError, r"rank 1.*another part .*'w'.* shape \[2, 6\]; found shape \[1, 6\]"),
+    "far": (SpecError, r"rank 3.*another part .*'w'.* shape \[4, 3\]; found shape \[4, 2\]"),
     "meta": (PlanningError, r"cannot be streamed .*'v'.* on meta"),
     "by hand": (SpecError, r"rank 2.*another part .*'w'.* shape \[2, 6\]; found shape \[1, 6\]"),
     "group": (CoverageError, r"not the whole of it .*'w'.* hold 24 elements, the tensor has 48"),
