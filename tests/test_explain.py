@@ -416,10 +416,11 @@ def test_lines_fit_a_terminal(tmp_path: Path, width: int, *, collapse: bool) -> 
 
 def test_each_block_is_shown_with_its_bytes_where_layers_are_not_collapsed(tmp_path: Path) -> None:
     explanation = HFDualWriter(tmp_path / "s", export=moe_export()).explain(moe_state())
-    text = explanation.table(collapse=False)
-    for row in explanation.rows:
-        assert row.key in text
-        assert f"{row.start:,}-{row.stop:,}" in text
+    for width in (40, 120):
+        text = explanation.table(collapse=False, width=width)
+        for row in explanation.rows:
+            assert row.key in text
+            assert f"{row.start:,}-{row.stop:,}" in text
 
 
 PARTS = st.sampled_from(["a", "b_x", "c_x", "w1", "w3", "0", "1", "2", "3", "7", "10", "007"])
