@@ -151,12 +151,12 @@ def _building(
     needed = required.keys()
 
     def build(target: Any, state: Any) -> None:
-        if type(state) is not dict or target.__dict__ or not needed <= state.keys() <= known.keys():
+        if type(state) is not dict or target.__dict__ or not needed <= state.keys():
             msg = f"a {type(target).__name__} with a state of {_shown(state)}"
             raise ValueError(msg)
         for name, value in state.items():
-            if type(value) not in known[name]:
-                msg = f"a {type(target).__name__} with {name} {_shown(value)}"
+            if type(value) not in known.get(name, ()):
+                msg = f"a {type(target).__name__} with {_shown(name)} {_shown(value)}"
                 raise TypeError(msg)
         target.__dict__.update(state)
 

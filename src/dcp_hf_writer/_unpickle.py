@@ -103,6 +103,8 @@ _MEMOIZE, _LONG_BINGET, _BINGET = (_CODES[n] for n in ("MEMOIZE", "LONG_BINGET",
 _BININT1, _MARK, _STOP = (_CODES[n] for n in ("BININT1", "MARK", "STOP"))
 _EMPTY_TUPLE, _EMPTY_DICT = (_CODES[n] for n in ("EMPTY_TUPLE", "EMPTY_DICT"))
 _TUPLE1, _TUPLE2 = (_CODES[n] for n in ("TUPLE1", "TUPLE2"))
+_NEWOBJ, _BUILD, _REDUCE = (_CODES[n] for n in ("NEWOBJ", "BUILD", "REDUCE"))
+_SETITEMS, _BININT2 = (_CODES[n] for n in ("SETITEMS", "BININT2"))
 
 # No size or offset of a checkpoint needs more.
 _MAX_INT_NBYTES = 16
@@ -129,7 +131,7 @@ class _Machine:
         self._class_of = {one.kind: one for one in kinds}
         self._key_kinds = {str, int} | {k for k, one in self._class_of.items() if one.is_key}
 
-    def run(self) -> Any:  # noqa: C901, PLR0912 - see below
+    def run(self) -> Any:  # noqa: C901, PLR0912, PLR0915 - see below
         """Interpret up to the end of the stream."""
         data, memo, stack, at = self.data, self.memo, self.stack, 0
         # A call per opcode would double the time, and the metadata of a large job has 10^8 of them:
@@ -153,6 +155,15 @@ class _Machine:
                 self.stack = stack = []
             elif code == _EMPTY_TUPLE:
                 stack.append(())
+            elif code == _NEWOBJ:
+                _make(self)
+            elif code == _BUILD:
+                state = stack.pop()
+                self.build(stack[-1], state)
+            elif code == _SETITEMS:
+                values = stack
+                self.stack = stack = self.marks.pop()
+                self.set_items(values)
             elif code == _EMPTY_DICT:
                 stack.append({})
             elif code == _TUPLE2:
@@ -160,6 +171,11 @@ class _Machine:
                 stack[-1] = (stack[-1], last)
             elif code == _TUPLE1:
                 stack[-1] = (stack[-1],)
+            elif code == _REDUCE:
+                _call(self)
+            elif code == _BININT2:
+                stack.append(data[at] | data[at + 1] << 8)
+                at += 2
             elif code == _STOP:
                 break
             else:
@@ -234,9 +250,8 @@ class _Machine:
         """Set entries of the dict on top; `values` are keys and values in turn."""
         target, keys = self.top(dict), values[::2]
         # A tuple of tuples could take for ever to hash, or overflow C's stack.
-        other = {*map(type, keys)} - self._key_kinds
-        if other or len(values) % 2:
-            raise _RefusedError(f"a {next(iter(other), type(None)).__name__} as a key")
+        if not self._key_kinds.issuperset(map(type, keys)) or len(values) % 2:
+            raise _RefusedError("a key that is none")
         target.update(zip(keys, values[1::2], strict=True))
 
     def resolve(self, value: object) -> Any:
@@ -257,15 +272,10 @@ def _make(machine: _Machine) -> None:
     arguments, made = machine.stack.pop(), machine.stack.pop()
     if not isinstance(made, Class) or type(arguments) is not tuple or arguments:
         raise _RefusedError(f"an object of a {type(made).__name__}")
-    found = object.__new__(made.kind)
+    found: Any = object.__new__(made.kind)
     if made.has_state:
         machine.unbuilt[id(found)] = found
     machine.stack.append(found)
-
-
-def _build(machine: _Machine) -> None:
-    state = machine.stack.pop()
-    machine.build(machine.stack[-1], state)
 
 
 def _append(machine: _Machine) -> None:
@@ -323,7 +333,6 @@ _HANDLERS: dict[int, Callable[[_Machine], None]] = {
     _CODES["NONE"]: _pushing(lambda _: None),
     _CODES["NEWTRUE"]: _pushing(lambda _: True),
     _CODES["NEWFALSE"]: _pushing(lambda _: False),
-    _CODES["BININT2"]: _pushing(lambda m: m.number(2)),
     _CODES["BININT"]: _pushing(lambda m: int.from_bytes(m.take(4), "little", signed=True)),
     _CODES["LONG1"]: _pushing(_long),
     _CODES["BINFLOAT"]: _pushing(lambda m: struct.unpack(">d", m.take(8))[0]),
@@ -337,12 +346,8 @@ _HANDLERS: dict[int, Callable[[_Machine], None]] = {
     _CODES["APPEND"]: _append,
     _CODES["APPENDS"]: _extend,
     _CODES["SETITEM"]: _set_item,
-    _CODES["SETITEMS"]: lambda m: m.set_items(m.since_mark()),
     _CODES["GLOBAL"]: _pushing(_global),
     _CODES["STACK_GLOBAL"]: _pushing(_stack_global),
-    _CODES["REDUCE"]: _call,
-    _CODES["NEWOBJ"]: _make,
-    _CODES["BUILD"]: _build,
     _CODES["BINPERSID"]: _pushing(lambda m: m.resolve(m.stack.pop())),
     _CODES["BINPUT"]: lambda m: _put(m, 1),
     _CODES["LONG_BINPUT"]: lambda m: _put(m, 4),
