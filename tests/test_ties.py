@@ -91,9 +91,9 @@ def save_sharded(rank: int, world_size: int, path: Path) -> tuple[Raised | None,
 
 
 def test_difference_on_one_rank_is_enough(tmp_path: Path) -> None:
-    first, last = run_ranks(save_sharded, 2, tmp_path / "one")
-    assert first[0] is not None
-    with pytest.raises(ExportError, match="rank 1"):
-        first[0].reraise()
-    assert last == (None, True)
+    # torch hands the error of one to all ranks.
+    for raised, is_committed in run_ranks(save_sharded, 2, tmp_path / "one"):
+        with pytest.raises(ExportError, match="rank 1"):
+            raised.reraise()
+        assert is_committed
     assert not (tmp_path / "one" / "hf").exists()
