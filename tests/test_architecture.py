@@ -25,7 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_header", "_layout", "_regions", "_once", "_model_entry", "_report", "_manifest"),
     ("_spec_match",),
     ("_buckets", "_rounds"),
-    ("_parse_header", "_parse_manifest", "_sweep", "_problems"),
+    ("_parse_header", "_parse_blocks", "_parse_manifest", "_sweep", "_problems"),
     ("_unpickle", "_dcp_metadata", "_archived", "_read_plan", "_exchange_plan"),
     ("_tensors", "_plan_data", "_plan_cache"),
     ("_explanation", "_explanation_table", "explain"),
@@ -63,7 +63,7 @@ PLANNING = (
     *("_buckets", "_rounds"),
     *("spec", "export"),
     *("_dequantize", "_stored", "_quantized"),
-    *("_strict_json", "_parse_header", "_parse_manifest", "_sweep", "_problems"),
+    *("_strict_json", "_parse_header", "_parse_blocks", "_parse_manifest", "_sweep", "_problems"),
     *("_unpickle", "_read_plan", "_exchange_plan"),
 )
 # Storage, processes, other machines.

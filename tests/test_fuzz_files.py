@@ -139,7 +139,9 @@ class Watch:
             self.seen.append(f"{event} {arguments}")
         elif event == "open" and isinstance(arguments[0], (str, bytes)):
             path = os.fsdecode(arguments[0])
-            is_system = path.startswith(("/proc/", "/sys/", "/dev/")) or ".py" in path
+            # Python formats a traceback: it reads sources, and parses lines of a file without name.
+            is_traceback = ".py" in path or path == "<unknown>"
+            is_system = is_traceback or path.startswith(("/proc/", "/sys/", "/dev/"))
             if not is_system and not os.path.realpath(path).startswith(self.inside):
                 self.seen.append("".join([path, "\n", *traceback.format_stack(limit=12)]))
 

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import xxhash
 
 from dcp_hf_writer._boxes import ByteRuns
-from dcp_hf_writer._copies import strides_of
 from dcp_hf_writer._dtypes import ITEMSIZE
 from dcp_hf_writer._manifest import FORMAT_VERSION, WholeFile
+from dcp_hf_writer._parse_blocks import Places
 from dcp_hf_writer._report import DIGEST_NAME, DCPFile
 from dcp_hf_writer._strict_json import is_count, is_text, parse_json, shortened
 from dcp_hf_writer.errors import CorruptCheckpointError
@@ -39,7 +39,6 @@ _DIGEST = re.compile(r"[0-9a-f]{16}")
 # Linux, PATH_MAX.
 _MAX_NAME_CHARS = 4096
 _MAX_DIMS = 64
-_MAX_LOOPS = 128
 
 _FIELDS = frozenset(
     {
@@ -197,35 +196,19 @@ def _check_digest(data: bytes, path: str) -> None:
         )
 
 
-def _byte_runs(start: int, loops: list[tuple[int, int]], itemsize: int) -> ByteRuns | None:
-    """Merge loops of `(count, byte stride)` around an element; `None` unless bytes ascend."""
-    merged: list[tuple[int, int]] = []
-    run = reach = itemsize
-    for count, stride in reversed(loops):
-        if count == 1:
-            continue
-        if stride < reach:
-            return None
-        reach += (count - 1) * stride
-        if not merged and stride == run:
-            run *= count
-        elif merged and stride == merged[-1][0] * merged[-1][1]:
-            merged[-1] = (merged[-1][0] * count, merged[-1][1])
-        else:
-            merged.append((count, stride))
-    return ByteRuns(start, run, tuple(reversed(merged)))
-
-
 class _Parser:
     """Checks values against what they must be; every refusal names the place."""
 
     def __init__(self, path: str) -> None:
         self._path = path
         self._world_size = 1
+        self._places = Places()
 
     def manifest(self, value: Any) -> Manifest:
-        if not isinstance(value, dict) or value.get("format") != "dcp-hf":
-            self._refuse("format", '"dcp-hf"', value)
+        if not isinstance(value, dict):
+            self._refuse("the manifest", "an object", value)
+        if value.get("format") != "dcp-hf":
+            self._refuse("format", '"dcp-hf"', value.get("format"))
         if value.get("version") != FORMAT_VERSION:
             self._refuse(
                 "version",
@@ -342,48 +325,14 @@ class _Parser:
     ) -> StoredBlock:
         rank, offsets, extent, digest = self._list(value, at, length=4)
         rank, digest = self._rank(rank, at), self._digest(digest, at)
-        offsets = self._counts(offsets, at)
-        if len(offsets) != len(shape):
-            self._refuse(at, f"of {len(shape)} dimensions", offsets)
-        loops, extent = self._loops(extent, at, shape)
-        for d, (first, size) in enumerate(zip(offsets, shape, strict=True)):
-            reach = sum((count - 1) * step for count, dim, step in loops if dim == d)
-            if first > size or first + reach >= max(size, 1):
-                self._refuse(at, f"within a shape of {list(shape)}", value)
-        if any(count == 0 for count, _, _ in loops) or 0 in shape:
-            return StoredBlock(rank, offsets, extent, digest, None)
-        strides = strides_of(shape)
-        start = tensor_start + itemsize * sum(map(int.__mul__, offsets, strides))
-        runs = _byte_runs(
-            start, [(count, step * strides[dim] * itemsize) for count, dim, step in loops], itemsize
-        )
-        if runs is None:
-            self._refuse(at, "in the order of its bytes", value)
-        return StoredBlock(rank, offsets, extent, digest, runs)
-
-    def _loops(self, value: Any, at: str, shape: Shape) -> tuple[IndexLoops, Shape | IndexLoops]:
-        """Return the loops of a block, and its extent as it stands: sizes, or loops."""
-        self._list(value, at)
-        if not (value and isinstance(value[0], list)):
-            sizes = self._counts(value, at)
-            if len(sizes) != len(shape):
-                self._refuse(at, f"of {len(shape)} dimensions", value)
-            return tuple((n, d, 1) for d, n in enumerate(sizes)), sizes
-        if len(value) > _MAX_LOOPS:
-            self._refuse(at, f"of at most {_MAX_LOOPS} loops", value)
-        loops = []
-        for loop in value:
-            count, dim, step = self._list(loop, at, length=3)
-            loops.append(
-                (
-                    self._count(count, at),
-                    self._count(dim, at, below=len(shape)),
-                    self._count(step, at),
-                )
-            )
-        if any(step == 0 for _, _, step in loops):
-            self._refuse(at, "of loops that move", value)
-        return tuple(loops), tuple(loops)
+        try:
+            place = self._places.find(offsets, extent, shape, itemsize)
+        except ValueError as error:
+            self._refuse(at, str(error), value)
+        runs = place.runs
+        if runs is not None:
+            runs = ByteRuns(tensor_start + runs.start, runs.nbytes, runs.loops)
+        return StoredBlock(rank, place.offsets, place.extent, digest, runs)
 
     def _seconds(self, value: Any) -> dict[str, float]:
         fields = self._object(value, "timings", {"coordinator", "ranks"})
