@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.checkpoint._traverse import traverse_state_dict, traverse_state_dict_v_2_3
+from torch.distributed.checkpoint._traverse import traverse_state_dict_v_2_3
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dcp_hf_writer._blocked import blocked_tensors
@@ -33,13 +33,21 @@ def flat_tensors(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, torch.T
     may have changed for a moment.
     """
     found: dict[str, tuple[Path, torch.Tensor]] = {}
-
-    def visit(path: Path, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            found[".".join(map(str, path))] = (path, value)
-
-    traverse_state_dict(dict(state_dict), visit)
+    _visit(state_dict, (), found)
     return found
+
+
+def _visit(value: Any, path: Path, found: dict[str, tuple[Path, torch.Tensor]]) -> None:
+    # Mappings and lists are what DCP looks into.
+    entries: Iterable[tuple[str | int, Any]] = ()
+    if isinstance(value, torch.Tensor):
+        found[".".join(map(str, path))] = (path, value)
+    elif isinstance(value, dict):
+        entries = value.items()
+    elif isinstance(value, list):
+        entries = enumerate(value)
+    for key, inner in entries:
+        _visit(inner, (*path, key), found)
 
 
 def loaded_values(planner: LoadPlanner | None) -> dict[str, Any]:

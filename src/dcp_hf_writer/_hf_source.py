@@ -12,7 +12,7 @@ from dcp_hf_writer._dtypes import CASTABLE, TORCH_BY_NAME
 from dcp_hf_writer._layout import PartTarget
 from dcp_hf_writer._once import is_whole
 from dcp_hf_writer._read_phase import is_direct
-from dcp_hf_writer._read_plan import Fetch, fetch_of_copy
+from dcp_hf_writer._read_plan import Fetch, fetch_of_box, fetch_of_copy
 from dcp_hf_writer._regions import Region, TargetTable
 from dcp_hf_writer._strict_json import shortened
 from dcp_hf_writer.errors import MismatchError
@@ -175,16 +175,27 @@ class HFSource:
         spec = self.specs.get(name)
         return {self._key(key) for key in ((name,) if spec is None else self._keys(spec))}
 
-    def dtype(self, spec: LoadSpec) -> torch.dtype:
-        """Return the dtype that a tensor is stored in; of a fused one, that of its first part."""
+    def kind(self, name: str) -> tuple[Shape, torch.dtype]:
+        """Return shape and stored dtype of a tensor that is there; of a fused one the first's."""
+        own = self._unmapped(name)
+        if own is not None:
+            return own.shape, TORCH_BY_NAME[own.dtype]
+        spec = self.specs[name]
         keys = [self._key(key) for key in self._keys(spec)]
-        if not keys:
-            # Nothing of it is read, so nothing follows from this.
-            return spec.dtype or torch.float32
-        return TORCH_BY_NAME[self.stored[keys[0]].dtype]
+        # Of one without keys nothing is read, so nothing follows from its dtype.
+        nothing = spec.dtype or torch.float32
+        dtype = TORCH_BY_NAME[self.stored[keys[0]].dtype] if keys else nothing
+        return spec.global_shape, dtype
+
+    def _unmapped(self, name: str) -> Stored | None:
+        """Return what is stored of a runtime tensor that no spec maps; `None` for others."""
+        return None if name in self.specs else self.stored.get(self._key(name))
 
     def fault(self, name: str, shape: Shape, dtype: torch.dtype) -> str | None:
         """Say why a runtime tensor cannot be loaded from what is stored; `None` if it can."""
+        own = self._unmapped(name)
+        if own is not None and (own.shape, TORCH_BY_NAME[own.dtype]) == (shape, dtype):
+            return None
         spec = self.spec(name)
         if spec is None:
             return None
@@ -207,6 +218,10 @@ class HFSource:
         computed: list[Dequantized] = []
         padded: list[torch.Tensor] = []
         for number, block in enumerate(blocks):
+            own = self._unmapped(block.name)
+            if own is not None and own.is_plain:
+                fetches.append(self._fetch_box(own, number, block))
+                continue
             table = self._targets_of(block.name)
             regions = table.regions(block.box)
             count = sum(region.copy.numel for region in regions)
@@ -219,6 +234,22 @@ class HFSource:
                 else:
                     computed.append(Dequantized(stored, region.copy, block.target))
         return Jobs(tuple(fetches), tuple(computed), tuple(padded))
+
+    def _fetch_box(self, own: Stored, number: int, block: Block) -> Fetch:
+        """Return what fetches a box of a tensor that is stored as it is."""
+        (key,) = own.keys
+        file = self.directory.file_of_key[key]
+        dtype = TORCH_BY_NAME[own.dtype]
+        return fetch_of_box(
+            block.box,
+            file=file,
+            start=self.directory.headers[file].tensors[key].start,
+            dtype=dtype,
+            strides=strides_of(own.shape),
+            target=number,
+            target_strides=block.target.stride(),
+            is_direct=is_direct(block.target, dtype),
+        )
 
     def _fetch(self, region: Region, number: int, target: torch.Tensor) -> Fetch:
         dtype = TORCH_BY_NAME[region.target.dtype]

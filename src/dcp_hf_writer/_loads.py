@@ -208,7 +208,10 @@ class HFLoad(Load):
 
     def _tied_in_memory(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
         """Find tensors that are not there, but share their memory with one that is."""
-        there, found = {}, {}
+        there: dict[Any, str] = {}
+        found: dict[str, str] = {}
+        if tensors.keys() <= self._name_of.keys():
+            return found
         for fqn, tensor in tensors.items():
             if fqn in self._name_of:
                 there[memory_identity(tensor)] = self._name_of[fqn]
@@ -219,12 +222,10 @@ class HFLoad(Load):
         return found
 
     def _entry(self, name: str) -> TensorStorageMetadata:
-        spec = self._source.spec(name)
-        assert spec is not None
-        size = torch.Size(spec.global_shape)
+        shape, dtype = self._source.kind(name)
+        size = torch.Size(shape)
         chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
-        properties = TensorProperties(dtype=self._source.dtype(spec))
-        return TensorStorageMetadata(properties, size, [chunk])
+        return TensorStorageMetadata(TensorProperties(dtype), size, [chunk])
 
     def check(self, planner: LoadPlanner | None) -> None:
         """Check that what is loaded is there; see `Load.check`."""

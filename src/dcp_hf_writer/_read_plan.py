@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from dcp_hf_writer._boxes import Shape
+    from dcp_hf_writer._boxes import Box, Shape
     from dcp_hf_writer._copies import Copy
 
 PIECE_NBYTES = 8 << 20
@@ -96,6 +96,23 @@ def fetch_of_copy(
     )
 
 
+def fetch_of_box(
+    box: Box,
+    *,
+    file: str,
+    start: int,
+    dtype: torch.dtype,
+    strides: Sequence[int],
+    target: int,
+    target_strides: Sequence[int],
+    is_direct: bool,
+) -> Fetch:
+    """Return what fetches a box of a stored tensor into one of its shape; see `fetch_of_copy`."""
+    first = sum(o * s for o, s in zip(box.offsets, strides, strict=True))
+    loops = tuple(zip(box.sizes, strides, target_strides, strict=True))
+    return Fetch(file, start + first * dtype.itemsize, dtype, target, 0, loops, is_direct)
+
+
 @dataclass(frozen=True, slots=True)
 class Scatter:
     """A strided copy from the buffer into one tensor."""
@@ -165,7 +182,7 @@ def plan_reads(fetches: Iterable[Fetch]) -> list[Read]:
         Reads, by file and ascending. Overlapping reads only where two fetches want the same bytes.
     """
     extents = [extent for fetch in dict.fromkeys(fetches) for extent in _extents(fetch)]
-    extents.sort(key=lambda extent: (extent.file, extent.start, extent.nbytes))
+    extents.sort(key=lambda extent: (extent.file, extent.start, extent.part.nbytes))
     reads: list[Read] = []
     for file, group in itertools.groupby(extents, key=lambda extent: extent.file):
         builder = _Builder(file)
@@ -186,10 +203,6 @@ class _Extent:
     start: int
     part: Part
 
-    @property
-    def nbytes(self) -> int:
-        return self.part.nbytes
-
 
 class _Builder:
     """Collects extents of one file, ascending, into one read."""
@@ -207,10 +220,11 @@ class _Builder:
         gap = extent.start - self._stop
         if gap < 0:
             return self._add_overlapping(extent)
-        bounced = extent.nbytes if isinstance(extent.part, Bounce) else 0
+        nbytes = extent.part.nbytes
+        bounced = nbytes if isinstance(extent.part, Bounce) else 0
         if self._parts and (
             gap > MAX_GAP_NBYTES
-            or extent.start + extent.nbytes - self._start > PIECE_NBYTES
+            or extent.start + nbytes - self._start > PIECE_NBYTES
             or len(self._parts) + 2 > _MAX_PARTS
             or self._bounced + gap + bounced > BOUNCE_NBYTES
         ):
@@ -219,7 +233,7 @@ class _Builder:
             self._parts.append(Bounce(gap))
         self._parts.append(extent.part)
         self._bounced += gap + bounced
-        self._stop = extent.start + extent.nbytes
+        self._stop = extent.start + nbytes
         return True
 
     def _add_overlapping(self, extent: _Extent) -> bool:
@@ -246,7 +260,9 @@ class _Builder:
 
 def merged(loops: Loops) -> Loops:
     """Return the same loops, outermost in the file first, as few as can be."""
-    kept = sorted((loop for loop in loops if loop[0] > 1), key=lambda loop: (-loop[1], -loop[2]))
+    kept = [loop for loop in loops if loop[0] > 1]
+    if len(kept) > 1:
+        kept.sort(key=lambda loop: (-loop[1], -loop[2]))
     found: list[tuple[int, int, int]] = []
     for extent, stride, target_stride in kept:
         if found and found[-1][1:] == (extent * stride, extent * target_stride):
@@ -265,7 +281,10 @@ def _extents(fetch: Fetch) -> Iterator[_Extent]:
         run, outer = loops[-1][0], loops[:-1]
     else:
         outer = loops
-    if fetch.is_direct and (not outer or run * itemsize >= MIN_RUN_NBYTES):
+    if fetch.is_direct and not outer:
+        yield from _direct(fetch, fetch.start, fetch.target_start * itemsize, run * itemsize)
+        return
+    if fetch.is_direct and run * itemsize >= MIN_RUN_NBYTES:
         for start, target_start in _starts(fetch, outer):
             yield from _direct(fetch, start, target_start * itemsize, run * itemsize)
         return
@@ -277,6 +296,9 @@ def _extents(fetch: Fetch) -> Iterator[_Extent]:
 
 
 def _direct(fetch: Fetch, start: int, target_start: int, nbytes: int) -> Iterator[_Extent]:
+    if nbytes <= PIECE_NBYTES:
+        yield _Extent(fetch.file, start, Direct(nbytes, fetch.target, target_start))
+        return
     for done in range(0, nbytes, PIECE_NBYTES):
         size = min(PIECE_NBYTES, nbytes - done)
         yield _Extent(fetch.file, start + done, Direct(size, fetch.target, target_start + done))
