@@ -312,6 +312,27 @@ def test_checkpoint_is_right_when_another_writer_filled_the_cache(
     assert difference(saved[0] / f"mixed-{step}", step) is None
 
 
+@pytest.mark.parametrize("how", ["async", "sync"])
+def test_export_is_right_when_tensors_were_tied_before_or_are_now(tmp_path: Path, how: str) -> None:
+    clear_caches()
+    one, other = torch.zeros(3), torch.ones(3)
+    for step, head in enumerate((one, one, other, other, one)):
+        state = {"model": {"embed": one, "head": head}}
+        path = tmp_path / f"step-{step}"
+        options: dict[str, Any] = {
+            "storage_writer": HFDualWriter(path),
+            "planner": DefaultSavePlanner(enable_plan_caching=True),
+            "no_dist": True,
+        }
+        if how == "async":
+            dcp.async_save(state, **options).result()
+        else:
+            dcp.save(state, **options)
+        expected = {"embed": one} if head is one else state["model"]
+        assert tensor_difference(load_hf(path / "hf"), expected) is None
+    clear_caches()
+
+
 def test_failed_saves_leave_nothing(saved: tuple[Path, dict[str, Raised | None]]) -> None:
     assert leftovers(saved[0]) == []
     assert list((saved[0] / "taken").iterdir()) == []

@@ -26,7 +26,7 @@ from dcp_hf_writer._dtypes import NAME_BY_TORCH
 from dcp_hf_writer._explanation import FileSum, RankSum, Row, left_out
 from dcp_hf_writer._hf_half import regions_by_file, way_of
 from dcp_hf_writer._layout import INDEX_NAME
-from dcp_hf_writer._local_facts import check_facts, local_facts
+from dcp_hf_writer._local_facts import check_facts, local_facts, note_memory
 from dcp_hf_writer._model_entry import model_prefix
 from dcp_hf_writer._plan_data import GlobalPlan, RankPlan, plan_globally, rank_plans
 from dcp_hf_writer._source import TensorSource, chunk_of
@@ -101,6 +101,7 @@ class DryRun:
             is_coordinator=self._attempt.is_coordinator,
         )
         plan = self.planner.create_local_plan()
+        note_memory(self._attempt, self.planner)
         facts = local_facts(
             plan, self.planner, attempt=self._attempt, export=self.export, group=self.group
         )

@@ -24,6 +24,15 @@ if TYPE_CHECKING:
     from dcp_hf_writer.export import HFExport
 
 
+def note_memory(attempt: Attempt, planner: SavePlanner | None) -> tuple[tuple[str, ...], ...]:
+    """Note the memory of this rank's tensors; returns the groups of FQNs that are the same."""
+    if attempt.staged is not None:
+        attempt.memory = attempt.staged.memory
+    else:
+        attempt.memory = memory_of(planned_state_dict(planner))
+    return tied_groups(attempt.memory)
+
+
 def local_facts(
     plan: SavePlan,
     planner: SavePlanner | None,
@@ -34,16 +43,12 @@ def local_facts(
 ) -> LocalFacts:
     """Check a rank's plan, and return what it shall carry.
 
-    Notes the memory of the tensors, and why the export would be wrong if it would.
+    Notes why the export would be wrong if it would.
 
     Raises:
         PlanningError: If the plan leaves out what this rank holds.
     """
     check_plan(plan, planner, export)
-    if attempt.staged is not None:
-        attempt.memory = attempt.staged.memory
-    else:
-        attempt.memory = memory_of(planned_state_dict(planner))
     if export is not None:
         attempt.export_error = untrue_tie(planner, export, attempt.memory, rank=attempt.rank)
     return LocalFacts(

@@ -26,16 +26,24 @@ _is_settled = True
 """Whether all was written that the latest plan of this process says."""
 
 
-def begin_plan() -> None:
-    """Keep torch from reusing the plan of a save that failed; before a rank makes its plan.
+_tied: tuple[tuple[str, ...], ...] = ()
+"""Tensors of this rank that were the same memory in its latest plan."""
+
+
+def begin_plan(tied: tuple[tuple[str, ...], ...]) -> None:
+    """Keep torch from reusing a plan that does not hold any more; before a rank makes its plan.
 
     A rank that finds nothing in its cache sends its plan whole, and one such rank makes the
     coordinator plan anew for all.
+
+    Args:
+        tied: Groups of FQNs that are the same memory, which torch does not see in a plan.
     """
-    global _is_settled  # noqa: PLW0603 - the caches are the process's as well
+    global _is_settled, _tied  # noqa: PLW0603 - the caches are the process's as well
     sent = SavePlanner._cached_save_plan  # noqa: SLF001 - the cache has no other face
-    if not _is_settled:
+    if not _is_settled or tied != _tied:
         sent.clear()
+    _tied = tied
     for key, final in SavePlanner._cached_final_save_plan.items():  # noqa: SLF001
         if not isinstance(final.storage_data, RankPlan):
             sent.pop(key, None)

@@ -24,7 +24,7 @@ from dcp_hf_writer._guards import guard_save
 from dcp_hf_writer._hf_half import MAX_BOUNCE_NBYTES
 from dcp_hf_writer._hooks import reach
 from dcp_hf_writer._joined_save import planned_directory
-from dcp_hf_writer._local_facts import check_facts, local_facts
+from dcp_hf_writer._local_facts import check_facts, local_facts, note_memory
 from dcp_hf_writer._owner import new_save_id
 from dcp_hf_writer._plan_data import RankPlan
 from dcp_hf_writer._rendezvous import Announcement, next_count, rendezvous_of
@@ -217,7 +217,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt.rendezvous = rendezvous_of(self.process_group)
         attempt.count = next_count()
         attempt.post("plan")
-        _plan_cache.begin_plan()
+        _plan_cache.begin_plan(note_memory(attempt, current_planner()))
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Attach to DCP's plan what only this rank knows.
