@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dcp_hf_writer._boxes import Box, BoxTable, ByteRuns, byte_runs, intersect, tiling_fault, whole
+from dcp_hf_writer._boxes import Box, BoxTable, intersect, tiling_fault, whole
 from partitions import boxes_in, partitions_of, shapes
 
 if TYPE_CHECKING:
@@ -43,44 +42,6 @@ def covers_once(boxes: Sequence[Box], shape: Shape) -> bool:
     for box in boxes:
         count[slices(box)] += 1
     return bool((count == 1).all())
-
-
-# Byte runs
-
-
-@settings(deadline=None)
-@given(st.data(), shapes(min_side=1), st.sampled_from([1, 2, 4, 8]), st.integers(0, 99))
-def test_byte_runs_equal_the_indexing_of_numpy(
-    data: st.DataObject, shape: Shape, itemsize: int, tensor_start: int
-) -> None:
-    box = data.draw(boxes_in(shape, min_size=1))
-    nbytes = int(np.prod(shape, dtype=int)) * itemsize
-    positions = np.arange(tensor_start, tensor_start + nbytes).reshape(*shape, itemsize)
-    expected = positions[slices(box)].reshape(-1).tolist()
-    runs = byte_runs(box, shape, itemsize=itemsize, tensor_start=tensor_start)
-    starts = list(runs.starts())
-    found = [i for start in starts for i in range(start, start + runs.nbytes)]
-    assert found == expected
-    assert len(starts) == runs.count
-    # As long as they can be: no run goes on where the one before it ends.
-    assert all(b > a + runs.nbytes for a, b in itertools.pairwise(starts))
-
-
-@pytest.mark.parametrize(
-    ("box", "shape", "runs"),
-    [
-        (Box((), ()), (), ByteRuns(100, 4, ())),
-        (whole((3, 5)), (3, 5), ByteRuns(100, 60, ())),
-        (Box((1, 0), (2, 5)), (3, 5), ByteRuns(120, 40, ())),
-        (Box((0, 2), (3, 1)), (3, 5), ByteRuns(108, 4, ((3, 20),))),
-        (Box((0, 0, 1), (2, 3, 1)), (2, 3, 4), ByteRuns(104, 4, ((6, 16),))),
-        (Box((1, 0, 1), (1, 2, 2)), (2, 3, 4), ByteRuns(152, 8, ((2, 16),))),
-        (Box((0, 0, 1), (2, 2, 2)), (2, 3, 4), ByteRuns(104, 8, ((2, 48), (2, 16)))),
-    ],
-    ids=["scalar", "whole", "rows", "column", "merged loops", "one row block", "two loops"],
-)
-def test_byte_runs_of_known_boxes(box: Box, shape: Shape, runs: ByteRuns) -> None:
-    assert byte_runs(box, shape, itemsize=4, tensor_start=100) == runs
 
 
 # Boxes

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -11,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcp_hf_writer._boxes import Box, Shape, whole
+from dcp_hf_writer._boxes import Box, ByteRuns, Shape, whole
 from dcp_hf_writer._copies import (
     Copy,
     clip,
     copies_of,
+    copy_of_box,
     copy_runs,
     coverage_fault,
     hf_box,
@@ -24,7 +26,7 @@ from dcp_hf_writer._copies import (
     runtime_view,
     split,
 )
-from partitions import partitions_of
+from partitions import boxes_in, partitions_of, shapes
 
 
 @dataclass
@@ -258,3 +260,48 @@ def test_no_step_is_no_copy() -> None:
 def test_clip_of_a_scalar_is_itself() -> None:
     (copy,) = copies_of([], hf_start=0, start=0, hf_shape=(), shape=())
     assert clip(copy, Box((), ())) == [copy]
+
+
+def byte_runs(box: Box, shape: Shape, *, itemsize: int, tensor_start: int) -> ByteRuns:
+    """Return the runs of a copy that fills a box of a HuggingFace tensor."""
+    copy = replace(copy_of_box(Box((0,) * len(shape), box.sizes)), hf_start=box.offsets)
+    return copy_runs(copy, shape, itemsize=itemsize, tensor_start=tensor_start)
+
+
+@settings(deadline=None)
+@given(st.data(), shapes(min_side=1), st.sampled_from([1, 2, 4, 8]), st.integers(0, 99))
+def test_byte_runs_equal_the_indexing_of_numpy(
+    data: st.DataObject, shape: Shape, itemsize: int, tensor_start: int
+) -> None:
+    box = data.draw(boxes_in(shape, min_size=1))
+    nbytes = int(np.prod(shape, dtype=int)) * itemsize
+    positions = np.arange(tensor_start, tensor_start + nbytes).reshape(*shape, itemsize)
+    expected = (
+        positions[tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))]
+        .reshape(-1)
+        .tolist()
+    )
+    runs = byte_runs(box, shape, itemsize=itemsize, tensor_start=tensor_start)
+    starts = list(runs.starts())
+    found = [i for start in starts for i in range(start, start + runs.nbytes)]
+    assert found == expected
+    assert len(starts) == runs.count
+    # As long as they can be: no run goes on where the one before it ends.
+    assert all(b > a + runs.nbytes for a, b in itertools.pairwise(starts))
+
+
+@pytest.mark.parametrize(
+    ("box", "shape", "runs"),
+    [
+        (Box((), ()), (), ByteRuns(100, 4, ())),
+        (whole((3, 5)), (3, 5), ByteRuns(100, 60, ())),
+        (Box((1, 0), (2, 5)), (3, 5), ByteRuns(120, 40, ())),
+        (Box((0, 2), (3, 1)), (3, 5), ByteRuns(108, 4, ((3, 20),))),
+        (Box((0, 0, 1), (2, 3, 1)), (2, 3, 4), ByteRuns(104, 4, ((6, 16),))),
+        (Box((1, 0, 1), (1, 2, 2)), (2, 3, 4), ByteRuns(152, 8, ((2, 16),))),
+        (Box((0, 0, 1), (2, 2, 2)), (2, 3, 4), ByteRuns(104, 8, ((2, 48), (2, 16)))),
+    ],
+    ids=["scalar", "whole", "rows", "column", "merged loops", "one row block", "two loops"],
+)
+def test_byte_runs_of_known_boxes(box: Box, shape: Shape, runs: ByteRuns) -> None:
+    assert byte_runs(box, shape, itemsize=4, tensor_start=100) == runs
