@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import math
 import re
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer._hf_directory import MAX_INDEX_NBYTES, SUFFIX
+from dcp_hf_writer._hf_directory import MAX_INDEX_NBYTES, SUFFIX, parse_index, read_header
 from dcp_hf_writer._layout import INDEX_NAME, SINGLE_NAME
-from dcp_hf_writer._parse_header import LENGTH_NBYTES, header_nbytes, parse_header
-from dcp_hf_writer._parse_manifest import is_relative_name
 from dcp_hf_writer._problems import Problem
-from dcp_hf_writer._strict_json import is_text, parse_json, shortened
-from dcp_hf_writer.errors import CheckpointError, CorruptCheckpointError
+from dcp_hf_writer._strict_json import shortened
+from dcp_hf_writer.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from dcp_hf_writer._input_files import InputFile, InputFiles
+    from dcp_hf_writer._input_files import InputFiles
     from dcp_hf_writer._parse_header import FileHeader
     from dcp_hf_writer._parse_manifest import ManifestExport
 
@@ -133,51 +131,6 @@ class DirectoryCheck:
         if any(_SHARD.search(name) for name in self.weights):
             what = "the index of these weights is missing"
             self.problems.append(Problem(file=INDEX_NAME, what=what))
-
-
-def read_header(file: InputFile) -> FileHeader:
-    """Read and check the header of an open safetensors file.
-
-    Raises:
-        CorruptCheckpointError: If it cannot be one.
-        ReadError: If the storage refuses.
-    """
-    start = file.read(0, min(LENGTH_NBYTES, file.nbytes))
-    stop = header_nbytes(start, file_nbytes=file.nbytes, path=file.path)
-    return parse_header(file.read(0, stop), file_nbytes=file.nbytes, path=file.path)
-
-
-def parse_index(data: bytes, *, path: str) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the metadata of an index, and the file of each key.
-
-    Raises:
-        CorruptCheckpointError: If it is no index, or names a file elsewhere.
-    """
-    fields = parse_json(data, path=path)
-    weight_map = fields.get("weight_map") if isinstance(fields, dict) else None
-    if not isinstance(weight_map, dict):
-        _refuse(path, "an index has no weight_map", found=shortened(fields))
-    for key, name in weight_map.items():
-        if not key or not is_text(key):
-            _refuse(path, "an index names a tensor without a usable name", found=shortened(key))
-        if not isinstance(name, str) or not is_relative_name(name) or "/" in name:
-            _refuse(
-                path,
-                "an index names a file outside its directory",
-                key=key,
-                expected="a plain file name",
-                found=shortened(name),
-            )
-    metadata = fields.get("metadata")
-    return metadata if isinstance(metadata, dict) else {}, weight_map
-
-
-def _refuse(
-    path: str, problem: str, *, found: str, key: str | None = None, expected: str | None = None
-) -> NoReturn:
-    raise CorruptCheckpointError(
-        problem, phase="read", path=path, key=key, expected=expected, found=found
-    )
 
 
 def export_problems(

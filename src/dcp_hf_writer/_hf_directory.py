@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from dcp_hf_writer._layout import INDEX_NAME, SINGLE_NAME
 from dcp_hf_writer._parse_header import LENGTH_NBYTES, header_nbytes, parse_header
+from dcp_hf_writer._parse_manifest import is_relative_name
 from dcp_hf_writer._quantized import logical_tensors
 from dcp_hf_writer._strict_json import is_text, parse_json, shortened
 from dcp_hf_writer.errors import CorruptCheckpointError, ReadError
@@ -19,6 +20,7 @@ from dcp_hf_writer.errors import CorruptCheckpointError, ReadError
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
+    from dcp_hf_writer._input_files import InputFile
     from dcp_hf_writer._open_inputs import OpenInputs
     from dcp_hf_writer._parse_header import FileHeader, StoredTensor
     from dcp_hf_writer._stored import Stored
@@ -96,7 +98,7 @@ def open_hf_directory(inputs: OpenInputs, *, only: str | None = None) -> HFDirec
     readers = min(inputs.files.readers, len(files))
     with ThreadPoolExecutor(readers, thread_name_prefix="dcp-hf-read") as pool:
         headers = dict(
-            zip(files, pool.map(lambda name: _read_header(inputs, name), files), strict=True)
+            zip(files, pool.map(lambda name: _whole_tensors(inputs, name), files), strict=True)
         )
     config = _read_config(inputs, names)
     return HFDirectory(headers, _files_of_keys(headers, file_of_indexed, inputs), config)
@@ -139,19 +141,42 @@ def _is_complete(files: Sequence[str]) -> bool:
 def _read_index(inputs: OpenInputs, name: str) -> dict[str, str]:
     data = inputs.files.read_whole(name, max_nbytes=MAX_INDEX_NBYTES)
     path = f"{inputs.files.path}/{name}"
-    fields = parse_json(data, path=path)
-    weight_map = fields.get("weight_map") if isinstance(fields, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        _refuse(path, "an index has no weight_map", found=shortened(fields))
+    _, weight_map = parse_index(data, path=path)
+    if not weight_map:
+        _refuse(path, "an index names no tensors")
     for key, file in weight_map.items():
-        if not is_text(key) or not isinstance(file, str) or not file.endswith(SUFFIX):
+        if not file.endswith(SUFFIX):
             _refuse(path, "an index names what is no file of weights", key=key, found=file)
     return weight_map
 
 
+def parse_index(data: bytes, *, path: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the metadata of an index, and the file of each key.
+
+    Raises:
+        CorruptCheckpointError: If it is no index, or names a file elsewhere.
+    """
+    fields = parse_json(data, path=path)
+    weight_map = fields.get("weight_map") if isinstance(fields, dict) else None
+    if not isinstance(weight_map, dict):
+        _refuse(path, "an index has no weight_map", found=shortened(fields))
+    for key, name in weight_map.items():
+        if not key or not is_text(key):
+            _refuse(path, "an index names a tensor without a usable name", found=shortened(key))
+        if not isinstance(name, str) or not is_relative_name(name) or "/" in name:
+            _refuse(
+                path,
+                "an index names a file outside its directory",
+                key=key,
+                expected="a plain file name",
+                found=shortened(name),
+            )
+    metadata = fields.get("metadata")
+    return metadata if isinstance(metadata, dict) else {}, weight_map
+
+
 def _check_there(files: Sequence[str], names: Sequence[str], path: str) -> None:
-    # Below the directory, or worse: opening it says so.
-    missing = [name for name in files if name not in names and "/" not in name]
+    missing = [name for name in files if name not in names]
     if missing:
         _refuse(
             path,
@@ -172,11 +197,21 @@ def _check_single(files: Sequence[str], names: Sequence[str], path: str) -> None
         )
 
 
-def _read_header(inputs: OpenInputs, name: str) -> FileHeader:
+def read_header(file: InputFile) -> FileHeader:
+    """Read and check the header of an open safetensors file.
+
+    Raises:
+        CorruptCheckpointError: If it cannot be one.
+        ReadError: If the storage refuses.
+    """
+    start = file.read(0, min(LENGTH_NBYTES, file.nbytes))
+    nbytes = header_nbytes(start, file_nbytes=file.nbytes, path=file.path)
+    return parse_header(file.read(0, nbytes), file_nbytes=file.nbytes, path=file.path)
+
+
+def _whole_tensors(inputs: OpenInputs, name: str) -> FileHeader:
     with inputs.use(name) as file:
-        start = file.read(0, min(LENGTH_NBYTES, file.nbytes))
-        nbytes = header_nbytes(start, file_nbytes=file.nbytes, path=file.path)
-        header = parse_header(file.read(0, nbytes), file_nbytes=file.nbytes, path=file.path)
+        header = read_header(file)
     if _PIECES in header.metadata:
         _refuse(
             file.path,
