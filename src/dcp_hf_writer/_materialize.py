@@ -89,6 +89,12 @@ class _Rewrite:
         self._source = DCPSource(inputs, metadata)
         self._directory = directory
         self._buffer = torch.empty(_BUFFER_NBYTES, dtype=torch.uint8)
+        self._shapes = {
+            (fqn, chunk.offsets): tuple(chunk.sizes)
+            for fqn, entry in metadata.state_dict_metadata.items()
+            if isinstance(entry, TensorStorageMetadata)
+            for chunk in entry.chunks
+        }
         self._report = RankReport(0, Owner.me().to_json().get("host", ""))
 
     def run(self) -> None:
@@ -208,10 +214,8 @@ class _Rewrite:
         return os.path.join(self._directory.path, name)
 
     def _shape(self, index: MetadataIndex) -> Shape:
-        entry = self._metadata.state_dict_metadata[index.fqn]
-        assert isinstance(entry, TensorStorageMetadata)
-        found = next(chunk.sizes for chunk in entry.chunks if chunk.offsets == index.offset)
-        return tuple(found)
+        assert index.offset is not None
+        return self._shapes[index.fqn, index.offset]
 
     def _dtype(self, index: MetadataIndex) -> torch.dtype:
         entry = self._metadata.state_dict_metadata[index.fqn]
