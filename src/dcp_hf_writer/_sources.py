@@ -61,7 +61,7 @@ def find_place(
         path: A checkpoint, a HuggingFace directory, or a file in one.
         source: `"dcp"`, `"hf"`; `"auto"` is the DCP half where there is one, else the other.
         storage_options: Options of a store that fsspec knows.
-        with_manifest: Whether the manifest is needed; it is read for "hf" in any case.
+        with_manifest: Whether the manifest is needed.
 
     Raises:
         ReadError: If there is nothing to read, or no manifest although it is needed.
@@ -79,8 +79,7 @@ def find_place(
     was_auto = source == "auto"
     if was_auto:
         source = "dcp" if files.has(METADATA_NAME) else "hf"
-    needs_manifest = with_manifest or source == "hf"
-    manifest = _manifest_of(files) if needs_manifest and files.has(MANIFEST_NAME) else None
+    manifest = manifest_of(files) if with_manifest else None
     if with_manifest and manifest is None:
         raise ReadError(
             "there are no digests to verify what is read",
@@ -94,14 +93,17 @@ def find_place(
     names = files.names()
     if is_hf_directory(names):
         return Place(files, "", manifest=manifest)
-    subdir = _SUBDIR if manifest is None or manifest.hf is None else manifest.hf.subdir
-    place = Place(files, subdir, manifest=manifest)
+    place = Place(files, _SUBDIR, manifest=manifest)
+    if not _is_there(place.weights):
+        manifest = manifest or manifest_of(files)
+        if manifest is not None and manifest.hf is not None:
+            place = Place(files, manifest.hf.subdir, manifest=manifest)
     if not _is_there(place.weights):
         raise ReadError(
             "there are no weights in the HuggingFace format here",
             phase="read",
             path=files.path,
-            expected=f"*{SUFFIX}, or a directory {subdir!r} with them"
+            expected=f"*{SUFFIX}, or a directory {place.subdir!r} with them"
             + (f"; or {METADATA_NAME} of DCP" if was_auto else ""),
             found=f"{len(names)} other files" if names else "an empty directory",
             hint=None if manifest is None else manifest.export_error,
@@ -116,7 +118,14 @@ def _is_there(files: InputFiles) -> bool:
         return False
 
 
-def _manifest_of(files: InputFiles) -> Manifest:
+def manifest_of(files: InputFiles) -> Manifest | None:
+    """Read what a checkpoint says of itself; `None` if it is not one of ours.
+
+    Raises:
+        CorruptCheckpointError: If it is damaged.
+    """
+    if not files.has(MANIFEST_NAME):
+        return None
     data = files.read_whole(MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES)
     return parse_manifest(data, path=f"{files.path}/{MANIFEST_NAME}")
 
@@ -146,9 +155,13 @@ def open_hf_source(
     inputs = OpenInputs(place.weights)
     try:
         directory = open_hf_directory(inputs, only=place.only)
-        export = None if place.manifest is None else place.manifest.hf
-        tied = {} if export is None else export.tied
-        return HFSource(directory, specs, names=names, tied=tied), inputs
+        source = HFSource(directory, specs, names=names, tied={})
+        if place.subdir and any(source.missing_keys(name) for name in names):
+            # What the export left out because it is tied: the manifest knows, and is large.
+            manifest = place.manifest or manifest_of(place.files)
+            if manifest is not None and manifest.hf is not None:
+                source = HFSource(directory, specs, names=names, tied=manifest.hf.tied)
     except BaseException:
         inputs.close()
         raise
+    return source, inputs
