@@ -396,6 +396,22 @@ def test_every_kind_of_archive_is_read(writer: str, tmp_path: Path) -> None:
     assert tensor_difference(found, plain) is None
 
 
+@pytest.mark.parametrize("verify", [False, True], ids=["trusting", "verifying"])
+def test_archives_that_only_look_alike_are_told_apart(tmp_path: Path, verify: bool) -> None:  # noqa: FBT001
+    # Of equal size, dtype and shape, but one in rows and one in columns.
+    wanted = {
+        f"w{i}": torch.arange(i, i + 64.0).reshape(8, 8).t() if i % 3 else torch.eye(8) + i
+        for i in range(20)
+    }
+    dcp.save(wanted, storage_writer=HFDualWriter(tmp_path / "ours", export=None))
+    dcp.save(wanted, checkpoint_id=tmp_path / "stock")
+    for path in ("ours", "stock"):
+        found = {name: torch.zeros(8, 8) for name in wanted}
+        is_verified = verify and path == "ours"
+        dcp.load(found, storage_reader=HFDualReader(tmp_path / path, verify=is_verified))
+        assert tensor_difference(found, wanted) is None
+
+
 @pytest.mark.parametrize(("start", "stop"), [(0, 3), (1, 4), (2, 2), (0, 4)])
 def test_part_of_a_strange_tensor_is_read(start: int, stop: int, tmp_path: Path) -> None:
     whole = torch.arange(20.0).reshape(5, 4).t()

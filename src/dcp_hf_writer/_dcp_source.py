@@ -18,7 +18,7 @@ from dcp_hf_writer._copies import clip, strides_of
 from dcp_hf_writer._dtypes import TORCH_BY_NAME
 from dcp_hf_writer._once import StoredOnce
 from dcp_hf_writer._read_phase import is_direct
-from dcp_hf_writer._read_plan import Fetch, fetch_of_copy
+from dcp_hf_writer._read_plan import Expected, Fetch, fetch_of_copy
 from dcp_hf_writer.errors import CorruptCheckpointError, PickledObjectError
 
 if TYPE_CHECKING:
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 # Heads of archives that one task of a thread reads.
 _GROUP = 64
+
+# What torch writes around the data of a tensor fits into this on either side.
+_END_NBYTES = 2048
 
 # What stands before the data of an archive is far less; more is not worth keeping.
 _MAX_PREFIX_NBYTES = 4096
@@ -81,20 +84,59 @@ class DCPSource:
             CorruptCheckpointError: If the files are not what the metadata says.
             ReadError: If one cannot be read.
         """
+        places = self._places(wanted)
+        return self._fetches(wanted, self._find_all(places))
+
+    def guessed_fetches(
+        self, wanted: Sequence[Wanted]
+    ) -> tuple[list[Fetch], list[WholeRead], list[Expected]]:
+        """Find the bytes of parts of tensors without looking at each archive.
+
+        Archives of equal tensors are alike but for their data, so one of each kind is looked at.
+
+        Returns:
+            As `fetches`, and what must stand before the data of each archive if that is so; its
+            number is the first place in `wanted` of what is wrong if it is not.
+
+        Raises:
+            CorruptCheckpointError: If the files are not what the metadata says.
+            ReadError: If one cannot be read.
+        """
+        places = self._places(wanted)
+        users = {one.item.storage_index: number for number, one in enumerate(wanted)}
+        kinds = {self._kind(index, where): (index, where) for index, where in places.items()}
+        found = self._find_all(dict(kinds.values()))
+        expected: list[Expected] = []
+        others: dict[MetadataIndex, _StorageInfo] = {}
+        for index, where in places.items():
+            known = self._known.get(self._kind(index, where))
+            if known is None:
+                others[index] = where
+            elif index not in found:
+                self._check(index, where)
+                content, found[index] = known
+                expected.append(Expected(where.relative_path, where.offset, content, users[index]))
+        found |= self._find_all(others)
+        return *self._fetches(wanted, found), expected
+
+    def _places(self, wanted: Sequence[Wanted]) -> dict[MetadataIndex, _StorageInfo]:
         places: dict[MetadataIndex, _StorageInfo] = {}
         for one in wanted:
             where = self._where(one.item)
             if not isinstance(where, StoredOnce):
-                places[one.item.storage_index] = where
-        found = self._find_all(places)
+                places.setdefault(one.item.storage_index, where)
+        return places
+
+    def _fetches(
+        self, wanted: Sequence[Wanted], found: Mapping[MetadataIndex, ArchivedTensor | None]
+    ) -> tuple[list[Fetch], list[WholeRead]]:
         fetches: list[Fetch] = []
         whole: list[WholeRead] = []
         for number, one in enumerate(wanted):
-            index = one.item.storage_index
             where = self._where(one.item)
             if isinstance(where, StoredOnce):
                 fetches += self._of_once(number, one, where)
-            elif (archived := found[index]) is None:
+            elif (archived := found[one.item.storage_index]) is None:
                 whole.append(WholeRead(one, where))
             else:
                 fetches.append(_of_archive(number, one, where, archived))
@@ -177,29 +219,15 @@ class DCPSource:
         return [(index, self._find(index, where)) for index, where in group]
 
     def _find(self, index: MetadataIndex, where: _StorageInfo) -> ArchivedTensor | None:
-        if where.transform_descriptors:
-            raise CorruptCheckpointError(
-                "a tensor was stored through an extension of torch's writer",
-                phase="read",
-                path=where.relative_path,
-                fqn=index.fqn,
-                found=list(where.transform_descriptors),
-                hint="load it with torch's FileSystemReader and the same extensions",
-            )
-        entry = self._metadata.state_dict_metadata[index.fqn]
-        assert isinstance(entry, TensorStorageMetadata)
-        kind = (where.length, entry.properties.dtype, self._chunk_sizes(index))
+        kind = self._kind(index, where)
         known = self._known.get(kind)
+        self._check(index, where)
         with self._inputs.use(where.relative_path) as file:
-            _check_place(file, where, index)
             if known is not None and file.read(where.offset, len(known[0])) == known[0]:
                 return known[1]
+            ends = _Ends(file, where)
             try:
-                found = find_tensor(
-                    lambda start, nbytes: file.read(where.offset + start, nbytes),
-                    where.length,
-                    path=file.path,
-                )
+                found = find_tensor(ends.read, where.length, path=file.path)
             except UnusualArchiveError:
                 return None
             if (found.dtype, found.shape) != kind[1:]:
@@ -211,8 +239,29 @@ class DCPSource:
                     found=f"{found.dtype} of shape {list(found.shape)}",
                 )
             if found.start <= _MAX_PREFIX_NBYTES:
-                self._known[kind] = (file.read(where.offset, found.start), found)
+                self._known[kind] = (ends.read(0, found.start), found)
         return found
+
+    def _kind(
+        self, index: MetadataIndex, where: _StorageInfo
+    ) -> tuple[int, torch.dtype, torch.Size]:
+        """Return what archives that differ in their data alone have in common."""
+        entry = self._metadata.state_dict_metadata[index.fqn]
+        assert isinstance(entry, TensorStorageMetadata)
+        return where.length, entry.properties.dtype, self._chunk_sizes(index)
+
+    def _check(self, index: MetadataIndex, where: _StorageInfo) -> None:
+        if where.transform_descriptors:
+            raise CorruptCheckpointError(
+                "a tensor was stored through an extension of torch's writer",
+                phase="read",
+                path=where.relative_path,
+                fqn=index.fqn,
+                found=list(where.transform_descriptors),
+                hint="load it with torch's FileSystemReader and the same extensions",
+            )
+        with self._inputs.use(where.relative_path) as file:
+            _check_place(file, where, index)
 
     def _of_once(self, number: int, wanted: Wanted, where: StoredOnce) -> Iterable[Fetch]:
         item, target = wanted.item, wanted.target
@@ -231,6 +280,28 @@ class DCPSource:
                     target_strides=target.stride(),
                     is_direct=is_direct(target, dtype),
                 )
+
+
+class _Ends:
+    """The first and last bytes of an archive, read at once: a store far away is asked twice."""
+
+    def __init__(self, file: InputFile, where: _StorageInfo) -> None:
+        self._file, self._where = file, where
+        self._tail_start = max(0, where.length - _END_NBYTES)
+        self._head = b""
+        self._tail = file.read(where.offset + self._tail_start, where.length - self._tail_start)
+
+    def read(self, start: int, nbytes: int) -> bytes:
+        """Return bytes of the archive."""
+        if start >= self._tail_start:
+            first = start - self._tail_start
+            return self._tail[first : first + nbytes]
+        if start + nbytes <= min(_END_NBYTES, self._where.length):
+            self._head = self._head or self._file.read(
+                self._where.offset, min(_END_NBYTES, self._where.length)
+            )
+            return self._head[start : start + nbytes]
+        return self._file.read(self._where.offset + start, nbytes)
 
 
 def _of_archive(

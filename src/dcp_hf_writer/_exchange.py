@@ -43,7 +43,7 @@ class Reading:
 
     def run(
         self, inputs: OpenInputs, reads: Sequence[Read], targets: Sequence[torch.Tensor]
-    ) -> None:
+    ) -> list[int]:
         """Run reads as `run_reads` does, each byte by one rank; all ranks of the group call this.
 
         Args:
@@ -51,21 +51,25 @@ class Reading:
             reads: As planned on this rank.
             targets: The tensors in memory, by number.
 
+        Returns:
+            Numbers of what was to be compared and differs.
+
         Raises:
             ReadError: If a rank could not read: on every rank, naming that one.
         """
         if self._group is None:
-            run_reads(inputs, reads, targets)
-            return
+            return run_reads(inputs, reads, targets)
         wanted = self._tell(wanted_of(reads))
         exchange = _Exchange(inputs, reads, targets, shared_segments(wanted), self._group)
         error: CheckpointError | None = None
+        differing: list[int] = []
         try:
             exchange.run()
-            run_reads(inputs, exchange.others, targets)
+            differing = exchange.differing + run_reads(inputs, exchange.others, targets)
         except CheckpointError as found:
             error = found
         self._tell(error)
+        return differing
 
     def _tell(self, what: Any) -> list[Any]:
         """Tell the other ranks something, and raise if one of them has failed."""
@@ -154,6 +158,11 @@ class _Exchange:
                 self._users.setdefault(segment, []).append(number)
         self._open: dict[int, _Filling] = {}
         self._error: CheckpointError | None = None
+
+    @property
+    def differing(self) -> list[int]:
+        """Numbers of what was compared and differs."""
+        return self._landing.differing
 
     def run(self) -> None:
         """Exchange all segments, in the same rounds on every rank.

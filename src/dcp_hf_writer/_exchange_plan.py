@@ -50,7 +50,7 @@ def wanted_of(reads: Iterable[Read]) -> Wanted:
     for read in reads:
         start = read.start
         for part in read.parts:
-            if not isinstance(part, Bounce) or part.scatters:
+            if not isinstance(part, Bounce) or part.scatters or part.comparisons:
                 found.setdefault(read.file, []).append((start, start + part.nbytes))
             start += part.nbytes
     return found

@@ -26,6 +26,7 @@ from dcp_hf_writer._hf_source import Block, Findings
 from dcp_hf_writer._load_blocks import load_blocks
 from dcp_hf_writer._model_entry import model_prefix, names_in_model
 from dcp_hf_writer._open_inputs import OpenInputs
+from dcp_hf_writer._read_phase import run_reads
 from dcp_hf_writer._read_plan import plan_reads
 from dcp_hf_writer._sources import open_hf_source, read_dcp_metadata
 from dcp_hf_writer._tensors import memory_identity
@@ -164,11 +165,18 @@ class DCPLoad(Load):
         ]
 
     def _load_tensors(self, wanted: Sequence[Wanted], reading: Reading) -> None:
-        fetches, whole = self._source.fetches(wanted)
+        fetches, whole, expected = self._source.guessed_fetches(wanted)
         self._verify(fetches)
-        reading.run(self._inputs, plan_reads(fetches), [one.target for one in wanted])
-        for one in whole:
-            self._source.load_whole(one)
+        targets = [one.target for one in wanted]
+        differing = reading.run(self._inputs, plan_reads(fetches, expected), targets)
+        if differing:
+            wrong = {wanted[number].item.storage_index for number in differing}
+            again = [one for one in wanted if one.item.storage_index in wrong]
+            fetches, unusual = self._source.fetches(again)
+            run_reads(self._inputs, plan_reads(fetches), [one.target for one in again])
+            whole += unusual
+        for read in whole:
+            self._source.load_whole(read)
 
 
 class HFLoad(Load):

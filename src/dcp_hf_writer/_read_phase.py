@@ -47,7 +47,7 @@ def run_reads(
     targets: Sequence[torch.Tensor],
     *,
     readers: int | None = None,
-) -> None:
+) -> list[int]:
     """Run reads to the end, or to the first error; no thread is left then.
 
     Args:
@@ -56,24 +56,28 @@ def run_reads(
         targets: The tensors in memory, by number; on any device, with any strides.
         readers: Reads in flight; `None` is what suits the storage.
 
+    Returns:
+        Numbers of what was to be compared and differs.
+
     Raises:
         ReadError: If the storage refuses, or a file is shorter than planned.
         CorruptCheckpointError: If a file's name leads elsewhere.
     """
     if not reads:
-        return
+        return []
     readers = readers or inputs.files.readers
     shared = _Shared(inputs, _shares(reads, readers, inputs.files), targets)
     helpers = min(readers, shared.count) - 1
     if not helpers:
         shared.work()
-        return
+        return shared.landing.differing
     with ThreadPoolExecutor(helpers, thread_name_prefix="dcp-hf-read") as pool:
         working = [pool.submit(shared.work) for _ in range(helpers)]
         shared.work()
     # What the first error stopped may have failed too, but has nothing to say.
     for future in working:
         future.result()
+    return shared.landing.differing
 
 
 def _shares(reads: Sequence[Read], readers: int, files: InputFiles) -> Sequence[Sequence[Read]]:
@@ -105,12 +109,12 @@ class _Shared:
         self._inputs = inputs
         self._todo = iter(shares)
         self._lock = threading.Lock()
-        self._landing = Landing(targets)
+        self.landing = Landing(targets)
         self._is_stopped = False
 
     def work(self) -> None:
         """Run reads until there are none, or one failed in some thread."""
-        buffer = self._landing.buffer()
+        buffer = self.landing.buffer()
         try:
             while not self._is_stopped:
                 with self._lock:
@@ -133,8 +137,8 @@ class _Shared:
                 if self._is_stopped:
                     return
                 with own.use(read.file) as file:
-                    file.read_into(self._landing.memory(read, buffer), read.start)
-                self._landing.scatter(read, buffer)
+                    file.read_into(self.landing.memory(read, buffer), read.start)
+                self.landing.scatter(read, buffer)
         finally:
             if own is not self._inputs:
                 own.close()
@@ -147,6 +151,8 @@ class Landing:
         """Take tensors by number."""
         self._targets = [target.detach() for target in targets]
         self._is_pinned = any(target.is_cuda for target in self._targets)
+        self.differing: list[int] = []
+        """Numbers of what was compared and differs."""
 
     def buffer(self) -> Buffer:
         """Return a buffer for one read at a time."""
@@ -166,13 +172,19 @@ class Landing:
         return found
 
     def scatter(self, read: Read, buffer: Buffer) -> None:
-        """Copy what a read left in the buffer to where it belongs."""
+        """Compare what a read left in the buffer, and copy it to where it belongs."""
         used = 0
         for part in read.parts:
-            if isinstance(part, Bounce):
-                for scatter in part.scatters:
-                    self._copy(buffer.tensor, used, scatter)
-                used += _aligned(part.nbytes)
+            if not isinstance(part, Bounce):
+                continue
+            for comparison in part.comparisons:
+                first = used + comparison.start
+                found = buffer.bytes[first : first + len(comparison.content)]
+                if found != comparison.content:
+                    self.differing.append(comparison.number)
+            for scatter in part.scatters:
+                self._copy(buffer.tensor, used, scatter)
+            used += _aligned(part.nbytes)
 
     def _copy(self, buffer: torch.Tensor, start: int, scatter: Scatter) -> None:
         target, dtype = self._targets[scatter.target], scatter.dtype
@@ -197,13 +209,15 @@ class Buffer:
     def __init__(self, *, is_pinned: bool) -> None:
         self._is_pinned = is_pinned
         self.tensor = torch.empty(0, dtype=torch.uint8)
+        self.bytes = memoryview(b"")
+        """The same memory."""
 
     def view(self, nbytes: int) -> memoryview:
         """Return at least this much memory; what was in it before is lost."""
         if self.tensor.numel() < nbytes:
             self.tensor = self._memory(max(nbytes, _BUFFER_NBYTES))
-        found: memoryview = self.tensor.numpy().data
-        return found
+            self.bytes = self.tensor.numpy().data
+        return self.bytes
 
     def _memory(self, nbytes: int) -> torch.Tensor:
         if not self._is_pinned:
@@ -218,7 +232,7 @@ class Buffer:
         if self.tensor.numel() == _BUFFER_NBYTES and not self._is_pinned:
             if len(self._spare) < _MAX_SPARE:
                 self._spare.append(self.tensor)
-            self.tensor = torch.empty(0, dtype=torch.uint8)
+            self.tensor, self.bytes = torch.empty(0, dtype=torch.uint8), memoryview(b"")
 
 
 def _aligned(nbytes: int) -> int:

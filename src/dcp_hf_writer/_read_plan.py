@@ -130,6 +130,32 @@ class Scatter:
 
 
 @dataclass(frozen=True, slots=True)
+class Expected:
+    """Bytes of a file that are known, if it is what it is taken for."""
+
+    file: str
+    """Name of the file."""
+    start: int
+    """Offset of the first of them."""
+    content: bytes
+    """What they should be."""
+    number: int
+    """By which the caller is told that they are not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Bytes in the buffer that are compared with what they should be."""
+
+    start: int
+    """First byte within the part of the buffer."""
+    content: bytes
+    """What they should be."""
+    number: int
+    """That of the `Expected`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Direct:
     """Bytes that go straight into a tensor."""
 
@@ -146,6 +172,7 @@ class Bounce:
 
     nbytes: int
     scatters: tuple[Scatter, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
 
 
 Part = Direct | Bounce
@@ -175,13 +202,21 @@ def span_of(fetch: Fetch) -> int:
     return _span(fetch.loops) * fetch.dtype.itemsize
 
 
-def plan_reads(fetches: Iterable[Fetch]) -> list[Read]:
+def plan_reads(fetches: Iterable[Fetch], expected: Iterable[Expected] = ()) -> list[Read]:
     """Plan the reads that fetch everything.
+
+    Args:
+        fetches: What is wanted in memory.
+        expected: What is to be compared on the way.
 
     Returns:
         Reads, by file and ascending. Overlapping reads only where two fetches want the same bytes.
     """
     extents = [extent for fetch in dict.fromkeys(fetches) for extent in _extents(fetch)]
+    for one in expected:
+        comparison = Comparison(0, one.content, one.number)
+        part = Bounce(len(one.content), comparisons=(comparison,))
+        extents.append(_Extent(one.file, one.start, part))
     extents.sort(key=lambda extent: (extent.file, extent.start, extent.part.nbytes))
     reads: list[Read] = []
     for file, group in itertools.groupby(extents, key=lambda extent: extent.file):
@@ -247,8 +282,11 @@ class _Builder:
             return False
         if any(skipped % scatter.dtype.itemsize for scatter in part.scatters):
             return False
-        moved = (replace(scatter, start=scatter.start + skipped) for scatter in part.scatters)
-        self._parts[-1] = Bounce(nbytes, (*last.scatters, *moved))
+        scatters = (replace(one, start=one.start + skipped) for one in part.scatters)
+        comparisons = (replace(one, start=one.start + skipped) for one in part.comparisons)
+        self._parts[-1] = Bounce(
+            nbytes, (*last.scatters, *scatters), (*last.comparisons, *comparisons)
+        )
         self._bounced += nbytes - last.nbytes
         self._stop += nbytes - last.nbytes
         return True
