@@ -53,8 +53,11 @@ WITH_EXPERTS = (
     *("granitemoe", "llama4", "ernie4_5_vl_moe", "qwen3_vl_moe", "qwen3_vl_moe_wide"),
 )
 
-# What transformers cannot load sharded: it cuts a tensor before it transposes it.
-_LOADED_WHOLE = ("ernie4_5_vl_moe", "qwen3_vl_moe_wide")
+# What transformers cannot load sharded so: it cuts a tensor before it transposes it.
+_LOADED_WHOLE: Mapping[str, tuple[str, ...]] = {
+    "ernie4_5_vl_moe": ("fsdp_tp", "ep_fsdp", "ep_fsdp_tp"),
+    "qwen3_vl_moe_wide": tuple(DISTRIBUTED),
+}
 # Models with experts for which transformers has no plan.
 _BY_HAND = ("llama4",)
 
@@ -93,7 +96,7 @@ def parallel_model(name: str, parallelism: str, *, saved: Path | None) -> PreTra
     if not is_distributed(name, parallelism):
         return _expert_parallel(unsharded(name, saved=saved))
     _share_meshes()
-    if saved is None or name in _LOADED_WHOLE:
+    if saved is None or parallelism in _LOADED_WHOLE.get(name, ()):
         return _distributed(unsharded(name, saved=saved), **DISTRIBUTED[parallelism])
     from transformers.distributed import DistributedConfig
 
