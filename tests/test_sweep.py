@@ -10,7 +10,8 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcp_hf_writer._boxes import Box, ByteRuns, byte_runs, whole
+from dcp_hf_writer._boxes import Box, ByteRuns, whole
+from dcp_hf_writer._parse_blocks import Places
 from dcp_hf_writer._sweep import Digest, Span, Sweep, clip, contiguous, extent_of
 from partitions import partitions_of
 
@@ -49,6 +50,13 @@ def test_clip_of_a_long_loop_takes_no_step_of_it() -> None:
     ]
 
 
+def runs_of(box: Box, shape: tuple[int, ...], *, itemsize: int, start: int) -> ByteRuns:
+    """Return the bytes of a box of a tensor that begins at a byte of the file."""
+    found = Places().find(list(box.offsets), list(box.sizes), shape, itemsize).runs
+    assert found is not None
+    return ByteRuns(start + found.start, found.nbytes, found.loops)
+
+
 def digest_of(data: bytes) -> str:
     return str(xxhash.xxh3_64_hexdigest(data))
 
@@ -84,7 +92,7 @@ def test_blocks_of_any_partition_get_their_digest(data: st.DataObject) -> None:
     for box in data.draw(st.permutations(list(data.draw(partitions_of(whole(shape)))))):
         if box.numel:
             where = tuple(slice(o, o + n) for o, n in zip(box.offsets, box.sizes, strict=True))
-            runs = byte_runs(box, shape, itemsize=itemsize, tensor_start=start)
+            runs = runs_of(box, shape, itemsize=itemsize, start=start)
             parts.append((Digest(digest_of(elements[where].tobytes()), "block"), runs))
     span = Span(start, start + elements.nbytes, tuple(parts))
     window = data.draw(st.sampled_from([1, 7, 64, 1000]))
@@ -118,8 +126,7 @@ def test_one_digest_is_fed_from_spans_that_lie_apart() -> None:
 )  # fmt: skip
 def test_gap_or_overlap_is_seen(window: int, boxes: list[Box], fault: str) -> None:
     parts = tuple(
-        (Digest("", "block"), byte_runs(box, (10, 10), itemsize=2, tensor_start=50))
-        for box in boxes
+        (Digest("", "block"), runs_of(box, (10, 10), itemsize=2, start=50)) for box in boxes
     )
     found = sweep([Span(50, 250, parts)], window=window)
     assert [text for _, text in found] == [found[0][1]]
