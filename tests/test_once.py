@@ -18,6 +18,7 @@ import audit
 from compare import tensor_difference
 from dcp_hf_writer import HFDualWriter, HFExport
 from dcp_hf_writer._copies import hf_view, runtime_view
+from dcp_hf_writer._materialize import materialize
 from dcp_hf_writer._once import StoredOnce
 from dcp_hf_writer.errors import (
     ConfigError,
@@ -26,7 +27,6 @@ from dcp_hf_writer.errors import (
     StoredOnceError,
     TargetExistsError,
 )
-from dcp_hf_writer._materialize import materialize
 from dcp_hf_writer.reader import HFDualReader
 from held import WORLD_SIZE, Case, plain, rows
 from rank_process import Raised
