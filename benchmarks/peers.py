@@ -98,7 +98,6 @@ class Ours(Contender):
         total = time.perf_counter() - start
         return Saved(stall, total, read_phases(directory))
 
-
     def check(self, state_dict: dict[str, Any], directory: str) -> None:
         """Read both formats back by stock torch and stock safetensors."""
         check_content(state_dict, directory, os.path.join(directory, "hf"))
