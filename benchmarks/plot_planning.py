@@ -40,7 +40,9 @@ def draw(samples: Sequence[Sample], machine: str, path: str) -> None:
     axes[0].set_ylim(bottom=0)
     axes[0].legend(frameon=False, fontsize=9, loc="upper left")
     _ranks_axis(axes[1], sorted({sample.ranks for sample in samples}))
-    figure.suptitle("What the export adds to global planning", fontsize=12, x=0.01, ha="left")
+    figure.suptitle(
+        "What the export adds to global planning", fontsize=12, x=0.01, ha="left", weight="bold"
+    )
     figure.supxlabel(f"Coordinator, one thread. {machine}", fontsize=7, x=0.01, ha="left")
     figure.savefig(path, dpi=150)
     plt.close(figure)
@@ -55,7 +57,7 @@ def _seconds(axis: Axes, samples: Sequence[Sample]) -> None:
     colour = _COLOUR[samples[0].model]
     if len(samples) > 2:
         slope, offset = np.polyfit(items, seconds, 1)
-        label += f"\n{offset:.2f} s + {slope * 1e6:.2f} us an item"
+        label += f"\n{offset:.2f} s + {slope * 1e6:.2f} µs an item"
         ends = np.array([0, items.max()])
         axis.plot(ends / 1e6, offset + slope * ends, color=colour, lw=1, ls="--", zorder=2)
     axis.plot(items / 1e6, seconds, "o", color=colour, ms=5, label=label, zorder=3)
@@ -80,11 +82,9 @@ def _ranks_axis(axis: Axes, ranks: Sequence[int]) -> None:
         axis.axhline(100 * value, color="#c9b458", lw=1.2, zorder=1)
         axis.annotate(
             f"{name} {value:.0%}",
-            (1, 100 * value),
+            (1.01, 100 * value),
             xycoords=("axes fraction", "data"),
-            xytext=(-2, 3),
-            textcoords="offset points",
-            ha="right",
+            va="center",
             fontsize=8,
             color="#8a7a2a",
         )
