@@ -253,6 +253,12 @@ def test_loops_that_leave_a_tensor_are_refused(
         copies_of(loops, hf_start=hf_start, start=start, hf_shape=(2, 3), shape=(6,))
 
 
+@pytest.mark.parametrize("loops", [[(2, 1, 2), (2, 1, 1)], [(2, 5, 1), (3, 4, 2)]])
+def test_loops_that_do_not_ascend_are_refused(loops: list[tuple[int, int, int]]) -> None:
+    with pytest.raises(ValueError, match="do not ascend"):
+        copies_of(loops, hf_start=0, start=0, hf_shape=(20,), shape=(8,))
+
+
 def test_no_step_is_no_copy() -> None:
     assert copies_of([(0, 1, 1)], hf_start=0, start=0, hf_shape=(0, 3), shape=(0, 3)) == ()
 

@@ -102,7 +102,8 @@ def copies_of(
         Disjoint copies that together are the given one; none if a loop has no step.
 
     Raises:
-        ValueError: If the loops leave a tensor, or cross dimensions unevenly.
+        ValueError: If the loops leave a tensor, cross dimensions unevenly, or reach into one
+            another in the HuggingFace tensor, so that their elements are not in its order.
     """
     return _copies_of(tuple(map(tuple, loops)), hf_start, start, tuple(hf_shape), tuple(shape))
 
@@ -200,6 +201,13 @@ def _along_dims(
     flat: _Flat, hf_shape: Shape, hf_strides: Shape, shape: Shape, strides: Shape
 ) -> Copy:
     hf_start, start, flat_loops = flat
+    flat_loops = tuple(sorted(flat_loops, key=lambda one: -one[1]))
+    reach = 1
+    for extent, hf_step, _ in reversed(flat_loops):
+        if hf_step < reach:
+            msg = f"loops {list(flat_loops)} that do not ascend in the HuggingFace tensor"
+            raise ValueError(msg)
+        reach += (extent - 1) * hf_step
     loops = []
     for extent, hf_step, step in flat_loops:
         hf_dim, dim = _dim_of(hf_step, hf_shape, hf_strides), _dim_of(step, shape, strides)
