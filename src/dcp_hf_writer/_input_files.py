@@ -26,7 +26,7 @@ MAX_BUFFERS = 1024
 # Of a store that is asked over a network most of the time is waiting.
 _REMOTE_READERS = 16
 
-# More threads than this are in each other's way on a page cache, and enough to keep a disk busy.
+# Enough to keep a disk busy; each is a stream of its own, and more of them are in each other's way.
 _LOCAL_READERS = 4
 
 
@@ -170,12 +170,12 @@ def check_name(name: object, *, path: str) -> str:
 class LocalFiles(InputFiles):
     """Files below a directory of this host's file systems."""
 
-    readers = _LOCAL_READERS
     reads_ahead = True
 
     def __init__(self, path: str) -> None:
         """Read below `path`, which may itself be a link."""
         self.path = path
+        self.readers = min(_LOCAL_READERS, _cores())
         self._root = os.path.realpath(path)
 
     def open(self, name: str) -> InputFile:
@@ -214,6 +214,13 @@ class LocalFiles(InputFiles):
     def has(self, name: str) -> bool:
         """Whether a file of this name lies in the directory."""
         return os.path.lexists(os.path.join(self._root, name))
+
+
+def _cores() -> int:
+    """Return how many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 class _LocalFile(InputFile):
