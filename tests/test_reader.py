@@ -12,8 +12,10 @@ import fsspec
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import _version
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from_keys
 
 from compare import tensor_difference
 from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, HFLoadPlanner, LoadSpec, ShardSpec
@@ -568,3 +570,32 @@ def test_objects_keep_their_types(tmp_path: Path) -> None:
     dcp.load(found, storage_reader=HFDualReader(tmp_path / "x"))
     assert torch.equal(found["v"].pop("nested")["tensors"][0], values.pop("nested")["tensors"][0])  # type: ignore[index]
     assert found["v"] == values
+
+
+def test_names_of_torch_before_2_4_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state = {"model": {"w": torch.ones(2)}, "groups": [{"lr": 0.5, "betas": (0.1, 0.2)}]}
+    monkeypatch.setattr(_version, "_derived_version", "2_3")
+    dcp.save(state, checkpoint_id=tmp_path / "x")
+    monkeypatch.setattr(_version, "_derived_version", None)
+    names = HFDualReader(tmp_path / "x").read_metadata().state_dict_metadata
+    assert "groups" in names
+    found: dict[str, Any] = {"model": {"w": torch.zeros(2)}, "groups": [{"lr": 0, "betas": 0}]}
+    dcp.load(found, storage_reader=HFDualReader(tmp_path / "x"))
+    assert found["groups"] == state["groups"]
+    assert torch.equal(found["model"]["w"], torch.ones(2))
+    found["model"]["more"] = torch.zeros(1)
+    with pytest.raises(CheckpointException, match=r"model\.more"):
+        dcp.load(found, storage_reader=HFDualReader(tmp_path / "x"))
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is unavailable:UserWarning")
+@pytest.mark.parametrize("source", ["dcp", "hf"])
+def test_state_dict_is_made_from_what_is_there(saved: Path, source: Any) -> None:
+    reader = HFDualReader(saved / "both", source=source)
+    found = _load_state_dict_from_keys(storage_reader=reader)
+    if source == "dcp":
+        assert_is_of_step(found, 3)
+    else:
+        assert tensor_difference(found, model_of(3)) is None
