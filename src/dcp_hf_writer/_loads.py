@@ -160,9 +160,8 @@ class DCPLoad(Load):
         allow = self._options.allow_pickled_objects
         files = {self._source.file_of(item) for item in items}
         self._verify((), whole=(METADATA_NAME,), objects_in=files)
-        return [
-            (item, self._source.read_object(item, allow_pickled_objects=allow)) for item in items
-        ]
+        found = self._source.read_objects(items, allow_pickled_objects=allow)
+        return list(zip(items, found, strict=True))
 
     def _load_tensors(self, wanted: Sequence[Wanted], reading: Reading) -> None:
         fetches, whole, expected = self._source.guessed_fetches(wanted)
