@@ -21,7 +21,7 @@ from dcp_hf_writer._archive import tensor_archive
 from dcp_hf_writer._commit import MANIFEST_NAME, StagingDirectory
 from dcp_hf_writer._dcp_metadata import METADATA_NAME
 from dcp_hf_writer._dcp_source import DCPSource, Wanted
-from dcp_hf_writer._input_files import open_directory
+from dcp_hf_writer._input_stores import open_directory
 from dcp_hf_writer._manifest import WholeFile, encode_manifest
 from dcp_hf_writer._once import StoredOnce
 from dcp_hf_writer._open_inputs import OpenInputs

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from dcp_hf_writer._input_files import LocalFiles
+from dcp_hf_writer._input_stores import LocalFiles
 from dcp_hf_writer._problems import Problem
 from dcp_hf_writer._sweep import (
     BEYOND,

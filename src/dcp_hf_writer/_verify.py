@@ -16,7 +16,7 @@ from dcp_hf_writer._check_dcp import (
 from dcp_hf_writer._check_hf import DirectoryCheck, export_problems
 from dcp_hf_writer._dcp_metadata import MAX_METADATA_NBYTES, parse_metadata
 from dcp_hf_writer._hf_directory import SUFFIX
-from dcp_hf_writer._input_files import open_directory
+from dcp_hf_writer._input_stores import open_directory
 from dcp_hf_writer._layout import INDEX_NAME
 from dcp_hf_writer._listing import list_tree
 from dcp_hf_writer._parse_manifest import MANIFEST_NAME, MAX_MANIFEST_NBYTES, parse_manifest
