@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import os
 import stat
+import threading
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer._input_files import InputFile, InputFiles, check_name, ended, read_errors
@@ -17,6 +20,10 @@ _REMOTE_READERS = 16
 
 # Enough to keep a disk busy; each is a stream of its own, and more of them are in each other's way.
 _LOCAL_READERS = 4
+
+# A caching file system of fsspec's downloads into the file that it reads from: a second thread that
+# asks meanwhile gets the half that is there. And who asks the next reader shares the instance.
+_DOWNLOAD = threading.Lock()
 
 
 def open_directory(
@@ -151,7 +158,6 @@ def _rest(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
 class FsspecFiles(InputFiles):
     """Files on a store that fsspec knows."""
 
-    readers = _REMOTE_READERS
     reads_ahead = False
 
     def __init__(self, url: str, storage_options: Mapping[str, Any] | None = None) -> None:
@@ -160,7 +166,8 @@ class FsspecFiles(InputFiles):
         Raises:
             ConfigError: If fsspec does not know the protocol, or lacks a package for it.
         """
-        import fsspec  # noqa: PLC0415 - a second of import that a local path does not need
+        # A second of import that a local path does not need.
+        import fsspec.implementations.cached  # noqa: PLC0415
 
         self.path = url.rstrip("/")
         try:
@@ -168,11 +175,14 @@ class FsspecFiles(InputFiles):
         except (ValueError, ImportError) as error:
             raise ConfigError("fsspec cannot read this URL", path=url, found=str(error)) from error
         self._root = root.rstrip("/")
+        self._is_cache = isinstance(self._fs, fsspec.implementations.cached.CachingFileSystem)
+        self.readers = 1 if self._is_cache else _REMOTE_READERS
 
     def open(self, name: str) -> InputFile:
         """Look a file up; see `InputFiles.open`."""
         inner = check_name(name, path=self.path)
-        return _FsspecFile(self._fs, f"{self._root}/{inner}", f"{self.path}/{inner}")
+        where = f"{self._root}/{inner}"
+        return _FsspecFile(self._fs, where, f"{self.path}/{inner}", is_cache=self._is_cache)
 
     def names(self) -> list[str]:
         """Return the names in the directory; see `InputFiles.names`."""
@@ -188,12 +198,9 @@ class FsspecFiles(InputFiles):
     def below(self, name: str) -> InputFiles:
         """Return the files of a directory within this one."""
         inner = check_name(name, path=self.path)
-        found = object.__new__(FsspecFiles)
-        found.path, found._root, found._fs = (
-            f"{self.path}/{inner}",
-            f"{self._root}/{inner}",
-            self._fs,
-        )
+        found = copy.copy(self)
+        found.path = f"{self.path}/{inner}"
+        found._root = f"{self._root}/{inner}"  # noqa: SLF001 - one of this class
         return found
 
     def has(self, name: str) -> bool:
@@ -207,9 +214,10 @@ def _is_file(entry: Mapping[str, Any]) -> bool:
 
 
 class _FsspecFile(InputFile):
-    def __init__(self, fs: Any, where: str, path: str) -> None:
+    def __init__(self, fs: Any, where: str, path: str, *, is_cache: bool) -> None:
         self.path = path
         self._fs, self._where = fs, where
+        self._turn = _DOWNLOAD if is_cache else contextlib.nullcontext()
         with read_errors(path):
             entry = fs.info(where)
         if not _is_file(entry) or not isinstance(entry.get("size"), int):
@@ -221,7 +229,7 @@ class _FsspecFile(InputFile):
     def read_into(self, buffers: Sequence[memoryview], start: int) -> None:
         """Fill buffers; see `InputFile.read_into`."""
         wanted = sum(buffer.nbytes for buffer in buffers)
-        with read_errors(self.path):
+        with read_errors(self.path), self._turn:
             data = memoryview(self._fs.cat_file(self._where, start=start, end=start + wanted))
         if data.nbytes != wanted:
             raise ended(self.path, start + wanted, start + data.nbytes)
