@@ -205,6 +205,8 @@ def _end_with_parent() -> None:
 def _join_group(start: _Start) -> None:
     # Without this gloo binds to what the host's name resolves to, which may be no address at all.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback_interface())
+    # As torchrun tells it.
+    os.environ["LOCAL_WORLD_SIZE"] = str(start.world_size)
     timeout = dt.timedelta(seconds=start.timeout_s)
     store = dist.TCPStore(LOOPBACK, start.port, is_master=False, timeout=timeout)
     dist.init_process_group(

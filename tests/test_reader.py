@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
+    from torch.distributed.checkpoint.planner import LoadPlan
+
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -341,6 +343,32 @@ def test_url_is_read_through_fsspec(in_memory: str, name: str, options: dict[str
         model = {name: torch.zeros_like(value) for name, value in model_of(3).items()}
         load_hf_directory(model, f"{in_memory}/both")
         assert tensor_difference(model, model_of(3)) is None
+
+
+class Watched(HFDualReader):
+    """Keeps the plans that came together on the coordinator."""
+
+    plans: list[LoadPlan]
+
+    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
+        self.plans = plans
+        return super().prepare_global_plan(plans)
+
+
+class Renumbered(DefaultLoadPlanner):
+    """Looks at all plans, as a planner may."""
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        assert all(plan.items for plan in global_plan)
+        return [replace(plan, items=plan.items[::-1]) for plan in global_plan]
+
+
+def test_items_of_plans_stay_on_their_ranks_unless_a_planner_looks_at_them(saved: Path) -> None:
+    for planner, has_items in ((DefaultLoadPlanner(), False), (Renumbered(), True)):
+        state, reader = blank(), Watched(saved / "both")
+        dcp.load(state, storage_reader=reader, planner=planner)
+        assert [bool(plan.items) for plan in reader.plans] == [has_items]
+        assert_is_of_step(state, 3)
 
 
 def test_chained_url_and_storage_options_are_passed_on(saved: Path, tmp_path: Path) -> None:

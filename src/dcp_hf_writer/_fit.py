@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint._traverse import traverse_state_dict_v_2_3
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dcp_hf_writer._blocked import blocked_tensors
@@ -93,6 +94,14 @@ def _has_old_names(planner: LoadPlanner | None, there: Iterable[str]) -> bool:
     names: set[str] = set()
     traverse_state_dict_v_2_3(nested, lambda path, _: names.add(".".join(map(str, path))))
     return bool(names.intersection(set(there) - loaded_values(planner).keys()))
+
+
+def plans_alone(planner: LoadPlanner | None) -> bool:
+    """Whether what a rank reads is up to its own plan, as torch's planner has it."""
+    return all(
+        getattr(type(planner), step, None) is getattr(DefaultLoadPlanner, step)
+        for step in ("create_global_plan", "finish_plan")
+    )
 
 
 def check_blocks(

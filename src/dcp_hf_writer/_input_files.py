@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import CorruptCheckpointError, ReadError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+    from contextlib import AbstractContextManager
 
+    import torch
     from typing_extensions import Self
 
 MAX_BUFFERS = 1024
@@ -48,6 +50,10 @@ class InputFile(ABC):
         if nbytes:
             self.read_into([memoryview(data)], start)
         return bytes(data)
+
+    def cached(self, start: int, nbytes: int) -> AbstractContextManager[torch.Tensor | None]:  # noqa: ARG002 - most stores have no such memory
+        """Lend bytes in place, if they are in memory already; else `None`. See `cached_bytes`."""
+        return nullcontext()
 
     def close(self) -> None:  # noqa: B027 - most stores hold nothing open
         """Give back what the open file holds."""

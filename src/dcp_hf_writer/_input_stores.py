@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
 import stat
 import threading
+from contextlib import nullcontext
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer._input_files import InputFile, InputFiles, check_name, ended, read_errors
+from dcp_hf_writer._page_cache import FILE_SYSTEMS, cached_bytes
 from dcp_hf_writer.errors import ConfigError, CorruptCheckpointError
+from dcp_hf_writer.storage._posix import file_system_type
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+    from contextlib import AbstractContextManager
+
+    import torch
 
 # Of a store that is asked over a network most of the time is waiting.
 _REMOTE_READERS = 16
 
-# Enough to keep a disk busy; each is a stream of its own, and more of them are in each other's way.
+# Enough to keep a disk busy; each is a stream of its own, and more of them are in each other's way,
+# as are more than there are processors.
 _LOCAL_READERS = 4
 
 # A caching file system of fsspec's downloads into the file that it reads from: a second thread that
@@ -58,7 +65,7 @@ class LocalFiles(InputFiles):
     def __init__(self, path: str) -> None:
         """Read below `path`, which may itself be a link."""
         self.path = path
-        self.readers = min(_LOCAL_READERS, _cores())
+        self.readers = max(1, min(_LOCAL_READERS, _cores() // _local_ranks()))
         self._root = os.path.realpath(path)
 
     def open(self, name: str) -> InputFile:
@@ -75,7 +82,7 @@ class LocalFiles(InputFiles):
                 hint="put the file there; links are followed within it, and to the blobs of a "
                 "HuggingFace cache",
             )
-        return _LocalFile(path, real)
+        return _LocalFile(path, real, self)
 
     def _is_ours(self, real: str) -> bool:
         if real.startswith(os.path.join(self._root, "")):
@@ -84,6 +91,14 @@ class LocalFiles(InputFiles):
         snapshots = os.path.dirname(self._root)
         blobs = os.path.join(os.path.dirname(snapshots), "blobs")
         return os.path.basename(snapshots) == "snapshots" and os.path.dirname(real) == blobs
+
+    @cached_property
+    def mapped_device(self) -> int:
+        """Device whose files may be mapped; -1 if none."""
+        if file_system_type(self._root) not in FILE_SYSTEMS:
+            return -1
+        with read_errors(self.path):
+            return os.stat(self._root).st_dev
 
     def names(self) -> list[str]:
         """Return the names in the directory; see `InputFiles.names`."""
@@ -106,16 +121,23 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
+def _local_ranks() -> int:
+    """Return how many ranks share them, as far as torchrun told."""
+    told = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return max(1, int(told)) if told.isdecimal() else 1
+
+
 class _LocalFile(InputFile):
-    def __init__(self, path: str, real: str) -> None:
+    def __init__(self, path: str, real: str, files: LocalFiles) -> None:
         self.path = path
+        self._files = files
         self._fd = -1
         with read_errors(path):
             # Not to wait for the writer of a named pipe; a regular file does not care.
             flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
             self._fd = os.open(real, flags)
             status = os.fstat(self._fd)
-        self.nbytes = status.st_size
+        self.nbytes, self._device = status.st_size, status.st_dev
         if not stat.S_ISREG(status.st_mode):
             self.close()
             raise CorruptCheckpointError(
@@ -132,6 +154,12 @@ class _LocalFile(InputFile):
                 if not more:
                     raise ended(self.path, start + wanted, start + done)
                 done += more
+
+    def cached(self, start: int, nbytes: int) -> AbstractContextManager[torch.Tensor | None]:
+        """Lend bytes in place; see `InputFile.cached`."""
+        if self._device != self._files.mapped_device:
+            return nullcontext()
+        return cached_bytes(self._fd, start, nbytes)
 
     def __del__(self) -> None:
         # Of a load that was given up, on another rank's account perhaps, nobody may be left to say.
@@ -217,7 +245,7 @@ class _FsspecFile(InputFile):
     def __init__(self, fs: Any, where: str, path: str, *, is_cache: bool) -> None:
         self.path = path
         self._fs, self._where = fs, where
-        self._turn = _DOWNLOAD if is_cache else contextlib.nullcontext()
+        self._turn = _DOWNLOAD if is_cache else nullcontext()
         with read_errors(path):
             entry = fs.info(where)
         if not _is_file(entry) or not isinstance(entry.get("size"), int):

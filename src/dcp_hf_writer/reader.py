@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.metadata import Metadata
@@ -12,7 +13,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from dcp_hf_writer._caller import current_load_planner, loaded_state_dict
-from dcp_hf_writer._fit import check_blocks
+from dcp_hf_writer._fit import check_blocks, plans_alone
 from dcp_hf_writer._loads import DCPLoad, HFLoad, Load, LoadOptions
 from dcp_hf_writer._options import one_of
 from dcp_hf_writer._sources import find_place
@@ -183,11 +184,19 @@ class HFDualReader(StorageReader):
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Check that blocks are planned as what they are.
 
+        Returns:
+            The plan without its items, if no planner looks at the plans of all ranks: torch would
+            send each to the coordinator and back, which there takes longer with each rank.
+
         Raises:
             PlanningError: If a rank holds several blocks of a tensor that are planned as one.
         """
-        check_blocks(plan, current_load_planner(), self._options.specs, key=self._options.key)
-        return plan
+        planner = current_load_planner()
+        check_blocks(plan, planner, self._options.specs, key=self._options.key)
+        if not plans_alone(planner):
+            return plan
+        self._thread.items = plan.items
+        return replace(plan, items=[])
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Leave the plans as they are."""
@@ -199,6 +208,9 @@ class HFDualReader(StorageReader):
         Raises:
             CheckpointError: If something cannot be read, or may not be.
         """
+        items = getattr(self._thread, "items", None)
+        if items is not None:
+            plan = replace(plan, items=items)
         try:
             self._current().read(plan, planner)
         finally:
@@ -217,11 +229,8 @@ class HFDualReader(StorageReader):
         return load
 
     def _forget(self) -> None:
-        load, self._thread.load, self._thread.failed = (
-            getattr(self._thread, "load", None),
-            None,
-            None,
-        )
+        load: Load | None = getattr(self._thread, "load", None)
+        self._thread.load = self._thread.failed = self._thread.items = None
         if load is not None:
             load.close()
 
