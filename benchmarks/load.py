@@ -9,12 +9,18 @@ results are compared. Times are those of the slowest rank, for `dcp.load` as a w
 
 The readers of a pair do the same work: the DCP half into the state dict, or the HuggingFace half
 into the model's entry of it.
+
+What no reader can go below is measured in the same rounds: a `dcp.load` whose reader does nothing,
+and then each rank's share of the bytes of the HuggingFace half by plain system calls, into memory
+that is there. torch plans before it reads, so the two add up.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import gc
+import glob
 import hashlib
 import itertools
 import json
@@ -34,6 +40,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, HuggingFaceStorageReader
 from torch.distributed.device_mesh import init_device_mesh
+from torch.futures import Future
 
 from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport
 from machine import describe_machine, held, peak_rss_nbytes, reset_peak
@@ -44,10 +51,17 @@ from states import nbytes_by_key as nbytes_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.planner import LoadPlan
+
 SAVING_RANKS = 2
 _FILES = 4
 _BAR = 0.7
 """What the design asks of us, relative to each of torch's readers at the same work."""
+
+_FLOOR = "floor"
+_PIECE_NBYTES = 8 << 20
+"""What the floor reads by one system call."""
 
 _READERS: dict[str, Callable[[str], Any]] = {
     "torch dcp": FileSystemReader,
@@ -55,6 +69,32 @@ _READERS: dict[str, Callable[[str], Any]] = {
     "torch hf": lambda path: HuggingFaceStorageReader(os.path.join(path, "hf")),
     "ours hf": lambda path: HFDualReader(path, source="hf"),
 }
+
+
+class IdleReader(HFDualReader):
+    """Lets torch plan, and reads nothing."""
+
+    def __init__(self, path: str) -> None:
+        """Know beforehand what is there."""
+        super().__init__(path, source="hf")
+        self._known = super().read_metadata()
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        """Return what is there."""
+        return self._known
+
+    def set_up_storage_reader(self, *_: Any, **__: Any) -> None:
+        """Check nothing."""
+
+    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
+        """Leave the plan with the rank."""
+        return replace(plan, items=[])
+
+    def read_data(self, *_: Any) -> Future[None]:
+        """Read nothing."""
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,15 +190,24 @@ def measure(
     target = build_state_dict(replace(workload, layout=layout), mesh)
     found = {str(case): {name: Samples() for name in _READERS} for case in cases}
     digests: dict[str, str] = {}
-    names = list(_READERS)
+    names = [*_READERS, _FLOOR]
+    for case in found.values():
+        case[_FLOOR] = Samples()
+    idle = IdleReader(path)
+    shares = [torch.ones(nbytes, dtype=torch.uint8) for _, _, nbytes in _share(path, rank)]
     for number in range(rounds + 1):
         turn = number % len(names)
         for case, name in itertools.product(cases, names[turn:] + names[:turn]):
-            seconds, processor_s, peak = _load(
-                target, path, name, is_cold=case.cache == "cold", rank=rank
-            )
-            if number == 0:
+            is_cold = case.cache == "cold"
+            if name == _FLOOR:
+                run = functools.partial(_plan_and_read, dict(target["model"]), idle, shares, rank)
+            else:
+                state_dict = target if name.endswith("dcp") else dict(target["model"])
+                run = functools.partial(dcp.load, state_dict, storage_reader=_READERS[name](path))
+            seconds, processor_s, peak = _timed(run, target, path, is_cold=is_cold, rank=rank)
+            if number == 0 and name != _FLOOR:
                 digests[name] = _digest(target)
+            if number == 0:
                 continue
             samples = found[str(case)][name]
             samples.seconds.append(seconds)
@@ -169,12 +218,11 @@ def measure(
     return found
 
 
-def _load(
-    target: dict[str, Any], path: str, name: str, *, is_cold: bool, rank: Rank
+def _timed(
+    run: Callable[[], None], target: dict[str, Any], path: str, *, is_cold: bool, rank: Rank
 ) -> tuple[float, float, int]:
     """Load once; returns time of the slowest rank, processor time of all, most memory of one."""
-    state_dict = target if name.endswith("dcp") else dict(target["model"])
-    for tensor in local_tensors(state_dict):
+    for tensor in local_tensors(target):
         tensor.fill_(0.5)
     gc.collect()
     dist.barrier()
@@ -183,7 +231,7 @@ def _load(
     before = held().rss_nbytes if reset_peak() else 0
     dist.barrier()
     began, worked = time.perf_counter(), time.process_time()
-    dcp.load(state_dict, storage_reader=_READERS[name](path))
+    run()
     seconds, processor_s = time.perf_counter() - began, time.process_time() - worked
     peak = peak_rss_nbytes() - before if before else 0
     most = torch.tensor([seconds, float(peak)], dtype=torch.float64)
@@ -191,6 +239,29 @@ def _load(
     total = torch.tensor(processor_s, dtype=torch.float64)
     dist.all_reduce(total)
     return float(most[0]), float(total), int(most[1])
+
+
+def _share(path: str, rank: Rank) -> list[tuple[str, int, int]]:
+    """Return what a rank reads of each file of the HuggingFace half: name, start, bytes."""
+    found = []
+    for name in sorted(glob.glob(os.path.join(path, "hf", "*.safetensors"))):
+        nbytes = os.path.getsize(name)
+        first = nbytes * rank.rank // rank.world_size
+        found.append((name, first, nbytes * (rank.rank + 1) // rank.world_size - first))
+    return found
+
+
+def _plan_and_read(
+    state_dict: dict[str, Any], idle: IdleReader, shares: list[torch.Tensor], rank: Rank
+) -> None:
+    dcp.load(state_dict, storage_reader=idle)
+    for (name, start, nbytes), memory in zip(_share(idle.path, rank), shares, strict=True):
+        fd = os.open(name, os.O_RDONLY)
+        view, done = memory.numpy().data, 0
+        while done < nbytes:
+            done += os.preadv(fd, [view[done : done + _PIECE_NBYTES]], start + done)
+        os.close(fd)
+    dist.barrier()
 
 
 def _drop_caches(path: str) -> None:
@@ -218,6 +289,8 @@ def _print_case(case: str, samples: dict[str, Samples]) -> None:
         work = f"processor {theirs.work:5.2f} / {ours.work:5.2f} s"
         memory = f"memory {theirs.peak_nbytes >> 20:4d} / {ours.peak_nbytes >> 20:4d} MiB"
         print(f"  {half:4} {times} (bar {_BAR}x)   {work}   {memory}")
+    floor, theirs = samples[_FLOOR], samples["torch hf"]
+    print(f"  floor of any hf reader {floor.median:6.3f} s, {floor.median / theirs.median:.2f}x")
 
 
 def _write(file: str, workload: Workload, root: str, results: dict[str, Any]) -> None:

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 # Of a store that is asked over a network most of the time is waiting.
 _REMOTE_READERS = 16
 
-# Enough to keep a disk busy; each is a stream of its own, and more of them are in each other's way,
-# as are more than there are processors.
-_LOCAL_READERS = 4
+# At least and at most: two, of which one copies while the other waits for the disk, and more where
+# a rank has processors for them. Each is a stream of its own, and many are in each other's way.
+_LOCAL_READERS = (2, 4)
 
 # A caching file system of fsspec's downloads into the file that it reads from: a second thread that
 # asks meanwhile gets the half that is there. And who asks the next reader shares the instance.
@@ -65,7 +65,7 @@ class LocalFiles(InputFiles):
     def __init__(self, path: str) -> None:
         """Read below `path`, which may itself be a link."""
         self.path = path
-        self.readers = max(1, min(_LOCAL_READERS, _cores() // _local_ranks()))
+        self.readers = max(_LOCAL_READERS[0], min(_LOCAL_READERS[1], _cores() // _local_ranks()))
         self._root = os.path.realpath(path)
 
     def open(self, name: str) -> InputFile:
