@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import errno
 from abc import ABC, abstractmethod
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import CorruptCheckpointError, ReadError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
-    from contextlib import AbstractContextManager
 
     import torch
     from typing_extensions import Self
@@ -51,9 +50,14 @@ class InputFile(ABC):
             self.read_into([memoryview(data)], start)
         return bytes(data)
 
-    def cached(self, start: int, nbytes: int) -> AbstractContextManager[torch.Tensor | None]:  # noqa: ARG002 - most stores have no such memory
-        """Lend bytes in place, if they are in memory already; else `None`. See `cached_bytes`."""
-        return nullcontext()
+    def cached(self, start: int, nbytes: int) -> torch.Tensor | None:  # noqa: ARG002 - most stores have no such memory
+        """Return bytes in place, not to be written to; `None` if they are not in memory already.
+
+        Args:
+            start: First byte.
+            nbytes: How many; at least 1.
+        """
+        return None
 
     def close(self) -> None:  # noqa: B027 - most stores hold nothing open
         """Give back what the open file holds."""

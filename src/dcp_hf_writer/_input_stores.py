@@ -11,15 +11,16 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer._input_files import InputFile, InputFiles, check_name, ended, read_errors
-from dcp_hf_writer._page_cache import FILE_SYSTEMS, cached_bytes
+from dcp_hf_writer._page_cache import FILE_SYSTEMS, is_cached, open_window
 from dcp_hf_writer.errors import ConfigError, CorruptCheckpointError
 from dcp_hf_writer.storage._posix import file_system_type
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-    from contextlib import AbstractContextManager
 
     import torch
+
+    from dcp_hf_writer._page_cache import Window
 
 # Of a store that is asked over a network most of the time is waiting.
 _REMOTE_READERS = 16
@@ -131,6 +132,7 @@ class _LocalFile(InputFile):
     def __init__(self, path: str, real: str, files: LocalFiles) -> None:
         self.path = path
         self._files = files
+        self._window: Window | None = None
         self._fd = -1
         with read_errors(path):
             # Not to wait for the writer of a named pipe; a regular file does not care.
@@ -155,11 +157,13 @@ class _LocalFile(InputFile):
                     raise ended(self.path, start + wanted, start + done)
                 done += more
 
-    def cached(self, start: int, nbytes: int) -> AbstractContextManager[torch.Tensor | None]:
-        """Lend bytes in place; see `InputFile.cached`."""
-        if self._device != self._files.mapped_device:
-            return nullcontext()
-        return cached_bytes(self._fd, start, nbytes)
+    def cached(self, start: int, nbytes: int) -> torch.Tensor | None:
+        """Return bytes in place; see `InputFile.cached`."""
+        if self._device != self._files.mapped_device or not is_cached(self._fd, start, nbytes):
+            return None
+        if self._window is None or not self._window.covers(start, nbytes):
+            self._window = open_window(self._fd, start, nbytes, file_nbytes=self.nbytes)
+        return None if self._window is None else self._window.lend(start, nbytes)
 
     def __del__(self) -> None:
         # Of a load that was given up, on another rank's account perhaps, nobody may be left to say.
@@ -167,6 +171,7 @@ class _LocalFile(InputFile):
 
     def close(self) -> None:
         """Close the file."""
+        self._window = None
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)

@@ -139,13 +139,15 @@ class _Shared:
                 if self._is_stopped:
                     return
                 with own.use(read.file) as file:
+                    found = None
                     if self.landing.takes_from_cache(read):
-                        with file.cached(read.start, read.nbytes) as found:
-                            if found is not None:
-                                self.landing.scatter_cached(read, found)
-                                continue
-                    file.read_into(self.landing.memory(read, buffer), read.start)
-                self.landing.scatter_buffer(read, buffer)
+                        found = file.cached(read.start, read.nbytes)
+                    if found is None:
+                        file.read_into(self.landing.memory(read, buffer), read.start)
+                if found is None:
+                    self.landing.scatter_buffer(read, buffer)
+                else:
+                    self.landing.scatter_cached(read, found)
         finally:
             if own is not self._inputs:
                 own.close()
