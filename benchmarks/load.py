@@ -7,8 +7,8 @@ along the other dimension, from a warm page cache and from the disk: each round 
 once, in an order that rotates. The first round warms up and is not counted; in it the readers'
 results are compared. Times are those of the slowest rank, for `dcp.load` as a whole.
 
-The readers of a pair do the same work: the DCP half into the state dict, or the HuggingFace half
-into the model's entry of it.
+The two of a pair do the same work: the DCP half into the state dict, or the HuggingFace half into
+the model's entry of it. `load_hf` does the latter without `dcp.load`.
 
 What no reader can go below is measured in the same rounds: a `dcp.load` whose reader does nothing,
 and then each rank's share of the bytes of the HuggingFace half by plain system calls, into memory
@@ -42,7 +42,7 @@ from torch.distributed.checkpoint import FileSystemReader, HuggingFaceStorageRea
 from torch.distributed.device_mesh import init_device_mesh
 from torch.futures import Future
 
-from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport
+from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, load_hf
 from machine import describe_machine, held, peak_rss_nbytes, reset_peak
 from ranks import Rank, RanksFailedError, run_ranks
 from states import GIB, Workload, build_state_dict, local_tensors, split_into_files
@@ -63,11 +63,23 @@ _FLOOR = "floor"
 _PIECE_NBYTES = 8 << 20
 """What the floor reads by one system call."""
 
-_READERS: dict[str, Callable[[str], Any]] = {
-    "torch dcp": FileSystemReader,
-    "ours dcp": lambda path: HFDualReader(path, source="dcp"),
-    "torch hf": lambda path: HuggingFaceStorageReader(os.path.join(path, "hf")),
-    "ours hf": lambda path: HFDualReader(path, source="hf"),
+_WAYS: dict[str, Callable[[dict[str, Any], str], Any]] = {
+    "torch dcp": lambda state, path: dcp.load(state, storage_reader=FileSystemReader(path)),
+    "ours dcp": lambda state, path: dcp.load(state, storage_reader=HFDualReader(path)),
+    "torch hf": lambda state, path: dcp.load(
+        dict(state["model"]), storage_reader=HuggingFaceStorageReader(os.path.join(path, "hf"))
+    ),
+    "ours hf": lambda state, path: dcp.load(
+        dict(state["model"]), storage_reader=HFDualReader(path, source="hf")
+    ),
+    "load_hf": load_hf,
+}
+"""What fills a state dict from a checkpoint."""
+
+_PAIRS = {
+    "dcp": ("torch dcp", "ours dcp"),
+    "hf": ("torch hf", "ours hf"),
+    "load_hf": ("torch hf", "load_hf"),
 }
 
 
@@ -188,22 +200,20 @@ def measure(
     layout = "tp" if cases[0].sharding == "other" else "fsdp"
     mesh = init_device_mesh("cpu", (rank.world_size,))
     target = build_state_dict(replace(workload, layout=layout), mesh)
-    found = {str(case): {name: Samples() for name in _READERS} for case in cases}
     digests: dict[str, str] = {}
-    names = [*_READERS, _FLOOR]
-    for case in found.values():
-        case[_FLOOR] = Samples()
     idle = IdleReader(path)
     shares = [torch.ones(nbytes, dtype=torch.uint8) for _, _, nbytes in _share(path, rank)]
+    ways = {
+        **_WAYS,
+        _FLOOR: lambda state, _: _plan_and_read(dict(state["model"]), idle, shares, rank),
+    }
+    names = list(ways)
+    found = {str(case): {name: Samples() for name in names} for case in cases}
     for number in range(rounds + 1):
         turn = number % len(names)
         for case, name in itertools.product(cases, names[turn:] + names[:turn]):
+            run = functools.partial(ways[name], target, path)
             is_cold = case.cache == "cold"
-            if name == _FLOOR:
-                run = functools.partial(_plan_and_read, dict(target["model"]), idle, shares, rank)
-            else:
-                state_dict = target if name.endswith("dcp") else dict(target["model"])
-                run = functools.partial(dcp.load, state_dict, storage_reader=_READERS[name](path))
             seconds, processor_s, peak = _timed(run, target, path, is_cold=is_cold, rank=rank)
             if number == 0 and name != _FLOOR:
                 digests[name] = _digest(target)
@@ -213,8 +223,8 @@ def measure(
             samples.seconds.append(seconds)
             samples.processor_s.append(processor_s)
             samples.peak_nbytes = max(samples.peak_nbytes, peak)
-    for half in ("dcp", "hf"):
-        assert digests[f"ours {half}"] == digests[f"torch {half}"], f"{half}: readers differ"
+    for theirs, ours in _PAIRS.values():
+        assert digests[ours] == digests[theirs], f"{ours} differs from {theirs}"
     return found
 
 
@@ -281,16 +291,16 @@ def _digest(target: dict[str, Any]) -> str:
 
 def _print_case(case: str, samples: dict[str, Samples]) -> None:
     print(case)
-    for half in ("dcp", "hf"):
-        theirs, ours = samples[f"torch {half}"], samples[f"ours {half}"]
+    for label, (one, other) in _PAIRS.items():
+        theirs, ours = samples[one], samples[other]
         ratio = ours.median / theirs.median
         mark = "✓" if ratio <= _BAR else "✗"
         times = f"torch {theirs.median:6.3f} s  ours {ours.median:6.3f} s  {mark} {ratio:.2f}x"
         work = f"processor {theirs.work:5.2f} / {ours.work:5.2f} s"
         memory = f"memory {theirs.peak_nbytes >> 20:4d} / {ours.peak_nbytes >> 20:4d} MiB"
-        print(f"  {half:4} {times} (bar {_BAR}x)   {work}   {memory}")
+        print(f"  {label:7} {times} (bar {_BAR}x)   {work}   {memory}")
     floor, theirs = samples[_FLOOR], samples["torch hf"]
-    print(f"  floor of any hf reader {floor.median:6.3f} s, {floor.median / theirs.median:.2f}x")
+    print(f"  floor of a reader {floor.median:6.3f} s, {floor.median / theirs.median:.2f}x")
 
 
 def _write(file: str, workload: Workload, root: str, results: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from dcp_hf_writer.storage._libc import cached_pages
 FILE_SYSTEMS = frozenset({"btrfs", "ext2", "ext3", "ext4", "f2fs", "overlay", "tmpfs", "xfs"})
 """Those of this host alone, by the kernel's names."""
 
-WINDOW_NBYTES = 32 << 20
+WINDOW_NBYTES = 16 << 20
 """What is mapped at once: other threads stop each time that a mapping ends."""
 
 
