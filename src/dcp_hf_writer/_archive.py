@@ -99,7 +99,7 @@ def _archive_of(
     requires_grad: bool,  # noqa: FBT001 - part of the cache key
 ) -> tuple[bytes, bytes]:
     # Never touched: the archive writer passes the data on by address, and the CRC is off.
-    tensor = torch.empty_strided(shape, stride, dtype=dtype)
+    tensor = torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
     if requires_grad:
         tensor.requires_grad_()
     storage = tensor.untyped_storage()

@@ -62,7 +62,7 @@ def _compute(inputs: OpenInputs, directory: HFDirectory, one: Dequantized, part:
         for key, wanted in one.stored.raw_boxes(box).items()
     }
     target = one.target.detach()
-    values = torch.empty(box.sizes, dtype=target.dtype)
+    values = torch.empty(box.sizes, dtype=target.dtype, device="cpu")
     one.stored.dequantize(box, raw, values)
     runtime_view(target, part).copy_(hf_view(values, _within(part, box)))
 
@@ -84,7 +84,7 @@ def _within(copy: Copy, box: Box) -> Copy:
 def _read_box(inputs: OpenInputs, directory: HFDirectory, key: str, box: Box) -> torch.Tensor:
     stored = directory.stored(key)
     dtype, strides = TORCH_BY_NAME[stored.dtype], strides_of(stored.torch_shape)
-    target = torch.empty(box.sizes, dtype=dtype)
+    target = torch.empty(box.sizes, dtype=dtype, device="cpu")
     copy = copy_of_box(Box((0,) * len(box.sizes), box.sizes))
     fetch = fetch_of_copy(
         type(copy)(box.offsets, copy.start, copy.loops),

@@ -46,7 +46,7 @@ _DRIFT = 0.01
 _SHOWN = 8
 
 # Places of the values, in halves of their distance.
-_ODD = torch.arange(1, 2 * _VALUES, 2)
+_ODD = torch.arange(1, 2 * _VALUES, 2, device="cpu")
 
 _KINDS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

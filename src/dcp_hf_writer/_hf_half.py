@@ -80,7 +80,7 @@ class BlockWriter:
 
     def __init__(self) -> None:
         """Start without a buffer."""
-        self._bounce = torch.empty(0, dtype=torch.uint8)
+        self._bounce = torch.empty(0, dtype=torch.uint8, device="cpu")
         self._bounce_nbytes = MAX_BOUNCE_NBYTES
 
     def write_file(
@@ -140,7 +140,7 @@ class BlockWriter:
 
     def _buffer(self, dtype: torch.dtype, sizes: tuple[int, ...]) -> torch.Tensor:
         if self._bounce.nbytes < self._bounce_nbytes:
-            self._bounce = torch.zeros(self._bounce_nbytes, dtype=torch.uint8)
+            self._bounce = torch.zeros(self._bounce_nbytes, dtype=torch.uint8, device="cpu")
         return self._bounce[: math.prod(sizes) * dtype.itemsize].view(dtype).view(sizes)
 
 

@@ -88,7 +88,7 @@ class _Rewrite:
         self._metadata = metadata
         self._source = DCPSource(inputs, metadata)
         self._directory = directory
-        self._buffer = torch.empty(_BUFFER_NBYTES, dtype=torch.uint8)
+        self._buffer = torch.empty(_BUFFER_NBYTES, dtype=torch.uint8, device="cpu")
         self._shapes = {
             (fqn, chunk.offsets): tuple(chunk.sizes)
             for fqn, entry in metadata.state_dict_metadata.items()
@@ -146,7 +146,7 @@ class _Rewrite:
             for index in indices:
                 # Only its kind matters, so its memory is never touched.
                 before, after = tensor_archive(
-                    torch.empty(self._shape(index), dtype=self._dtype(index))
+                    torch.empty(self._shape(index), dtype=self._dtype(index), device="cpu")
                 )
                 rest.update(before)
                 output.write(memoryview(before), position)

@@ -246,7 +246,7 @@ class Buffer:
 
     def __init__(self, *, is_pinned: bool) -> None:
         self._is_pinned = is_pinned
-        self.tensor = torch.empty(0, dtype=torch.uint8)
+        self.tensor = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.bytes = memoryview(b"")
         """The same memory."""
 
@@ -263,14 +263,17 @@ class Buffer:
                 spare = self._spare.pop()
                 if spare.numel() >= nbytes:
                     return spare
-        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=self._is_pinned)
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=self._is_pinned)
 
     def give_back(self) -> None:
         """Keep the memory for the next thread that needs a buffer."""
         if self.tensor.numel() == _BUFFER_NBYTES and not self._is_pinned:
             if len(self._spare) < _MAX_SPARE:
                 self._spare.append(self.tensor)
-            self.tensor, self.bytes = torch.empty(0, dtype=torch.uint8), memoryview(b"")
+            self.tensor, self.bytes = (
+                torch.empty(0, dtype=torch.uint8, device="cpu"),
+                memoryview(b""),
+            )
 
 
 def _aligned(nbytes: int) -> int:

@@ -121,7 +121,7 @@ class Slab:
         for n in shape:
             count *= n
         if count == 0:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty(shape, dtype=dtype, device="cpu")
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape)
 
     def __reduce__(self) -> tuple[Any, ...]:
