@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import signal
 import time
 import traceback
 from typing import TYPE_CHECKING, Any
@@ -89,6 +90,8 @@ def in_fresh_process(fn: Callable[..., Any], *args: object, timeout_s: float = 6
 
 
 def _run(theirs: Connection, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    # A shell that runs the tests in the background has it ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     try:
         answer = (fn(*args), None, "")
