@@ -34,7 +34,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_slab", "staging", "_caller"),
     ("_slot_files", "slots"),
     ("storage", "storage._libc", "storage._posix", "_writes"),
-    ("_page_cache", "_input_files", "_input_stores", "_open_inputs", "_read_phase", "_exchange"),
+    ("_input_files", "_input_stores", "_open_inputs", "_read_phase", "_exchange"),
     ("_listing", "_check_dcp", "_recompute", "_progress"),
     ("_archive", "_source", "_dcp_half", "_hf_half", "_assets", "_options"),
     ("_dcp_source", "_hf_directory", "_hf_source", "_sources", "_fit"),

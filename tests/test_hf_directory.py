@@ -246,12 +246,15 @@ def test_fuzzed_directory_is_read_or_refused(
         assert 8 <= stored.start <= stored.start + stored.nbytes <= os.path.getsize(path)
 
 
-def test_threads_that_read_through_a_cache_wait_for_its_download(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "url", ["simplecache::file://{}/remote", "dir://remote::simplecache::file://{}"]
+)
+def test_threads_that_read_through_a_cache_wait_for_its_download(tmp_path: Path, url: str) -> None:
     content = random.Random(0).randbytes(32 << 20)
     (tmp_path / "remote").mkdir()
     (tmp_path / "remote" / "large").write_bytes(content)
     options = {"simplecache": {"cache_storage": str(tmp_path / "cache")}}
-    files = open_directory(f"simplecache::file://{tmp_path / 'remote'}", options)
+    files = open_directory(url.format(tmp_path), options)
     starts = [len(content) - (i + 1) * 4096 for i in range(16)]
     with files.open("large") as file, ThreadPoolExecutor(len(starts)) as pool:
         found = list(pool.map(lambda start: file.read(start, 4096), starts))

@@ -29,7 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
     from pathlib import Path
 
-    from torch.distributed.checkpoint.planner import LoadPlan
+    from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+    from torch.futures import Future
 
 
 @pytest.fixture(scope="module")
@@ -345,16 +346,6 @@ def test_url_is_read_through_fsspec(in_memory: str, name: str, options: dict[str
         assert tensor_difference(model, model_of(3)) is None
 
 
-class Watched(HFDualReader):
-    """Keeps the plans that came together on the coordinator."""
-
-    plans: list[LoadPlan]
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        self.plans = plans
-        return super().prepare_global_plan(plans)
-
-
 class Renumbered(DefaultLoadPlanner):
     """Looks at all plans, as a planner may."""
 
@@ -363,12 +354,40 @@ class Renumbered(DefaultLoadPlanner):
         return [replace(plan, items=plan.items[::-1]) for plan in global_plan]
 
 
-def test_items_of_plans_stay_on_their_ranks_unless_a_planner_looks_at_them(saved: Path) -> None:
-    for planner, has_items in ((DefaultLoadPlanner(), False), (Renumbered(), True)):
-        state, reader = blank(), Watched(saved / "both")
-        dcp.load(state, storage_reader=reader, planner=planner)
-        assert [bool(plan.items) for plan in reader.plans] == [has_items]
-        assert_is_of_step(state, 3)
+class WithoutEmbed(HFDualReader):
+    """Leaves a tensor out, as a subclass may."""
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        items = [item for item in plan.items if item.dest_index.fqn != "model.embed"]
+        return super().read_data(replace(plan, items=items), planner)
+
+
+def test_items_of_plans_stay_on_their_ranks(saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[LoadPlan] = []
+
+    def watched(_: DefaultLoadPlanner, plans: list[LoadPlan]) -> list[LoadPlan]:
+        seen.extend(plans)
+        return plans
+
+    monkeypatch.setattr(DefaultLoadPlanner, "create_global_plan", watched)
+    state = blank()
+    dcp.load(state, storage_reader=HFDualReader(saved / "both"))
+    assert [plan.items for plan in seen] == [[]]
+    assert_is_of_step(state, 3)
+
+
+def test_who_looks_at_plans_is_shown_them(saved: Path) -> None:
+    on_instance = DefaultLoadPlanner()
+    on_instance.finish_plan = lambda plan: replace(plan, items=[])  # type: ignore[method-assign]
+    state = blank()
+    dcp.load(state, storage_reader=HFDualReader(saved / "both"), planner=Renumbered())
+    assert_is_of_step(state, 3)
+    spoil(state)
+    dcp.load(state, storage_reader=HFDualReader(saved / "both"), planner=on_instance)
+    assert tensor_difference(state["model"], blank()["model"]) is None
+    dcp.load(state, storage_reader=WithoutEmbed(saved / "both"))
+    wanted = {**model_of(3), "embed": blank()["model"]["embed"]}
+    assert tensor_difference(state["model"], wanted) is None
 
 
 def test_chained_url_and_storage_options_are_passed_on(saved: Path, tmp_path: Path) -> None:

@@ -14,15 +14,11 @@ from hypothesis import strategies as st
 from dcp_hf_writer import _read_phase, _read_plan
 from dcp_hf_writer._input_stores import open_directory
 from dcp_hf_writer._open_inputs import OpenInputs
-from dcp_hf_writer._page_cache import FILE_SYSTEMS
 from dcp_hf_writer._read_phase import is_direct, run_reads
 from dcp_hf_writer._read_plan import Bounce, Direct, Fetch, Read, plan_reads
 from dcp_hf_writer.errors import ReadError
-from dcp_hf_writer.storage._libc import cached_pages
-from dcp_hf_writer.storage._posix import file_system_type
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
     from pathlib import Path
 
 FILE_NBYTES = 4096
@@ -109,13 +105,7 @@ def expected(fetch: Fetch, target: torch.Tensor) -> torch.Tensor:
     return wanted
 
 
-@pytest.fixture(params=[1, 1 << 20], ids=["in place", "through the buffer"])
-def _way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How what does not go straight into a tensor gets there."""
-    monkeypatch.setattr(_read_phase, "_MIN_MAPPED_NBYTES", request.param)
-
-
-@pytest.mark.usefixtures("_small_limits", "_way")
+@pytest.mark.usefixtures("_small_limits")
 @settings(max_examples=400, deadline=None)
 @given(drawn=fetches())
 def test_reads_fill_targets_with_what_is_stored(
@@ -204,70 +194,16 @@ def columns_of(size: int) -> tuple[list[Fetch], torch.Tensor]:
     return [fetch], torch.zeros(size, 1000, dtype=torch.uint8)
 
 
-def write_matrix(directory: Path, size: int) -> torch.Tensor:
-    rows = torch.arange(size * 2000).remainder(251).to(torch.uint8).reshape(size, 2000)
-    (directory / "f").write_bytes(rows.numpy().tobytes())
-    return rows
-
-
-def sizes_read(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Record the bytes that the system is asked to copy."""
-    found: list[int] = []
-    preadv = os.preadv
-
-    def recorded(fd: int, buffers: Sequence[memoryview], start: int) -> int:
-        found.append(sum(buffer.nbytes for buffer in buffers))
-        return preadv(fd, buffers, start)
-
-    monkeypatch.setattr(os, "preadv", recorded)
-    return found
-
-
-def is_told(path: Path) -> bool:
-    """Whether this kernel says what of a file is in memory, and the file system is a known one."""
-    with path.open("rb") as file:
-        return (
-            cached_pages(file.fileno(), 0, 1) == 1 and file_system_type(str(path)) in FILE_SYSTEMS
-        )
-
-
-def test_columns_are_copied_from_the_page_cache(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    rows = write_matrix(tmp_path, 3000)
-    if not is_told(tmp_path / "f"):
-        pytest.skip("cachestat(2) needs Linux 6.5, and a file system of this host")
-    sizes = sizes_read(monkeypatch)
+@pytest.mark.parametrize("left", [2_000_000, 5_999_000])
+def test_file_cut_off_while_it_is_read_is_an_error(tmp_path: Path, left: int) -> None:
+    (tmp_path / "f").write_bytes(bytes(6_000_000))
     wanted, target = columns_of(3000)
+    first, *others = plan_reads(wanted)
     with OpenInputs(open_directory(tmp_path)) as inputs:
-        run_reads(inputs, plan_reads(wanted), [target])
-    assert torch.equal(target, rows[:, 1000:])
-    assert sizes == []
-
-
-def test_what_is_not_in_memory_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = write_matrix(tmp_path, 3000)
-    with (tmp_path / "f").open("rb+") as file:
-        os.fsync(file.fileno())
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        if cached_pages(file.fileno(), 0, 6_000_000):
-            pytest.skip("this file system keeps its files in memory")
-    sizes = sizes_read(monkeypatch)
-    wanted, target = columns_of(3000)
-    with OpenInputs(open_directory(tmp_path)) as inputs:
-        run_reads(inputs, plan_reads(wanted), [target])
-    assert torch.equal(target, rows[:, 1000:])
-    assert sum(sizes) >= 3000 * 1000
-
-
-def test_file_cut_off_after_it_was_opened_is_an_error_and_no_signal(tmp_path: Path) -> None:
-    write_matrix(tmp_path, 3000)
-    wanted, target = columns_of(3000)
-    with OpenInputs(open_directory(tmp_path)) as inputs:
-        with inputs.use("f"):
-            os.truncate(tmp_path / "f", 2_000_000)
+        run_reads(inputs, [first], [target])
+        os.truncate(tmp_path / "f", left)
         with pytest.raises(ReadError, match="ends too early"):
-            run_reads(inputs, plan_reads(wanted), [target], readers=1)
+            run_reads(inputs, others, [target])
 
 
 def test_error_of_one_thread_ends_the_load_and_is_raised(tmp_path: Path) -> None:

@@ -240,7 +240,7 @@ class _Exchange:
             with self._inputs.use(filling.read.file) as file:
                 for start, memory in filling.alone():
                     file.read_into([memory], start)
-            self._landing.scatter_buffer(filling.read, filling.buffer)
+            self._landing.scatter(filling.read, filling.buffer)
         except CheckpointError as error:
             self._error = self._error or error
         finally:

@@ -98,9 +98,10 @@ def _has_old_names(planner: LoadPlanner | None, there: Iterable[str]) -> bool:
 
 def plans_alone(planner: LoadPlanner | None) -> bool:
     """Whether what a rank reads is up to its own plan, as torch's planner has it."""
+    steps = ("create_global_plan", "finish_plan")
     return all(
-        getattr(type(planner), step, None) is getattr(DefaultLoadPlanner, step)
-        for step in ("create_global_plan", "finish_plan")
+        getattr(getattr(planner, step, None), "__func__", None) is getattr(DefaultLoadPlanner, step)
+        for step in steps
     )
 
 

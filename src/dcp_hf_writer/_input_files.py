@@ -16,7 +16,6 @@ from dcp_hf_writer.errors import CorruptCheckpointError, ReadError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    import torch
     from typing_extensions import Self
 
 MAX_BUFFERS = 1024
@@ -49,15 +48,6 @@ class InputFile(ABC):
         if nbytes:
             self.read_into([memoryview(data)], start)
         return bytes(data)
-
-    def cached(self, start: int, nbytes: int) -> torch.Tensor | None:  # noqa: ARG002 - most stores have no such memory
-        """Return bytes in place, not to be written to; `None` if they are not in memory already.
-
-        Args:
-            start: First byte.
-            nbytes: How many; at least 1.
-        """
-        return None
 
     def close(self) -> None:  # noqa: B027 - most stores hold nothing open
         """Give back what the open file holds."""

@@ -7,20 +7,13 @@ import os
 import stat
 import threading
 from contextlib import nullcontext
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer._input_files import InputFile, InputFiles, check_name, ended, read_errors
-from dcp_hf_writer._page_cache import FILE_SYSTEMS, is_cached, open_window
 from dcp_hf_writer.errors import ConfigError, CorruptCheckpointError
-from dcp_hf_writer.storage._posix import file_system_type
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
-
-    import torch
-
-    from dcp_hf_writer._page_cache import Window
+    from collections.abc import Iterator, Mapping, Sequence
 
 # Of a store that is asked over a network most of the time is waiting.
 _REMOTE_READERS = 16
@@ -83,7 +76,7 @@ class LocalFiles(InputFiles):
                 hint="put the file there; links are followed within it, and to the blobs of a "
                 "HuggingFace cache",
             )
-        return _LocalFile(path, real, self)
+        return _LocalFile(path, real)
 
     def _is_ours(self, real: str) -> bool:
         if real.startswith(os.path.join(self._root, "")):
@@ -92,14 +85,6 @@ class LocalFiles(InputFiles):
         snapshots = os.path.dirname(self._root)
         blobs = os.path.join(os.path.dirname(snapshots), "blobs")
         return os.path.basename(snapshots) == "snapshots" and os.path.dirname(real) == blobs
-
-    @cached_property
-    def mapped_device(self) -> int:
-        """Device whose files may be mapped; -1 if none."""
-        if file_system_type(self._root) not in FILE_SYSTEMS:
-            return -1
-        with read_errors(self.path):
-            return os.stat(self._root).st_dev
 
     def names(self) -> list[str]:
         """Return the names in the directory; see `InputFiles.names`."""
@@ -129,17 +114,15 @@ def _local_ranks() -> int:
 
 
 class _LocalFile(InputFile):
-    def __init__(self, path: str, real: str, files: LocalFiles) -> None:
+    def __init__(self, path: str, real: str) -> None:
         self.path = path
-        self._files = files
-        self._window: Window | None = None
         self._fd = -1
         with read_errors(path):
             # Not to wait for the writer of a named pipe; a regular file does not care.
             flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
             self._fd = os.open(real, flags)
             status = os.fstat(self._fd)
-        self.nbytes, self._device = status.st_size, status.st_dev
+        self.nbytes = status.st_size
         if not stat.S_ISREG(status.st_mode):
             self.close()
             raise CorruptCheckpointError(
@@ -157,21 +140,12 @@ class _LocalFile(InputFile):
                     raise ended(self.path, start + wanted, start + done)
                 done += more
 
-    def cached(self, start: int, nbytes: int) -> torch.Tensor | None:
-        """Return bytes in place; see `InputFile.cached`."""
-        if self._device != self._files.mapped_device or not is_cached(self._fd, start, nbytes):
-            return None
-        if self._window is None or not self._window.covers(start, nbytes):
-            self._window = open_window(self._fd, start, nbytes, file_nbytes=self.nbytes)
-        return None if self._window is None else self._window.lend(start, nbytes)
-
     def __del__(self) -> None:
         # Of a load that was given up, on another rank's account perhaps, nobody may be left to say.
         self.close()
 
     def close(self) -> None:
         """Close the file."""
-        self._window = None
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
@@ -208,7 +182,8 @@ class FsspecFiles(InputFiles):
         except (ValueError, ImportError) as error:
             raise ConfigError("fsspec cannot read this URL", path=url, found=str(error)) from error
         self._root = root.rstrip("/")
-        self._is_cache = isinstance(self._fs, fsspec.implementations.cached.CachingFileSystem)
+        kind = fsspec.implementations.cached.CachingFileSystem
+        self._is_cache = any(isinstance(fs, kind) for fs in _chain(self._fs))
         self.readers = 1 if self._is_cache else _REMOTE_READERS
 
     def open(self, name: str) -> InputFile:
@@ -240,6 +215,13 @@ class FsspecFiles(InputFiles):
         """Whether a file of this name lies in the directory."""
         with read_errors(self.path):
             return bool(self._fs.exists(f"{self._root}/{name}"))
+
+
+def _chain(fs: Any) -> Iterator[Any]:
+    """Yield a file system, and those that it passes calls on to."""
+    while fs is not None:
+        yield fs
+        fs = getattr(fs, "fs", None)
 
 
 def _is_file(entry: Mapping[str, Any]) -> bool:

@@ -31,9 +31,6 @@ _MAX_SPARE = 4
 # reads of 8 MiB in one open file took twice as long, and three times the processor's time.
 _MIN_SHARE_NBYTES = 32 << 20
 
-# Below this a mapping costs more than the copy that it saves.
-_MIN_MAPPED_NBYTES = 256 << 10
-
 # Each part of the buffer starts at a multiple of this, so that it can be seen as any dtype.
 _ALIGN = 64
 
@@ -139,15 +136,8 @@ class _Shared:
                 if self._is_stopped:
                     return
                 with own.use(read.file) as file:
-                    found = None
-                    if self.landing.takes_from_cache(read):
-                        found = file.cached(read.start, read.nbytes)
-                    if found is None:
-                        file.read_into(self.landing.memory(read, buffer), read.start)
-                if found is None:
-                    self.landing.scatter_buffer(read, buffer)
-                else:
-                    self.landing.scatter_cached(read, found)
+                    file.read_into(self.landing.memory(read, buffer), read.start)
+                self.landing.scatter(read, buffer)
         finally:
             if own is not self._inputs:
                 own.close()
@@ -174,66 +164,37 @@ class Landing:
         scratch = buffer.view(bounced) if bounced else memoryview(b"")
         for part in read.parts:
             if isinstance(part, Direct):
-                found.append(_bytes_of(self._targets[part.target], part).numpy().data)
+                found.append(_bytes_of(self._targets[part.target], part))
             else:
                 found.append(scratch[used : used + part.nbytes])
                 used += _aligned(part.nbytes)
         return found
 
-    def takes_from_cache(self, read: Read) -> bool:
-        """Whether what a read brings is better copied from where the page cache has it.
-
-        Of what goes through the buffer that saves one copy of two, and of the shard of a column
-        the copy of what others want.
-        """
-        if self._is_pinned:
-            return False
-        start, bounced = read.start, 0
-        for part in read.parts:
-            if isinstance(part, Bounce):
-                if any((start + one.start) % one.dtype.itemsize for one in part.scatters):
-                    return False
-                bounced += part.nbytes
-            start += part.nbytes
-        # What is contiguous on both sides is read as fast.
-        return bounced >= _MIN_MAPPED_NBYTES
-
-    def scatter_buffer(self, read: Read, buffer: Buffer) -> None:
+    def scatter(self, read: Read, buffer: Buffer) -> None:
         """Compare what a read left in the buffer, and copy it to where it belongs."""
         used = 0
         for part in read.parts:
-            if isinstance(part, Bounce):
-                self._scatter(part, buffer.tensor[used : used + part.nbytes])
-                used += _aligned(part.nbytes)
+            if not isinstance(part, Bounce):
+                continue
+            for comparison in part.comparisons:
+                first = used + comparison.start
+                found = buffer.bytes[first : first + len(comparison.content)]
+                if found != comparison.content:
+                    self.differing.append(comparison.number)
+            for scatter in part.scatters:
+                self._copy(buffer.tensor, used, scatter)
+            used += _aligned(part.nbytes)
 
-    def scatter_cached(self, read: Read, data: torch.Tensor) -> None:
-        """Compare what the page cache holds of a read, and copy it to where it belongs."""
-        used = 0
-        for part in read.parts:
-            found = data[used : used + part.nbytes]
-            if isinstance(part, Bounce):
-                self._scatter(part, found)
-            else:
-                _bytes_of(self._targets[part.target], part).copy_(found)
-            used += part.nbytes
-
-    def _scatter(self, part: Bounce, data: torch.Tensor) -> None:
-        for comparison in part.comparisons:
-            found = data[comparison.start : comparison.start + len(comparison.content)]
-            if found.numpy().data != comparison.content:
-                self.differing.append(comparison.number)
-        for scatter in part.scatters:
-            self._copy(data[scatter.start :], scatter)
-
-    def _copy(self, data: torch.Tensor, scatter: Scatter) -> None:
+    def _copy(self, buffer: torch.Tensor, start: int, scatter: Scatter) -> None:
         target, dtype = self._targets[scatter.target], scatter.dtype
         if target.dtype == dtype and dtype.itemsize == 1:
             # Not every dtype of one byte can be copied, but bytes can.
             target, dtype = target.view(torch.uint8), torch.uint8
-        stored = data[: data.numel() // dtype.itemsize * dtype.itemsize].view(dtype)
         sizes = [extent for extent, _, _ in scatter.loops]
         strides = [stride for _, stride, _ in scatter.loops]
-        source = stored.as_strided(sizes, strides, stored.storage_offset())
+        first = (start + scatter.start) // dtype.itemsize
+        whole = buffer[: buffer.numel() // _ALIGN * _ALIGN].view(dtype)
+        source = whole.as_strided(sizes, strides, first)
         strides = [stride for _, _, stride in scatter.loops]
         offset = target.storage_offset() + scatter.target_start
         target.as_strided(sizes, strides, offset).copy_(source)
@@ -280,8 +241,9 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // _ALIGN) * _ALIGN
 
 
-def _bytes_of(tensor: torch.Tensor, part: Direct) -> torch.Tensor:
-    """Return the bytes of a part of a tensor in host memory."""
+def _bytes_of(tensor: torch.Tensor, part: Direct) -> memoryview:
+    """Return the memory of a part of a tensor in host memory."""
     first, itemsize = part.target_start // tensor.itemsize, tensor.itemsize
     flat = tensor.as_strided((part.nbytes // itemsize,), (1,), tensor.storage_offset() + first)
-    return flat.view(torch.uint8)
+    found: memoryview = flat.view(torch.uint8).numpy().data
+    return found

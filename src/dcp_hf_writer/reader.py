@@ -193,10 +193,15 @@ class HFDualReader(StorageReader):
         """
         planner = current_load_planner()
         check_blocks(plan, planner, self._options.specs, key=self._options.key)
-        if not plans_alone(planner):
+        if not plans_alone(planner) or not self._takes_plans_as_they_are():
             return plan
         self._thread.items = plan.items
         return replace(plan, items=[])
+
+    def _takes_plans_as_they_are(self) -> bool:
+        """Whether no subclass has a say in what is read."""
+        steps = ("prepare_local_plan", "prepare_global_plan", "read_data")
+        return all(getattr(type(self), step) is getattr(HFDualReader, step) for step in steps)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Leave the plans as they are."""

@@ -5,13 +5,10 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from typing import ClassVar
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
-# Of all processors, as of all calls since 424.
-_CACHESTAT = 451
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -61,35 +58,6 @@ def exchange(one: str, other: str) -> None:
         OSError: If the rename fails.
     """
     _renameat2(one, other, _RENAME_EXCHANGE)
-
-
-class _Range(ctypes.Structure):
-    _fields_: ClassVar = [("start", ctypes.c_uint64), ("nbytes", ctypes.c_uint64)]
-
-
-class _CacheStat(ctypes.Structure):
-    _fields_: ClassVar = [
-        (name, ctypes.c_uint64)
-        for name in ("cached", "dirty", "writeback", "evicted", "recently_evicted")
-    ]
-
-
-def cached_pages(fd: int, start: int, nbytes: int) -> int:
-    """Return how many pages of a range of a file are in the page cache; 0 if it is not told.
-
-    Args:
-        fd: The open file.
-        start: First byte.
-        nbytes: How many.
-
-    Source:
-        cachestat(2), in Linux since 6.5. Unlike mincore(2) it tells nothing, rather than that all
-        is there, of a file of somebody else; and it takes 4 us for 4 MiB instead of 77.
-    """
-    found = _CacheStat()
-    of = _Range(start, nbytes)
-    result = _libc.syscall(_CACHESTAT, fd, ctypes.byref(of), ctypes.byref(found), 0)
-    return int(found.cached) if result == 0 else 0
 
 
 def _renameat2(source: str, target: str, flags: int) -> None:
