@@ -202,10 +202,10 @@ def measure(
     target = build_state_dict(replace(workload, layout=layout), mesh)
     digests: dict[str, str] = {}
     idle = IdleReader(path)
-    shares = [torch.ones(nbytes, dtype=torch.uint8) for _, _, nbytes in _share(path, rank)]
+    shares = _shares(path, rank)
     ways = {
         **_WAYS,
-        _FLOOR: lambda state, _: _plan_and_read(dict(state["model"]), idle, shares, rank),
+        _FLOOR: lambda state, _: _plan_and_read(dict(state["model"]), idle, shares),
     }
     names = list(ways)
     found = {str(case): {name: Samples() for name in names} for case in cases}
@@ -251,24 +251,25 @@ def _timed(
     return float(most[0]), float(total), int(most[1])
 
 
-def _share(path: str, rank: Rank) -> list[tuple[str, int, int]]:
-    """Return what a rank reads of each file of the HuggingFace half: name, start, bytes."""
+def _shares(path: str, rank: Rank) -> list[tuple[str, int, torch.Tensor]]:
+    """Return what a rank reads of each file of the HuggingFace half: name, start, memory."""
     found = []
     for name in sorted(glob.glob(os.path.join(path, "hf", "*.safetensors"))):
         nbytes = os.path.getsize(name)
         first = nbytes * rank.rank // rank.world_size
-        found.append((name, first, nbytes * (rank.rank + 1) // rank.world_size - first))
+        stop = nbytes * (rank.rank + 1) // rank.world_size
+        found.append((name, first, torch.ones(stop - first, dtype=torch.uint8)))
     return found
 
 
 def _plan_and_read(
-    state_dict: dict[str, Any], idle: IdleReader, shares: list[torch.Tensor], rank: Rank
+    state_dict: dict[str, Any], idle: IdleReader, shares: list[tuple[str, int, torch.Tensor]]
 ) -> None:
     dcp.load(state_dict, storage_reader=idle)
-    for (name, start, nbytes), memory in zip(_share(idle.path, rank), shares, strict=True):
+    for name, start, memory in shares:
         fd = os.open(name, os.O_RDONLY)
         view, done = memory.numpy().data, 0
-        while done < nbytes:
+        while done < view.nbytes:
             done += os.preadv(fd, [view[done : done + _PIECE_NBYTES]], start + done)
         os.close(fd)
     dist.barrier()

@@ -169,9 +169,9 @@ def test_equal_fetches_are_one() -> None:
     assert len(plan_reads([fetch_of(0, 9)] * 3)) == 1
 
 
-def column_shard(run: int, stride: int) -> list[Read]:
-    loops = ((64, stride, run), (run, 1, 1))
-    return plan_reads([Fetch("f", 0, torch.uint8, 0, 0, loops, is_direct=True)])
+def column_shard(run: int, stride: int, *, rows: int = 64, start: int = 0) -> list[Read]:
+    loops = ((rows, stride, run), (run, 1, 1))
+    return plan_reads([Fetch("f", start, torch.uint8, 0, 0, loops, is_direct=True)])
 
 
 def test_short_runs_are_read_in_one_span_and_long_ones_straight() -> None:
@@ -187,18 +187,11 @@ def test_runs_far_apart_are_read_one_by_one() -> None:
     assert sum(read.nbytes for read in reads) == 64 * 1000
 
 
-def columns_of(size: int) -> tuple[list[Fetch], torch.Tensor]:
-    """The right half of a uint8 matrix of `size` rows and 2,000 columns, and what takes it."""
-    loops = ((size, 2000, 1000), (1000, 1, 1))
-    fetch = Fetch("f", 1000, torch.uint8, 0, 0, loops, is_direct=True)
-    return [fetch], torch.zeros(size, 1000, dtype=torch.uint8)
-
-
 @pytest.mark.parametrize("left", [2_000_000, 5_999_000])
 def test_file_cut_off_while_it_is_read_is_an_error(tmp_path: Path, left: int) -> None:
     (tmp_path / "f").write_bytes(bytes(6_000_000))
-    wanted, target = columns_of(3000)
-    first, *others = plan_reads(wanted)
+    target = torch.zeros(3000, 1000, dtype=torch.uint8)
+    first, *others = column_shard(1000, 2000, rows=3000, start=1000)
     with OpenInputs(open_directory(tmp_path)) as inputs:
         run_reads(inputs, [first], [target])
         os.truncate(tmp_path / "f", left)

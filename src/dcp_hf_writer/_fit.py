@@ -98,10 +98,13 @@ def _has_old_names(planner: LoadPlanner | None, there: Iterable[str]) -> bool:
 
 def plans_alone(planner: LoadPlanner | None) -> bool:
     """Whether what a rank reads is up to its own plan, as torch's planner has it."""
-    steps = ("create_global_plan", "finish_plan")
+    return has_methods_of(DefaultLoadPlanner, planner, "create_global_plan", "finish_plan")
+
+
+def has_methods_of(kind: type, one: object, *names: str) -> bool:
+    """Whether neither a subclass nor the object itself has others of these methods."""
     return all(
-        getattr(getattr(planner, step, None), "__func__", None) is getattr(DefaultLoadPlanner, step)
-        for step in steps
+        getattr(getattr(one, name, None), "__func__", None) is getattr(kind, name) for name in names
     )
 
 

@@ -31,6 +31,8 @@ _MAX_SPARE = 4
 # reads of 8 MiB in one open file took twice as long, and three times the processor's time.
 _MIN_SHARE_NBYTES = 32 << 20
 
+_NO_MEMORY = torch.empty(0, dtype=torch.uint8, device="cpu")
+
 # Each part of the buffer starts at a multiple of this, so that it can be seen as any dtype.
 _ALIGN = 64
 
@@ -207,7 +209,7 @@ class Buffer:
 
     def __init__(self, *, is_pinned: bool) -> None:
         self._is_pinned = is_pinned
-        self.tensor = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.tensor = _NO_MEMORY
         self.bytes = memoryview(b"")
         """The same memory."""
 
@@ -231,10 +233,7 @@ class Buffer:
         if self.tensor.numel() == _BUFFER_NBYTES and not self._is_pinned:
             if len(self._spare) < _MAX_SPARE:
                 self._spare.append(self.tensor)
-            self.tensor, self.bytes = (
-                torch.empty(0, dtype=torch.uint8, device="cpu"),
-                memoryview(b""),
-            )
+            self.tensor, self.bytes = _NO_MEMORY, memoryview(b"")
 
 
 def _aligned(nbytes: int) -> int:

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from dcp_hf_writer._caller import current_load_planner, loaded_state_dict
-from dcp_hf_writer._fit import check_blocks, plans_alone
+from dcp_hf_writer._fit import check_blocks, has_methods_of, plans_alone
 from dcp_hf_writer._loads import DCPLoad, HFLoad, Load, LoadOptions
 from dcp_hf_writer._options import one_of
 from dcp_hf_writer._sources import find_place
@@ -185,23 +185,20 @@ class HFDualReader(StorageReader):
         """Check that blocks are planned as what they are.
 
         Returns:
-            The plan without its items, if no planner looks at the plans of all ranks: torch would
-            send each to the coordinator and back, which there takes longer with each rank.
+            The plan without its items, if neither a planner nor a subclass looks at the plans of
+            all ranks: torch would send each to the coordinator and back, which there takes longer
+            with each rank.
 
         Raises:
             PlanningError: If a rank holds several blocks of a tensor that are planned as one.
         """
         planner = current_load_planner()
         check_blocks(plan, planner, self._options.specs, key=self._options.key)
-        if not plans_alone(planner) or not self._takes_plans_as_they_are():
+        steps = ("prepare_local_plan", "prepare_global_plan", "read_data")
+        if not plans_alone(planner) or not has_methods_of(HFDualReader, self, *steps):
             return plan
         self._thread.items = plan.items
         return replace(plan, items=[])
-
-    def _takes_plans_as_they_are(self) -> bool:
-        """Whether no subclass has a say in what is read."""
-        steps = ("prepare_local_plan", "prepare_global_plan", "read_data")
-        return all(getattr(type(self), step) is getattr(HFDualReader, step) for step in steps)
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Leave the plans as they are."""
