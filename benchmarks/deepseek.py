@@ -7,31 +7,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
 
 from dcp_hf_writer import LoadSpec
-from dcp_hf_writer._plan_data import LocalFacts
 from dcp_hf_writer.spec import Piece
+from simulated import rank_plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from torch.distributed.checkpoint.planner import SavePlan
 
 Shape = tuple[int, ...]
 
 HIDDEN, VOCABULARY = 7168, 129_280
 DENSE_LAYERS, DENSE_WIDTH = 3, 18_432
 EXPERTS, EXPERT_WIDTH = 256, 2048
-RANKS_A_HOST = 8
 
 ATTENTION: dict[str, Shape] = {
     "self_attn.q_a_proj.weight": (1536, HIDDEN),
@@ -117,19 +107,13 @@ def local_plans(layers: int, mesh: Mesh) -> Iterator[SavePlan]:
     """Yield what DCP's default planner makes of each rank's shards."""
     shapes = runtime_shapes(layers)
     paths = {f"model.{name}": ("model", name) for name in shapes}
-    properties = TensorProperties(dtype=torch.bfloat16)
     sizes = {name: torch.Size(shape) for name, shape in shapes.items()}
     for rank in range(mesh.size):
-        items = []
+        shards = []
         for fqn, (_, name) in paths.items():
             offsets, extent = _chunk(name, shapes[name], rank, mesh)
-            chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(extent))
-            data = TensorWriteData(chunk, properties, sizes[name])
-            index = MetadataIndex(fqn, chunk.offsets)
-            items.append(WriteItem(index, WriteItemType.SHARD, tensor_data=data))
-        host = f"host{rank // RANKS_A_HOST}"
-        facts = LocalFacts(host, host, tuple(paths) if rank == 0 else None, ())
-        yield SavePlan(items, storage_data=facts, planner_data=paths)
+            shards.append((fqn, torch.Size(offsets), torch.Size(extent), sizes[name]))
+        yield rank_plan(rank, paths, shards)
 
 
 def transposed(key: str, rows: int, columns: int) -> Piece:

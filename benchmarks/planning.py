@@ -27,17 +27,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint import DefaultSavePlanner, default_planner
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
 
 import deepseek
 from dcp_hf_writer import HFExport, LoadSpec
@@ -45,11 +34,14 @@ from dcp_hf_writer._boxes import _fault
 from dcp_hf_writer._copies import _copies_of
 from dcp_hf_writer._hf_half import regions_by_file
 from dcp_hf_writer._local_facts import check_facts
-from dcp_hf_writer._plan_data import LocalFacts, plan_globally, rank_plans
+from dcp_hf_writer._plan_data import plan_globally, rank_plans
 from machine import describe_machine
+from simulated import rank_plan
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from torch.distributed.checkpoint.planner import SavePlan
 
 WIDTH = 64
 TENSORS_A_LAYER = 9
@@ -82,21 +74,10 @@ def dense_plans(ranks: int, tensors: int) -> Iterator[SavePlan]:
     """Yield the plans that the ranks of a sharded model send to the coordinator."""
     names = [f"layers.{t // TENSORS_A_LAYER}.w{t % TENSORS_A_LAYER}" for t in range(tensors)]
     paths = {f"model.{name}": ("model", name) for name in names}
-    properties = TensorProperties(dtype=torch.bfloat16)
     size, chunk = torch.Size([4 * ranks, WIDTH]), torch.Size([4, WIDTH])
     for rank in range(ranks):
         start = torch.Size([4 * rank, 0])
-        items = [
-            WriteItem(
-                MetadataIndex(fqn, start),
-                WriteItemType.SHARD,
-                tensor_data=TensorWriteData(ChunkStorageMetadata(start, chunk), properties, size),
-            )
-            for fqn in paths
-        ]
-        host = f"host{rank // 8}"
-        facts = LocalFacts(host, host, tuple(paths) if rank == 0 else None, ())
-        yield SavePlan(items, storage_data=facts, planner_data=paths)
+        yield rank_plan(rank, paths, ((fqn, start, chunk, size) for fqn in paths))
 
 
 def arrived(plans: Iterator[SavePlan]) -> list[SavePlan]:
