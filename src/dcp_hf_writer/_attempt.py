@@ -21,13 +21,13 @@ from dcp_hf_writer.errors import (
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from dcp_hf_writer._caller import Planned
     from dcp_hf_writer._commit import StagingDirectory
     from dcp_hf_writer._manifest import WholeFile
     from dcp_hf_writer._plan_data import GlobalPlan
-    from dcp_hf_writer._slab import Lease
+    from dcp_hf_writer._slab import Lease, StagedInfo
     from dcp_hf_writer._writes import OpenFiles
     from dcp_hf_writer.errors import CheckpointError, ExportError
-    from dcp_hf_writer.staging import StagedInfo
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +58,16 @@ class Attempt:
         self.lease = lease
         self.thread = threading.current_thread()
         self.began = time.monotonic()
-        self.staging_error: CheckpointError | None = None
+        self.refusal: CheckpointError | None = None
+        """Why the save cannot go on; raised where torch tells all ranks."""
+        self.planned: Planned | None = None
+        """The planner, and what it plans, as found before the plan is made."""
+        self.stamp = ""
+        """Of the facts that the local plan carries."""
+        self.withheld_samples: bytes | None = None
+        """Samples that the coordinator is not shown with the plan."""
+        self.are_facts_checked = False
+        """Whether the coordinator has compared the facts of this save."""
         self.rank = 0
         self.world_size = 1
         self.is_coordinator = True
@@ -200,6 +209,8 @@ class Attempt:
             self.lease.release()
             # The slab may be replaced by a larger one now, and must not stay mapped through this.
             self.lease = None
+        # It holds what was saved.
+        self.planned = None
 
 
 _live: list[Attempt] = []

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.utils import _DistWrapper
 
 from dcp_hf_writer._assets import file_of_key_in_like
 from dcp_hf_writer._attempt import Attempt
-from dcp_hf_writer._caller import planned_state_dict
+from dcp_hf_writer._caller import Planned
 from dcp_hf_writer._copies import hf_box
 from dcp_hf_writer._dtypes import NAME_BY_TORCH
 from dcp_hf_writer._explanation import FileSum, RankSum, Row, left_out
@@ -34,6 +34,7 @@ from dcp_hf_writer._sweep import extent_of
 from dcp_hf_writer._watchdog import own_error
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.explain import Explanation
+from dcp_hf_writer.torch_seam.dtensor import local_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -69,6 +70,7 @@ class DryRun:
     is_once: bool
     """Whether the DCP half leaves weights to the export."""
     _attempt: Attempt = field(init=False)
+    _planned: Planned = field(init=False)
     _plan: GlobalPlan | None = field(init=False, default=None)
     """On the coordinator."""
     _files: Mapping[str, str] | None = field(init=False, default=None)
@@ -101,15 +103,16 @@ class DryRun:
             is_coordinator=self._attempt.is_coordinator,
         )
         plan = self.planner.create_local_plan()
-        note_memory(self._attempt, self.planner)
+        planned = self._planned = Planned.of(self.planner, state_dict)
+        note_memory(self._attempt, planned)
         facts = local_facts(
-            plan, self.planner, attempt=self._attempt, export=self.export, group=self.group
+            plan, planned, attempt=self._attempt, export=self.export, group=self.group
         )
         return replace(plan, storage_data=facts)
 
     def _plan_all(self, plans: list[SavePlan]) -> list[SavePlan]:
         found, _ = self.planner.create_global_plan(plans)
-        check_facts(plans, found)
+        check_facts(found)
         export, files = self.export, None
         if export is not None:
             files = file_of_key_in_like(export)
@@ -172,8 +175,8 @@ class DryRun:
 
     def _as_staged(self, item: WriteItem, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor with the strides of its staged copy; of a block, those of the block."""
-        held = planned_state_dict(self.planner).get(item.index.fqn)
-        local = getattr(held, "_local_tensor", held)
+        held = self._planned.state_dict.get(item.index.fqn)
+        local = local_of(held) if isinstance(held, torch.Tensor) else None
         if tensor.is_contiguous() or local is None or local.shape != tensor.shape:
             return tensor
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dcp_hf_writer._caller import current_save
 from dcp_hf_writer._coordinator import committed_save_id
 from dcp_hf_writer._rendezvous import POST_MORTEM_S, Progress, lost_ranks_error
-from dcp_hf_writer._watchdog import FutureGuard, current_future, own_error
+from dcp_hf_writer._watchdog import FutureGuard, find_future, own_error
 from dcp_hf_writer.errors import SaveAbortedError, SaveTimeoutError
 
 if TYPE_CHECKING:
@@ -27,17 +26,24 @@ _log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
 
 
-def guard_save(attempt: Attempt) -> None:
+def guard_save(attempt: Attempt, *, anchor: object | None, is_async: bool) -> None:
     """Guard the future of the save that the calling thread runs.
 
     A synchronous save has none: what it holds is given back when torch's frames of it go, which
     takes a garbage collection where this rank failed, or when the interpreter ends.
+
+    Args:
+        attempt: The save.
+        anchor: An object that lives as long as the save; `None` if it is refused.
+        is_async: Whether the save must have a future.
+
+    Raises:
+        UnsupportedTorchError: If it must, and none can be found.
     """
-    future = current_future()
+    future = find_future(is_async=is_async)
     if future is None:
-        save = current_save()
-        if save is not None:
-            weakref.finalize(save, attempt.end)
+        if anchor is not None:
+            weakref.finalize(anchor, attempt.end)
         return
 
     FutureGuard(
@@ -50,10 +56,13 @@ def guard_save(attempt: Attempt) -> None:
 
 
 def guard_process_save(lease: Lease | None, *, deadline: float, target: str) -> None:
-    """Guard the future of a save that a checkpointer process does; called where it is sent."""
-    future = current_future()
-    if future is None:
-        return
+    """Guard the future of a save that a checkpointer process does; called where it is sent.
+
+    Raises:
+        UnsupportedTorchError: If there is none to be found.
+    """
+    future = find_future(is_async=True)
+    assert future is not None
 
     def at_deadline() -> BaseException:
         msg = "the checkpointer process did not finish the save by its deadline"

@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 import socket
+import uuid
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from dcp_hf_writer._caller import planned_state_dict
 from dcp_hf_writer._hand_sharded import check_samples, samples_of
 from dcp_hf_writer._owner import page_cache_id
 from dcp_hf_writer._plan_check import check_plan
 from dcp_hf_writer._plan_data import LocalFacts
 from dcp_hf_writer._tensors import memory_of, tied_groups
 from dcp_hf_writer._ties import untrue_tie
+from dcp_hf_writer.torch_seam.unsupported import unsupported_torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+    from torch.distributed.checkpoint.planner import SavePlan
 
     from dcp_hf_writer._attempt import Attempt
+    from dcp_hf_writer._caller import Planned
+    from dcp_hf_writer._report import RankReport
     from dcp_hf_writer.export import HFExport
 
 
-def note_memory(attempt: Attempt, planner: SavePlanner | None) -> tuple[tuple[str, ...], ...]:
+def note_memory(attempt: Attempt, planned: Planned) -> tuple[tuple[str, ...], ...]:
     """Note the memory of this rank's tensors; returns the groups of FQNs that are the same."""
     if attempt.staged is not None:
         attempt.memory = attempt.staged.memory
     else:
-        attempt.memory = memory_of(planned_state_dict(planner))
+        attempt.memory = memory_of(planned.state_dict)
     return tied_groups(attempt.memory)
 
 
 def local_facts(
     plan: SavePlan,
-    planner: SavePlanner | None,
+    planned: Planned,
     *,
     attempt: Attempt,
     export: HFExport | None,
@@ -48,31 +51,59 @@ def local_facts(
     Raises:
         PlanningError: If the plan leaves out what this rank holds.
     """
-    check_plan(plan, planner, export)
+    check_plan(plan, planned, export)
     if export is not None:
-        attempt.export_error = untrue_tie(planner, export, attempt.memory, rank=attempt.rank)
+        attempt.export_error = untrue_tie(planned, export, attempt.memory, rank=attempt.rank)
     return LocalFacts(
         host=page_cache_id(attempt.target),
         host_name=socket.gethostname(),
         order=tuple(item.index.fqn for item in plan.items) if attempt.is_coordinator else None,
         tied=tied_groups(attempt.memory),
         samples=samples_of(
-            planner,
+            planned,
             key=None if export is None else export.key,
             world_size=dist.get_world_size(group) if dist.is_initialized() else 1,
         ),
+        stamp=uuid.uuid4().hex,
     )
 
 
-def check_facts(plans: Sequence[SavePlan], whole: Sequence[SavePlan]) -> None:
+def check_facts(plans: Sequence[SavePlan]) -> None:
     """Check that what the ranks told of themselves goes together (coordinator).
 
     Args:
-        plans: As the ranks sent them.
-        whole: The global plan.
+        plans: The global plan; facts that a writer of another kind made are refused elsewhere.
 
     Raises:
         PlanningError: If ranks hold different tensors under one name.
     """
     facts = [plan.storage_data for plan in plans]
-    check_samples([fact.samples if isinstance(fact, LocalFacts) else b"" for fact in facts], whole)
+    check_samples([fact.samples if isinstance(fact, LocalFacts) else b"" for fact in facts], plans)
+
+
+def check_reported_facts(plans: Sequence[SavePlan], reports: Sequence[RankReport]) -> None:
+    """Check what DCP's plan cache kept from the coordinator, now that the ranks have reported it.
+
+    Args:
+        plans: The global plan, with the facts of this save or of an earlier one.
+        reports: One a rank, by rank.
+
+    Raises:
+        PlanningError: If ranks hold different tensors under one name.
+        UnsupportedTorchError: If a rank's facts are not there.
+    """
+    samples = []
+    for plan, report in zip(plans, reports, strict=True):
+        facts, found = plan.storage_data, report.samples
+        if isinstance(facts, LocalFacts) and facts.stamp == report.stamp:
+            found = facts.samples
+        if found is None:
+            raise unsupported_torch(
+                "what a rank sent along with its plan",
+                rank=report.rank,
+                phase="finish",
+                expected="the storage_data of each plan of this save",
+                hint="pass a planner with enable_plan_caching=False",
+            )
+        samples.append(found)
+    check_samples(samples, plans)

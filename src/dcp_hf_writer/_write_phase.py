@@ -94,6 +94,7 @@ class WritePhase:
         attempt = self.attempt
         report = RankReport(attempt.rank, socket.gethostname())
         report.export_error = attempt.export_error
+        report.stamp, report.samples = attempt.stamp, attempt.withheld_samples
         files = attempt.files or OpenFiles()
         attempt.files = files
         source = TensorSource(self.planner)

@@ -7,6 +7,7 @@
     │   ├── SpecError                          a LoadSpec does not fit its tensor
     │   ├── LayoutError                        names, dtypes or sizes that the format cannot hold
     │   └── MismatchError                      a checkpoint does not fit what it is loaded into
+    ├── UnsupportedTorchError (RuntimeError)   torch does not give what a check needs; refused
     ├── StagingError (RuntimeError)            the host copy could not be taken
     │   └── StagingBusyError                   an earlier save still uses the memory for it
     ├── StorageError (OSError)                 the storage refused an operation
@@ -129,6 +130,10 @@ class LayoutError(PlanningError):
 
 class MismatchError(PlanningError):
     """A checkpoint does not fit the state dict that it is loaded into; nothing was read."""
+
+
+class UnsupportedTorchError(CheckpointError, RuntimeError):
+    """This torch does not give what a check needs; nothing was published, or loaded."""
 
 
 class StagingError(CheckpointError, RuntimeError):

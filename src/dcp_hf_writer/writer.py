@@ -13,9 +13,9 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from dcp_hf_writer import _assets, _coordinator, _options, _plan_cache, _plan_data
+from dcp_hf_writer import _assets, _coordinator, _options, _plan_data
 from dcp_hf_writer._attempt import Attempt, register
-from dcp_hf_writer._caller import current_planner, current_staged, gathered_plans
+from dcp_hf_writer._caller import Planned, find_save, other_planner
 from dcp_hf_writer._checksums import add_checksums
 from dcp_hf_writer._commit import StagingDirectory
 from dcp_hf_writer._dcp_half import SlabFileSystemWriter
@@ -24,10 +24,17 @@ from dcp_hf_writer._guards import guard_save
 from dcp_hf_writer._hf_half import MAX_BOUNCE_NBYTES
 from dcp_hf_writer._hooks import reach
 from dcp_hf_writer._joined_save import planned_directory
-from dcp_hf_writer._local_facts import check_facts, local_facts, note_memory
+from dcp_hf_writer._local_facts import (
+    check_facts,
+    check_reported_facts,
+    local_facts,
+    note_memory,
+)
 from dcp_hf_writer._owner import new_save_id
+from dcp_hf_writer._plan_cache import PLAN_CACHE, is_from_cache, whole_plans
 from dcp_hf_writer._plan_data import RankPlan
 from dcp_hf_writer._rendezvous import Announcement, next_count, rendezvous_of
+from dcp_hf_writer._staged import FAILED_KEY, failure_in
 from dcp_hf_writer._stager import SlabStager
 from dcp_hf_writer._write_phase import WritePhase, export_error, take_reports
 from dcp_hf_writer.errors import (
@@ -41,6 +48,7 @@ from dcp_hf_writer.errors import (
 )
 from dcp_hf_writer.export import HFExport
 from dcp_hf_writer.slots import WriteSlots
+from dcp_hf_writer.staging import STAGER
 from dcp_hf_writer.storage._posix import write_errors
 
 if TYPE_CHECKING:
@@ -145,9 +153,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 self.path = _options.local_path(checkpoint_id)
         except CheckpointError:
             # No attempt will give the staged copy back, as there will be none.
-            staged = current_staged()
-            if staged is not None and staged.lease is not None:
-                staged.lease.release()
+            self._give_back_staged()
             raise
 
     @property
@@ -167,27 +173,39 @@ class HFDualWriter(StorageWriter, SlabStager):
     def storage_meta(self) -> StorageMeta:
         """Begin a save; torch calls this first, in the thread that runs it."""
         self._wait_for_earlier_save()
-        staged = current_staged()
-        handover = None if staged is None else staged.handover
-        lease = None if staged is None else staged.lease
-        if lease is not None and not lease.is_active:
-            msg = "the staged copy was given back before its save began"
-            raise StagingError(msg, path=self.path, hint="save what async_save staged, once")
+        save, refusal = None, None
+        handover, lease = None, None
+        try:
+            save = find_save()
+            refusal = failure_in(save.given)
+            handover, lease = STAGER.handover_of(save.given)
+            if lease is not None:
+                lease.take_up()
+        except CheckpointError as error:
+            # Raised when all ranks are told; the guard must stand before the future until then.
+            lease, refusal = None, error
+            self._give_back_staged()
         attempt = Attempt(
             self.path,
             deadline=time.monotonic() + self.timeout_s if handover is None else handover.deadline,
             staged=None if handover is None else handover.info,
             lease=lease,
         )
-        attempt.staging_error = None if handover is None else handover.error
-        if lease is not None:
-            lease.bind(attempt.thread)
+        attempt.refusal = refusal
         if attempt.staged is not None:
             attempt.seconds["stage"] = attempt.staged.stall_s
             attempt.seconds["stage wait"] = attempt.staged.waited_s
         register(attempt)
         self._attempt = attempt
-        guard_save(attempt)
+        try:
+            guard_save(
+                attempt,
+                anchor=None if save is None else save.anchor,
+                is_async=lease is not None and lease.stager is not attempt.thread,
+            )
+        except CheckpointError:
+            attempt.end()
+            raise
         return StorageMeta(checkpoint_id=attempt.target)
 
     def _wait_for_earlier_save(self) -> None:
@@ -212,12 +230,15 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt = self._current()
         attempt.is_coordinator = is_coordinator
         attempt.rank = int(kwargs.get("rank", 0))
-        if attempt.staging_error is not None:
-            raise attempt.staging_error
+        if attempt.refusal is not None:
+            attempt.end()
+            raise attempt.refusal
         attempt.rendezvous = rendezvous_of(self.process_group)
         attempt.count = next_count()
         attempt.post("plan")
-        _plan_cache.begin_plan(note_memory(attempt, current_planner()))
+        save = find_save()
+        attempt.planned = Planned.of(save.planner, save.given)
+        PLAN_CACHE.begin_plan(note_memory(attempt, attempt.planned))
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Attach to DCP's plan what only this rank knows.
@@ -225,13 +246,20 @@ class HFDualWriter(StorageWriter, SlabStager):
         Raises:
             PlanningError: If the plan leaves out what this rank holds, so that DCP would lose it.
         """
+        attempt = self._current()
+        if any(item.index.fqn == FAILED_KEY for item in plan.items):
+            msg = "the state dict could not be staged"
+            raise StagingError(msg, rank=attempt.rank, phase="plan", path=attempt.target)
+        PLAN_CACHE.check_sent(plan)
         facts = local_facts(
             plan,
-            current_planner(),
-            attempt=self._current(),
+            self._planned_of(attempt),
+            attempt=attempt,
             export=self.export,
             group=self.process_group,
         )
+        attempt.stamp = facts.stamp
+        attempt.withheld_samples = None if plan.usable else facts.samples
         reach("local plan")
         return replace(plan, storage_data=facts)
 
@@ -248,8 +276,10 @@ class HFDualWriter(StorageWriter, SlabStager):
             attempt.rendezvous = None
         attempt.world_size = len(plans)
         export, assets = self._export_of(attempt)
-        whole = _plan_cache.whole_plans(plans, current_planner())
-        check_facts(gathered_plans() or plans, whole)
+        whole = whole_plans(plans, self._planned_of(attempt).planner)
+        attempt.are_facts_checked = not is_from_cache(whole)
+        if attempt.are_facts_checked:
+            check_facts(whole)
         known, result = self._plan(whole, export, assets)
         if known.layout is not None and export is not None and assets is not None:
             _coordinator.check_names(known.layout, assets, export)
@@ -279,7 +309,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             file_of_key = None if assets is None else assets.file_of_key
             options = _plan_data.options_fingerprint(export, file_of_key)
             options += f" {type(self.dcp_writer).__qualname__} {self.weights}"
-            known = _plan_cache.delivered(whole, options)
+            known = PLAN_CACHE.delivered(whole, options)
             if known is not None:
                 return known, None
             known = _plan_data.plan_globally(
@@ -314,6 +344,8 @@ class HFDualWriter(StorageWriter, SlabStager):
             CheckpointError: If the DCP half failed on this rank, or the save was given up.
         """
         attempt = self._current()
+        if self._planned_of(attempt).planner is not planner:
+            raise other_planner("save", rank=attempt.rank)
         own = plan.storage_data
         if not isinstance(own, RankPlan):
             msg = "DCP handed out a plan that HFDualWriter did not make"
@@ -341,7 +373,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 subdir=self._subdir,
                 bounce_nbytes=min(MAX_BOUNCE_NBYTES, self.host_budget_bytes // 4),
             ).run()
-            _plan_cache.settle_plan(attempt.global_plan)
+            PLAN_CACHE.settle_plan(attempt.global_plan)
             attempt.check()
             reach("before report")
         except BaseException:
@@ -372,6 +404,8 @@ class HFDualWriter(StorageWriter, SlabStager):
         try:
             attempt.check()
             plain, reports = take_reports(results)
+            if not attempt.are_facts_checked:
+                check_reported_facts(plan.plans, reports)
             errors = [r.export_error for r in reports if r.export_error is not None]
             error = attempt.export_error or (errors[0] if errors else None)
             if error is None:
@@ -469,6 +503,12 @@ class HFDualWriter(StorageWriter, SlabStager):
             raise PlanningError(msg, path=self.path)
         return self._attempt
 
+    def _planned_of(self, attempt: Attempt) -> Planned:
+        if attempt.planned is None:
+            msg = "the save was not set up"
+            raise PlanningError(msg, rank=attempt.rank, path=attempt.target)
+        return attempt.planned
+
     def _planned(self, attempt: Attempt) -> _plan_data.GlobalPlan:
         if attempt.global_plan is None:
             msg = "the coordinator made no global plan"
@@ -482,7 +522,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         if self.export is not None and read is not None:
             state["_assets"] = read
             state["export"] = _assets.without_objects(self.export)
-        for name in ("process_group", "_copies", "_attempt"):
+        for name in ("process_group", "_copies", "_lease", "_attempt"):
             state[name] = None
         return state
 
