@@ -27,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from dcp_hf_writer import HFDualWriter, WriteSlots, _hooks
+from dcp_hf_writer import HFDualWriter, WriteSlots, failpoints
 from dcp_hf_writer.errors import CheckpointError
 from dcp_hf_writer.storage import _libc
 from named_bytes import EXPORT, save_held_by, sharded_state
@@ -94,11 +94,11 @@ class Strike:
         try:
             yield
         finally:
-            _hooks.set_hook(None)
+            failpoints.set_hook(None)
 
     def install(self, root: Path) -> None:
         """Strike from now on."""
-        assert self.point in _hooks.POINTS, self.point
+        assert self.point in failpoints.POINTS, self.point
         seen = 0
 
         def hook(point: str) -> None:
@@ -108,7 +108,7 @@ class Strike:
                 note_hit(root, f"{self.rank} {self.action} {point}")
                 self._act(root)
 
-        _hooks.set_hook(hook)
+        failpoints.set_hook(hook)
 
     def _act(self, root: Path) -> None:
         if self.action == "kill":

@@ -15,7 +15,7 @@ ROOT = Path(dcp_hf_writer.__file__).parent
 
 # Each module may import from its own layer and from those above it, in the order of the design.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_hooks"),
+    ("errors", "failpoints"),
     ("_name_patterns", "_boxes", "_dtypes", "_copies", "_strict_json"),
     ("_affine", "_symbolic"),
     ("_shards",),
@@ -47,7 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("integrations", "integrations._twin", "integrations._base_check"),
     ("integrations._conversions", "integrations.transformers", "integrations.torchtitan"),
     ("_check_hf", "_verify"),
-    ("reader", "load", "_materialize"),
+    ("reader", "loader", "_materialize"),
     ("_dry_run",),
     ("writer", "stream"),
     ("",),

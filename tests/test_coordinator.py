@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
 from audit import faults
-from dcp_hf_writer import HFDualWriter, HFExport, _coordinator, _hooks, _owner
+from dcp_hf_writer import HFDualWriter, HFExport, _coordinator, _owner, failpoints
 from dcp_hf_writer._assets import Assets
 from dcp_hf_writer._attempt import Attempt
 from dcp_hf_writer._boxes import whole
@@ -327,12 +327,12 @@ def test_checkpoint_is_not_published_when_a_file_lost_its_end(tmp_path: Path, na
             os.truncate(path, path.stat().st_size - 1)
 
     writer = HFDualWriter(tmp_path / "step-1")
-    _hooks.set_hook(cut)
+    failpoints.set_hook(cut)
     try:
         with pytest.raises(CoverageError, match="not as it was written"):
             dcp.async_save(state_of(1), storage_writer=writer).result()
     finally:
-        _hooks.set_hook(None)
+        failpoints.set_hook(None)
     assert list(tmp_path.iterdir()) == []
     dcp.async_save(state_of(1), storage_writer=writer).result()
     assert difference(tmp_path / "step-1", 1) is None
@@ -365,11 +365,11 @@ def test_save_is_over_when_its_future_is_done(tmp_path: Path) -> None:
         if point == "before rename":
             ids.extend(path.name.removeprefix(".incomplete-") for path in tmp_path.iterdir())
 
-    _hooks.set_hook(note)
+    failpoints.set_hook(note)
     try:
         dcp.async_save(state_of(1), storage_writer=HFDualWriter(tmp_path / "step-1")).result()
     finally:
-        _hooks.set_hook(None)
+        failpoints.set_hook(None)
     assert len(ids) == 1
     assert committed_save_id(str(tmp_path / "step-1")) == ids[0]
     assert is_over_here(ids[0])

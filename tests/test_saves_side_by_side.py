@@ -11,7 +11,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from dcp_hf_writer import HFDualWriter, HFExport, _commit, _hooks
+from dcp_hf_writer import HFDualWriter, HFExport, _commit, failpoints
 from dcp_hf_writer._commit import MANIFEST_NAME, StagingDirectory
 from dcp_hf_writer.errors import CommitError, ConfigError, StagingError, WriteError
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.fixture(autouse=True)
 def no_hook() -> Iterator[None]:
     yield
-    _hooks.set_hook(None)
+    failpoints.set_hook(None)
 
 
 def state_of(step: int, elements: int = 8) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def test_casts_do_not_mix_when_a_synchronous_save_runs_beside_another(tmp_path: 
         if point == "mid hf" and not hasattr(met, "once"):
             met.once = meet.wait()
 
-    _hooks.set_hook(hook)
+    failpoints.set_hook(hook)
     first = dcp.async_save(
         state_of(1, ELEMENTS), storage_writer=HFDualWriter(tmp_path / "s1", export=export)
     )
@@ -74,7 +74,7 @@ def test_writer_waits_for_its_own_save_in_flight(point: str, tmp_path: Path) -> 
             reached.set()
             time.sleep(0.3)
 
-    _hooks.set_hook(hook)
+    failpoints.set_hook(hook)
     writer = HFDualWriter(tmp_path / "unused", timeout_s=TIMEOUT_S)
     first = dcp.async_save(state_of(1), storage_writer=writer, checkpoint_id=tmp_path / "s1")
     assert reached.wait(TIMEOUT_S)

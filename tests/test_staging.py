@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from audit import read_manifest
 from compare import bits, tensor_difference
-from dcp_hf_writer import HFDualWriter, HFExport, _hooks, _stager, staging
+from dcp_hf_writer import HFDualWriter, HFExport, _stager, failpoints, staging
 from dcp_hf_writer.errors import StagingBusyError, StagingError
 from dcp_hf_writer.staging import EAGER_NBYTES, Stager
 from held import tensor
@@ -52,12 +52,12 @@ def held_at(point: str) -> Iterator[threading.Event]:
         if reached == point:
             assert go_on.wait(30)
 
-    _hooks.set_hook(wait)
+    failpoints.set_hook(wait)
     try:
         yield go_on
     finally:
         go_on.set()
-        _hooks.set_hook(None)
+        failpoints.set_hook(None)
 
 
 class Named(NamedTuple):

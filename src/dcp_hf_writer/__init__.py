@@ -6,7 +6,7 @@ from dcp_hf_writer._materialize import materialize
 from dcp_hf_writer._verify import VerifyReport, verify
 from dcp_hf_writer.export import HFExport
 from dcp_hf_writer.integrations.transformers import specs_from_transformers
-from dcp_hf_writer.load import load_hf
+from dcp_hf_writer.loader import load_hf
 from dcp_hf_writer.planner import HFLoadPlanner, HFSavePlanner
 from dcp_hf_writer.reader import HFDualReader
 from dcp_hf_writer.slots import WriteSlots

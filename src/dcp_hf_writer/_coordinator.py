@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from dcp_hf_writer._assets import CHECKSUMS_NAME, CONFIG_NAME
 from dcp_hf_writer._commit import MANIFEST_NAME, remove_tree
 from dcp_hf_writer._dcp_half import digest_file
-from dcp_hf_writer._hooks import reach
 from dcp_hf_writer._layout import INDEX_NAME
 from dcp_hf_writer._manifest import WholeFile, encode_manifest
 from dcp_hf_writer._owner import Owner
@@ -29,6 +28,7 @@ from dcp_hf_writer.errors import (
     LayoutError,
     WriteError,
 )
+from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.storage._posix import (
     COHERENT,
     OutputFile,

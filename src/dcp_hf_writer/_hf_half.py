@@ -10,10 +10,10 @@ import xxhash
 
 from dcp_hf_writer._copies import hf_box, hf_loops, runtime_view, split
 from dcp_hf_writer._dtypes import TORCH_BY_NAME
-from dcp_hf_writer._hooks import reach
 from dcp_hf_writer._regions import Region, TargetTable, needs_cast
 from dcp_hf_writer._report import Block
 from dcp_hf_writer._source import TensorSource, chunk_of, digest_of, host_bytes
+from dcp_hf_writer.failpoints import reach
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence

@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.staging import AsyncStager
 
 from dcp_hf_writer import _assets
 from dcp_hf_writer._guards import guard_process_save
-from dcp_hf_writer._hooks import reach
 from dcp_hf_writer.errors import StagingBusyError
+from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.staging import (
     Copies,
     Handover,

@@ -26,7 +26,6 @@ from dcp_hf_writer._dcp_half import (
 )
 from dcp_hf_writer._dtypes import ITEMSIZE
 from dcp_hf_writer._hf_half import BlockWriter, is_interleaved, regions_by_file
-from dcp_hf_writer._hooks import reach
 from dcp_hf_writer._once import stored_once
 from dcp_hf_writer._regions import TargetTable
 from dcp_hf_writer._report import RankReport
@@ -39,6 +38,7 @@ from dcp_hf_writer.errors import (
     SaveTimeoutError,
     SlotTimeoutError,
 )
+from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.storage._posix import OutputFile
 
 if TYPE_CHECKING:

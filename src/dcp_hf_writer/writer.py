@@ -22,7 +22,6 @@ from dcp_hf_writer._dcp_half import SlabFileSystemWriter
 from dcp_hf_writer._dry_run import DryRun, fresh_planner
 from dcp_hf_writer._guards import guard_save
 from dcp_hf_writer._hf_half import MAX_BOUNCE_NBYTES
-from dcp_hf_writer._hooks import reach
 from dcp_hf_writer._joined_save import planned_directory
 from dcp_hf_writer._local_facts import check_facts, local_facts, note_memory
 from dcp_hf_writer._owner import new_save_id
@@ -40,6 +39,7 @@ from dcp_hf_writer.errors import (
     StagingError,
 )
 from dcp_hf_writer.export import HFExport
+from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.slots import WriteSlots
 from dcp_hf_writer.storage._posix import write_errors
 
