@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dcp_hf_writer import LoadSpec, Piece, _fill, iter_hf_buckets
-from dcp_hf_writer._shards import local_shape, shards_of
+from dcp_hf_writer.tensors.shards import local_shape, shards_of
 from machine import describe_machine, held, peak_rss_nbytes, reset_peak
 from ranks import Rank, run_ranks
 

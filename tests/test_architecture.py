@@ -15,10 +15,10 @@ ROOT = Path(dcp_hf_writer.__file__).parent
 
 # Each module may import from its own layer and from those above it, in the order of the design.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "failpoints"),
-    ("_name_patterns", "_boxes", "_dtypes", "_copies", "_strict_json"),
-    ("_affine", "_symbolic"),
-    ("_shards",),
+    ("errors", "tensors", "failpoints"),
+    ("_name_patterns", "tensors.boxes", "tensors.dtypes", "tensors.strided_copies", "_strict_json"),
+    ("tensors.loop_nests", "_symbolic"),
+    ("tensors.shards",),
     ("spec", "export"),
     ("_dequantize", "_stored", "_quantized"),
     ("_derivation", "_tied_names"),
@@ -56,10 +56,18 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 LAYER = {name: number for number, layer in enumerate(LAYERS) for name in layer}
 
 PLANNING = (
-    *("_boxes", "_dtypes", "_header", "_layout", "_model_entry", "_report", "_manifest"),
-    *("_copies", "_regions", "_once", "_name_patterns"),
-    *("_affine", "_symbolic", "_derivation"),
-    *("_shards", "_spec_match", "_tied_names"),
+    *(
+        "tensors.boxes",
+        "tensors.dtypes",
+        "_header",
+        "_layout",
+        "_model_entry",
+        "_report",
+        "_manifest",
+    ),
+    *("tensors.strided_copies", "_regions", "_once", "_name_patterns"),
+    *("tensors.loop_nests", "_symbolic", "_derivation"),
+    *("tensors.shards", "_spec_match", "_tied_names"),
     *("_buckets", "_rounds"),
     *("spec", "export"),
     *("_dequantize", "_stored", "_quantized"),
@@ -170,4 +178,4 @@ def test_check_sees_what_it_forbids() -> None:
     assert "torch.distributed" in imports_of("_rendezvous", with_types=False)
     assert "os" not in imports_of("export", with_types=False)
     assert "os" in imports_of("export", with_types=True)
-    assert own_imports_of("_header") == {"_dtypes", "errors", "_boxes"}
+    assert own_imports_of("_header") == {"tensors.dtypes", "errors", "tensors.boxes"}

@@ -19,7 +19,6 @@ from audit import faults
 from dcp_hf_writer import HFDualWriter, HFExport, _coordinator, _owner, failpoints
 from dcp_hf_writer._assets import Assets
 from dcp_hf_writer._attempt import Attempt
-from dcp_hf_writer._boxes import whole
 from dcp_hf_writer._commit import StagingDirectory
 from dcp_hf_writer._coordinator import (
     check_files,
@@ -44,6 +43,7 @@ from dcp_hf_writer.errors import (
     WriteError,
 )
 from dcp_hf_writer.storage._posix import COHERENT
+from dcp_hf_writer.tensors.boxes import whole
 from ranks import run_ranks
 from small import dcp_difference, difference, leftovers, state_of
 

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from compare import parse
 from dcp_hf_writer import _header
-from dcp_hf_writer._dtypes import TORCH_BY_NAME, stored_shape
 from dcp_hf_writer._header import MAX_HEADER_NBYTES, HFTensor, encode_header, in_file_order
 from dcp_hf_writer.errors import LayoutError
+from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME, stored_shape
 
 # Every character that UTF-8 has: control characters, quotes, separators, beyond the first plane.
 KEYS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=8).filter(

@@ -17,7 +17,6 @@ from torch.distributed.device_mesh import init_device_mesh
 import audit
 from compare import tensor_difference
 from dcp_hf_writer import HFDualWriter, HFExport
-from dcp_hf_writer._copies import hf_view, runtime_view
 from dcp_hf_writer._materialize import materialize
 from dcp_hf_writer._once import StoredOnce
 from dcp_hf_writer.errors import (
@@ -28,6 +27,7 @@ from dcp_hf_writer.errors import (
     TargetExistsError,
 )
 from dcp_hf_writer.reader import HFDualReader
+from dcp_hf_writer.tensors.strided_copies import hf_view, runtime_view
 from held import WORLD_SIZE, Case, plain, rows
 from rank_process import Raised
 from ranks import run_ranks

@@ -15,7 +15,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
-from dcp_hf_writer._boxes import ByteRuns
 from dcp_hf_writer._manifest import WholeFile
 from dcp_hf_writer._parse_manifest import (
     MAX_MANIFEST_NBYTES,
@@ -26,6 +25,7 @@ from dcp_hf_writer._parse_manifest import (
 )
 from dcp_hf_writer._report import DCPFile
 from dcp_hf_writer.errors import CorruptCheckpointError
+from dcp_hf_writer.tensors.boxes import ByteRuns
 from small import MODEL, state_of
 
 if TYPE_CHECKING:

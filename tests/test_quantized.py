@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dcp_hf_writer import _dequantize
-from dcp_hf_writer._boxes import Box, whole
-from dcp_hf_writer._dtypes import NAME_BY_TORCH
 from dcp_hf_writer._quantized import logical_tensors
 from dcp_hf_writer.errors import CorruptCheckpointError, PlanningError
+from dcp_hf_writer.tensors.boxes import Box, whole
+from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

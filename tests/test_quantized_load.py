@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from dcp_hf_writer._boxes import Box
+    from dcp_hf_writer.tensors.boxes import Box
 
 NAMES = ("deepseek_v3", "gpt_oss")
 DIMS = (0, -2, -1)

@@ -21,7 +21,7 @@ from dcp_hf_writer.errors import CorruptCheckpointError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from dcp_hf_writer._boxes import Shape
+    from dcp_hf_writer.tensors.boxes import Shape
 
 Reader = "Callable[[int, int], bytes]"
 

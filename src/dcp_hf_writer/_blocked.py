@@ -21,18 +21,18 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from dcp_hf_writer._boxes import Box, Shape
-from dcp_hf_writer._shards import Block, blocks_of, local_shape, shards_of
 from dcp_hf_writer._spec_match import match_specs
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.tensors.boxes import Box, Shape
+from dcp_hf_writer.tensors.shards import Block, blocks_of, local_shape, shards_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dcp_hf_writer._model_entry import Path
-    from dcp_hf_writer._shards import ShardSpec
     from dcp_hf_writer._spec_match import Match
     from dcp_hf_writer.spec import LoadSpec
+    from dcp_hf_writer.tensors.shards import ShardSpec
 
 
 @dataclass(frozen=True, eq=False, slots=True)

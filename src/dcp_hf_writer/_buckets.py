@@ -12,20 +12,20 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._copies import Copy
-from dcp_hf_writer._dtypes import TORCH_BY_NAME
 from dcp_hf_writer._layout import PartTarget
 from dcp_hf_writer._regions import TargetTable, chunk_regions
-from dcp_hf_writer._shards import Block, blocks_of
 from dcp_hf_writer.errors import SpecError
+from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
+from dcp_hf_writer.tensors.shards import Block, blocks_of
+from dcp_hf_writer.tensors.strided_copies import Copy
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     import torch
 
-    from dcp_hf_writer._boxes import Shape
     from dcp_hf_writer.spec import ShardSpec
+    from dcp_hf_writer.tensors.boxes import Shape
 
 # Tensors of a bucket start on multiples of this, as those of CUDA's allocator nearly do: vectorised
 # copies and other processes that map the memory want no less.

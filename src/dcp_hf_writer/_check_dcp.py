@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from dcp_hf_writer._boxes import BoxTable, tiling_fault
-from dcp_hf_writer._dtypes import ITEMSIZE
 from dcp_hf_writer._once import StoredOnce
 from dcp_hf_writer._parse_manifest import is_relative_name
 from dcp_hf_writer._problems import Problem
+from dcp_hf_writer.tensors.boxes import BoxTable, tiling_fault
+from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from torch.distributed.checkpoint.metadata import Metadata
 
-    from dcp_hf_writer._boxes import Shape
+    from dcp_hf_writer.tensors.boxes import Shape
 
 METADATA_NAME = ".metadata"
 

@@ -24,12 +24,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dcp_hf_writer._copies import Copy, Loop
-from dcp_hf_writer._dtypes import ITEMSIZE
 from dcp_hf_writer._once import StoredOnce, StoredPart
 from dcp_hf_writer._strict_json import shortened
 from dcp_hf_writer._unpickle import Admitted, Class, Constant, Function, unpickle
 from dcp_hf_writer.errors import CorruptCheckpointError
+from dcp_hf_writer.tensors.dtypes import ITEMSIZE
+from dcp_hf_writer.tensors.strided_copies import Copy, Loop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -8,19 +8,25 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dcp_hf_writer._boxes import Box
-from dcp_hf_writer._copies import copy_of_box, hf_view, runtime_view, split, strides_of
-from dcp_hf_writer._dtypes import TORCH_BY_NAME
 from dcp_hf_writer._read_phase import run_reads
 from dcp_hf_writer._read_plan import fetch_of_copy, plan_reads
+from dcp_hf_writer.tensors.boxes import Box
+from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
+from dcp_hf_writer.tensors.strided_copies import (
+    copy_of_box,
+    hf_view,
+    runtime_view,
+    split,
+    strides_of,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dcp_hf_writer._copies import Copy
     from dcp_hf_writer._hf_directory import HFDirectory
     from dcp_hf_writer._hf_source import Dequantized
     from dcp_hf_writer._open_inputs import OpenInputs
+    from dcp_hf_writer.tensors.strided_copies import Copy
 
 # Values that are computed at a time: a few times this many bytes are in memory per thread.
 _MAX_ELEMENTS = 1 << 20

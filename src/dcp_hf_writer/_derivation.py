@@ -9,18 +9,18 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer._affine import merged
-from dcp_hf_writer._copies import strides_of
 from dcp_hf_writer._symbolic import Run, SymbolicTensor, symbolic_tensors
 from dcp_hf_writer.errors import SpecError
 from dcp_hf_writer.spec import LoadSpec, Piece
+from dcp_hf_writer.tensors.loop_nests import merged
+from dcp_hf_writer.tensors.strided_copies import strides_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
     import torch
 
-    from dcp_hf_writer._boxes import Shape
+    from dcp_hf_writer.tensors.boxes import Shape
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,8 +21,6 @@ from torch.distributed.checkpoint.utils import _DistWrapper
 from dcp_hf_writer._assets import file_of_key_in_like
 from dcp_hf_writer._attempt import Attempt
 from dcp_hf_writer._caller import planned_state_dict
-from dcp_hf_writer._copies import hf_box
-from dcp_hf_writer._dtypes import NAME_BY_TORCH
 from dcp_hf_writer._explanation import FileSum, RankSum, Row, left_out
 from dcp_hf_writer._hf_half import regions_by_file, way_of
 from dcp_hf_writer._layout import INDEX_NAME
@@ -34,6 +32,8 @@ from dcp_hf_writer._sweep import extent_of
 from dcp_hf_writer._watchdog import own_error
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.explain import Explanation
+from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
+from dcp_hf_writer.tensors.strided_copies import hf_box
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

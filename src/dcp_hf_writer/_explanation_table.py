@@ -12,14 +12,14 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._dtypes import ITEMSIZE
 from dcp_hf_writer._name_patterns import patterns, ranges, template
+from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from dcp_hf_writer._boxes import Shape
     from dcp_hf_writer._explanation import FileSum, LeftOut, RankSum, Row
+    from dcp_hf_writer.tensors.boxes import Shape
 
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 

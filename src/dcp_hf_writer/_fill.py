@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from dcp_hf_writer._copies import hf_view, runtime_view
+from dcp_hf_writer.tensors.strided_copies import hf_view, runtime_view
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from dcp_hf_writer._buckets import Bucket, Chain, HFTensor
-    from dcp_hf_writer._copies import Copy
     from dcp_hf_writer._rounds import Gather, Round, Steps
+    from dcp_hf_writer.tensors.strided_copies import Copy
 
 # Copies without a cast move bits: torch has no copy of some packed dtypes.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dcp_hf_writer._blocked import blocked_tensors
-from dcp_hf_writer._boxes import Box, intersect
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.tensors.boxes import Box, intersect
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -7,13 +7,13 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._dtypes import ITEMSIZE, SORT_RANK, stored_shape
 from dcp_hf_writer.errors import LayoutError
+from dcp_hf_writer.tensors.dtypes import ITEMSIZE, SORT_RANK, stored_shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from dcp_hf_writer._boxes import Shape
+    from dcp_hf_writer.tensors.boxes import Shape
 
 # Readers refuse a header above 100 MB (safetensors, MAX_HEADER_SIZE).
 MAX_HEADER_NBYTES = 100_000_000

@@ -8,21 +8,21 @@ from typing import TYPE_CHECKING, Literal
 import torch
 import xxhash
 
-from dcp_hf_writer._copies import hf_box, hf_loops, runtime_view, split
-from dcp_hf_writer._dtypes import TORCH_BY_NAME
 from dcp_hf_writer._regions import Region, TargetTable, needs_cast
 from dcp_hf_writer._report import Block
 from dcp_hf_writer._source import TensorSource, chunk_of, digest_of, host_bytes
 from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
+from dcp_hf_writer.tensors.strided_copies import hf_box, hf_loops, runtime_view, split
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch.distributed.checkpoint.planner import WriteItem
 
-    from dcp_hf_writer._boxes import ByteRuns
     from dcp_hf_writer._layout import PartTarget
     from dcp_hf_writer.storage._posix import OutputFile
+    from dcp_hf_writer.tensors.boxes import ByteRuns
 
 # Casts and blocks that are not contiguous go through at most this much reused memory: fresh pages
 # cost ten times the copy.

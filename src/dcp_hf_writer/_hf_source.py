@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dcp_hf_writer._copies import covered, runtime_loops, strides_of
-from dcp_hf_writer._dtypes import CASTABLE, TORCH_BY_NAME
 from dcp_hf_writer._layout import PartTarget
 from dcp_hf_writer._once import is_whole
 from dcp_hf_writer._read_phase import is_direct
@@ -17,14 +15,16 @@ from dcp_hf_writer._regions import Region, TargetTable
 from dcp_hf_writer._strict_json import shortened
 from dcp_hf_writer.errors import MismatchError
 from dcp_hf_writer.spec import LoadSpec
+from dcp_hf_writer.tensors.dtypes import CASTABLE, TORCH_BY_NAME
+from dcp_hf_writer.tensors.strided_copies import covered, runtime_loops, strides_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-    from dcp_hf_writer._boxes import Box, Shape
-    from dcp_hf_writer._copies import Copy
     from dcp_hf_writer._hf_directory import HFDirectory
     from dcp_hf_writer._stored import Stored
+    from dcp_hf_writer.tensors.boxes import Box, Shape
+    from dcp_hf_writer.tensors.strided_copies import Copy
 
 _MANY = 20
 """How many names of each kind an error lists."""

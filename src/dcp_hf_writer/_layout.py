@@ -12,13 +12,13 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer._boxes import Box, BoxTable, Shape, tiling_fault
-from dcp_hf_writer._copies import Copy, coverage_fault, hf_box, hf_loops
-from dcp_hf_writer._dtypes import CASTABLE, safetensors_name
 from dcp_hf_writer._header import HFTensor, encode_header, in_file_order
 from dcp_hf_writer._tied_names import all_ties, checked_ties, tied_keys
 from dcp_hf_writer.errors import CoverageError, LayoutError, SpecError
 from dcp_hf_writer.spec import LoadSpec
+from dcp_hf_writer.tensors.boxes import Box, BoxTable, Shape, tiling_fault
+from dcp_hf_writer.tensors.dtypes import CASTABLE, safetensors_name
+from dcp_hf_writer.tensors.strided_copies import Copy, coverage_fault, hf_box, hf_loops
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-    from dcp_hf_writer._boxes import Shape
+    from dcp_hf_writer.tensors.boxes import Shape
 
 # Memory that tensors pass through.
 _BUFFER_NBYTES = 64 << 20

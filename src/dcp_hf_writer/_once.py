@@ -9,10 +9,10 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
-from dcp_hf_writer._boxes import Box, Shape, tiling_fault
-from dcp_hf_writer._copies import Copy, coverage_fault, runtime_box, runtime_loops
 from dcp_hf_writer._regions import chunk_regions, needs_cast
 from dcp_hf_writer.errors import StoredOnceError
+from dcp_hf_writer.tensors.boxes import Box, Shape, tiling_fault
+from dcp_hf_writer.tensors.strided_copies import Copy, coverage_fault, runtime_box, runtime_loops
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer._boxes import ByteRuns
-from dcp_hf_writer._copies import strides_of
 from dcp_hf_writer._strict_json import is_count
+from dcp_hf_writer.tensors.boxes import ByteRuns
+from dcp_hf_writer.tensors.strided_copies import strides_of
 
 if TYPE_CHECKING:
-    from dcp_hf_writer._boxes import Shape
-    from dcp_hf_writer._copies import IndexLoops
+    from dcp_hf_writer.tensors.boxes import Shape
+    from dcp_hf_writer.tensors.strided_copies import IndexLoops
 
 _MAX_LOOPS = 128
 

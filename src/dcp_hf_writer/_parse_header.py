@@ -10,15 +10,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dcp_hf_writer._dtypes import ITEMSIZE
 from dcp_hf_writer._header import MAX_HEADER_NBYTES
 from dcp_hf_writer._strict_json import is_count, is_text, parse_json, shortened
 from dcp_hf_writer.errors import CorruptCheckpointError
+from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dcp_hf_writer._boxes import Shape
+    from dcp_hf_writer.tensors.boxes import Shape
 
 LENGTH_NBYTES = 8
 """The length field that a file starts with: unsigned, little-endian."""

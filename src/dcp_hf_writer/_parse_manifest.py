@@ -14,19 +14,19 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import xxhash
 
-from dcp_hf_writer._boxes import ByteRuns
-from dcp_hf_writer._dtypes import ITEMSIZE
 from dcp_hf_writer._manifest import FORMAT_VERSION, WholeFile
 from dcp_hf_writer._parse_blocks import Places
 from dcp_hf_writer._report import DIGEST_NAME, DCPFile
 from dcp_hf_writer._strict_json import is_count, is_text, parse_json, shortened
 from dcp_hf_writer.errors import CorruptCheckpointError
+from dcp_hf_writer.tensors.boxes import ByteRuns
+from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
-    from dcp_hf_writer._boxes import Shape
-    from dcp_hf_writer._copies import IndexLoops
+    from dcp_hf_writer.tensors.boxes import Shape
+    from dcp_hf_writer.tensors.strided_copies import IndexLoops
 
 MANIFEST_NAME = "dcp-hf.json"
 

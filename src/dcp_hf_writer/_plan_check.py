@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer._blocked import blocked_tensors
-from dcp_hf_writer._boxes import intersect
 from dcp_hf_writer._caller import planned_paths, planned_state_dict
 from dcp_hf_writer._source import chunk_of
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.tensors.boxes import intersect
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
     from dcp_hf_writer._blocked import BlockedTensor
-    from dcp_hf_writer._boxes import Box
     from dcp_hf_writer.export import HFExport
+    from dcp_hf_writer.tensors.boxes import Box
 
 _SHOWN = 4
 

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     import torch
 
-    from dcp_hf_writer._boxes import Box, Shape
-    from dcp_hf_writer._copies import Copy
+    from dcp_hf_writer.tensors.boxes import Box, Shape
+    from dcp_hf_writer.tensors.strided_copies import Copy
 
 PIECE_NBYTES = 8 << 20
 """One read takes at most about this much, so that several threads share a large tensor."""

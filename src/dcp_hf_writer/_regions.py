@@ -10,8 +10,8 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._copies import Copy, clip, copy_runs, source_span
-from dcp_hf_writer._dtypes import ITEMSIZE, NAME_BY_TORCH
+from dcp_hf_writer.tensors.dtypes import ITEMSIZE, NAME_BY_TORCH
+from dcp_hf_writer.tensors.strided_copies import Copy, clip, copy_runs, source_span
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-    from dcp_hf_writer._boxes import Box, ByteRuns
     from dcp_hf_writer._layout import PartTarget
+    from dcp_hf_writer.tensors.boxes import Box, ByteRuns
 
 
 class TargetTable:

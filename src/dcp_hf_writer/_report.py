@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
-from dcp_hf_writer._boxes import Box, Shape, tiling_fault
-from dcp_hf_writer._copies import IndexLoops, coverage_fault
-from dcp_hf_writer._dtypes import ITEMSIZE
 from dcp_hf_writer.errors import CoverageError
+from dcp_hf_writer.tensors.boxes import Box, Shape, tiling_fault
+from dcp_hf_writer.tensors.dtypes import ITEMSIZE
+from dcp_hf_writer.tensors.strided_copies import IndexLoops, coverage_fault
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dcp_hf_writer._buckets import Bucket, Chain, HFTensor, Part, Piece, aligned
-from dcp_hf_writer._copies import Copy, Loop, split, strides_of
+from dcp_hf_writer.tensors.strided_copies import Copy, Loop, split, strides_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-    from dcp_hf_writer._boxes import Shape
+    from dcp_hf_writer.tensors.boxes import Shape
 
 # Packed pieces start on multiples of this: no dtype has larger elements, and copies are vectorised.
 _PIECE_ALIGN = 16

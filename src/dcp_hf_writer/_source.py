@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 import xxhash
 
-from dcp_hf_writer._boxes import Box
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.tensors.boxes import Box
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -9,13 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._boxes import Box, Shape, whole
 from dcp_hf_writer._dequantize import (
     MX_GROUP,
     MX_GROUP_NBYTES,
     dequantize_blocks,
     dequantize_mxfp4,
 )
+from dcp_hf_writer.tensors.boxes import Box, Shape, whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

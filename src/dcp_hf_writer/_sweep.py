@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import xxhash
 
-from dcp_hf_writer._boxes import ByteRuns
+from dcp_hf_writer.tensors.boxes import ByteRuns
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from dcp_hf_writer._affine import Loop, meetings, merged, span, visits_once
-from dcp_hf_writer._dtypes import CASTABLE
 from dcp_hf_writer.errors import SpecError
+from dcp_hf_writer.tensors.dtypes import CASTABLE
+from dcp_hf_writer.tensors.loop_nests import Loop, meetings, merged, span, visits_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping

@@ -13,8 +13,8 @@ from dcp_hf_writer.errors import LayoutError
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from dcp_hf_writer._boxes import Shape
     from dcp_hf_writer.export import HFExport
+    from dcp_hf_writer.tensors.boxes import Shape
 
 _MANY = 20
 """How many names an error lists."""

@@ -24,7 +24,6 @@ from dcp_hf_writer._dcp_half import (
     check_results,
     run_given_writer,
 )
-from dcp_hf_writer._dtypes import ITEMSIZE
 from dcp_hf_writer._hf_half import BlockWriter, is_interleaved, regions_by_file
 from dcp_hf_writer._once import stored_once
 from dcp_hf_writer._regions import TargetTable
@@ -40,6 +39,7 @@ from dcp_hf_writer.errors import (
 )
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.storage._posix import OutputFile
+from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

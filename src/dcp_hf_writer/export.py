@@ -10,9 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
-from dcp_hf_writer._dtypes import export_dtype
 from dcp_hf_writer.errors import ConfigError
 from dcp_hf_writer.spec import LoadSpec
+from dcp_hf_writer.tensors.dtypes import export_dtype
 
 if TYPE_CHECKING:
     import os

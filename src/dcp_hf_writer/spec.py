@@ -8,10 +8,10 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._boxes import Box, Shape, whole
-from dcp_hf_writer._copies import Copy, copies_of, copy_of_box
-from dcp_hf_writer._shards import ShardSpec, shards_of
 from dcp_hf_writer.errors import SpecError
+from dcp_hf_writer.tensors.boxes import Box, Shape, whole
+from dcp_hf_writer.tensors.shards import ShardSpec, shards_of
+from dcp_hf_writer.tensors.strided_copies import Copy, copies_of, copy_of_box
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._dtypes import NAME_BY_TORCH
 from dcp_hf_writer._parse_header import LENGTH_NBYTES, header_nbytes, parse_header
 from dcp_hf_writer.errors import ConfigError, SpecError
+from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Collection, Iterable, Mapping
 
-    from dcp_hf_writer._boxes import Shape
     from dcp_hf_writer._derivation import HFSide
+    from dcp_hf_writer.tensors.boxes import Shape
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = frozenset({"F64", "F32", "BF16", "F16"})

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from dcp_hf_writer._derivation import derive
-from dcp_hf_writer._dtypes import export_dtype
 from dcp_hf_writer.errors import ConfigError
 from dcp_hf_writer.integrations._base_check import compare, read_base, square_keys, turned_dims
 from dcp_hf_writer.integrations._conversions import (
@@ -27,6 +26,7 @@ from dcp_hf_writer.integrations._twin import (
     unwrapped,
 )
 from dcp_hf_writer.spec import LoadSpec
+from dcp_hf_writer.tensors.dtypes import export_dtype
 
 if TYPE_CHECKING:
     import os

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dcp_hf_writer._boxes import Box, ByteRuns, Shape
+from dcp_hf_writer.tensors.boxes import Box, ByteRuns, Shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence

@@ -11,8 +11,8 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer._boxes import Box, Shape
 from dcp_hf_writer.errors import PlanningError, SpecError
+from dcp_hf_writer.tensors.boxes import Box, Shape
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
