@@ -15,15 +15,21 @@ ROOT = Path(dcp_hf_writer.__file__).parent
 
 # Each module may import from its own layer and from those above it, in the order of the design.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "tensors", "failpoints"),
-    ("_name_patterns", "tensors.boxes", "tensors.dtypes", "tensors.strided_copies", "_strict_json"),
-    ("tensors.loop_nests", "_symbolic"),
+    ("errors", "mapping", "tensors", "failpoints"),
+    (
+        "mapping.name_patterns",
+        "tensors.boxes",
+        "tensors.dtypes",
+        "tensors.strided_copies",
+        "_strict_json",
+    ),
+    ("tensors.loop_nests", "mapping.symbolic_tensors"),
     ("tensors.shards",),
-    ("spec", "export"),
+    ("mapping.load_spec", "mapping.hf_export"),
     ("_dequantize", "_stored", "_quantized"),
-    ("_derivation", "_tied_names"),
-    ("_header", "_layout", "_regions", "_once", "_model_entry", "_report", "_manifest"),
-    ("_spec_match",),
+    ("mapping.specs_from_function", "mapping.tied_names"),
+    ("_header", "_layout", "_regions", "_once", "mapping.model_entry", "_report", "_manifest"),
+    ("mapping.spec_match",),
     ("_buckets", "_rounds"),
     ("_parse_header", "_parse_blocks", "_parse_manifest", "_sweep", "_problems"),
     ("_unpickle", "_dcp_metadata", "_archived", "_read_plan", "_exchange_plan"),
@@ -61,15 +67,15 @@ PLANNING = (
         "tensors.dtypes",
         "_header",
         "_layout",
-        "_model_entry",
+        "mapping.model_entry",
         "_report",
         "_manifest",
     ),
-    *("tensors.strided_copies", "_regions", "_once", "_name_patterns"),
-    *("tensors.loop_nests", "_symbolic", "_derivation"),
-    *("tensors.shards", "_spec_match", "_tied_names"),
+    *("tensors.strided_copies", "_regions", "_once", "mapping.name_patterns"),
+    *("tensors.loop_nests", "mapping.symbolic_tensors", "mapping.specs_from_function"),
+    *("tensors.shards", "mapping.spec_match", "mapping.tied_names"),
     *("_buckets", "_rounds"),
-    *("spec", "export"),
+    *("mapping.load_spec", "mapping.hf_export"),
     *("_dequantize", "_stored", "_quantized"),
     *("_strict_json", "_parse_header", "_parse_blocks", "_parse_manifest", "_sweep", "_problems"),
     *("_unpickle", "_read_plan", "_exchange_plan"),
@@ -176,6 +182,6 @@ def test_planning_opens_no_file(name: str) -> None:
 def test_check_sees_what_it_forbids() -> None:
     assert {"os", "dcp_hf_writer.storage._libc"} <= imports_of("storage._posix", with_types=False)
     assert "torch.distributed" in imports_of("_rendezvous", with_types=False)
-    assert "os" not in imports_of("export", with_types=False)
-    assert "os" in imports_of("export", with_types=True)
+    assert "os" not in imports_of("mapping.hf_export", with_types=False)
+    assert "os" in imports_of("mapping.hf_export", with_types=True)
     assert own_imports_of("_header") == {"tensors.dtypes", "errors", "tensors.boxes"}

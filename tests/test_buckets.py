@@ -20,7 +20,7 @@ from dcp_hf_writer._layout import RuntimeTensor, plan_layout
 from dcp_hf_writer._rounds import Gather, plan_steps, wire_dtype
 from dcp_hf_writer._stock import _cuts
 from dcp_hf_writer.errors import SpecError
-from dcp_hf_writer.spec import Piece, ShardSpec
+from dcp_hf_writer.mapping.load_spec import Piece, ShardSpec
 from dcp_hf_writer.tensors.boxes import Box, whole
 from dcp_hf_writer.tensors.shards import blocks_of, local_shape, shards_of
 from dcp_hf_writer.tensors.strided_copies import hf_view, runtime_view

@@ -20,10 +20,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec, _explanation_table, _hf_half
-from dcp_hf_writer._name_patterns import patterns, ranges
 from dcp_hf_writer.errors import ConfigError, PlanningError
+from dcp_hf_writer.mapping.load_spec import Piece, ShardSpec
+from dcp_hf_writer.mapping.name_patterns import patterns, ranges
 from dcp_hf_writer.planner import HFSavePlanner
-from dcp_hf_writer.spec import Piece, ShardSpec
 from dcp_hf_writer.tensors.strided_copies import covered
 from held import tensor
 from ranks import run_ranks

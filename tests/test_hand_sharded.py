@@ -19,8 +19,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from dcp_hf_writer import HFDualWriter, HFExport, _hand_sharded
 from dcp_hf_writer._hand_sharded import check_samples, samples_of
 from dcp_hf_writer.errors import CheckpointError, PlanningError
+from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.planner import HFSavePlanner
-from dcp_hf_writer.spec import LoadSpec
 from dcp_hf_writer.tensors.shards import ShardSpec
 from expert_layouts import LAYOUTS, specs_of, state_of
 from held import tensor

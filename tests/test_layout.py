@@ -21,7 +21,7 @@ from dcp_hf_writer import HFExport, LoadSpec
 from dcp_hf_writer._layout import Layout, RuntimeTensor, plan_layout
 from dcp_hf_writer._regions import chunk_regions, needs_cast
 from dcp_hf_writer.errors import CoverageError, LayoutError, SpecError
-from dcp_hf_writer.spec import Piece
+from dcp_hf_writer.mapping.load_spec import Piece
 from dcp_hf_writer.tensors.boxes import Box, whole
 from dcp_hf_writer.tensors.dtypes import CASTABLE, TORCH_BY_NAME
 from dcp_hf_writer.tensors.strided_copies import runtime_view

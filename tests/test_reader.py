@@ -22,7 +22,7 @@ from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, HFLoadPlanner, L
 from dcp_hf_writer import load_hf as load_hf_directory
 from dcp_hf_writer._input_stores import FsspecFiles
 from dcp_hf_writer.errors import ConfigError, MismatchError, ReadError
-from dcp_hf_writer.spec import Piece
+from dcp_hf_writer.mapping.load_spec import Piece
 from small import model_of, spoil, state_of
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dcp_hf_writer.errors import PlanningError
-from dcp_hf_writer.spec import ShardSpec
+from dcp_hf_writer.mapping.load_spec import ShardSpec
 from dcp_hf_writer.tensors.boxes import tiling_fault
 from dcp_hf_writer.tensors.shards import blocks_of, local_shape, shards_of
 

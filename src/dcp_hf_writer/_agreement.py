@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
-    from dcp_hf_writer.spec import ShardSpec
+    from dcp_hf_writer.mapping.load_spec import ShardSpec
 
 _Told = TypeVar("_Told")
 

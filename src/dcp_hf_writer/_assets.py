@@ -21,7 +21,7 @@ from dcp_hf_writer.errors import CheckpointError, ConfigError, ExportError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from dcp_hf_writer.export import HFExport
+    from dcp_hf_writer.mapping.hf_export import HFExport
 
 CONFIG_NAME = "config.json"
 CHECKSUMS_NAME = "checksums.json"

@@ -21,17 +21,17 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from dcp_hf_writer._spec_match import match_specs
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.mapping.spec_match import match_specs
 from dcp_hf_writer.tensors.boxes import Box, Shape
 from dcp_hf_writer.tensors.shards import Block, blocks_of, local_shape, shards_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dcp_hf_writer._model_entry import Path
-    from dcp_hf_writer._spec_match import Match
-    from dcp_hf_writer.spec import LoadSpec
+    from dcp_hf_writer.mapping.load_spec import LoadSpec
+    from dcp_hf_writer.mapping.model_entry import Path
+    from dcp_hf_writer.mapping.spec_match import Match
     from dcp_hf_writer.tensors.shards import ShardSpec
 
 
@@ -102,7 +102,7 @@ def blocked_tensors(
     """Find the tensors of a rank that DCP would plan wrongly, by FQN.
 
     Those are DTensors that hold several blocks, and tensors that a spec declares to be shards, with
-    what is kept beside them (`_spec_match`).
+    what is kept beside them (`spec_match`).
 
     Args:
         state_dict: The flat state dict.

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from dcp_hf_writer.spec import ShardSpec
+    from dcp_hf_writer.mapping.load_spec import ShardSpec
     from dcp_hf_writer.tensors.boxes import Shape
 
 # Tensors of a bucket start on multiples of this, as those of CUDA's allocator nearly do: vectorised

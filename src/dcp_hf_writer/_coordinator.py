@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer._commit import StagingDirectory
     from dcp_hf_writer._layout import Layout
     from dcp_hf_writer._plan_data import GlobalPlan
-    from dcp_hf_writer.export import HFExport
+    from dcp_hf_writer.mapping.hf_export import HFExport
 
 _log = logging.getLogger(__name__)
 

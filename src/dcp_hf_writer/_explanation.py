@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer._once import is_whole
-from dcp_hf_writer._spec_match import model_names
+from dcp_hf_writer.mapping.spec_match import model_names
 from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
 from dcp_hf_writer.tensors.strided_copies import covered, runtime_loops
 
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer._layout import Layout, PartTarget
     from dcp_hf_writer._plan_data import PlannedTensor
-    from dcp_hf_writer.export import HFExport
-    from dcp_hf_writer.spec import LoadSpec
+    from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.mapping.load_spec import LoadSpec
     from dcp_hf_writer.tensors.boxes import Shape
 
     Way = Literal["direct", "cast", "strided"]

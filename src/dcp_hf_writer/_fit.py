@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
     from dcp_hf_writer._blocked import BlockedTensor
-    from dcp_hf_writer._model_entry import Path
-    from dcp_hf_writer.spec import LoadSpec
+    from dcp_hf_writer.mapping.load_spec import LoadSpec
+    from dcp_hf_writer.mapping.model_entry import Path
 
 
 def flat_tensors(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, torch.Tensor]]:

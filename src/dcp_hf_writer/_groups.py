@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.tensor import DTensor
 
-from dcp_hf_writer._model_entry import model_prefix, names_in_model
+from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-    from dcp_hf_writer.export import HFExport
-    from dcp_hf_writer.spec import LoadSpec
+    from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.mapping.load_spec import LoadSpec
 
 UNGROUPED = -1
 """Number of no group, where a rank is alone."""

@@ -15,9 +15,9 @@ import xxhash
 from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer._caller import planned_paths, planned_state_dict
-from dcp_hf_writer._model_entry import NOT_WEIGHTS
-from dcp_hf_writer._spec_match import model_names
 from dcp_hf_writer.errors import ModelKeyError, PlanningError
+from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS
+from dcp_hf_writer.mapping.spec_match import model_names
 from dcp_hf_writer.planner import HFSavePlanner
 from dcp_hf_writer.tensors.shards import blocks_of, shards_of
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-    from dcp_hf_writer._model_entry import Path
+    from dcp_hf_writer.mapping.model_entry import Path
 
 _log = logging.getLogger(__name__)
 

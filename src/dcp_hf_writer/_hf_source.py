@@ -14,7 +14,7 @@ from dcp_hf_writer._read_plan import Fetch, fetch_of_box, fetch_of_copy
 from dcp_hf_writer._regions import Region, TargetTable
 from dcp_hf_writer._strict_json import shortened
 from dcp_hf_writer.errors import MismatchError
-from dcp_hf_writer.spec import LoadSpec
+from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.tensors.dtypes import CASTABLE, TORCH_BY_NAME
 from dcp_hf_writer.tensors.strided_copies import covered, runtime_loops, strides_of
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer._header import HFTensor, encode_header, in_file_order
-from dcp_hf_writer._tied_names import all_ties, checked_ties, tied_keys
 from dcp_hf_writer.errors import CoverageError, LayoutError, SpecError
-from dcp_hf_writer.spec import LoadSpec
+from dcp_hf_writer.mapping.load_spec import LoadSpec
+from dcp_hf_writer.mapping.tied_names import all_ties, checked_ties, tied_keys
 from dcp_hf_writer.tensors.boxes import Box, BoxTable, Shape, tiling_fault
 from dcp_hf_writer.tensors.dtypes import CASTABLE, safetensors_name
 from dcp_hf_writer.tensors.strided_copies import Copy, coverage_fault, hf_box, hf_loops
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from dcp_hf_writer.export import HFExport
+    from dcp_hf_writer.mapping.hf_export import HFExport
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
     from dcp_hf_writer._attempt import Attempt
-    from dcp_hf_writer.export import HFExport
+    from dcp_hf_writer.mapping.hf_export import HFExport
 
 
 def note_memory(attempt: Attempt, planner: SavePlanner | None) -> tuple[tuple[str, ...], ...]:

@@ -7,7 +7,7 @@ import os
 from typing import Any
 
 from dcp_hf_writer.errors import ConfigError
-from dcp_hf_writer.export import HFExport
+from dcp_hf_writer.mapping.hf_export import HFExport
 
 # A quarter of it is the bounce buffer; smaller ones make more system calls than they save memory.
 _MIN_HOST_BUDGET = 1 << 20

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
     from dcp_hf_writer._blocked import BlockedTensor
-    from dcp_hf_writer.export import HFExport
+    from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.tensors.boxes import Box
 
 _SHOWN = 4

@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer._layout import Layout, PartTarget, RuntimeTensor, plan_layout
-from dcp_hf_writer._model_entry import model_prefix, names_in_model
 from dcp_hf_writer._once import targets_stored_once
 from dcp_hf_writer._regions import TargetTable
 from dcp_hf_writer.errors import LayoutError, PlanningError
+from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
 from dcp_hf_writer.tensors.boxes import BoxTable, Shape
 
 if TYPE_CHECKING:
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
     from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData
 
-    from dcp_hf_writer._model_entry import Path
-    from dcp_hf_writer.export import HFExport
+    from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.mapping.model_entry import Path
 
 _DCP_ONLY = "dcp-only"
 

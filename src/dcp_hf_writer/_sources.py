@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer._input_files import InputFiles
     from dcp_hf_writer._parse_manifest import Manifest
-    from dcp_hf_writer.spec import LoadSpec
+    from dcp_hf_writer.mapping.load_spec import LoadSpec
 
 SourceName = Literal["auto", "dcp", "hf"]
 

@@ -27,7 +27,7 @@ from dcp_hf_writer.staging import (
 if TYPE_CHECKING:
     import torch
 
-    from dcp_hf_writer.export import HFExport
+    from dcp_hf_writer.mapping.hf_export import HFExport
 
 # The slab outlives the writers of this process.
 _stager = Stager()

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
-    from dcp_hf_writer.export import HFExport
-    from dcp_hf_writer.spec import LoadSpec, ShardSpec
+    from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.mapping.load_spec import LoadSpec, ShardSpec
 
 _KINDS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 

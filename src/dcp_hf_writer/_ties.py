@@ -13,15 +13,15 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer._caller import planned_paths, planned_state_dict
-from dcp_hf_writer._spec_match import model_names
 from dcp_hf_writer.errors import ExportError
+from dcp_hf_writer.mapping.spec_match import model_names
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from torch.distributed.checkpoint.planner import SavePlanner
 
-    from dcp_hf_writer.export import HFExport
+    from dcp_hf_writer.mapping.hf_export import HFExport
 
 
 HOW_TO_TIE = (

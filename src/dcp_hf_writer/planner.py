@@ -1,6 +1,6 @@
 """HFSavePlanner and HFLoadPlanner: torch's planners, right also where a rank holds several blocks.
 
-Which tensors those are is in `_blocked`, how specs find tensors in `_spec_match`.
+Which tensors those are is in `_blocked`, how specs find tensors in `spec_match`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 
 from dcp_hf_writer._blocked import BlockedTensor, blocked_tensors
 from dcp_hf_writer.errors import PlanningError
-from dcp_hf_writer.export import specs_by_name
+from dcp_hf_writer.mapping.hf_export import specs_by_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
     from torch.distributed.checkpoint.planner import LoadPlan, SavePlan
 
-    from dcp_hf_writer.spec import LoadSpec
+    from dcp_hf_writer.mapping.load_spec import LoadSpec
 
     Specs = Mapping[str, LoadSpec] | Iterable[LoadSpec]
 

@@ -18,7 +18,7 @@ from dcp_hf_writer._loads import DCPLoad, HFLoad, Load, LoadOptions
 from dcp_hf_writer._options import one_of
 from dcp_hf_writer._sources import find_place
 from dcp_hf_writer.errors import CheckpointError, ConfigError, ReadError
-from dcp_hf_writer.export import specs_by_name
+from dcp_hf_writer.mapping.hf_export import specs_by_name
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
     from dcp_hf_writer._sources import SourceName
-    from dcp_hf_writer.spec import LoadSpec
+    from dcp_hf_writer.mapping.load_spec import LoadSpec
 
 # What ranks write that save without collectives.
 _RANK_METADATA = re.compile(r"__\d+\.metadata")

@@ -23,7 +23,7 @@ from dcp_hf_writer.errors import CheckpointError, StagingError
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from dcp_hf_writer._model_entry import Path
+    from dcp_hf_writer.mapping.model_entry import Path
 
 # With overlapped staging, tensors below this size are copied before `stage` returns: buffers that a
 # forward pass changes in place (batch-norm statistics, step counters) are among them.

@@ -26,14 +26,14 @@ from dcp_hf_writer._stock import Stock, complete_by_hand, take_stock
 from dcp_hf_writer._tensors import memory_of, tied_groups
 from dcp_hf_writer._ties import HOW_TO_TIE, drifted_tie
 from dcp_hf_writer.errors import CheckpointError, LayoutError
-from dcp_hf_writer.export import HFExport, size_in_bytes, specs_by_name
+from dcp_hf_writer.mapping.hf_export import HFExport, size_in_bytes, specs_by_name
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping
 
     from torch.distributed import ProcessGroup
 
-    from dcp_hf_writer.spec import LoadSpec
+    from dcp_hf_writer.mapping.load_spec import LoadSpec
 
 
 def iter_hf_buckets(

@@ -38,8 +38,8 @@ from dcp_hf_writer.errors import (
     SaveTimeoutError,
     StagingError,
 )
-from dcp_hf_writer.export import HFExport
 from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.slots import WriteSlots
 from dcp_hf_writer.storage._posix import write_errors
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Collection, Iterable, Mapping
 
-    from dcp_hf_writer._derivation import HFSide
+    from dcp_hf_writer.mapping.specs_from_function import HFSide
     from dcp_hf_writer.tensors.boxes import Shape
 
 _INDEX = "model.safetensors.index.json"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_hf_writer.errors import ConfigError
-from dcp_hf_writer.spec import LoadSpec
+from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.tensors.dtypes import export_dtype
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from dcp_hf_writer.errors import LayoutError
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-    from dcp_hf_writer.export import HFExport
+    from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.tensors.boxes import Shape
 
 _MANY = 20

@@ -9,9 +9,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer._symbolic import Run, SymbolicTensor, symbolic_tensors
 from dcp_hf_writer.errors import SpecError
-from dcp_hf_writer.spec import LoadSpec, Piece
+from dcp_hf_writer.mapping.load_spec import LoadSpec, Piece
+from dcp_hf_writer.mapping.symbolic_tensors import Run, SymbolicTensor, symbolic_tensors
 from dcp_hf_writer.tensors.loop_nests import merged
 from dcp_hf_writer.tensors.strided_copies import strides_of
 

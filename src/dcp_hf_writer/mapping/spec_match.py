@@ -15,13 +15,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._model_entry import NOT_WEIGHTS, model_prefix, names_in_model
+from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS, model_prefix, names_in_model
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dcp_hf_writer._model_entry import Path
-    from dcp_hf_writer.spec import LoadSpec
+    from dcp_hf_writer.mapping.load_spec import LoadSpec
+    from dcp_hf_writer.mapping.model_entry import Path
 
 _STATE = "state"
 
