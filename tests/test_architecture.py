@@ -15,24 +15,38 @@ ROOT = Path(dcp_hf_writer.__file__).parent
 
 # Each module may import from its own layer and from those above it, in the order of the design.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "mapping", "tensors", "failpoints"),
+    ("errors", "formats", "mapping", "tensors", "failpoints"),
     (
         "mapping.name_patterns",
         "tensors.boxes",
         "tensors.dtypes",
         "tensors.strided_copies",
-        "_strict_json",
+        "formats.strict_json",
     ),
     ("tensors.loop_nests", "mapping.symbolic_tensors"),
     ("tensors.shards",),
     ("mapping.load_spec", "mapping.hf_export"),
-    ("_dequantize", "_stored", "_quantized"),
+    ("formats.dequantize", "formats.quantized_tensors", "formats.quantized_checkpoints"),
     ("mapping.specs_from_function", "mapping.tied_names"),
-    ("_header", "_layout", "_regions", "_once", "mapping.model_entry", "_report", "_manifest"),
+    (
+        "formats.encode_safetensors_header",
+        "_layout",
+        "_regions",
+        "_once",
+        "mapping.model_entry",
+        "_report",
+        "_manifest",
+    ),
     ("mapping.spec_match",),
     ("_buckets", "_rounds"),
-    ("_parse_header", "_parse_blocks", "_parse_manifest", "_sweep", "_problems"),
-    ("_unpickle", "_dcp_metadata", "_archived", "_read_plan", "_exchange_plan"),
+    ("formats.parse_safetensors_header", "_parse_blocks", "_parse_manifest", "_sweep", "_problems"),
+    (
+        "formats.restricted_unpickle",
+        "formats.parse_dcp_metadata",
+        "formats.parse_torch_archive",
+        "_read_plan",
+        "_exchange_plan",
+    ),
     ("_tensors", "_plan_data", "_plan_cache"),
     ("_explanation", "_explanation_table", "explain"),
     ("_agreement", "_fill", "_groups", "_stock"),
@@ -42,7 +56,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("storage", "storage._libc", "storage._posix", "_writes"),
     ("_input_files", "_input_stores", "_open_inputs", "_read_phase", "_exchange"),
     ("_listing", "_check_dcp", "_recompute", "_progress"),
-    ("_archive", "_source", "_dcp_half", "_hf_half", "_assets", "_options"),
+    ("formats.encode_torch_archive", "_source", "_dcp_half", "_hf_half", "_assets", "_options"),
     ("_dcp_source", "_hf_directory", "_hf_source", "_sources", "_fit"),
     ("_dequantize_load", "_verify_ranges", "_load_blocks", "_loads"),
     ("_rendezvous", "_owner"),
@@ -65,7 +79,7 @@ PLANNING = (
     *(
         "tensors.boxes",
         "tensors.dtypes",
-        "_header",
+        "formats.encode_safetensors_header",
         "_layout",
         "mapping.model_entry",
         "_report",
@@ -76,9 +90,16 @@ PLANNING = (
     *("tensors.shards", "mapping.spec_match", "mapping.tied_names"),
     *("_buckets", "_rounds"),
     *("mapping.load_spec", "mapping.hf_export"),
-    *("_dequantize", "_stored", "_quantized"),
-    *("_strict_json", "_parse_header", "_parse_blocks", "_parse_manifest", "_sweep", "_problems"),
-    *("_unpickle", "_read_plan", "_exchange_plan"),
+    *("formats.dequantize", "formats.quantized_tensors", "formats.quantized_checkpoints"),
+    *(
+        "formats.strict_json",
+        "formats.parse_safetensors_header",
+        "_parse_blocks",
+        "_parse_manifest",
+        "_sweep",
+        "_problems",
+    ),
+    *("formats.restricted_unpickle", "_read_plan", "_exchange_plan"),
 )
 # Storage, processes, other machines.
 EFFECTS = frozenset(
@@ -184,4 +205,8 @@ def test_check_sees_what_it_forbids() -> None:
     assert "torch.distributed" in imports_of("_rendezvous", with_types=False)
     assert "os" not in imports_of("mapping.hf_export", with_types=False)
     assert "os" in imports_of("mapping.hf_export", with_types=True)
-    assert own_imports_of("_header") == {"tensors.dtypes", "errors", "tensors.boxes"}
+    assert own_imports_of("formats.encode_safetensors_header") == {
+        "tensors.dtypes",
+        "errors",
+        "tensors.boxes",
+    }

@@ -57,7 +57,7 @@ def dcp_problems(metadata: Metadata, sizes: Mapping[str, int]) -> Iterator[Probl
     """Yield what is wrong.
 
     Args:
-        metadata: Read by `_dcp_metadata`.
+        metadata: Read by `parse_dcp_metadata`.
         sizes: Size of every file of the checkpoint, by path within it.
     """
     for name, items in items_by_file(metadata).items():

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from dcp_hf_writer._hf_directory import MAX_INDEX_NBYTES, SUFFIX, parse_index, read_header
 from dcp_hf_writer._layout import INDEX_NAME, SINGLE_NAME
 from dcp_hf_writer._problems import Problem
-from dcp_hf_writer._strict_json import shortened
 from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.formats.strict_json import shortened
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from dcp_hf_writer._input_files import InputFiles
-    from dcp_hf_writer._parse_header import FileHeader
     from dcp_hf_writer._parse_manifest import ManifestExport
+    from dcp_hf_writer.formats.parse_safetensors_header import FileHeader
 
 # How save_pretrained and the hub name the files that an index belongs to.
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")

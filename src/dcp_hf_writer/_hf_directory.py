@@ -11,19 +11,23 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dcp_hf_writer._layout import INDEX_NAME, SINGLE_NAME
-from dcp_hf_writer._parse_header import LENGTH_NBYTES, header_nbytes, parse_header
 from dcp_hf_writer._parse_manifest import is_relative_name
-from dcp_hf_writer._quantized import logical_tensors
-from dcp_hf_writer._strict_json import is_text, parse_json, shortened
 from dcp_hf_writer.errors import CorruptCheckpointError, ReadError
+from dcp_hf_writer.formats.parse_safetensors_header import (
+    LENGTH_NBYTES,
+    header_nbytes,
+    parse_header,
+)
+from dcp_hf_writer.formats.quantized_checkpoints import logical_tensors
+from dcp_hf_writer.formats.strict_json import is_text, parse_json, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
     from dcp_hf_writer._input_files import InputFile
     from dcp_hf_writer._open_inputs import OpenInputs
-    from dcp_hf_writer._parse_header import FileHeader, StoredTensor
-    from dcp_hf_writer._stored import Stored
+    from dcp_hf_writer.formats.parse_safetensors_header import FileHeader, StoredTensor
+    from dcp_hf_writer.formats.quantized_tensors import Stored
 
 SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"

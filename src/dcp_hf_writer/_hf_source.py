@@ -12,8 +12,8 @@ from dcp_hf_writer._once import is_whole
 from dcp_hf_writer._read_phase import is_direct
 from dcp_hf_writer._read_plan import Fetch, fetch_of_box, fetch_of_copy
 from dcp_hf_writer._regions import Region, TargetTable
-from dcp_hf_writer._strict_json import shortened
 from dcp_hf_writer.errors import MismatchError
+from dcp_hf_writer.formats.strict_json import shortened
 from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.tensors.dtypes import CASTABLE, TORCH_BY_NAME
 from dcp_hf_writer.tensors.strided_copies import covered, runtime_loops, strides_of
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from dcp_hf_writer._hf_directory import HFDirectory
-    from dcp_hf_writer._stored import Stored
+    from dcp_hf_writer.formats.quantized_tensors import Stored
     from dcp_hf_writer.tensors.boxes import Box, Shape
     from dcp_hf_writer.tensors.strided_copies import Copy
 

@@ -12,8 +12,8 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer._header import HFTensor, encode_header, in_file_order
 from dcp_hf_writer.errors import CoverageError, LayoutError, SpecError
+from dcp_hf_writer.formats.encode_safetensors_header import HFTensor, encode_header, in_file_order
 from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.mapping.tied_names import all_ties, checked_ties, tied_keys
 from dcp_hf_writer.tensors.boxes import Box, BoxTable, Shape, tiling_fault

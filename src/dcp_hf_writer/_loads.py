@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType
 
-from dcp_hf_writer._dcp_metadata import METADATA_NAME
 from dcp_hf_writer._dcp_source import DCPSource, Wanted
 from dcp_hf_writer._exchange import Reading
 from dcp_hf_writer._fit import flat_tensors, loaded_values, misfits
@@ -30,6 +29,7 @@ from dcp_hf_writer._sources import open_hf_source, read_dcp_metadata
 from dcp_hf_writer._tensors import memory_identity
 from dcp_hf_writer._verify_ranges import verify_ranges
 from dcp_hf_writer.errors import MismatchError
+from dcp_hf_writer.formats.parse_dcp_metadata import METADATA_NAME
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
 from dcp_hf_writer.tensors.boxes import Box
 

@@ -17,9 +17,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from dcp_hf_writer import _options
-from dcp_hf_writer._archive import tensor_archive
 from dcp_hf_writer._commit import MANIFEST_NAME, StagingDirectory
-from dcp_hf_writer._dcp_metadata import METADATA_NAME
 from dcp_hf_writer._dcp_source import DCPSource, Wanted
 from dcp_hf_writer._input_stores import open_directory
 from dcp_hf_writer._manifest import WholeFile, encode_manifest
@@ -31,6 +29,8 @@ from dcp_hf_writer._read_plan import plan_reads
 from dcp_hf_writer._report import DCPFile, RankReport
 from dcp_hf_writer._source import host_bytes
 from dcp_hf_writer._sources import read_dcp_metadata
+from dcp_hf_writer.formats.encode_torch_archive import tensor_archive
+from dcp_hf_writer.formats.parse_dcp_metadata import METADATA_NAME
 from dcp_hf_writer.storage._posix import OutputFile, sync_directory, write_file
 
 if TYPE_CHECKING:

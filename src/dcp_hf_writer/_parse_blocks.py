@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer._strict_json import is_count
+from dcp_hf_writer.formats.strict_json import is_count
 from dcp_hf_writer.tensors.boxes import ByteRuns
 from dcp_hf_writer.tensors.strided_copies import strides_of
 

@@ -17,8 +17,8 @@ import xxhash
 from dcp_hf_writer._manifest import FORMAT_VERSION, WholeFile
 from dcp_hf_writer._parse_blocks import Places
 from dcp_hf_writer._report import DIGEST_NAME, DCPFile
-from dcp_hf_writer._strict_json import is_count, is_text, parse_json, shortened
 from dcp_hf_writer.errors import CorruptCheckpointError
+from dcp_hf_writer.formats.strict_json import is_count, is_text, parse_json, shortened
 from dcp_hf_writer.tensors.boxes import ByteRuns
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 

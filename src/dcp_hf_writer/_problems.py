@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._strict_json import shortened
+from dcp_hf_writer.formats.strict_json import shortened
 
 if TYPE_CHECKING:
     from dcp_hf_writer.errors import CheckpointError

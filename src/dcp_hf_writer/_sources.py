@@ -6,13 +6,17 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from dcp_hf_writer._dcp_metadata import MAX_METADATA_NBYTES, METADATA_NAME, parse_metadata
 from dcp_hf_writer._hf_directory import SUFFIX, is_hf_directory, open_hf_directory
 from dcp_hf_writer._hf_source import HFSource
 from dcp_hf_writer._input_stores import open_directory
 from dcp_hf_writer._open_inputs import OpenInputs
 from dcp_hf_writer._parse_manifest import MANIFEST_NAME, MAX_MANIFEST_NBYTES, parse_manifest
 from dcp_hf_writer.errors import ReadError
+from dcp_hf_writer.formats.parse_dcp_metadata import (
+    MAX_METADATA_NBYTES,
+    METADATA_NAME,
+    parse_metadata,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping

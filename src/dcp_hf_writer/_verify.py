@@ -14,7 +14,6 @@ from dcp_hf_writer._check_dcp import (
     items_by_file,
 )
 from dcp_hf_writer._check_hf import DirectoryCheck, export_problems
-from dcp_hf_writer._dcp_metadata import MAX_METADATA_NBYTES, parse_metadata
 from dcp_hf_writer._hf_directory import SUFFIX
 from dcp_hf_writer._input_stores import open_directory
 from dcp_hf_writer._layout import INDEX_NAME
@@ -24,6 +23,7 @@ from dcp_hf_writer._problems import Problem
 from dcp_hf_writer._progress import progress_of
 from dcp_hf_writer._recompute import Recomputation, jobs_of
 from dcp_hf_writer.errors import CheckpointError, ConfigError, CorruptCheckpointError
+from dcp_hf_writer.formats.parse_dcp_metadata import MAX_METADATA_NBYTES, parse_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence

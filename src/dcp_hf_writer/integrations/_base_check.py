@@ -13,8 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._parse_header import LENGTH_NBYTES, header_nbytes, parse_header
 from dcp_hf_writer.errors import ConfigError, SpecError
+from dcp_hf_writer.formats.parse_safetensors_header import (
+    LENGTH_NBYTES,
+    header_nbytes,
+    parse_header,
+)
 from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer._strict_json import shortened
 from dcp_hf_writer.errors import CorruptCheckpointError
+from dcp_hf_writer.formats.strict_json import shortened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from dcp_hf_writer._dcp_metadata import DTYPES
-from dcp_hf_writer._unpickle import Admitted, Constant, Function, unpickle
 from dcp_hf_writer.errors import CorruptCheckpointError
+from dcp_hf_writer.formats.parse_dcp_metadata import DTYPES
+from dcp_hf_writer.formats.restricted_unpickle import Admitted, Constant, Function, unpickle
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

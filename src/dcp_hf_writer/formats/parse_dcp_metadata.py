@@ -1,7 +1,7 @@
 """DCP's `.metadata`, read without trust.
 
 torch reads this file with `pickle.load`, which runs whatever the file says. Here its objects are
-made by `_unpickle`, and each is what DCP's planners rely on before anyone else sees it.
+made by `restricted_unpickle`, and each is what DCP's planners rely on before anyone else sees it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from dcp_hf_writer._once import StoredOnce, StoredPart
-from dcp_hf_writer._strict_json import shortened
-from dcp_hf_writer._unpickle import Admitted, Class, Constant, Function, unpickle
 from dcp_hf_writer.errors import CorruptCheckpointError
+from dcp_hf_writer.formats.restricted_unpickle import Admitted, Class, Constant, Function, unpickle
+from dcp_hf_writer.formats.strict_json import shortened
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 from dcp_hf_writer.tensors.strided_copies import Copy, Loop
 

@@ -1,7 +1,7 @@
 """The header of a safetensors file, read without trust.
 
-Pure. The other direction is `_header`. What safetensors' own reader refuses is refused here too,
-and a key that stands in a header twice, which it accepts.
+Pure. The other direction is `encode_safetensors_header`. This parser refuses what safetensors' own
+reader refuses, and also a key that stands in a header twice, which that reader accepts.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dcp_hf_writer._header import MAX_HEADER_NBYTES
-from dcp_hf_writer._strict_json import is_count, is_text, parse_json, shortened
 from dcp_hf_writer.errors import CorruptCheckpointError
+from dcp_hf_writer.formats.encode_safetensors_header import MAX_HEADER_NBYTES
+from dcp_hf_writer.formats.strict_json import is_count, is_text, parse_json, shortened
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._dequantize import (
+from dcp_hf_writer.formats.dequantize import (
     MX_GROUP,
     MX_GROUP_NBYTES,
     dequantize_blocks,

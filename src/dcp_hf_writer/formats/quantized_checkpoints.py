@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer._dequantize import MX_GROUP, MX_GROUP_NBYTES
-from dcp_hf_writer._stored import BlockScaled, PackedFp4, Stored
 from dcp_hf_writer.errors import CorruptCheckpointError, PlanningError
+from dcp_hf_writer.formats.dequantize import MX_GROUP, MX_GROUP_NBYTES
+from dcp_hf_writer.formats.quantized_tensors import BlockScaled, PackedFp4, Stored
 from dcp_hf_writer.tensors.boxes import Shape, whole
 from dcp_hf_writer.tensors.dtypes import CASTABLE, NAME_BY_TORCH
 
