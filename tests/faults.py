@@ -29,7 +29,7 @@ import torch.distributed.checkpoint as dcp
 
 from dcp_hf_writer import HFDualWriter, WriteSlots, failpoints
 from dcp_hf_writer.errors import CheckpointError
-from dcp_hf_writer.storage import _libc
+from dcp_hf_writer.storage import linux_calls
 from named_bytes import EXPORT, save_held_by, sharded_state
 from rank_process import Raised
 
@@ -150,7 +150,7 @@ class BadCall:
             yield
             return
         is_libc = not hasattr(os, self.name)
-        holder: Any = _Libc(_libc._libc) if is_libc else os
+        holder: Any = _Libc(linux_calls._libc) if is_libc else os
         real = getattr(holder, self.name)
         counted, lock = 0, threading.Lock()
 
@@ -168,14 +168,14 @@ class BadCall:
             return self._answer(real, args, is_libc=is_libc)
 
         setattr(holder, self.name, bad)
-        original = _libc._libc
+        original = linux_calls._libc
         if is_libc:
-            _libc._libc = holder
+            linux_calls._libc = holder
         try:
             yield
         finally:
             setattr(holder, self.name, real)
-            _libc._libc = original
+            linux_calls._libc = original
 
     def _is_meant(self, path: str, root: Path) -> bool:
         if self.file == ROOT:

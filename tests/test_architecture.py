@@ -52,10 +52,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_agreement", "_fill", "_groups", "_stock"),
     ("_blocked", "planner"),
     ("_slab", "staging", "_caller"),
-    ("_slot_files", "slots"),
-    ("storage", "storage._libc", "storage._posix", "_writes"),
-    ("_input_files", "_input_stores", "_open_inputs", "_read_phase", "_exchange"),
-    ("_listing", "_check_dcp", "_recompute", "_progress"),
+    ("storage.slot_files", "storage.write_slots"),
+    ("storage", "storage.linux_calls", "storage.posix_outputs", "storage.open_outputs"),
+    (
+        "storage.input_contract",
+        "storage.input_backends",
+        "storage.open_inputs",
+        "_read_phase",
+        "_exchange",
+    ),
+    ("storage.listing", "_check_dcp", "_recompute", "_progress"),
     ("formats.encode_torch_archive", "_source", "_dcp_half", "_hf_half", "_assets", "_options"),
     ("_dcp_source", "_hf_directory", "_hf_source", "_sources", "_fit"),
     ("_dequantize_load", "_verify_ranges", "_load_blocks", "_loads"),
@@ -201,7 +207,9 @@ def test_planning_opens_no_file(name: str) -> None:
 
 
 def test_check_sees_what_it_forbids() -> None:
-    assert {"os", "dcp_hf_writer.storage._libc"} <= imports_of("storage._posix", with_types=False)
+    assert {"os", "dcp_hf_writer.storage.linux_calls"} <= imports_of(
+        "storage.posix_outputs", with_types=False
+    )
     assert "torch.distributed" in imports_of("_rendezvous", with_types=False)
     assert "os" not in imports_of("mapping.hf_export", with_types=False)
     assert "os" in imports_of("mapping.hf_export", with_types=True)

@@ -14,7 +14,7 @@ from dcp_hf_writer import _commit
 from dcp_hf_writer._commit import MANIFEST_NAME, StagingDirectory, check_target
 from dcp_hf_writer._owner import Owner, is_over_here, new_save_id
 from dcp_hf_writer.errors import CommitError, NodeLocalPathError, TargetExistsError, WriteError
-from dcp_hf_writer.storage._libc import UnsupportedCallError
+from dcp_hf_writer.storage.linux_calls import UnsupportedCallError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

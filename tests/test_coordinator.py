@@ -42,7 +42,7 @@ from dcp_hf_writer.errors import (
     TargetExistsError,
     WriteError,
 )
-from dcp_hf_writer.storage._posix import COHERENT
+from dcp_hf_writer.storage.posix_outputs import COHERENT
 from dcp_hf_writer.tensors.boxes import whole
 from ranks import run_ranks
 from small import dcp_difference, difference, leftovers, state_of

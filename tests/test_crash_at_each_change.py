@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import pytest
 
 from dcp_hf_writer import _commit
-from dcp_hf_writer.storage import _libc
+from dcp_hf_writer.storage import linux_calls
 from faults import BadCall, check_outcomes, check_storage, looks_committed, path_of_call, save
 from named_bytes import save_held_by
 from processes import in_fresh_process
@@ -55,7 +55,11 @@ class Changes:
         for name in _CALLS:
             setattr(os, name, self._counted(getattr(os, name), is_write=name.startswith("pwrite")))
         for name in _LIBC_CALLS:
-            setattr(_libc._libc, name, self._counted(getattr(_libc._libc, name), is_write=False))
+            setattr(
+                linux_calls._libc,
+                name,
+                self._counted(getattr(linux_calls._libc, name), is_write=False),
+            )
 
     def _audit(self, event: str, args: tuple[Any, ...]) -> None:
         if event not in _EVENTS or not isinstance(args[0], (str, bytes, os.PathLike)):

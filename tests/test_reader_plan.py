@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcp_hf_writer import _read_phase, _read_plan
-from dcp_hf_writer._input_stores import open_directory
-from dcp_hf_writer._open_inputs import OpenInputs
 from dcp_hf_writer._read_phase import is_direct, run_reads
 from dcp_hf_writer._read_plan import Bounce, Direct, Fetch, Read, plan_reads
 from dcp_hf_writer.errors import ReadError
+from dcp_hf_writer.storage.input_backends import open_directory
+from dcp_hf_writer.storage.open_inputs import OpenInputs
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -24,7 +24,7 @@ from dcp_hf_writer.errors import (
     StorageError,
     WriteError,
 )
-from dcp_hf_writer.storage._posix import _RESERVES_SLOWLY, file_system_type
+from dcp_hf_writer.storage.posix_outputs import _RESERVES_SLOWLY, file_system_type
 from faults import (
     ROOT,
     TIMEOUT_S,

@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from dcp_hf_writer._manifest import WholeFile
     from dcp_hf_writer._plan_data import GlobalPlan
     from dcp_hf_writer._slab import Lease
-    from dcp_hf_writer._writes import OpenFiles
     from dcp_hf_writer.errors import CheckpointError, ExportError
     from dcp_hf_writer.staging import StagedInfo
+    from dcp_hf_writer.storage.open_outputs import OpenFiles
 
 _log = logging.getLogger(__name__)
 

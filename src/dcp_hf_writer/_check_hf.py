@@ -15,9 +15,9 @@ from dcp_hf_writer.formats.strict_json import shortened
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from dcp_hf_writer._input_files import InputFiles
     from dcp_hf_writer._parse_manifest import ManifestExport
     from dcp_hf_writer.formats.parse_safetensors_header import FileHeader
+    from dcp_hf_writer.storage.input_contract import InputFiles
 
 # How save_pretrained and the hub name the files that an index belongs to.
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")

@@ -23,8 +23,8 @@ from dcp_hf_writer.errors import (
     TargetExistsError,
     WriteError,
 )
-from dcp_hf_writer.storage._libc import UnsupportedCallError, exchange
-from dcp_hf_writer.storage._posix import (
+from dcp_hf_writer.storage.linux_calls import UnsupportedCallError, exchange
+from dcp_hf_writer.storage.posix_outputs import (
     OutputFile,
     make_directories,
     publish_new,

@@ -19,7 +19,6 @@ from dcp_hf_writer._owner import Owner
 from dcp_hf_writer._report import RankReport, check_coverage
 from dcp_hf_writer._source import digest_of
 from dcp_hf_writer._write_phase import export_error
-from dcp_hf_writer._writes import OpenFiles
 from dcp_hf_writer.errors import (
     CommitError,
     CoverageError,
@@ -29,7 +28,8 @@ from dcp_hf_writer.errors import (
     WriteError,
 )
 from dcp_hf_writer.failpoints import reach
-from dcp_hf_writer.storage._posix import (
+from dcp_hf_writer.storage.open_outputs import OpenFiles
+from dcp_hf_writer.storage.posix_outputs import (
     COHERENT,
     OutputFile,
     file_system_type,

@@ -22,7 +22,7 @@ from dcp_hf_writer._source import TensorSource, host_bytes, row_major_bytes
 from dcp_hf_writer.errors import CoverageError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.encode_torch_archive import tensor_archive
-from dcp_hf_writer.storage._posix import PIECE_NBYTES, OutputFile
+from dcp_hf_writer.storage.posix_outputs import PIECE_NBYTES, OutputFile
 
 if TYPE_CHECKING:
     import queue

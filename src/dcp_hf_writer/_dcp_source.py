@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import ReadItem
 
-    from dcp_hf_writer._input_files import InputFile
-    from dcp_hf_writer._open_inputs import OpenInputs
+    from dcp_hf_writer.storage.input_contract import InputFile
+    from dcp_hf_writer.storage.open_inputs import OpenInputs
 
 # Heads of archives that one task of a thread reads.
 _GROUP = 64

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer._hf_directory import HFDirectory
     from dcp_hf_writer._hf_source import Dequantized
-    from dcp_hf_writer._open_inputs import OpenInputs
+    from dcp_hf_writer.storage.open_inputs import OpenInputs
     from dcp_hf_writer.tensors.strided_copies import Copy
 
 # Values that are computed at a time: a few times this many bytes are in memory per thread.

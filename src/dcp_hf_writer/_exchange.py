@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from dcp_hf_writer._exchange_plan import Segment
-    from dcp_hf_writer._open_inputs import OpenInputs
     from dcp_hf_writer._read_phase import Buffer
     from dcp_hf_writer._read_plan import Read
+    from dcp_hf_writer.storage.open_inputs import OpenInputs
 
 
 class Reading:

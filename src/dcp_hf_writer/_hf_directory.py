@@ -24,10 +24,10 @@ from dcp_hf_writer.formats.strict_json import is_text, parse_json, shortened
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
 
-    from dcp_hf_writer._input_files import InputFile
-    from dcp_hf_writer._open_inputs import OpenInputs
     from dcp_hf_writer.formats.parse_safetensors_header import FileHeader, StoredTensor
     from dcp_hf_writer.formats.quantized_tensors import Stored
+    from dcp_hf_writer.storage.input_contract import InputFile
+    from dcp_hf_writer.storage.open_inputs import OpenInputs
 
 SUFFIX = ".safetensors"
 _INDEX_SUFFIX = ".safetensors.index.json"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import WriteItem
 
     from dcp_hf_writer._layout import PartTarget
-    from dcp_hf_writer.storage._posix import OutputFile
+    from dcp_hf_writer.storage.posix_outputs import OutputFile
     from dcp_hf_writer.tensors.boxes import ByteRuns
 
 # Casts and blocks that are not contiguous go through at most this much reused memory: fresh pages

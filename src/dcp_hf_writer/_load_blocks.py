@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     from dcp_hf_writer._exchange import Reading
     from dcp_hf_writer._hf_directory import HFDirectory
     from dcp_hf_writer._hf_source import Block, Dequantized, HFSource
-    from dcp_hf_writer._open_inputs import OpenInputs
     from dcp_hf_writer._sources import Place
+    from dcp_hf_writer.storage.open_inputs import OpenInputs
 
 
 def load_blocks(

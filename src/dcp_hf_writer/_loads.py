@@ -22,7 +22,6 @@ from dcp_hf_writer._exchange import Reading
 from dcp_hf_writer._fit import flat_tensors, loaded_values, misfits
 from dcp_hf_writer._hf_source import Block, Findings
 from dcp_hf_writer._load_blocks import load_blocks
-from dcp_hf_writer._open_inputs import OpenInputs
 from dcp_hf_writer._read_phase import run_reads
 from dcp_hf_writer._read_plan import plan_reads
 from dcp_hf_writer._sources import open_hf_source, read_dcp_metadata
@@ -31,6 +30,7 @@ from dcp_hf_writer._verify_ranges import verify_ranges
 from dcp_hf_writer.errors import MismatchError
 from dcp_hf_writer.formats.parse_dcp_metadata import METADATA_NAME
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
+from dcp_hf_writer.storage.open_inputs import OpenInputs
 from dcp_hf_writer.tensors.boxes import Box
 
 if TYPE_CHECKING:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from dcp_hf_writer._input_stores import LocalFiles
 from dcp_hf_writer._problems import Problem
 from dcp_hf_writer._sweep import (
     BEYOND,
@@ -21,14 +20,15 @@ from dcp_hf_writer._sweep import (
     extent_of,
 )
 from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.storage.input_backends import LocalFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from dcp_hf_writer._input_files import InputFile, InputFiles
     from dcp_hf_writer._manifest import WholeFile
     from dcp_hf_writer._parse_manifest import Manifest, ManifestFile, ManifestTensor
     from dcp_hf_writer._report import DCPFile
+    from dcp_hf_writer.storage.input_contract import InputFile, InputFiles
 
 # Small enough that the threads end together, large enough that opening a file does not count.
 _JOB_NBYTES = 64 << 20

@@ -29,7 +29,6 @@ from dcp_hf_writer._once import stored_once
 from dcp_hf_writer._regions import TargetTable
 from dcp_hf_writer._report import RankReport
 from dcp_hf_writer._source import TensorSource, chunk_of
-from dcp_hf_writer._writes import OpenFiles
 from dcp_hf_writer.errors import (
     CheckpointError,
     ExportError,
@@ -38,7 +37,8 @@ from dcp_hf_writer.errors import (
     SlotTimeoutError,
 )
 from dcp_hf_writer.failpoints import reach
-from dcp_hf_writer.storage._posix import OutputFile
+from dcp_hf_writer.storage.open_outputs import OpenFiles
+from dcp_hf_writer.storage.posix_outputs import OutputFile
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer._commit import StagingDirectory
     from dcp_hf_writer._plan_data import RankPlan
     from dcp_hf_writer._regions import Region
-    from dcp_hf_writer.slots import WriteSlots
+    from dcp_hf_writer.storage.write_slots import WriteSlots
 
 _log = logging.getLogger(__name__)
 

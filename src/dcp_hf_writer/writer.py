@@ -40,8 +40,8 @@ from dcp_hf_writer.errors import (
 )
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.mapping.hf_export import HFExport
-from dcp_hf_writer.slots import WriteSlots
-from dcp_hf_writer.storage._posix import write_errors
+from dcp_hf_writer.storage.posix_outputs import write_errors
+from dcp_hf_writer.storage.write_slots import WriteSlots
 
 if TYPE_CHECKING:
     import torch.distributed as dist

@@ -1,1 +1,4 @@
-"""Storage backends: where the bytes of a checkpoint go."""
+"""Effects on storage: output and input files, one module a backend, and write slots.
+
+Decides nothing about what is written where.
+"""

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from dcp_hf_writer._input_files import InputFile, InputFiles
+    from dcp_hf_writer.storage.input_contract import InputFile, InputFiles
 
 # A process may have 1024 open by default, and has others.
 _MAX_IDLE = 128

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import CheckpointError, WriteError
-from dcp_hf_writer.storage._libc import (
+from dcp_hf_writer.storage.linux_calls import (
     UnsupportedCallError,
     rename_no_replace,
     reserve,

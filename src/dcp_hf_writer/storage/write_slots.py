@@ -17,7 +17,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from dcp_hf_writer._slot_files import (
+from dcp_hf_writer.errors import ConfigError, SlotTimeoutError
+from dcp_hf_writer.storage.slot_files import (
     SlotFiles,
     ensure_given_directory,
     ensure_private_directory,
@@ -27,7 +28,6 @@ from dcp_hf_writer._slot_files import (
     release,
     try_lock,
 )
-from dcp_hf_writer.errors import ConfigError, SlotTimeoutError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

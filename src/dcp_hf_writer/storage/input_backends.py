@@ -9,8 +9,14 @@ import threading
 from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer._input_files import InputFile, InputFiles, check_name, ended, read_errors
 from dcp_hf_writer.errors import ConfigError, CorruptCheckpointError
+from dcp_hf_writer.storage.input_contract import (
+    InputFile,
+    InputFiles,
+    check_name,
+    ended,
+    read_errors,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

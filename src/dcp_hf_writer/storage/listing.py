@@ -6,7 +6,7 @@ import os
 import stat
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer._input_files import read_errors
+from dcp_hf_writer.storage.input_contract import read_errors
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

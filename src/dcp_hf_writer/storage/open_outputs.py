@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from dcp_hf_writer.errors import SaveTimeoutError
 
 if TYPE_CHECKING:
-    from dcp_hf_writer.storage._posix import OutputFile
+    from dcp_hf_writer.storage.posix_outputs import OutputFile
 
 # An fsync mostly waits for the device; a few in flight let it merge what they ask for.
 _SYNC_THREADS = 4
