@@ -30,9 +30,7 @@ from dcp_hf_writer._coordinator import (
     prepare_export,
     step_of,
 )
-from dcp_hf_writer._layout import Layout, RuntimeTensor, plan_layout
 from dcp_hf_writer._owner import is_over_here, new_save_id
-from dcp_hf_writer._report import DCPFile, RankReport
 from dcp_hf_writer.errors import (
     CommitError,
     CoverageError,
@@ -42,6 +40,8 @@ from dcp_hf_writer.errors import (
     TargetExistsError,
     WriteError,
 )
+from dcp_hf_writer.plan.layout import Layout, RuntimeTensor, plan_layout
+from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
 from dcp_hf_writer.storage.posix_outputs import COHERENT
 from dcp_hf_writer.tensors.boxes import whole
 from ranks import run_ranks

@@ -18,7 +18,6 @@ import audit
 from compare import tensor_difference
 from dcp_hf_writer import HFDualWriter, HFExport
 from dcp_hf_writer._materialize import materialize
-from dcp_hf_writer._once import StoredOnce
 from dcp_hf_writer.errors import (
     ConfigError,
     CorruptCheckpointError,
@@ -26,6 +25,7 @@ from dcp_hf_writer.errors import (
     StoredOnceError,
     TargetExistsError,
 )
+from dcp_hf_writer.plan.stored_once import StoredOnce
 from dcp_hf_writer.reader import HFDualReader
 from dcp_hf_writer.tensors.strided_copies import hf_view, runtime_view
 from held import WORLD_SIZE, Case, plain, rows

@@ -25,7 +25,7 @@ from audit import read_manifest
 from compare import bits, tensor_difference
 from dcp_hf_writer import HFDualWriter, HFExport, _stager, failpoints, staging
 from dcp_hf_writer.errors import StagingBusyError, StagingError
-from dcp_hf_writer.staging import EAGER_NBYTES, Stager
+from dcp_hf_writer.staging.stager import EAGER_NBYTES, Stager
 from held import tensor
 from ranks import run_ranks
 from small import dcp_difference, difference, leftovers, spoil, state_of

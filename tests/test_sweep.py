@@ -10,8 +10,8 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcp_hf_writer._parse_blocks import Places
-from dcp_hf_writer._sweep import Digest, Span, Sweep, clip, contiguous, extent_of
+from dcp_hf_writer.digests.digest_sweep import Digest, Span, Sweep, clip, contiguous, extent_of
+from dcp_hf_writer.plan.parse_manifest_blocks import Places
 from dcp_hf_writer.tensors.boxes import Box, ByteRuns, whole
 from partitions import partitions_of
 

@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from dcp_hf_writer._commit import StagingDirectory
-    from dcp_hf_writer._manifest import WholeFile
-    from dcp_hf_writer._plan_data import GlobalPlan
-    from dcp_hf_writer._slab import Lease
     from dcp_hf_writer.errors import CheckpointError, ExportError
-    from dcp_hf_writer.staging import StagedInfo
+    from dcp_hf_writer.plan.encode_manifest import WholeFile
+    from dcp_hf_writer.plan.global_plan import GlobalPlan
+    from dcp_hf_writer.staging.slab import Lease
+    from dcp_hf_writer.staging.stager import StagedInfo
     from dcp_hf_writer.storage.open_outputs import OpenFiles
 
 _log = logging.getLogger(__name__)

@@ -12,9 +12,9 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._layout import PartTarget
-from dcp_hf_writer._regions import TargetTable, chunk_regions
 from dcp_hf_writer.errors import SpecError
+from dcp_hf_writer.plan.layout import PartTarget
+from dcp_hf_writer.plan.regions import TargetTable, chunk_regions
 from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
 from dcp_hf_writer.tensors.shards import Block, blocks_of
 from dcp_hf_writer.tensors.strided_copies import Copy

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlan, SavePlanner
 
-from dcp_hf_writer.staging import StagedStateDict
+from dcp_hf_writer.staging.stager import StagedStateDict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

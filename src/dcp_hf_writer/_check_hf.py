@@ -7,16 +7,16 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer._hf_directory import MAX_INDEX_NBYTES, SUFFIX, parse_index, read_header
-from dcp_hf_writer._layout import INDEX_NAME, SINGLE_NAME
-from dcp_hf_writer._problems import Problem
+from dcp_hf_writer.digests.problems import Problem
 from dcp_hf_writer.errors import CheckpointError
 from dcp_hf_writer.formats.strict_json import shortened
+from dcp_hf_writer.plan.layout import INDEX_NAME, SINGLE_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from dcp_hf_writer._parse_manifest import ManifestExport
     from dcp_hf_writer.formats.parse_safetensors_header import FileHeader
+    from dcp_hf_writer.plan.parse_manifest import ManifestExport
     from dcp_hf_writer.storage.input_contract import InputFiles
 
 # How save_pretrained and the hub name the files that an index belongs to.

@@ -16,8 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer._assets import CHECKSUMS_NAME
-from dcp_hf_writer._manifest import WholeFile
 from dcp_hf_writer._source import digest_of
+from dcp_hf_writer.plan.encode_manifest import WholeFile
 from dcp_hf_writer.storage.posix_outputs import write_file
 
 if TYPE_CHECKING:

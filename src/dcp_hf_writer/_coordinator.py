@@ -13,10 +13,7 @@ from typing import TYPE_CHECKING, Any
 from dcp_hf_writer._assets import CHECKSUMS_NAME, CONFIG_NAME
 from dcp_hf_writer._commit import MANIFEST_NAME, remove_tree
 from dcp_hf_writer._dcp_half import digest_file
-from dcp_hf_writer._layout import INDEX_NAME
-from dcp_hf_writer._manifest import WholeFile, encode_manifest
 from dcp_hf_writer._owner import Owner
-from dcp_hf_writer._report import RankReport, check_coverage
 from dcp_hf_writer._source import digest_of
 from dcp_hf_writer._write_phase import export_error
 from dcp_hf_writer.errors import (
@@ -28,6 +25,9 @@ from dcp_hf_writer.errors import (
     WriteError,
 )
 from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
+from dcp_hf_writer.plan.layout import INDEX_NAME
+from dcp_hf_writer.plan.rank_report import RankReport, check_coverage
 from dcp_hf_writer.storage.open_outputs import OpenFiles
 from dcp_hf_writer.storage.posix_outputs import (
     COHERENT,
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from dcp_hf_writer._assets import Assets
     from dcp_hf_writer._attempt import Attempt
     from dcp_hf_writer._commit import StagingDirectory
-    from dcp_hf_writer._layout import Layout
-    from dcp_hf_writer._plan_data import GlobalPlan
     from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.plan.global_plan import GlobalPlan
+    from dcp_hf_writer.plan.layout import Layout
 
 _log = logging.getLogger(__name__)
 

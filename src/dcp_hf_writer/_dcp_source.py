@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from dcp_hf_writer._once import StoredOnce
 from dcp_hf_writer._read_phase import is_direct
 from dcp_hf_writer._read_plan import Expected, Fetch, fetch_of_copy
 from dcp_hf_writer.errors import CorruptCheckpointError, PickledObjectError
@@ -21,6 +20,7 @@ from dcp_hf_writer.formats.parse_torch_archive import (
     UnusualArchiveError,
     find_tensor,
 )
+from dcp_hf_writer.plan.stored_once import StoredOnce
 from dcp_hf_writer.tensors.boxes import Box
 from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
 from dcp_hf_writer.tensors.strided_copies import clip, strides_of

@@ -23,15 +23,15 @@ from dcp_hf_writer._attempt import Attempt
 from dcp_hf_writer._caller import planned_state_dict
 from dcp_hf_writer._explanation import FileSum, RankSum, Row, left_out
 from dcp_hf_writer._hf_half import regions_by_file, way_of
-from dcp_hf_writer._layout import INDEX_NAME
 from dcp_hf_writer._local_facts import check_facts, local_facts, note_memory
-from dcp_hf_writer._plan_data import GlobalPlan, RankPlan, plan_globally, rank_plans
 from dcp_hf_writer._source import TensorSource, chunk_of
-from dcp_hf_writer._sweep import extent_of
 from dcp_hf_writer._watchdog import own_error
+from dcp_hf_writer.digests.digest_sweep import extent_of
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.explain import Explanation
 from dcp_hf_writer.mapping.model_entry import model_prefix
+from dcp_hf_writer.plan.global_plan import GlobalPlan, RankPlan, plan_globally, rank_plans
+from dcp_hf_writer.plan.layout import INDEX_NAME
 from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
 from dcp_hf_writer.tensors.strided_copies import hf_box
 
@@ -40,11 +40,11 @@ if TYPE_CHECKING:
 
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
-    from dcp_hf_writer._layout import Layout
-    from dcp_hf_writer._plan_data import PlannedTensor
-    from dcp_hf_writer._regions import Region
     from dcp_hf_writer.errors import ExportError
     from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.plan.global_plan import PlannedTensor
+    from dcp_hf_writer.plan.layout import Layout
+    from dcp_hf_writer.plan.regions import Region
 
 
 @dataclass(frozen=True, slots=True)

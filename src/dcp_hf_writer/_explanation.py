@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._once import is_whole
 from dcp_hf_writer.mapping.spec_match import model_names
+from dcp_hf_writer.plan.stored_once import is_whole
 from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
 from dcp_hf_writer.tensors.strided_copies import covered, runtime_loops
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
     from typing import Literal
 
-    from dcp_hf_writer._layout import Layout, PartTarget
-    from dcp_hf_writer._plan_data import PlannedTensor
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.mapping.load_spec import LoadSpec
+    from dcp_hf_writer.plan.global_plan import PlannedTensor
+    from dcp_hf_writer.plan.layout import Layout, PartTarget
     from dcp_hf_writer.tensors.boxes import Shape
 
     Way = Literal["direct", "cast", "strided"]

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from dcp_hf_writer._attempt import Attempt
-    from dcp_hf_writer._slab import Lease
     from dcp_hf_writer.errors import RankLostError
+    from dcp_hf_writer.staging.slab import Lease
 
 _log = logging.getLogger(__name__)
 

@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dcp_hf_writer._layout import INDEX_NAME, SINGLE_NAME
-from dcp_hf_writer._parse_manifest import is_relative_name
 from dcp_hf_writer.errors import CorruptCheckpointError, ReadError
 from dcp_hf_writer.formats.parse_safetensors_header import (
     LENGTH_NBYTES,
@@ -20,6 +18,8 @@ from dcp_hf_writer.formats.parse_safetensors_header import (
 )
 from dcp_hf_writer.formats.quantized_checkpoints import logical_tensors
 from dcp_hf_writer.formats.strict_json import is_text, parse_json, shortened
+from dcp_hf_writer.plan.layout import INDEX_NAME, SINGLE_NAME
+from dcp_hf_writer.plan.parse_manifest import is_relative_name
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

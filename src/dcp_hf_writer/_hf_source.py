@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dcp_hf_writer._layout import PartTarget
-from dcp_hf_writer._once import is_whole
 from dcp_hf_writer._read_phase import is_direct
 from dcp_hf_writer._read_plan import Fetch, fetch_of_box, fetch_of_copy
-from dcp_hf_writer._regions import Region, TargetTable
 from dcp_hf_writer.errors import MismatchError
 from dcp_hf_writer.formats.strict_json import shortened
 from dcp_hf_writer.mapping.load_spec import LoadSpec
+from dcp_hf_writer.plan.layout import PartTarget
+from dcp_hf_writer.plan.regions import Region, TargetTable
+from dcp_hf_writer.plan.stored_once import is_whole
 from dcp_hf_writer.tensors.dtypes import CASTABLE, TORCH_BY_NAME
 from dcp_hf_writer.tensors.strided_copies import covered, runtime_loops, strides_of
 

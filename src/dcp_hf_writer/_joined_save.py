@@ -10,7 +10,7 @@ from dcp_hf_writer.errors import PlanningError
 
 if TYPE_CHECKING:
     from dcp_hf_writer._attempt import Attempt
-    from dcp_hf_writer._plan_data import RankPlan
+    from dcp_hf_writer.plan.global_plan import RankPlan
 
 _FIND_S = 60.0
 """Longest wait for the coordinator's record, which is there before the plan is."""

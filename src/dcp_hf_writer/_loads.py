@@ -25,11 +25,11 @@ from dcp_hf_writer._load_blocks import load_blocks
 from dcp_hf_writer._read_phase import run_reads
 from dcp_hf_writer._read_plan import plan_reads
 from dcp_hf_writer._sources import open_hf_source, read_dcp_metadata
-from dcp_hf_writer._tensors import memory_identity
 from dcp_hf_writer._verify_ranges import verify_ranges
 from dcp_hf_writer.errors import MismatchError
 from dcp_hf_writer.formats.parse_dcp_metadata import METADATA_NAME
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
+from dcp_hf_writer.staging.memory_identity import memory_identity
 from dcp_hf_writer.storage.open_inputs import OpenInputs
 from dcp_hf_writer.tensors.boxes import Box
 

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-from dcp_hf_writer._plan_data import RankPlan
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.plan.global_plan import RankPlan
 
 if TYPE_CHECKING:
-    from dcp_hf_writer._plan_data import GlobalPlan
+    from dcp_hf_writer.plan.global_plan import GlobalPlan
 
 # Global plans that the ranks have got, as long as a planner's cache holds what they were made from.
 _delivered: list[GlobalPlan] = []

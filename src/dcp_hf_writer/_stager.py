@@ -13,7 +13,7 @@ from dcp_hf_writer import _assets
 from dcp_hf_writer._guards import guard_process_save
 from dcp_hf_writer.errors import StagingBusyError
 from dcp_hf_writer.failpoints import reach
-from dcp_hf_writer.staging import (
+from dcp_hf_writer.staging.stager import (
     Copies,
     Handover,
     Staged,

@@ -13,8 +13,8 @@ from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer._buckets import LOCAL, Chain, Cuts, Held
 from dcp_hf_writer._groups import Groups, is_by_hand
-from dcp_hf_writer._layout import RuntimeTensor
 from dcp_hf_writer.errors import ConfigError, CoverageError, PlanningError, SpecError
+from dcp_hf_writer.plan.layout import RuntimeTensor
 from dcp_hf_writer.tensors.boxes import Box, Shape, tiling_fault, whole
 from dcp_hf_writer.tensors.shards import blocks_of, local_shape, shards_of
 

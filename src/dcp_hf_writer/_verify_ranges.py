@@ -10,19 +10,24 @@ from bisect import bisect_left, bisect_right
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._problems import Problem
 from dcp_hf_writer._read_plan import span_of
-from dcp_hf_writer._recompute import Job, Recomputation
-from dcp_hf_writer._sweep import Digest, Span, contiguous, extent_of
+from dcp_hf_writer.digests.digest_sweep import Digest, Span, contiguous, extent_of
+from dcp_hf_writer.digests.problems import Problem
+from dcp_hf_writer.digests.recompute import Job, Recomputation
 from dcp_hf_writer.errors import CorruptCheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from dcp_hf_writer._parse_manifest import Manifest, ManifestFile, ManifestTensor, StoredBlock
     from dcp_hf_writer._read_plan import Fetch
-    from dcp_hf_writer._report import DCPFile
     from dcp_hf_writer._sources import Place
+    from dcp_hf_writer.plan.parse_manifest import (
+        Manifest,
+        ManifestFile,
+        ManifestTensor,
+        StoredBlock,
+    )
+    from dcp_hf_writer.plan.rank_report import DCPFile
 
 _THREADS = 4
 

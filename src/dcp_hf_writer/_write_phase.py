@@ -25,9 +25,6 @@ from dcp_hf_writer._dcp_half import (
     run_given_writer,
 )
 from dcp_hf_writer._hf_half import BlockWriter, is_interleaved, regions_by_file
-from dcp_hf_writer._once import stored_once
-from dcp_hf_writer._regions import TargetTable
-from dcp_hf_writer._report import RankReport
 from dcp_hf_writer._source import TensorSource, chunk_of
 from dcp_hf_writer.errors import (
     CheckpointError,
@@ -37,6 +34,9 @@ from dcp_hf_writer.errors import (
     SlotTimeoutError,
 )
 from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.plan.rank_report import RankReport
+from dcp_hf_writer.plan.regions import TargetTable
+from dcp_hf_writer.plan.stored_once import stored_once
 from dcp_hf_writer.storage.open_outputs import OpenFiles
 from dcp_hf_writer.storage.posix_outputs import OutputFile
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer._attempt import Attempt
     from dcp_hf_writer._commit import StagingDirectory
-    from dcp_hf_writer._plan_data import RankPlan
-    from dcp_hf_writer._regions import Region
+    from dcp_hf_writer.plan.global_plan import RankPlan
+    from dcp_hf_writer.plan.regions import Region
     from dcp_hf_writer.storage.write_slots import WriteSlots
 
 _log = logging.getLogger(__name__)

@@ -16,10 +16,10 @@ from dcp_hf_writer._fit import flat_tensors
 from dcp_hf_writer._hf_source import Block, Findings, HFSource
 from dcp_hf_writer._load_blocks import load_blocks
 from dcp_hf_writer._sources import find_place, open_hf_source
-from dcp_hf_writer._tensors import memory_identity
 from dcp_hf_writer.errors import ConfigError, PlanningError
 from dcp_hf_writer.mapping.hf_export import specs_by_name
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
+from dcp_hf_writer.staging.memory_identity import memory_identity
 from dcp_hf_writer.tensors.boxes import whole
 from dcp_hf_writer.tensors.shards import blocks_of, shards_of
 

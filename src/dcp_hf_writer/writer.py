@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from dcp_hf_writer import _assets, _coordinator, _options, _plan_cache, _plan_data
+from dcp_hf_writer import _assets, _coordinator, _options, _plan_cache
 from dcp_hf_writer._attempt import Attempt, register
 from dcp_hf_writer._caller import current_planner, current_staged, gathered_plans
 from dcp_hf_writer._checksums import add_checksums
@@ -25,7 +25,6 @@ from dcp_hf_writer._hf_half import MAX_BOUNCE_NBYTES
 from dcp_hf_writer._joined_save import planned_directory
 from dcp_hf_writer._local_facts import check_facts, local_facts, note_memory
 from dcp_hf_writer._owner import new_save_id
-from dcp_hf_writer._plan_data import RankPlan
 from dcp_hf_writer._rendezvous import Announcement, next_count, rendezvous_of
 from dcp_hf_writer._stager import SlabStager
 from dcp_hf_writer._write_phase import WritePhase, export_error, take_reports
@@ -40,6 +39,8 @@ from dcp_hf_writer.errors import (
 )
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.mapping.hf_export import HFExport
+from dcp_hf_writer.plan import global_plan
+from dcp_hf_writer.plan.global_plan import RankPlan
 from dcp_hf_writer.storage.posix_outputs import write_errors
 from dcp_hf_writer.storage.write_slots import WriteSlots
 
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
     from dcp_hf_writer.explain import Explanation
-    from dcp_hf_writer.staging import StagingMode
+    from dcp_hf_writer.staging.stager import StagingMode
 
 _log = logging.getLogger(__name__)
 
@@ -273,23 +274,23 @@ class HFDualWriter(StorageWriter, SlabStager):
 
     def _plan(
         self, whole: list[SavePlan], export: HFExport | None, assets: _assets.Assets | None
-    ) -> tuple[_plan_data.GlobalPlan, list[SavePlan] | None]:
+    ) -> tuple[global_plan.GlobalPlan, list[SavePlan] | None]:
         """Return the global plan, and the ranks' plans unless an earlier save left them there."""
         with self._current().timed("plan"):
             file_of_key = None if assets is None else assets.file_of_key
-            options = _plan_data.options_fingerprint(export, file_of_key)
+            options = global_plan.options_fingerprint(export, file_of_key)
             options += f" {type(self.dcp_writer).__qualname__} {self.weights}"
             known = _plan_cache.delivered(whole, options)
             if known is not None:
                 return known, None
-            known = _plan_data.plan_globally(
+            known = global_plan.plan_globally(
                 whole,
                 export,
                 options=options,
                 file_of_key=file_of_key,
                 once=self._once,
             )
-            return known, _plan_data.rank_plans(known, self._prepare_dcp(whole))
+            return known, global_plan.rank_plans(known, self._prepare_dcp(whole))
 
     def _export_of(self, attempt: Attempt) -> tuple[HFExport | None, _assets.Assets | None]:
         if self.export is None:
@@ -329,7 +330,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             directory = planned_directory(attempt, own)
             attempt.post("write")
             directory.check_visible(rank=attempt.rank)
-            _plan_data.check_tied(own.tied, attempt.memory, rank=attempt.rank)
+            global_plan.check_tied(own.tied, attempt.memory, rank=attempt.rank)
             results = WritePhase(
                 attempt=attempt,
                 directory=directory,
@@ -401,7 +402,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             _log.warning("checkpoint %s has no export: %s", attempt.target, error)
 
     def _add_checksums(
-        self, attempt: Attempt, directory: StagingDirectory, plan: _plan_data.GlobalPlan
+        self, attempt: Attempt, directory: StagingDirectory, plan: global_plan.GlobalPlan
     ) -> ExportError | None:
         """Add checksums to an export that shall have them; what fails costs the export alone."""
         if plan.layout is None or self.export is None or self.export.checksums is None:
@@ -469,7 +470,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             raise PlanningError(msg, path=self.path)
         return self._attempt
 
-    def _planned(self, attempt: Attempt) -> _plan_data.GlobalPlan:
+    def _planned(self, attempt: Attempt) -> global_plan.GlobalPlan:
         if attempt.global_plan is None:
             msg = "the coordinator made no global plan"
             raise PlanningError(msg, rank=attempt.rank, path=attempt.target)

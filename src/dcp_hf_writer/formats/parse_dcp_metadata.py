@@ -24,10 +24,10 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dcp_hf_writer._once import StoredOnce, StoredPart
 from dcp_hf_writer.errors import CorruptCheckpointError
 from dcp_hf_writer.formats.restricted_unpickle import Admitted, Class, Constant, Function, unpickle
 from dcp_hf_writer.formats.strict_json import shortened
+from dcp_hf_writer.plan.stored_once import StoredOnce, StoredPart
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 from dcp_hf_writer.tensors.strided_copies import Copy, Loop
 

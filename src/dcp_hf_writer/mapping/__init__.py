@@ -1,4 +1,4 @@
-"""What the user declares: specs, export options, tied names, and specs derived from a function.
+"""What the user declares: specs, export options, tied names, specs of a function.
 
-Pure: no I/O, no processes.
+Pure: modules here open no file and start no process.
 """

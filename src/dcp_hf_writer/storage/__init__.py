@@ -1,4 +1,4 @@
-"""Effects on storage: output and input files, one module a backend, and write slots.
+"""Files: output and input, one module a backend, and the slots that limit writers.
 
-Decides nothing about what is written where.
+Modules here do not decide what is written where, and start no collective.
 """

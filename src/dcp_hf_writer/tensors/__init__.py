@@ -1,4 +1,4 @@
 """Index arithmetic on tensors: boxes, strided copies, shards, dtypes.
 
-Pure: no I/O, no processes, no files.
+Pure: modules here open no file and start no process.
 """

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
-from dcp_hf_writer._problems import Problem
-from dcp_hf_writer._sweep import (
+from dcp_hf_writer.digests.digest_sweep import (
     BEYOND,
     WINDOW_NBYTES,
     Digest,
@@ -19,15 +18,16 @@ from dcp_hf_writer._sweep import (
     contiguous,
     extent_of,
 )
+from dcp_hf_writer.digests.problems import Problem
 from dcp_hf_writer.errors import CheckpointError
 from dcp_hf_writer.storage.input_backends import LocalFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
-    from dcp_hf_writer._manifest import WholeFile
-    from dcp_hf_writer._parse_manifest import Manifest, ManifestFile, ManifestTensor
-    from dcp_hf_writer._report import DCPFile
+    from dcp_hf_writer.plan.encode_manifest import WholeFile
+    from dcp_hf_writer.plan.parse_manifest import Manifest, ManifestFile, ManifestTensor
+    from dcp_hf_writer.plan.rank_report import DCPFile
     from dcp_hf_writer.storage.input_contract import InputFile, InputFiles
 
 # Small enough that the threads end together, large enough that opening a file does not count.

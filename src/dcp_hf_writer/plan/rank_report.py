@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
     from typing import TypeGuard
 
-    from dcp_hf_writer._layout import Layout
     from dcp_hf_writer.errors import ExportError
+    from dcp_hf_writer.plan.layout import Layout
 
 DIGEST_NAME = "xxh3_64"
 

@@ -7,11 +7,11 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer._layout import Layout, PartTarget, RuntimeTensor, plan_layout
-from dcp_hf_writer._once import targets_stored_once
-from dcp_hf_writer._regions import TargetTable
 from dcp_hf_writer.errors import LayoutError, PlanningError
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
+from dcp_hf_writer.plan.layout import Layout, PartTarget, RuntimeTensor, plan_layout
+from dcp_hf_writer.plan.regions import TargetTable
+from dcp_hf_writer.plan.stored_once import targets_stored_once
 from dcp_hf_writer.tensors.boxes import BoxTable, Shape
 
 if TYPE_CHECKING:

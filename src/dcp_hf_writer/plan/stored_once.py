@@ -9,15 +9,15 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
-from dcp_hf_writer._regions import chunk_regions, needs_cast
 from dcp_hf_writer.errors import StoredOnceError
+from dcp_hf_writer.plan.regions import chunk_regions, needs_cast
 from dcp_hf_writer.tensors.boxes import Box, Shape, tiling_fault
 from dcp_hf_writer.tensors.strided_copies import Copy, coverage_fault, runtime_box, runtime_loops
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from dcp_hf_writer._layout import PartTarget, RuntimeTensor
+    from dcp_hf_writer.plan.layout import PartTarget, RuntimeTensor
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.distributed.tensor import DTensor
 
-from dcp_hf_writer._slab import ALIGN_NBYTES, Lease, Slab, SlabPool
-from dcp_hf_writer._tensors import memory_identity
 from dcp_hf_writer.errors import CheckpointError, StagingError
+from dcp_hf_writer.staging.memory_identity import memory_identity
+from dcp_hf_writer.staging.slab import ALIGN_NBYTES, Lease, Slab, SlabPool
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

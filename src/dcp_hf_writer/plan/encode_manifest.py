@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 import xxhash
 
-from dcp_hf_writer._report import DIGEST_NAME, RankReport
+from dcp_hf_writer.plan.rank_report import DIGEST_NAME, RankReport
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from dcp_hf_writer._layout import Layout
+    from dcp_hf_writer.plan.layout import Layout
 
 FORMAT_VERSION = 1
 

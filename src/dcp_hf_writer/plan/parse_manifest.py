@@ -1,8 +1,8 @@
 """The manifest `dcp-hf.json`, read without trust.
 
-Pure. The other direction is `_manifest`. What is returned has been checked field by field: types,
-ranges, names of files, and that the tensors of an output file and the ranges of a DCP file fit into
-it. That the blocks of a tensor tile it is left to those who read the bytes.
+Pure. The other direction is `encode_manifest`. Every returned field has been checked: types,
+ranges, names of files, and that the tensors of an output file and the ranges of a DCP file fit
+into it. Whether the blocks of a tensor tile it is checked by those who read the bytes.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import xxhash
 
-from dcp_hf_writer._manifest import FORMAT_VERSION, WholeFile
-from dcp_hf_writer._parse_blocks import Places
-from dcp_hf_writer._report import DIGEST_NAME, DCPFile
 from dcp_hf_writer.errors import CorruptCheckpointError
 from dcp_hf_writer.formats.strict_json import is_count, is_text, parse_json, shortened
+from dcp_hf_writer.plan.encode_manifest import FORMAT_VERSION, WholeFile
+from dcp_hf_writer.plan.parse_manifest_blocks import Places
+from dcp_hf_writer.plan.rank_report import DIGEST_NAME, DCPFile
 from dcp_hf_writer.tensors.boxes import ByteRuns
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 

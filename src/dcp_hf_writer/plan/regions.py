@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-    from dcp_hf_writer._layout import PartTarget
+    from dcp_hf_writer.plan.layout import PartTarget
     from dcp_hf_writer.tensors.boxes import Box, ByteRuns
 
 
