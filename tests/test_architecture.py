@@ -15,7 +15,17 @@ ROOT = Path(dcp_hf_writer.__file__).parent
 
 # Each module may import from its own layer and from those above it, in the order of the design.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "staging", "digests", "plan", "formats", "mapping", "tensors", "failpoints"),
+    (
+        "errors",
+        "torch_seam",
+        "staging",
+        "digests",
+        "plan",
+        "formats",
+        "mapping",
+        "tensors",
+        "failpoints",
+    ),
     (
         "mapping.name_patterns",
         "tensors.boxes",
@@ -53,11 +63,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "_read_plan",
         "_exchange_plan",
     ),
-    ("staging.memory_identity", "plan.global_plan", "_plan_cache"),
+    ("staging.memory_identity", "plan.global_plan", "torch_seam.plan_cache"),
     ("_explanation", "_explanation_table", "explain"),
     ("_agreement", "_fill", "_groups", "_stock"),
-    ("_blocked", "planner"),
-    ("staging.slab", "staging.stager", "_caller"),
+    ("torch_seam.blocked_tensors", "torch_seam.planners"),
+    ("staging.slab", "staging.stager", "torch_seam.frames"),
     ("storage.slot_files", "storage.write_slots"),
     ("storage", "storage.linux_calls", "storage.posix_outputs", "storage.open_outputs"),
     (
@@ -74,7 +84,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_rendezvous", "_owner"),
     ("_commit",),
     ("_checksums",),
-    ("_attempt", "_watchdog", "_coordinator", "_guards", "_write_phase", "_stager"),
+    ("_attempt", "torch_seam.future_guard", "_coordinator", "_guards", "_write_phase", "_stager"),
     ("_plan_check", "_hand_sharded", "_ties", "_local_facts", "_joined_save"),
     ("integrations", "integrations._twin", "integrations._base_check"),
     ("integrations._conversions", "integrations.transformers", "integrations.torchtitan"),

@@ -23,8 +23,8 @@ from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec, _explanation_table, 
 from dcp_hf_writer.errors import ConfigError, PlanningError
 from dcp_hf_writer.mapping.load_spec import Piece, ShardSpec
 from dcp_hf_writer.mapping.name_patterns import patterns, ranges
-from dcp_hf_writer.planner import HFSavePlanner
 from dcp_hf_writer.tensors.strided_copies import covered
+from dcp_hf_writer.torch_seam.planners import HFSavePlanner
 from held import tensor
 from ranks import run_ranks
 from small import state_of

@@ -20,8 +20,8 @@ from dcp_hf_writer import HFDualWriter, HFExport, _hand_sharded
 from dcp_hf_writer._hand_sharded import check_samples, samples_of
 from dcp_hf_writer.errors import CheckpointError, PlanningError
 from dcp_hf_writer.mapping.load_spec import LoadSpec
-from dcp_hf_writer.planner import HFSavePlanner
 from dcp_hf_writer.tensors.shards import ShardSpec
+from dcp_hf_writer.torch_seam.planners import HFSavePlanner
 from expert_layouts import LAYOUTS, specs_of, state_of
 from held import tensor
 from rank_process import Raised

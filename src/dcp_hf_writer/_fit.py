@@ -12,9 +12,9 @@ from torch.distributed.checkpoint._traverse import traverse_state_dict_v_2_3
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from dcp_hf_writer._blocked import blocked_tensors
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.tensors.boxes import Box, intersect
+from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
-    from dcp_hf_writer._blocked import BlockedTensor
     from dcp_hf_writer.mapping.load_spec import LoadSpec
     from dcp_hf_writer.mapping.model_entry import Path
+    from dcp_hf_writer.torch_seam.blocked_tensors import BlockedTensor
 
 
 def flat_tensors(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, torch.Tensor]]:

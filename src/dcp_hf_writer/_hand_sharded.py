@@ -14,12 +14,12 @@ import torch
 import xxhash
 from torch.distributed.tensor import DTensor
 
-from dcp_hf_writer._caller import planned_paths, planned_state_dict
 from dcp_hf_writer.errors import ModelKeyError, PlanningError
 from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS
 from dcp_hf_writer.mapping.spec_match import model_names
-from dcp_hf_writer.planner import HFSavePlanner
 from dcp_hf_writer.tensors.shards import blocks_of, shards_of
+from dcp_hf_writer.torch_seam.frames import planned_paths, planned_state_dict
+from dcp_hf_writer.torch_seam.planners import HFSavePlanner
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

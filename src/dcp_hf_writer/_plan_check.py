@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._blocked import blocked_tensors
-from dcp_hf_writer._caller import planned_paths, planned_state_dict
 from dcp_hf_writer._source import chunk_of
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.tensors.boxes import intersect
+from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
+from dcp_hf_writer.torch_seam.frames import planned_paths, planned_state_dict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
-    from dcp_hf_writer._blocked import BlockedTensor
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.tensors.boxes import Box
+    from dcp_hf_writer.torch_seam.blocked_tensors import BlockedTensor
 
 _SHOWN = 4
 

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from dcp_hf_writer._caller import planned_paths, planned_state_dict
 from dcp_hf_writer.errors import ExportError
 from dcp_hf_writer.mapping.spec_match import model_names
+from dcp_hf_writer.torch_seam.frames import planned_paths, planned_state_dict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -10,7 +10,6 @@ import torch
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
-from dcp_hf_writer._blocked import blocked_tensors
 from dcp_hf_writer._exchange import Reading
 from dcp_hf_writer._fit import flat_tensors
 from dcp_hf_writer._hf_source import Block, Findings, HFSource
@@ -22,6 +21,7 @@ from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
 from dcp_hf_writer.staging.memory_identity import memory_identity
 from dcp_hf_writer.tensors.boxes import whole
 from dcp_hf_writer.tensors.shards import blocks_of, shards_of
+from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
 
 if TYPE_CHECKING:
     import os

@@ -13,9 +13,8 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from dcp_hf_writer import _assets, _coordinator, _options, _plan_cache
+from dcp_hf_writer import _assets, _coordinator, _options
 from dcp_hf_writer._attempt import Attempt, register
-from dcp_hf_writer._caller import current_planner, current_staged, gathered_plans
 from dcp_hf_writer._checksums import add_checksums
 from dcp_hf_writer._commit import StagingDirectory
 from dcp_hf_writer._dcp_half import SlabFileSystemWriter
@@ -43,6 +42,8 @@ from dcp_hf_writer.plan import global_plan
 from dcp_hf_writer.plan.global_plan import RankPlan
 from dcp_hf_writer.storage.posix_outputs import write_errors
 from dcp_hf_writer.storage.write_slots import WriteSlots
+from dcp_hf_writer.torch_seam import plan_cache
+from dcp_hf_writer.torch_seam.frames import current_planner, current_staged, gathered_plans
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -218,7 +219,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt.rendezvous = rendezvous_of(self.process_group)
         attempt.count = next_count()
         attempt.post("plan")
-        _plan_cache.begin_plan(note_memory(attempt, current_planner()))
+        plan_cache.begin_plan(note_memory(attempt, current_planner()))
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Attach to DCP's plan what only this rank knows.
@@ -249,7 +250,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             attempt.rendezvous = None
         attempt.world_size = len(plans)
         export, assets = self._export_of(attempt)
-        whole = _plan_cache.whole_plans(plans, current_planner())
+        whole = plan_cache.whole_plans(plans, current_planner())
         check_facts(gathered_plans() or plans, whole)
         known, result = self._plan(whole, export, assets)
         if known.layout is not None and export is not None and assets is not None:
@@ -280,7 +281,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             file_of_key = None if assets is None else assets.file_of_key
             options = global_plan.options_fingerprint(export, file_of_key)
             options += f" {type(self.dcp_writer).__qualname__} {self.weights}"
-            known = _plan_cache.delivered(whole, options)
+            known = plan_cache.delivered(whole, options)
             if known is not None:
                 return known, None
             known = global_plan.plan_globally(
@@ -342,7 +343,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 subdir=self._subdir,
                 bounce_nbytes=min(MAX_BOUNCE_NBYTES, self.host_budget_bytes // 4),
             ).run()
-            _plan_cache.settle_plan(attempt.global_plan)
+            plan_cache.settle_plan(attempt.global_plan)
             attempt.check()
             reach("before report")
         except BaseException:

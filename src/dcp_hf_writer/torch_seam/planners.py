@@ -1,6 +1,6 @@
 """HFSavePlanner and HFLoadPlanner: torch's planners, right also where a rank holds several blocks.
 
-Which tensors those are is in `_blocked`, how specs find tensors in `spec_match`.
+Which tensors those are is in `blocked_tensors`, how specs find tensors in `spec_match`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
-from dcp_hf_writer._blocked import BlockedTensor, blocked_tensors
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.mapping.hf_export import specs_by_name
+from dcp_hf_writer.torch_seam.blocked_tensors import BlockedTensor, blocked_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
