@@ -17,6 +17,7 @@ ROOT = Path(dcp_hf_writer.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "errors",
+        "save",
         "torch_seam",
         "staging",
         "digests",
@@ -78,14 +79,28 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "_exchange",
     ),
     ("storage.listing", "_check_dcp", "digests.recompute", "_progress"),
-    ("formats.encode_torch_archive", "_source", "_dcp_half", "_hf_half", "_assets", "_options"),
+    (
+        "formats.encode_torch_archive",
+        "save.tensor_source",
+        "save.dcp_half",
+        "save.hf_half",
+        "save.assets",
+        "_options",
+    ),
     ("_dcp_source", "_hf_directory", "_hf_source", "_sources", "_fit"),
     ("_dequantize_load", "_verify_ranges", "_load_blocks", "_loads"),
-    ("_rendezvous", "_owner"),
-    ("_commit",),
-    ("_checksums",),
-    ("_attempt", "torch_seam.future_guard", "_coordinator", "_guards", "_write_phase", "_stager"),
-    ("_plan_check", "_hand_sharded", "_ties", "_local_facts", "_joined_save"),
+    ("save.rendezvous", "save.save_owner"),
+    ("save.commit",),
+    ("save.checksums",),
+    (
+        "save.attempt",
+        "torch_seam.future_guard",
+        "save.coordinator",
+        "save.failure_explanations",
+        "save.write_phase",
+        "save.async_stager",
+    ),
+    ("_plan_check", "_hand_sharded", "_ties", "_local_facts", "save.joined_save"),
     ("integrations", "integrations._twin", "integrations._base_check"),
     ("integrations._conversions", "integrations.transformers", "integrations.torchtitan"),
     ("_check_hf", "_verify"),
@@ -226,7 +241,7 @@ def test_check_sees_what_it_forbids() -> None:
     assert {"os", "dcp_hf_writer.storage.linux_calls"} <= imports_of(
         "storage.posix_outputs", with_types=False
     )
-    assert "torch.distributed" in imports_of("_rendezvous", with_types=False)
+    assert "torch.distributed" in imports_of("save.rendezvous", with_types=False)
     assert "os" not in imports_of("mapping.hf_export", with_types=False)
     assert "os" in imports_of("mapping.hf_export", with_types=True)
     assert own_imports_of("formats.encode_safetensors_header") == {

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
-from dcp_hf_writer import _commit
+from dcp_hf_writer.save import commit
 from dcp_hf_writer.storage import linux_calls
 from faults import BadCall, check_outcomes, check_storage, looks_committed, path_of_call, save
 from named_bytes import save_held_by
@@ -115,7 +115,7 @@ def no_exchange() -> BadCall:
 def save_and_die(root: Path, number: int, way: Way, die_at: int) -> None:
     """Save in a child of this process that dies at a change; returns its end, never raises."""
     with no_exchange().installed(0 if way == "two renames" else 1, root):
-        _commit._probed.clear()
+        commit._probed.clear()
         Changes(root, die_at=die_at)
         outcome = save(root, "step-2", number, overwrite=way != "new", is_sync=True)
     os._exit(0 if outcome.raised is None else 1)

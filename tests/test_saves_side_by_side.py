@@ -11,9 +11,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from dcp_hf_writer import HFDualWriter, HFExport, _commit, failpoints
-from dcp_hf_writer._commit import MANIFEST_NAME, StagingDirectory
+from dcp_hf_writer import HFDualWriter, HFExport, failpoints
 from dcp_hf_writer.errors import CommitError, ConfigError, StagingError, WriteError
+from dcp_hf_writer.save import commit
+from dcp_hf_writer.save.commit import MANIFEST_NAME, StagingDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -116,7 +117,7 @@ def test_replaced_checkpoint_stays_until_the_exchange_is_durable(
     directory = StagingDirectory(str(target), "X-1")
     directory.create(overwrite=True).close()
     (tmp_path / ".incomplete-X-1" / MANIFEST_NAME).write_text('{"save_id": "X-1"}')
-    sync, failed = _commit.sync_directory, []
+    sync, failed = commit.sync_directory, []
 
     def fail_for_the_parent(path: str) -> None:
         if path == str(tmp_path):
@@ -124,7 +125,7 @@ def test_replaced_checkpoint_stays_until_the_exchange_is_durable(
             raise WriteError("fsync", phase="write", path=path, errno=5, found="EIO")
         sync(path)
 
-    monkeypatch.setattr(_commit, "sync_directory", fail_for_the_parent)
+    monkeypatch.setattr(commit, "sync_directory", fail_for_the_parent)
     with pytest.raises(CommitError, match="may not survive a power cut"):
         directory.publish(overwrite=True)
     directory.remove()

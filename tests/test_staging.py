@@ -23,8 +23,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from audit import read_manifest
 from compare import bits, tensor_difference
-from dcp_hf_writer import HFDualWriter, HFExport, _stager, failpoints, staging
+from dcp_hf_writer import HFDualWriter, HFExport, failpoints, staging
 from dcp_hf_writer.errors import StagingBusyError, StagingError
+from dcp_hf_writer.save import async_stager
 from dcp_hf_writer.staging.stager import EAGER_NBYTES, Stager
 from held import tensor
 from ranks import run_ranks
@@ -439,10 +440,10 @@ def test_first_save_after_warm_up_takes_no_new_memory(tmp_path: Path) -> None:
     state["model"]["large"] = tensor("large", 3 * LARGE)
     nbytes = HFDualWriter(tmp_path / "step-1").warm_up(state)
     assert nbytes >= state["model"]["large"].nbytes
-    slab = _stager._stager._pool._slab
+    slab = async_stager._stager._pool._slab
     for step in (1, 2):
         dcp.async_save(state, storage_writer=HFDualWriter(tmp_path / f"step-{step}")).result()
-    assert _stager._stager._pool._slab is slab
+    assert async_stager._stager._pool._slab is slab
     assert slab is not None
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._source import chunk_of
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.save.tensor_source import chunk_of
 from dcp_hf_writer.tensors.boxes import intersect
 from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
 from dcp_hf_writer.torch_seam.frames import planned_paths, planned_state_dict

@@ -13,20 +13,9 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from dcp_hf_writer import _assets, _coordinator, _options
-from dcp_hf_writer._attempt import Attempt, register
-from dcp_hf_writer._checksums import add_checksums
-from dcp_hf_writer._commit import StagingDirectory
-from dcp_hf_writer._dcp_half import SlabFileSystemWriter
+from dcp_hf_writer import _options
 from dcp_hf_writer._dry_run import DryRun, fresh_planner
-from dcp_hf_writer._guards import guard_save
-from dcp_hf_writer._hf_half import MAX_BOUNCE_NBYTES
-from dcp_hf_writer._joined_save import planned_directory
 from dcp_hf_writer._local_facts import check_facts, local_facts, note_memory
-from dcp_hf_writer._owner import new_save_id
-from dcp_hf_writer._rendezvous import Announcement, next_count, rendezvous_of
-from dcp_hf_writer._stager import SlabStager
-from dcp_hf_writer._write_phase import WritePhase, export_error, take_reports
 from dcp_hf_writer.errors import (
     CheckpointError,
     ConfigError,
@@ -40,6 +29,18 @@ from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.plan import global_plan
 from dcp_hf_writer.plan.global_plan import RankPlan
+from dcp_hf_writer.save import assets, coordinator
+from dcp_hf_writer.save.async_stager import SlabStager
+from dcp_hf_writer.save.attempt import Attempt, register
+from dcp_hf_writer.save.checksums import add_checksums
+from dcp_hf_writer.save.commit import StagingDirectory
+from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
+from dcp_hf_writer.save.failure_explanations import guard_save
+from dcp_hf_writer.save.hf_half import MAX_BOUNCE_NBYTES
+from dcp_hf_writer.save.joined_save import planned_directory
+from dcp_hf_writer.save.rendezvous import Announcement, next_count, rendezvous_of
+from dcp_hf_writer.save.save_owner import new_save_id
+from dcp_hf_writer.save.write_phase import WritePhase, export_error, take_reports
 from dcp_hf_writer.storage.posix_outputs import write_errors
 from dcp_hf_writer.storage.write_slots import WriteSlots
 from dcp_hf_writer.torch_seam import plan_cache
@@ -254,12 +255,12 @@ class HFDualWriter(StorageWriter, SlabStager):
         check_facts(gathered_plans() or plans, whole)
         known, result = self._plan(whole, export, assets)
         if known.layout is not None and export is not None and assets is not None:
-            _coordinator.check_names(known.layout, assets, export)
+            coordinator.check_names(known.layout, assets, export)
         directory = StagingDirectory(attempt.target, new_save_id())
         with attempt.timed("prepare"):
             try:
-                _coordinator.make_directory(directory, overwrite=self.overwrite, attempt=attempt)
-                is_ready = _coordinator.make_export(
+                coordinator.make_directory(directory, overwrite=self.overwrite, attempt=attempt)
+                is_ready = coordinator.make_export(
                     known, assets, attempt, strategy=self.strategy, subdir=self._subdir
                 )
             except BaseException:
@@ -274,7 +275,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         return plans if result is None else result
 
     def _plan(
-        self, whole: list[SavePlan], export: HFExport | None, assets: _assets.Assets | None
+        self, whole: list[SavePlan], export: HFExport | None, assets: assets.Assets | None
     ) -> tuple[global_plan.GlobalPlan, list[SavePlan] | None]:
         """Return the global plan, and the ranks' plans unless an earlier save left them there."""
         with self._current().timed("plan"):
@@ -293,11 +294,11 @@ class HFDualWriter(StorageWriter, SlabStager):
             )
             return known, global_plan.rank_plans(known, self._prepare_dcp(whole))
 
-    def _export_of(self, attempt: Attempt) -> tuple[HFExport | None, _assets.Assets | None]:
+    def _export_of(self, attempt: Attempt) -> tuple[HFExport | None, assets.Assets | None]:
         if self.export is None:
             return None, None
         try:
-            return self.export, _assets.assets_of(self.export)
+            return self.export, assets.assets_of(self.export)
         except ExportError as error:
             attempt.export_error = error
             return None, None
@@ -379,10 +380,10 @@ class HFDualWriter(StorageWriter, SlabStager):
             if error is None:
                 error = self._add_checksums(attempt, directory, plan)
             if error is not None:
-                _coordinator.check_dcp_stands_alone(plan, error)
-                _coordinator.drop_export(directory, self._subdir)
+                coordinator.check_dcp_stands_alone(plan, error)
+                coordinator.drop_export(directory, self._subdir)
             self._finish_dcp(attempt, directory, metadata, plain)
-            _coordinator.publish(
+            coordinator.publish(
                 directory,
                 plan,
                 reports,
@@ -480,10 +481,10 @@ class HFDualWriter(StorageWriter, SlabStager):
     def __getstate__(self) -> dict[str, Any]:
         """Travel to a checkpointer process, with the files of the export instead of its objects."""
         state = dict(self.__dict__)
-        read = None if self.export is None else _assets.known(self.export)
+        read = None if self.export is None else assets.known(self.export)
         if self.export is not None and read is not None:
             state["_assets"] = read
-            state["export"] = _assets.without_objects(self.export)
+            state["export"] = assets.without_objects(self.export)
         for name in ("process_group", "_copies", "_attempt"):
             state[name] = None
         return state
@@ -493,4 +494,4 @@ class HFDualWriter(StorageWriter, SlabStager):
         assets = state.pop("_assets", None)
         self.__dict__.update(state)
         if self.export is not None and assets is not None:
-            _assets.preset(self.export, assets)
+            assets.preset(self.export, assets)

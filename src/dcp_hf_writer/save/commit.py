@@ -15,7 +15,6 @@ import shutil
 from dataclasses import dataclass
 from typing import Any
 
-from dcp_hf_writer._owner import Owner, is_abandoned, is_over_here, mark_active, mark_ended
 from dcp_hf_writer.errors import (
     CommitError,
     NodeLocalPathError,
@@ -23,6 +22,7 @@ from dcp_hf_writer.errors import (
     TargetExistsError,
     WriteError,
 )
+from dcp_hf_writer.save.save_owner import Owner, is_abandoned, is_over_here, mark_active, mark_ended
 from dcp_hf_writer.storage.linux_calls import UnsupportedCallError, exchange
 from dcp_hf_writer.storage.posix_outputs import (
     OutputFile,

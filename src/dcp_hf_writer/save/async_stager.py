@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from dcp_hf_writer import _assets
-from dcp_hf_writer._guards import guard_process_save
 from dcp_hf_writer.errors import StagingBusyError
 from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.save import assets
+from dcp_hf_writer.save.failure_explanations import guard_process_save
 from dcp_hf_writer.staging.stager import (
     Copies,
     Handover,
@@ -113,7 +113,7 @@ class SlabStager(AsyncStager):
         # kept and raised in the plan, where every rank learns of them.
         is_first = not dist.is_initialized() or dist.get_rank(self.process_group) == 0
         if self.export is not None and is_first:
-            _assets.preload(self.export)
+            assets.preload(self.export)
 
 
 def _done(value: Any) -> Future[Any]:

@@ -19,13 +19,6 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from dcp_hf_writer._dcp_half import (
-    SlabFileSystemWriter,
-    check_results,
-    run_given_writer,
-)
-from dcp_hf_writer._hf_half import BlockWriter, is_interleaved, regions_by_file
-from dcp_hf_writer._source import TensorSource, chunk_of
 from dcp_hf_writer.errors import (
     CheckpointError,
     ExportError,
@@ -37,6 +30,13 @@ from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.plan.rank_report import RankReport
 from dcp_hf_writer.plan.regions import TargetTable
 from dcp_hf_writer.plan.stored_once import stored_once
+from dcp_hf_writer.save.dcp_half import (
+    SlabFileSystemWriter,
+    check_results,
+    run_given_writer,
+)
+from dcp_hf_writer.save.hf_half import BlockWriter, is_interleaved, regions_by_file
+from dcp_hf_writer.save.tensor_source import TensorSource, chunk_of
 from dcp_hf_writer.storage.open_outputs import OpenFiles
 from dcp_hf_writer.storage.posix_outputs import OutputFile
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE
@@ -47,10 +47,10 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
     from torch.distributed.checkpoint.storage import StorageWriter
 
-    from dcp_hf_writer._attempt import Attempt
-    from dcp_hf_writer._commit import StagingDirectory
     from dcp_hf_writer.plan.global_plan import RankPlan
     from dcp_hf_writer.plan.regions import Region
+    from dcp_hf_writer.save.attempt import Attempt
+    from dcp_hf_writer.save.commit import StagingDirectory
     from dcp_hf_writer.storage.write_slots import WriteSlots
 
 _log = logging.getLogger(__name__)

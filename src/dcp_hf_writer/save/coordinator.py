@@ -10,12 +10,6 @@ import re
 import time
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer._assets import CHECKSUMS_NAME, CONFIG_NAME
-from dcp_hf_writer._commit import MANIFEST_NAME, remove_tree
-from dcp_hf_writer._dcp_half import digest_file
-from dcp_hf_writer._owner import Owner
-from dcp_hf_writer._source import digest_of
-from dcp_hf_writer._write_phase import export_error
 from dcp_hf_writer.errors import (
     CommitError,
     CoverageError,
@@ -28,6 +22,12 @@ from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
 from dcp_hf_writer.plan.layout import INDEX_NAME
 from dcp_hf_writer.plan.rank_report import RankReport, check_coverage
+from dcp_hf_writer.save.assets import CHECKSUMS_NAME, CONFIG_NAME
+from dcp_hf_writer.save.commit import MANIFEST_NAME, remove_tree
+from dcp_hf_writer.save.dcp_half import digest_file
+from dcp_hf_writer.save.save_owner import Owner
+from dcp_hf_writer.save.tensor_source import digest_of
+from dcp_hf_writer.save.write_phase import export_error
 from dcp_hf_writer.storage.open_outputs import OpenFiles
 from dcp_hf_writer.storage.posix_outputs import (
     COHERENT,
@@ -43,12 +43,12 @@ from dcp_hf_writer.storage.posix_outputs import (
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from dcp_hf_writer._assets import Assets
-    from dcp_hf_writer._attempt import Attempt
-    from dcp_hf_writer._commit import StagingDirectory
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.plan.global_plan import GlobalPlan
     from dcp_hf_writer.plan.layout import Layout
+    from dcp_hf_writer.save.assets import Assets
+    from dcp_hf_writer.save.attempt import Attempt
+    from dcp_hf_writer.save.commit import StagingDirectory
 
 _log = logging.getLogger(__name__)
 

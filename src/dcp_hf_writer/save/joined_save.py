@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._commit import StagingDirectory
-from dcp_hf_writer._rendezvous import fall_in
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.save.commit import StagingDirectory
+from dcp_hf_writer.save.rendezvous import fall_in
 
 if TYPE_CHECKING:
-    from dcp_hf_writer._attempt import Attempt
     from dcp_hf_writer.plan.global_plan import RankPlan
+    from dcp_hf_writer.save.attempt import Attempt
 
 _FIND_S = 60.0
 """Longest wait for the coordinator's record, which is there before the plan is."""

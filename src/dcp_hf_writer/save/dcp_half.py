@@ -17,11 +17,11 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from dcp_hf_writer._source import TensorSource, host_bytes, row_major_bytes
 from dcp_hf_writer.errors import CoverageError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.encode_torch_archive import tensor_archive
 from dcp_hf_writer.plan.rank_report import DCPFile
+from dcp_hf_writer.save.tensor_source import TensorSource, host_bytes, row_major_bytes
 from dcp_hf_writer.storage.posix_outputs import PIECE_NBYTES, OutputFile
 
 if TYPE_CHECKING:

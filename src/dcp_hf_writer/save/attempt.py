@@ -10,21 +10,21 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._rendezvous import Progress, Rendezvous
 from dcp_hf_writer.errors import (
     RankLostError,
     SaveAbortedError,
     SaveTimeoutError,
     StagingBusyError,
 )
+from dcp_hf_writer.save.rendezvous import Progress, Rendezvous
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dcp_hf_writer._commit import StagingDirectory
     from dcp_hf_writer.errors import CheckpointError, ExportError
     from dcp_hf_writer.plan.encode_manifest import WholeFile
     from dcp_hf_writer.plan.global_plan import GlobalPlan
+    from dcp_hf_writer.save.commit import StagingDirectory
     from dcp_hf_writer.staging.slab import Lease
     from dcp_hf_writer.staging.stager import StagedInfo
     from dcp_hf_writer.storage.open_outputs import OpenFiles

@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dcp_hf_writer._coordinator import committed_save_id
-from dcp_hf_writer._rendezvous import POST_MORTEM_S, Progress, lost_ranks_error
 from dcp_hf_writer.errors import SaveAbortedError, SaveTimeoutError
+from dcp_hf_writer.save.coordinator import committed_save_id
+from dcp_hf_writer.save.rendezvous import POST_MORTEM_S, Progress, lost_ranks_error
 from dcp_hf_writer.torch_seam.frames import current_save
 from dcp_hf_writer.torch_seam.future_guard import FutureGuard, current_future, own_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from dcp_hf_writer._attempt import Attempt
     from dcp_hf_writer.errors import RankLostError
+    from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.staging.slab import Lease
 
 _log = logging.getLogger(__name__)
