@@ -19,10 +19,11 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec, _explanation_table
+from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
 from dcp_hf_writer.errors import ConfigError, PlanningError
 from dcp_hf_writer.mapping.load_spec import Piece, ShardSpec
 from dcp_hf_writer.mapping.name_patterns import patterns, ranges
+from dcp_hf_writer.preflight import explanation_tables
 from dcp_hf_writer.save import hf_half
 from dcp_hf_writer.tensors.strided_copies import covered
 from dcp_hf_writer.torch_seam.planners import HFSavePlanner
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
     from torch.distributed.device_mesh import DeviceMesh
 
-    from dcp_hf_writer.explain import Explanation
+    from dcp_hf_writer.preflight.explanation import Explanation
 
 EXPERTS, WIDTH, HIDDEN = 4, 6, 8
 LAYERS = 3
@@ -467,7 +468,7 @@ def test_middle_of_what_is_many_is_left_out() -> None:
 def test_ranks_and_files_that_lie_here_and_there_are_first_and_last(
     numbers: list[int], text: str
 ) -> None:
-    assert _explanation_table._span(numbers) == text
+    assert explanation_tables._span(numbers) == text
 
 
 @settings(deadline=None)

@@ -16,7 +16,6 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
-from dcp_hf_writer import _options
 from dcp_hf_writer._dcp_source import DCPSource, Wanted
 from dcp_hf_writer._read_phase import run_reads
 from dcp_hf_writer._read_plan import plan_reads
@@ -26,6 +25,7 @@ from dcp_hf_writer.formats.parse_dcp_metadata import METADATA_NAME
 from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
 from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
 from dcp_hf_writer.plan.stored_once import StoredOnce
+from dcp_hf_writer.preflight import writer_options
 from dcp_hf_writer.save.commit import MANIFEST_NAME, StagingDirectory
 from dcp_hf_writer.save.save_owner import Owner, new_save_id
 from dcp_hf_writer.save.tensor_source import host_bytes
@@ -69,7 +69,7 @@ def materialize(
     """
     with OpenInputs(open_directory(path, None)) as inputs:
         metadata = read_dcp_metadata(inputs.files)
-        directory = StagingDirectory(_options.local_path(target), new_save_id())
+        directory = StagingDirectory(writer_options.local_path(target), new_save_id())
         record = directory.create(overwrite=overwrite)
         try:
             with record:

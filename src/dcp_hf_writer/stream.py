@@ -22,10 +22,10 @@ from dcp_hf_writer._fill import Filler
 from dcp_hf_writer._groups import Groups, meet_groups, model_tensors
 from dcp_hf_writer._rounds import Steps, plan_steps
 from dcp_hf_writer._stock import Stock, complete_by_hand, take_stock
-from dcp_hf_writer._ties import HOW_TO_TIE, drifted_tie
 from dcp_hf_writer.errors import CheckpointError, LayoutError
 from dcp_hf_writer.mapping.hf_export import HFExport, size_in_bytes, specs_by_name
 from dcp_hf_writer.plan.layout import plan_layout
+from dcp_hf_writer.preflight.drifted_ties import HOW_TO_TIE, drifted_tie
 from dcp_hf_writer.staging.memory_identity import memory_of, tied_groups
 
 if TYPE_CHECKING:

@@ -13,9 +13,6 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from dcp_hf_writer import _options
-from dcp_hf_writer._dry_run import DryRun, fresh_planner
-from dcp_hf_writer._local_facts import check_facts, local_facts, note_memory
 from dcp_hf_writer.errors import (
     CheckpointError,
     ConfigError,
@@ -29,6 +26,9 @@ from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.plan import global_plan
 from dcp_hf_writer.plan.global_plan import RankPlan
+from dcp_hf_writer.preflight import writer_options
+from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
+from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts, note_memory
 from dcp_hf_writer.save import assets, coordinator
 from dcp_hf_writer.save.async_stager import SlabStager
 from dcp_hf_writer.save.attempt import Attempt, register
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-    from dcp_hf_writer.explain import Explanation
+    from dcp_hf_writer.preflight.explanation import Explanation
     from dcp_hf_writer.staging.stager import StagingMode
 
 _log = logging.getLogger(__name__)
@@ -113,15 +113,15 @@ class HFDualWriter(StorageWriter, SlabStager):
             ConfigError: If an option cannot be used as given.
         """
         super().__init__()
-        _options.one_of("weights", weights, ("both", "once"))
-        _options.one_of("staging", staging, ("blocking", "overlap"))
-        _options.one_of("on_export_error", on_export_error, ("raise", "warn"))
-        _options.one_of("strategy", strategy, ("auto", "direct"))
-        _options.check_numbers(timeout_s=timeout_s, host_budget_bytes=host_budget_bytes)
-        _options.check_no_storage_options(storage_options)
-        _options.check_export(export, weights)
-        _options.check_dcp_writer(dcp_writer)
-        self.path = _options.local_path(path)
+        writer_options.one_of("weights", weights, ("both", "once"))
+        writer_options.one_of("staging", staging, ("blocking", "overlap"))
+        writer_options.one_of("on_export_error", on_export_error, ("raise", "warn"))
+        writer_options.one_of("strategy", strategy, ("auto", "direct"))
+        writer_options.check_numbers(timeout_s=timeout_s, host_budget_bytes=host_budget_bytes)
+        writer_options.check_no_storage_options(storage_options)
+        writer_options.check_export(export, weights)
+        writer_options.check_dcp_writer(dcp_writer)
+        self.path = writer_options.local_path(path)
         self.export = export
         self.weights = weights
         self.staging = staging
@@ -145,7 +145,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         try:
             self._wait_for_earlier_save()
             if checkpoint_id is not None:
-                self.path = _options.local_path(checkpoint_id)
+                self.path = writer_options.local_path(checkpoint_id)
         except CheckpointError:
             # No attempt will give the staged copy back, as there will be none.
             staged = current_staged()
@@ -162,7 +162,7 @@ class HFDualWriter(StorageWriter, SlabStager):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether this kind of writer can write there."""
         try:
-            _options.local_path(checkpoint_id)
+            writer_options.local_path(checkpoint_id)
         except ConfigError:
             return False
         return True

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from dcp_hf_writer._hand_sharded import check_samples, samples_of
-from dcp_hf_writer._plan_check import check_plan
-from dcp_hf_writer._ties import untrue_tie
 from dcp_hf_writer.plan.global_plan import LocalFacts
+from dcp_hf_writer.preflight.drifted_ties import untrue_tie
+from dcp_hf_writer.preflight.hand_sharded import check_samples, samples_of
+from dcp_hf_writer.preflight.plan_check import check_plan
 from dcp_hf_writer.save.save_owner import page_cache_id
 from dcp_hf_writer.staging.memory_identity import memory_of, tied_groups
 from dcp_hf_writer.torch_seam.frames import planned_state_dict

@@ -18,14 +18,14 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.utils import _DistWrapper
 
-from dcp_hf_writer._explanation import FileSum, RankSum, Row, left_out
-from dcp_hf_writer._local_facts import check_facts, local_facts, note_memory
 from dcp_hf_writer.digests.digest_sweep import extent_of
 from dcp_hf_writer.errors import PlanningError
-from dcp_hf_writer.explain import Explanation
 from dcp_hf_writer.mapping.model_entry import model_prefix
 from dcp_hf_writer.plan.global_plan import GlobalPlan, RankPlan, plan_globally, rank_plans
 from dcp_hf_writer.plan.layout import INDEX_NAME
+from dcp_hf_writer.preflight.explanation import Explanation
+from dcp_hf_writer.preflight.explanation_rows import FileSum, RankSum, Row, left_out
+from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts, note_memory
 from dcp_hf_writer.save.assets import file_of_key_in_like
 from dcp_hf_writer.save.attempt import Attempt
 from dcp_hf_writer.save.hf_half import regions_by_file, way_of

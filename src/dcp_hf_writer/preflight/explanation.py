@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer import _explanation_table as tables
+from dcp_hf_writer.preflight import explanation_tables as tables
 
 if TYPE_CHECKING:
-    from dcp_hf_writer._explanation import FileSum, LeftOut, RankSum, Row
+    from dcp_hf_writer.preflight.explanation_rows import FileSum, LeftOut, RankSum, Row
 
 _WIDTH = 120
 

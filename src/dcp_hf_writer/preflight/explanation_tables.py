@@ -18,7 +18,7 @@ from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from dcp_hf_writer._explanation import FileSum, LeftOut, RankSum, Row
+    from dcp_hf_writer.preflight.explanation_rows import FileSum, LeftOut, RankSum, Row
     from dcp_hf_writer.tensors.boxes import Shape
 
 _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
