@@ -17,6 +17,7 @@ ROOT = Path(dcp_hf_writer.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "errors",
+        "load",
         "preflight",
         "save",
         "torch_seam",
@@ -62,8 +63,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "formats.restricted_unpickle",
         "formats.parse_dcp_metadata",
         "formats.parse_torch_archive",
-        "_read_plan",
-        "_exchange_plan",
+        "load.read_plan",
+        "load.exchange_plan",
     ),
     ("staging.memory_identity", "plan.global_plan", "torch_seam.plan_cache"),
     ("preflight.explanation_rows", "preflight.explanation_tables", "preflight.explanation"),
@@ -76,8 +77,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "storage.input_contract",
         "storage.input_backends",
         "storage.open_inputs",
-        "_read_phase",
-        "_exchange",
+        "load.read_phase",
+        "load.exchange",
     ),
     ("storage.listing", "_check_dcp", "digests.recompute", "_progress"),
     (
@@ -88,8 +89,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "save.assets",
         "preflight.writer_options",
     ),
-    ("_dcp_source", "_hf_directory", "_hf_source", "_sources", "_fit"),
-    ("_dequantize_load", "_verify_ranges", "_load_blocks", "_loads"),
+    (
+        "load.dcp_source",
+        "load.hf_directory",
+        "load.hf_source",
+        "load.checkpoint_half",
+        "load.mismatches",
+    ),
+    ("load.dequantized_reads", "load.verify_ranges", "load.hf_blocks", "load.planned_load"),
     ("save.rendezvous", "save.save_owner"),
     ("save.commit",),
     ("save.checksums",),
@@ -143,7 +150,7 @@ PLANNING = (
         "digests.digest_sweep",
         "digests.problems",
     ),
-    *("formats.restricted_unpickle", "_read_plan", "_exchange_plan"),
+    *("formats.restricted_unpickle", "load.read_plan", "load.exchange_plan"),
 )
 # Storage, processes, other machines.
 EFFECTS = frozenset(

@@ -6,10 +6,10 @@ import math
 import re
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer._hf_directory import MAX_INDEX_NBYTES, SUFFIX, parse_index, read_header
 from dcp_hf_writer.digests.problems import Problem
 from dcp_hf_writer.errors import CheckpointError
 from dcp_hf_writer.formats.strict_json import shortened
+from dcp_hf_writer.load.hf_directory import MAX_INDEX_NBYTES, SUFFIX, parse_index, read_header
 from dcp_hf_writer.plan.layout import INDEX_NAME, SINGLE_NAME
 
 if TYPE_CHECKING:

@@ -16,12 +16,12 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
-from dcp_hf_writer._dcp_source import DCPSource, Wanted
-from dcp_hf_writer._read_phase import run_reads
-from dcp_hf_writer._read_plan import plan_reads
-from dcp_hf_writer._sources import read_dcp_metadata
 from dcp_hf_writer.formats.encode_torch_archive import tensor_archive
 from dcp_hf_writer.formats.parse_dcp_metadata import METADATA_NAME
+from dcp_hf_writer.load.checkpoint_half import read_dcp_metadata
+from dcp_hf_writer.load.dcp_source import DCPSource, Wanted
+from dcp_hf_writer.load.read_phase import run_reads
+from dcp_hf_writer.load.read_plan import plan_reads
 from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
 from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
 from dcp_hf_writer.plan.stored_once import StoredOnce

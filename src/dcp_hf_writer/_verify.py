@@ -14,12 +14,12 @@ from dcp_hf_writer._check_dcp import (
     items_by_file,
 )
 from dcp_hf_writer._check_hf import DirectoryCheck, export_problems
-from dcp_hf_writer._hf_directory import SUFFIX
 from dcp_hf_writer._progress import progress_of
 from dcp_hf_writer.digests.problems import Problem
 from dcp_hf_writer.digests.recompute import Recomputation, jobs_of
 from dcp_hf_writer.errors import CheckpointError, ConfigError, CorruptCheckpointError
 from dcp_hf_writer.formats.parse_dcp_metadata import MAX_METADATA_NBYTES, parse_metadata
+from dcp_hf_writer.load.hf_directory import SUFFIX
 from dcp_hf_writer.plan.layout import INDEX_NAME
 from dcp_hf_writer.plan.parse_manifest import MANIFEST_NAME, MAX_MANIFEST_NBYTES, parse_manifest
 from dcp_hf_writer.storage.input_backends import open_directory

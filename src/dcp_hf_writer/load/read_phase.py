@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from dcp_hf_writer._read_plan import BOUNCE_NBYTES, Bounce, Direct
+from dcp_hf_writer.load.read_plan import BOUNCE_NBYTES, Bounce, Direct
 from dcp_hf_writer.storage.open_inputs import OpenInputs
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dcp_hf_writer._read_plan import Read, Scatter
+    from dcp_hf_writer.load.read_plan import Read, Scatter
     from dcp_hf_writer.storage.input_contract import InputFiles
 
 # With room for the alignment of the parts of one read.

@@ -10,17 +10,17 @@ from bisect import bisect_left, bisect_right
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._read_plan import span_of
 from dcp_hf_writer.digests.digest_sweep import Digest, Span, contiguous, extent_of
 from dcp_hf_writer.digests.problems import Problem
 from dcp_hf_writer.digests.recompute import Job, Recomputation
 from dcp_hf_writer.errors import CorruptCheckpointError
+from dcp_hf_writer.load.read_plan import span_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from dcp_hf_writer._read_plan import Fetch
-    from dcp_hf_writer._sources import Place
+    from dcp_hf_writer.load.checkpoint_half import Place
+    from dcp_hf_writer.load.read_plan import Fetch
     from dcp_hf_writer.plan.parse_manifest import (
         Manifest,
         ManifestFile,

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dcp_hf_writer._read_phase import run_reads
-from dcp_hf_writer._read_plan import fetch_of_copy, plan_reads
+from dcp_hf_writer.load.read_phase import run_reads
+from dcp_hf_writer.load.read_plan import fetch_of_copy, plan_reads
 from dcp_hf_writer.tensors.boxes import Box
 from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
 from dcp_hf_writer.tensors.strided_copies import (
@@ -23,8 +23,8 @@ from dcp_hf_writer.tensors.strided_copies import (
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dcp_hf_writer._hf_directory import HFDirectory
-    from dcp_hf_writer._hf_source import Dequantized
+    from dcp_hf_writer.load.hf_directory import HFDirectory
+    from dcp_hf_writer.load.hf_source import Dequantized
     from dcp_hf_writer.storage.open_inputs import OpenInputs
     from dcp_hf_writer.tensors.strided_copies import Copy
 

@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from dcp_hf_writer._read_phase import is_direct
-from dcp_hf_writer._read_plan import Expected, Fetch, fetch_of_copy
 from dcp_hf_writer.errors import CorruptCheckpointError, PickledObjectError
 from dcp_hf_writer.formats.parse_torch_archive import (
     ArchivedTensor,
     UnusualArchiveError,
     find_tensor,
 )
+from dcp_hf_writer.load.read_phase import is_direct
+from dcp_hf_writer.load.read_plan import Expected, Fetch, fetch_of_copy
 from dcp_hf_writer.plan.stored_once import StoredOnce
 from dcp_hf_writer.tensors.boxes import Box
 from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME

@@ -6,14 +6,14 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from dcp_hf_writer._hf_directory import SUFFIX, is_hf_directory, open_hf_directory
-from dcp_hf_writer._hf_source import HFSource
 from dcp_hf_writer.errors import ReadError
 from dcp_hf_writer.formats.parse_dcp_metadata import (
     MAX_METADATA_NBYTES,
     METADATA_NAME,
     parse_metadata,
 )
+from dcp_hf_writer.load.hf_directory import SUFFIX, is_hf_directory, open_hf_directory
+from dcp_hf_writer.load.hf_source import HFSource
 from dcp_hf_writer.plan.parse_manifest import MANIFEST_NAME, MAX_MANIFEST_NBYTES, parse_manifest
 from dcp_hf_writer.storage.input_backends import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs

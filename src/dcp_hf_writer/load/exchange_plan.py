@@ -9,12 +9,12 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._read_plan import Bounce
+from dcp_hf_writer.load.read_plan import Bounce
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-    from dcp_hf_writer._read_plan import Read
+    from dcp_hf_writer.load.read_plan import Read
 
 Wanted = dict[str, list[tuple[int, int]]]
 """Ranges of bytes, `(start, stop)`, by file; each lies in one piece of memory."""

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from dcp_hf_writer._read_phase import is_direct
-from dcp_hf_writer._read_plan import Fetch, fetch_of_box, fetch_of_copy
 from dcp_hf_writer.errors import MismatchError
 from dcp_hf_writer.formats.strict_json import shortened
+from dcp_hf_writer.load.read_phase import is_direct
+from dcp_hf_writer.load.read_plan import Fetch, fetch_of_box, fetch_of_copy
 from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.plan.layout import PartTarget
 from dcp_hf_writer.plan.regions import Region, TargetTable
@@ -21,8 +21,8 @@ from dcp_hf_writer.tensors.strided_copies import covered, runtime_loops, strides
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-    from dcp_hf_writer._hf_directory import HFDirectory
     from dcp_hf_writer.formats.quantized_tensors import Stored
+    from dcp_hf_writer.load.hf_directory import HFDirectory
     from dcp_hf_writer.tensors.boxes import Box, Shape
     from dcp_hf_writer.tensors.strided_copies import Copy
 

@@ -14,18 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from dcp_hf_writer._exchange_plan import rounds, shared_segments, wanted_of
-from dcp_hf_writer._read_phase import Landing, run_reads
 from dcp_hf_writer.errors import CheckpointError, ReadError
+from dcp_hf_writer.load.exchange_plan import rounds, shared_segments, wanted_of
+from dcp_hf_writer.load.read_phase import Landing, run_reads
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from typing_extensions import Self
 
-    from dcp_hf_writer._exchange_plan import Segment
-    from dcp_hf_writer._read_phase import Buffer
-    from dcp_hf_writer._read_plan import Read
+    from dcp_hf_writer.load.exchange_plan import Segment
+    from dcp_hf_writer.load.read_phase import Buffer
+    from dcp_hf_writer.load.read_plan import Read
     from dcp_hf_writer.storage.open_inputs import OpenInputs
 
 
