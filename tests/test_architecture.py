@@ -17,6 +17,7 @@ ROOT = Path(dcp_hf_writer.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "errors",
+        "stream",
         "load",
         "preflight",
         "save",
@@ -51,7 +52,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "plan.encode_manifest",
     ),
     ("mapping.spec_match",),
-    ("_buckets", "_rounds"),
+    ("stream.buckets", "stream.gather_steps"),
     (
         "formats.parse_safetensors_header",
         "plan.parse_manifest_blocks",
@@ -68,7 +69,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("staging.memory_identity", "plan.global_plan", "torch_seam.plan_cache"),
     ("preflight.explanation_rows", "preflight.explanation_tables", "preflight.explanation"),
-    ("_agreement", "_fill", "_groups", "_stock"),
+    ("stream.agreement", "stream.fill_buckets", "stream.mesh_groups", "stream.held_shards"),
     ("torch_seam.blocked_tensors", "torch_seam.planners"),
     ("staging.slab", "staging.stager", "torch_seam.frames"),
     ("storage.slot_files", "storage.write_slots"),
@@ -120,7 +121,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("_check_hf", "_verify"),
     ("reader", "loader", "_materialize"),
     ("preflight.dry_run",),
-    ("writer", "stream"),
+    ("writer", "stream.iter_hf_buckets"),
     ("",),
 )
 # The package itself is "".
@@ -139,7 +140,7 @@ PLANNING = (
     *("tensors.strided_copies", "plan.regions", "plan.stored_once", "mapping.name_patterns"),
     *("tensors.loop_nests", "mapping.symbolic_tensors", "mapping.specs_from_function"),
     *("tensors.shards", "mapping.spec_match", "mapping.tied_names"),
-    *("_buckets", "_rounds"),
+    *("stream.buckets", "stream.gather_steps"),
     *("mapping.load_spec", "mapping.hf_export"),
     *("formats.dequantize", "formats.quantized_tensors", "formats.quantized_checkpoints"),
     *(

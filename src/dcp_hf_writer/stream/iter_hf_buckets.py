@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dcp_hf_writer._agreement import (
+from dcp_hf_writer.errors import CheckpointError, LayoutError
+from dcp_hf_writer.mapping.hf_export import HFExport, size_in_bytes, specs_by_name
+from dcp_hf_writer.plan.layout import plan_layout
+from dcp_hf_writer.preflight.drifted_ties import HOW_TO_TIE, drifted_tie
+from dcp_hf_writer.staging.memory_identity import memory_of, tied_groups
+from dcp_hf_writer.stream.agreement import (
     Facts,
     agree_on_ties,
     check_alike,
@@ -17,16 +22,11 @@ from dcp_hf_writer._agreement import (
     raise_first,
     tie_fault,
 )
-from dcp_hf_writer._buckets import Bucket, fill_buckets, hf_tensors
-from dcp_hf_writer._fill import Filler
-from dcp_hf_writer._groups import Groups, meet_groups, model_tensors
-from dcp_hf_writer._rounds import Steps, plan_steps
-from dcp_hf_writer._stock import Stock, complete_by_hand, take_stock
-from dcp_hf_writer.errors import CheckpointError, LayoutError
-from dcp_hf_writer.mapping.hf_export import HFExport, size_in_bytes, specs_by_name
-from dcp_hf_writer.plan.layout import plan_layout
-from dcp_hf_writer.preflight.drifted_ties import HOW_TO_TIE, drifted_tie
-from dcp_hf_writer.staging.memory_identity import memory_of, tied_groups
+from dcp_hf_writer.stream.buckets import Bucket, fill_buckets, hf_tensors
+from dcp_hf_writer.stream.fill_buckets import Filler
+from dcp_hf_writer.stream.gather_steps import Steps, plan_steps
+from dcp_hf_writer.stream.held_shards import Stock, complete_by_hand, take_stock
+from dcp_hf_writer.stream.mesh_groups import Groups, meet_groups, model_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping

@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from dcp_hf_writer._buckets import LOCAL, Chain, Cuts, Held
-from dcp_hf_writer._groups import Groups, is_by_hand
 from dcp_hf_writer.errors import ConfigError, CoverageError, PlanningError, SpecError
 from dcp_hf_writer.plan.layout import RuntimeTensor
+from dcp_hf_writer.stream.buckets import LOCAL, Chain, Cuts, Held
+from dcp_hf_writer.stream.mesh_groups import Groups, is_by_hand
 from dcp_hf_writer.tensors.boxes import Box, Shape, tiling_fault, whole
 from dcp_hf_writer.tensors.shards import blocks_of, local_shape, shards_of
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dcp_hf_writer._buckets import Bucket, Chain, HFTensor, Part, Piece, aligned
+from dcp_hf_writer.stream.buckets import Bucket, Chain, HFTensor, Part, Piece, aligned
 from dcp_hf_writer.tensors.strided_copies import Copy, Loop, split, strides_of
 
 if TYPE_CHECKING:

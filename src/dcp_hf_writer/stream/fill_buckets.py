@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
-    from dcp_hf_writer._buckets import Bucket, Chain, HFTensor
-    from dcp_hf_writer._rounds import Gather, Round, Steps
+    from dcp_hf_writer.stream.buckets import Bucket, Chain, HFTensor
+    from dcp_hf_writer.stream.gather_steps import Gather, Round, Steps
     from dcp_hf_writer.tensors.strided_copies import Copy
 
 # Copies without a cast move bits: torch has no copy of some packed dtypes.
