@@ -17,6 +17,7 @@ ROOT = Path(dcp_hf_writer.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     (
         "errors",
+        "check",
         "stream",
         "load",
         "preflight",
@@ -81,7 +82,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "load.read_phase",
         "load.exchange",
     ),
-    ("storage.listing", "_check_dcp", "digests.recompute", "_progress"),
+    ("storage.listing", "check.check_dcp", "digests.recompute", "check.progress_line"),
     (
         "formats.encode_torch_archive",
         "save.tensor_source",
@@ -118,8 +119,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     ("integrations", "integrations._twin", "integrations._base_check"),
     ("integrations._conversions", "integrations.transformers", "integrations.torchtitan"),
-    ("_check_hf", "_verify"),
-    ("reader", "loader", "_materialize"),
+    ("check.check_hf", "check.verify"),
+    ("reader", "loader", "check.materialize"),
     ("preflight.dry_run",),
     ("writer", "stream.iter_hf_buckets"),
     ("",),

@@ -1,8 +1,8 @@
 """Save a PyTorch training run for resuming and for serving, in one asynchronous step."""
 
 from dcp_hf_writer import errors
-from dcp_hf_writer._materialize import materialize
-from dcp_hf_writer._verify import VerifyReport, verify
+from dcp_hf_writer.check.materialize import materialize
+from dcp_hf_writer.check.verify import VerifyReport, verify
 from dcp_hf_writer.integrations.transformers import specs_from_transformers
 from dcp_hf_writer.loader import load_hf
 from dcp_hf_writer.mapping.hf_export import HFExport

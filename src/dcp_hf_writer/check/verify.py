@@ -7,14 +7,14 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from dcp_hf_writer._check_dcp import (
+from dcp_hf_writer.check.check_dcp import (
     METADATA_NAME,
     dcp_problems,
     fqn_at,
     items_by_file,
 )
-from dcp_hf_writer._check_hf import DirectoryCheck, export_problems
-from dcp_hf_writer._progress import progress_of
+from dcp_hf_writer.check.check_hf import DirectoryCheck, export_problems
+from dcp_hf_writer.check.progress_line import progress_of
 from dcp_hf_writer.digests.problems import Problem
 from dcp_hf_writer.digests.recompute import Recomputation, jobs_of
 from dcp_hf_writer.errors import CheckpointError, ConfigError, CorruptCheckpointError
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
     from torch.distributed.checkpoint.metadata import Metadata
 
-    from dcp_hf_writer._check_dcp import Item
+    from dcp_hf_writer.check.check_dcp import Item
     from dcp_hf_writer.plan.parse_manifest import Manifest
     from dcp_hf_writer.storage.input_contract import InputFiles
 
