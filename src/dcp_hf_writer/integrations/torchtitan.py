@@ -14,7 +14,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer.errors import ConfigError
-from dcp_hf_writer.integrations._twin import listed
+from dcp_hf_writer.integrations.unsharded_twin import listed
 from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.mapping.specs_from_function import derive
 
