@@ -25,7 +25,8 @@ from audit import read_manifest
 from compare import bits, tensor_difference
 from dcp_hf_writer import HFDualWriter, HFExport, _hooks, _slab, staging
 from dcp_hf_writer.errors import StagingBusyError, StagingError
-from dcp_hf_writer.staging import EAGER_NBYTES, Stager
+from dcp_hf_writer.save import async_stager
+from dcp_hf_writer.staging.stager import EAGER_NBYTES, Stager
 from held import tensor
 from ranks import run_ranks
 from small import dcp_difference, difference, leftovers, spoil, state_of
@@ -52,12 +53,12 @@ def held_at(point: str) -> Iterator[threading.Event]:
         if reached == point:
             assert go_on.wait(30)
 
-    _hooks.set_hook(wait)
+    failpoints.set_hook(wait)
     try:
         yield go_on
     finally:
         go_on.set()
-        _hooks.set_hook(None)
+        failpoints.set_hook(None)
 
 
 class Named(NamedTuple):

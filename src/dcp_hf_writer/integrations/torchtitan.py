@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dcp_hf_writer._derivation import derive
 from dcp_hf_writer.errors import ConfigError
 from dcp_hf_writer.integrations._twin import listed
 from dcp_hf_writer.spec import LoadSpec
