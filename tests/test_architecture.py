@@ -53,6 +53,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "plan.encode_manifest",
     ),
     ("mapping.spec_match",),
+    ("torch_seam.unsupported", "torch_seam.dtensor", "torch_seam.flattening"),
     ("stream.buckets", "stream.gather_steps"),
     (
         "formats.parse_safetensors_header",
@@ -72,7 +73,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("preflight.explanation_rows", "preflight.explanation_tables", "preflight.explanation"),
     ("stream.agreement", "stream.fill_buckets", "stream.mesh_groups", "stream.held_shards"),
     ("torch_seam.blocked_tensors", "torch_seam.planners"),
-    ("staging.slab", "staging.stager", "torch_seam.frames"),
+    ("staging.slab", "staging.staged_state_dict", "staging.stager", "torch_seam.frames"),
     ("storage.slot_files", "storage.write_slots"),
     ("storage", "storage.linux_calls", "storage.posix_outputs", "storage.open_outputs"),
     (

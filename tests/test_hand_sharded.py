@@ -16,15 +16,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from dcp_hf_writer import HFDualWriter, HFExport, _hand_sharded
-from dcp_hf_writer._caller import Planned
-from dcp_hf_writer._hand_sharded import check_samples, samples_of
-from dcp_hf_writer._shards import ShardSpec
+from dcp_hf_writer import HFDualWriter, HFExport
 from dcp_hf_writer.errors import CheckpointError, PlanningError
 from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.preflight import hand_sharded
 from dcp_hf_writer.preflight.hand_sharded import check_samples, samples_of
 from dcp_hf_writer.tensors.shards import ShardSpec
+from dcp_hf_writer.torch_seam.frames import Planned
 from dcp_hf_writer.torch_seam.planners import HFSavePlanner
 from expert_layouts import LAYOUTS, specs_of, state_of
 from held import tensor
@@ -355,6 +353,6 @@ def test_entries_that_are_no_model_are_compared_when_no_model_is_known() -> None
         planner = DefaultSavePlanner()
         planner.set_up_planner({**state, "optim": {"z": tensor("z", 3, 3)}})
         rows = np.frombuffer(
-            samples_of(planned(planner), key=None, world_size=2), _hand_sharded._ROW
+            samples_of(planned(planner), key=None, world_size=2), hand_sharded._ROW
         )
         assert len(rows) == 2

@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from dcp_hf_writer import _slab
-from dcp_hf_writer._slab import ALIGN_NBYTES, Handover, Slab, SlabPool, StagedInfo
 from dcp_hf_writer.errors import StagingBusyError, StagingError
 from dcp_hf_writer.staging import slab
-from dcp_hf_writer.staging.slab import ALIGN_NBYTES, Slab, SlabPool
+from dcp_hf_writer.staging.slab import ALIGN_NBYTES, SLABS, Handover, Slab, SlabPool, StagedInfo
 from ranks import run_ranks
 
 if TYPE_CHECKING:
@@ -287,7 +285,7 @@ def test_slab_is_attached_once_by_another_process() -> None:
     assert len(memory_files()) == before + 2
     other = Slab(8192)
     assert pickle.loads(_dumps(other)).nbytes == 8192
-    kept = _slab.SLABS._attached
+    kept = SLABS._attached
     assert kept is not None
     assert kept.slab_id == other.slab_id
 

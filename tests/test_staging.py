@@ -23,10 +23,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from audit import read_manifest
 from compare import bits, tensor_difference
-from dcp_hf_writer import HFDualWriter, HFExport, _hooks, _slab, staging
+from dcp_hf_writer import HFDualWriter, HFExport, failpoints
 from dcp_hf_writer.errors import StagingBusyError, StagingError
-from dcp_hf_writer.save import async_stager
-from dcp_hf_writer.staging.stager import EAGER_NBYTES, Stager
+from dcp_hf_writer.staging.slab import SLABS
+from dcp_hf_writer.staging.stager import EAGER_NBYTES, Staged, Stager
 from held import tensor
 from ranks import run_ranks
 from small import dcp_difference, difference, leftovers, spoil, state_of
@@ -249,7 +249,7 @@ def test_step_does_not_wait_when_nothing_is_being_copied(tmp_path: Path) -> None
 # What is staged
 
 
-def staged_of(state_dict: dict[str, Any], mode: Any = "blocking") -> tuple[Stager, staging.Staged]:
+def staged_of(state_dict: dict[str, Any], mode: Any = "blocking") -> tuple[Stager, Staged]:
     stager = Stager()
     staged = stager.stage(state_dict, mode=mode, what="step", deadline=soon())
     if staged.copies is not None:
@@ -440,10 +440,10 @@ def test_first_save_after_warm_up_takes_no_new_memory(tmp_path: Path) -> None:
     state["model"]["large"] = tensor("large", 3 * LARGE)
     nbytes = HFDualWriter(tmp_path / "step-1").warm_up(state)
     assert nbytes >= state["model"]["large"].nbytes
-    slab = _slab.SLABS._slab
+    slab = SLABS._slab
     for step in (1, 2):
         dcp.async_save(state, storage_writer=HFDualWriter(tmp_path / f"step-{step}")).result()
-    assert _slab.SLABS._slab is slab
+    assert SLABS._slab is slab
     assert slab is not None
 
 

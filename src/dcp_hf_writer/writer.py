@@ -13,30 +13,6 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from dcp_hf_writer import _assets, _coordinator, _options, _plan_data
-from dcp_hf_writer._attempt import Attempt, register
-from dcp_hf_writer._caller import Planned, find_save, other_planner
-from dcp_hf_writer._checksums import add_checksums
-from dcp_hf_writer._commit import StagingDirectory
-from dcp_hf_writer._dcp_half import SlabFileSystemWriter
-from dcp_hf_writer._dry_run import DryRun, fresh_planner
-from dcp_hf_writer._guards import guard_save
-from dcp_hf_writer._hf_half import MAX_BOUNCE_NBYTES
-from dcp_hf_writer._hooks import reach
-from dcp_hf_writer._joined_save import planned_directory
-from dcp_hf_writer._local_facts import (
-    check_facts,
-    check_reported_facts,
-    local_facts,
-    note_memory,
-)
-from dcp_hf_writer._owner import new_save_id
-from dcp_hf_writer._plan_cache import PLAN_CACHE, is_from_cache, whole_plans
-from dcp_hf_writer._plan_data import RankPlan
-from dcp_hf_writer._rendezvous import Announcement, next_count, rendezvous_of
-from dcp_hf_writer._staged import FAILED_KEY, failure_in
-from dcp_hf_writer._stager import SlabStager
-from dcp_hf_writer._write_phase import WritePhase, export_error, take_reports
 from dcp_hf_writer.errors import (
     CheckpointError,
     ConfigError,
@@ -46,10 +22,36 @@ from dcp_hf_writer.errors import (
     SaveTimeoutError,
     StagingError,
 )
-from dcp_hf_writer.export import HFExport
-from dcp_hf_writer.slots import WriteSlots
-from dcp_hf_writer.staging import STAGER
-from dcp_hf_writer.storage._posix import write_errors
+from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.mapping.hf_export import HFExport
+from dcp_hf_writer.plan import global_plan
+from dcp_hf_writer.plan.global_plan import RankPlan
+from dcp_hf_writer.preflight import writer_options
+from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
+from dcp_hf_writer.preflight.rank_facts import (
+    check_facts,
+    check_reported_facts,
+    local_facts,
+    note_memory,
+)
+from dcp_hf_writer.save import assets, coordinator
+from dcp_hf_writer.save.async_stager import SlabStager
+from dcp_hf_writer.save.attempt import Attempt, register
+from dcp_hf_writer.save.checksums import add_checksums
+from dcp_hf_writer.save.commit import StagingDirectory
+from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
+from dcp_hf_writer.save.failure_explanations import guard_save
+from dcp_hf_writer.save.hf_half import MAX_BOUNCE_NBYTES
+from dcp_hf_writer.save.joined_save import planned_directory
+from dcp_hf_writer.save.rendezvous import Announcement, next_count, rendezvous_of
+from dcp_hf_writer.save.save_owner import new_save_id
+from dcp_hf_writer.save.write_phase import WritePhase, export_error, take_reports
+from dcp_hf_writer.staging.staged_state_dict import FAILED_KEY, failure_in
+from dcp_hf_writer.staging.stager import STAGER
+from dcp_hf_writer.storage.posix_outputs import write_errors
+from dcp_hf_writer.storage.write_slots import WriteSlots
+from dcp_hf_writer.torch_seam.frames import Planned, find_save, other_planner
+from dcp_hf_writer.torch_seam.plan_cache import PLAN_CACHE, is_from_cache, whole_plans
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -509,7 +511,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             raise PlanningError(msg, rank=attempt.rank, path=attempt.target)
         return attempt.planned
 
-    def _planned(self, attempt: Attempt) -> _plan_data.GlobalPlan:
+    def _planned(self, attempt: Attempt) -> global_plan.GlobalPlan:
         if attempt.global_plan is None:
             msg = "the coordinator made no global plan"
             raise PlanningError(msg, rank=attempt.rank, path=attempt.target)
@@ -521,7 +523,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         read = None if self.export is None else assets.known(self.export)
         if self.export is not None and read is not None:
             state["_assets"] = read
-            state["export"] = _assets.without_objects(self.export)
+            state["export"] = assets.without_objects(self.export)
         for name in ("process_group", "_copies", "_lease", "_attempt"):
             state[name] = None
         return state

@@ -12,20 +12,22 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
-from dcp_hf_writer import HFDualWriter, _caller, _plan_cache, _watchdog
-from dcp_hf_writer._watchdog import own_error
 from dcp_hf_writer.errors import UnsupportedTorchError
+from dcp_hf_writer.torch_seam import frames, future_guard, plan_cache
+from dcp_hf_writer.torch_seam.future_guard import own_error
 from small import leftovers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from dcp_hf_writer import HFDualWriter
+
 # Each lookup, as the one function that makes it.
 LOOKUPS: dict[str, tuple[Any, str]] = {
-    "planner": (_caller, "_locals_of_torch"),
-    "future": (_watchdog, "current_future"),
-    "caches": (_plan_cache, "torch_cache"),
+    "planner": (frames, "_locals_of_torch"),
+    "future": (future_guard, "current_future"),
+    "caches": (plan_cache, "torch_cache"),
 }
 KINDS = ("sync", "thread", "process")
 

@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import AsyncStager
 
 from dcp_hf_writer import HFDualWriter, HFExport
-from dcp_hf_writer._slab import SLABS
 from dcp_hf_writer.errors import StagingError, UnsupportedTorchError
+from dcp_hf_writer.staging.slab import SLABS
 from ranks import run_ranks
 from small import difference, model_of, spoil, state_of
 

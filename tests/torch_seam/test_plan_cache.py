@@ -20,8 +20,9 @@ from lookups import (
 from torch.distributed.checkpoint import SavePlanner
 from torch.distributed.device_mesh import init_device_mesh
 
-from dcp_hf_writer import HFDualWriter, _local_facts
+from dcp_hf_writer import HFDualWriter
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.preflight import rank_facts
 from held import tensor
 from ranks import run_ranks
 from small import difference, state_of
@@ -139,7 +140,7 @@ def save_without_reported_facts(rank: int, world_size: int, root: Path) -> None:
     """A rank whose facts are neither in the plan nor in its report."""
     del world_size
     save("thread", model_of(rank, is_same=True), HFDualWriter(root / "step-1"), planner=caching())
-    check = _local_facts.check_reported_facts
+    check = rank_facts.check_reported_facts
 
     def forget(plans: Any, reports: Any) -> None:
         for report in reports:

@@ -12,6 +12,8 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.tensors.boxes import Box, intersect
+from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
 from dcp_hf_writer.torch_seam.flattening import flat_tensors
 
 if TYPE_CHECKING:
@@ -20,8 +22,8 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
-    from dcp_hf_writer._blocked import BlockedTensor
-    from dcp_hf_writer.spec import LoadSpec
+    from dcp_hf_writer.mapping.load_spec import LoadSpec
+    from dcp_hf_writer.torch_seam.blocked_tensors import BlockedTensor
 
 
 def loaded_values(planner: LoadPlanner, given: Mapping[str, Any]) -> dict[str, Any]:

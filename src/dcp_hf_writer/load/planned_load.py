@@ -17,21 +17,21 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType
 
-from dcp_hf_writer._boxes import Box
-from dcp_hf_writer._dcp_metadata import METADATA_NAME
-from dcp_hf_writer._dcp_source import DCPSource, Wanted
-from dcp_hf_writer._exchange import Reading
-from dcp_hf_writer._fit import loaded_values, misfits
-from dcp_hf_writer._hf_source import Block, Findings
-from dcp_hf_writer._load_blocks import load_blocks
-from dcp_hf_writer._model_entry import model_prefix, names_in_model
-from dcp_hf_writer._open_inputs import OpenInputs
-from dcp_hf_writer._read_phase import run_reads
-from dcp_hf_writer._read_plan import plan_reads
-from dcp_hf_writer._sources import open_hf_source, read_dcp_metadata
-from dcp_hf_writer._tensors import memory_identity
-from dcp_hf_writer._verify_ranges import verify_ranges
 from dcp_hf_writer.errors import MismatchError
+from dcp_hf_writer.formats.parse_dcp_metadata import METADATA_NAME
+from dcp_hf_writer.load.checkpoint_half import open_hf_source, read_dcp_metadata
+from dcp_hf_writer.load.dcp_source import DCPSource, Wanted
+from dcp_hf_writer.load.exchange import Reading
+from dcp_hf_writer.load.hf_blocks import load_blocks
+from dcp_hf_writer.load.hf_source import Block, Findings
+from dcp_hf_writer.load.mismatches import loaded_values, misfits
+from dcp_hf_writer.load.read_phase import run_reads
+from dcp_hf_writer.load.read_plan import plan_reads
+from dcp_hf_writer.load.verify_ranges import verify_ranges
+from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
+from dcp_hf_writer.staging.memory_identity import memory_identity
+from dcp_hf_writer.storage.open_inputs import OpenInputs
+from dcp_hf_writer.tensors.boxes import Box
 from dcp_hf_writer.torch_seam.flattening import flat_tensors
 
 if TYPE_CHECKING:

@@ -38,7 +38,7 @@ class LocalFacts:
     tied: tuple[tuple[str, ...], ...]
     """Groups of FQNs whose tensors are the same memory."""
     samples: bytes = b""
-    """Of the tensors that may pass for replicas, as `_hand_sharded` compares them."""
+    """Of the tensors that may pass for replicas, as `hand_sharded` compares them."""
     stamp: str = ""
     """Unique to this rank and save: with plan caching DCP shows the facts of an earlier save."""
 

@@ -12,16 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from dcp_hf_writer._spec_match import model_names
 from dcp_hf_writer.errors import ExportError
 from dcp_hf_writer.mapping.spec_match import model_names
-from dcp_hf_writer.torch_seam.frames import planned_paths, planned_state_dict
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from dcp_hf_writer._caller import Planned
-    from dcp_hf_writer.export import HFExport
+    from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.torch_seam.frames import Planned
 
 
 HOW_TO_TIE = (

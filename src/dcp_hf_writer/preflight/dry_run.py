@@ -18,23 +18,23 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.utils import _DistWrapper
 
-from dcp_hf_writer._assets import file_of_key_in_like
-from dcp_hf_writer._attempt import Attempt
-from dcp_hf_writer._caller import Planned
-from dcp_hf_writer._copies import hf_box
-from dcp_hf_writer._dtypes import NAME_BY_TORCH
-from dcp_hf_writer._explanation import FileSum, RankSum, Row, left_out
-from dcp_hf_writer._hf_half import regions_by_file, way_of
-from dcp_hf_writer._layout import INDEX_NAME
-from dcp_hf_writer._local_facts import check_facts, local_facts, note_memory
-from dcp_hf_writer._model_entry import model_prefix
-from dcp_hf_writer._plan_data import GlobalPlan, RankPlan, plan_globally, rank_plans
-from dcp_hf_writer._source import TensorSource, chunk_of
-from dcp_hf_writer._sweep import extent_of
-from dcp_hf_writer._watchdog import own_error
+from dcp_hf_writer.digests.digest_sweep import extent_of
 from dcp_hf_writer.errors import PlanningError
-from dcp_hf_writer.explain import Explanation
+from dcp_hf_writer.mapping.model_entry import model_prefix
+from dcp_hf_writer.plan.global_plan import GlobalPlan, RankPlan, plan_globally, rank_plans
+from dcp_hf_writer.plan.layout import INDEX_NAME
+from dcp_hf_writer.preflight.explanation import Explanation
+from dcp_hf_writer.preflight.explanation_rows import FileSum, RankSum, Row, left_out
+from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts, note_memory
+from dcp_hf_writer.save.assets import file_of_key_in_like
+from dcp_hf_writer.save.attempt import Attempt
+from dcp_hf_writer.save.hf_half import regions_by_file, way_of
+from dcp_hf_writer.save.tensor_source import TensorSource, chunk_of
+from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
+from dcp_hf_writer.tensors.strided_copies import hf_box
 from dcp_hf_writer.torch_seam.dtensor import local_of
+from dcp_hf_writer.torch_seam.frames import Planned
+from dcp_hf_writer.torch_seam.future_guard import own_error
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

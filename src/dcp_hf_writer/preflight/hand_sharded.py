@@ -14,12 +14,12 @@ import torch
 import xxhash
 from torch.distributed.tensor import DTensor
 
-from dcp_hf_writer._model_entry import NOT_WEIGHTS
-from dcp_hf_writer._shards import blocks_of, shards_of
-from dcp_hf_writer._spec_match import model_names
 from dcp_hf_writer.errors import ModelKeyError, PlanningError
-from dcp_hf_writer.planner import HFSavePlanner
+from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS
+from dcp_hf_writer.mapping.spec_match import model_names
+from dcp_hf_writer.tensors.shards import blocks_of, shards_of
 from dcp_hf_writer.torch_seam.dtensor import local_of
+from dcp_hf_writer.torch_seam.planners import HFSavePlanner
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch.distributed.checkpoint.planner import SavePlan
 
-    from dcp_hf_writer._caller import Planned
-    from dcp_hf_writer._model_entry import Path
+    from dcp_hf_writer.mapping.model_entry import Path
+    from dcp_hf_writer.torch_seam.frames import Planned
 
 _log = logging.getLogger(__name__)
 

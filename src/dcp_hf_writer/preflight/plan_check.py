@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 from torch.distributed.checkpoint.planner import SavePlan
 
-from dcp_hf_writer._blocked import blocked_tensors
-from dcp_hf_writer._boxes import intersect
-from dcp_hf_writer._source import chunk_of
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.save.tensor_source import chunk_of
+from dcp_hf_writer.tensors.boxes import intersect
+from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
 from dcp_hf_writer.torch_seam.unsupported import unsupported_torch
 
 if TYPE_CHECKING:
@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 
     from torch.distributed.checkpoint.planner import WriteItem
 
-    from dcp_hf_writer._blocked import BlockedTensor
-    from dcp_hf_writer._boxes import Box
-    from dcp_hf_writer._caller import Planned
-    from dcp_hf_writer.export import HFExport
+    from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.tensors.boxes import Box
+    from dcp_hf_writer.torch_seam.blocked_tensors import BlockedTensor
+    from dcp_hf_writer.torch_seam.frames import Planned
 
 _SHOWN = 4
 

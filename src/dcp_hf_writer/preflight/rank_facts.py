@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from dcp_hf_writer._hand_sharded import check_samples, samples_of
-from dcp_hf_writer._owner import page_cache_id
-from dcp_hf_writer._plan_check import check_plan
-from dcp_hf_writer._plan_data import LocalFacts
-from dcp_hf_writer._tensors import memory_of, tied_groups
-from dcp_hf_writer._ties import untrue_tie
+from dcp_hf_writer.plan.global_plan import LocalFacts
+from dcp_hf_writer.preflight.drifted_ties import untrue_tie
+from dcp_hf_writer.preflight.hand_sharded import check_samples, samples_of
+from dcp_hf_writer.preflight.plan_check import check_plan
+from dcp_hf_writer.save.save_owner import page_cache_id
+from dcp_hf_writer.staging.memory_identity import memory_of, tied_groups
 from dcp_hf_writer.torch_seam.unsupported import unsupported_torch
 
 if TYPE_CHECKING:
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
     from torch.distributed.checkpoint.planner import SavePlan
 
-    from dcp_hf_writer._attempt import Attempt
-    from dcp_hf_writer._caller import Planned
-    from dcp_hf_writer._report import RankReport
-    from dcp_hf_writer.export import HFExport
+    from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.plan.rank_report import RankReport
+    from dcp_hf_writer.save.attempt import Attempt
+    from dcp_hf_writer.torch_seam.frames import Planned
 
 
 def note_memory(attempt: Attempt, planned: Planned) -> tuple[tuple[str, ...], ...]:

@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from dcp_hf_writer import _assets
-from dcp_hf_writer._guards import guard_process_save
-from dcp_hf_writer._hooks import reach
-from dcp_hf_writer._staged import StagedStateDict, failed_state_dict, staging_error
 from dcp_hf_writer.errors import StagingBusyError
-from dcp_hf_writer.staging import STAGER, Copies, Staged, StagingMode, wait_before_step
+from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.save import assets
+from dcp_hf_writer.save.failure_explanations import guard_process_save
+from dcp_hf_writer.staging.staged_state_dict import (
+    StagedStateDict,
+    failed_state_dict,
+    staging_error,
+)
+from dcp_hf_writer.staging.stager import STAGER, Copies, Staged, StagingMode, wait_before_step
 
 if TYPE_CHECKING:
     import torch
 
-    from dcp_hf_writer._slab import Lease
-    from dcp_hf_writer.export import HFExport
+    from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.staging.slab import Lease
 
 
 class SlabStager(AsyncStager):

@@ -21,13 +21,13 @@ from dcp_hf_writer.save.rendezvous import Progress, Rendezvous
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dcp_hf_writer._caller import Planned
-    from dcp_hf_writer._commit import StagingDirectory
-    from dcp_hf_writer._manifest import WholeFile
-    from dcp_hf_writer._plan_data import GlobalPlan
-    from dcp_hf_writer._slab import Lease, StagedInfo
-    from dcp_hf_writer._writes import OpenFiles
     from dcp_hf_writer.errors import CheckpointError, ExportError
+    from dcp_hf_writer.plan.encode_manifest import WholeFile
+    from dcp_hf_writer.plan.global_plan import GlobalPlan
+    from dcp_hf_writer.save.commit import StagingDirectory
+    from dcp_hf_writer.staging.slab import Lease, StagedInfo
+    from dcp_hf_writer.storage.open_outputs import OpenFiles
+    from dcp_hf_writer.torch_seam.frames import Planned
 
 _log = logging.getLogger(__name__)
 

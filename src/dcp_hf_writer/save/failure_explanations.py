@@ -9,14 +9,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dcp_hf_writer._coordinator import committed_save_id
-from dcp_hf_writer._rendezvous import POST_MORTEM_S, Progress, lost_ranks_error
-from dcp_hf_writer._watchdog import FutureGuard, find_future, own_error
 from dcp_hf_writer.errors import SaveAbortedError, SaveTimeoutError
 from dcp_hf_writer.save.coordinator import committed_save_id
 from dcp_hf_writer.save.rendezvous import POST_MORTEM_S, Progress, lost_ranks_error
-from dcp_hf_writer.torch_seam.frames import current_save
-from dcp_hf_writer.torch_seam.future_guard import FutureGuard, current_future, own_error
+from dcp_hf_writer.torch_seam.future_guard import FutureGuard, find_future, own_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -13,10 +13,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.distributed.tensor import DTensor
 
-from dcp_hf_writer._slab import ALIGN_NBYTES, SLABS, Handover, Lease, Slab, SlabPool, StagedInfo
-from dcp_hf_writer._staged import StagedStateDict
-from dcp_hf_writer._tensors import memory_identity
 from dcp_hf_writer.errors import StagingError
+from dcp_hf_writer.staging.memory_identity import memory_identity
+from dcp_hf_writer.staging.slab import (
+    ALIGN_NBYTES,
+    SLABS,
+    Handover,
+    Lease,
+    Slab,
+    SlabPool,
+    StagedInfo,
+)
+from dcp_hf_writer.staging.staged_state_dict import StagedStateDict
 from dcp_hf_writer.torch_seam.dtensor import local_of, spec_of, with_spec
 
 if TYPE_CHECKING:

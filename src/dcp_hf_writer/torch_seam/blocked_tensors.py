@@ -21,6 +21,9 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.mapping.spec_match import match_specs
+from dcp_hf_writer.tensors.boxes import Box, Shape
+from dcp_hf_writer.tensors.shards import Block, blocks_of, local_shape, shards_of
 from dcp_hf_writer.torch_seam.dtensor import is_strided, local_of
 
 if TYPE_CHECKING:

@@ -17,7 +17,7 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from dcp_hf_writer._model_entry import Path
+    from dcp_hf_writer.mapping.model_entry import Path
 
 
 def flat_tensors(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, torch.Tensor]]:

@@ -30,8 +30,8 @@ from dcp_hf_writer.torch_seam.unsupported import unsupported_torch
 if TYPE_CHECKING:
     from types import FrameType
 
-    from dcp_hf_writer._model_entry import Path
     from dcp_hf_writer.errors import UnsupportedTorchError
+    from dcp_hf_writer.mapping.model_entry import Path
 
 _STATE_DICT, _PLANNER, _RANKS = "state_dict", "planner", "distW"
 

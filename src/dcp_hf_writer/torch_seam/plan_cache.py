@@ -20,14 +20,14 @@ from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-from dcp_hf_writer._plan_data import RankPlan
+from dcp_hf_writer.plan.global_plan import RankPlan
 from dcp_hf_writer.torch_seam.unsupported import unsupported_torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from dcp_hf_writer._plan_data import GlobalPlan
     from dcp_hf_writer.errors import UnsupportedTorchError
+    from dcp_hf_writer.plan.global_plan import GlobalPlan
 
 
 class PlanCache:

@@ -13,8 +13,8 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.device_mesh import init_device_mesh
 
 from dcp_hf_writer import HFDualWriter
-from dcp_hf_writer._watchdog import find_future
 from dcp_hf_writer.errors import UnsupportedTorchError
+from dcp_hf_writer.torch_seam.future_guard import find_future
 from ranks import run_ranks
 from small import difference, state_of
 

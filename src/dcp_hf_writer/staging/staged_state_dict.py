@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     import torch
 
-    from dcp_hf_writer._slab import Handover, Lease, Slab
+    from dcp_hf_writer.staging.slab import Handover, Lease, Slab
 
 FAILED_KEY = "dcp_hf_writer.staging_failed"
 """The one entry of a state dict that could not be staged."""
