@@ -53,7 +53,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "plan.encode_manifest",
     ),
     ("mapping.spec_match",),
-    ("torch_seam.unsupported", "torch_seam.dtensor", "torch_seam.flattening"),
+    ("torch_seam.unsupported", "torch_seam.default_store", "torch_seam.dtensor"),
+    ("torch_seam.flattening",),
     ("stream.buckets", "stream.gather_steps"),
     (
         "formats.parse_safetensors_header",
@@ -100,7 +101,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "load.mismatches",
     ),
     ("load.dequantized_reads", "load.verify_ranges", "load.hf_blocks", "load.planned_load"),
-    ("save.rendezvous", "save.save_owner"),
+    ("save.rendezvous", "save.save_owner", "save.commit_state", "save.save_context"),
     ("save.commit",),
     ("save.checksums",),
     (
@@ -108,6 +109,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "torch_seam.future_guard",
         "save.coordinator",
         "save.failure_explanations",
+        "save.begin_save",
         "save.write_phase",
         "save.async_stager",
     ),
@@ -270,3 +272,15 @@ def test_check_sees_what_it_forbids() -> None:
         "errors",
         "tensors.boxes",
     }
+
+
+@pytest.mark.parametrize("name", [one for one in module_names() if one != "save.attempt"])
+def test_nothing_of_an_attempt_is_set_from_outside(name: str) -> None:
+    targets = (
+        target
+        for node in ast.walk(tree_of(name))
+        if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign))
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+    )
+    found = [ast.unparse(inner) for target in targets for inner in ast.walk(target)]
+    assert [text for text in found if text.startswith(("attempt.", "self.attempt."))] == []

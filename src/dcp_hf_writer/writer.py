@@ -20,34 +20,28 @@ from dcp_hf_writer.errors import (
     PlanningError,
     SaveAbortedError,
     SaveTimeoutError,
-    StagingError,
 )
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.plan import global_plan
 from dcp_hf_writer.plan.global_plan import RankPlan
 from dcp_hf_writer.preflight import writer_options
+from dcp_hf_writer.preflight.drifted_ties import untrue_tie
 from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
-from dcp_hf_writer.preflight.rank_facts import (
-    check_facts,
-    check_reported_facts,
-    local_facts,
-    note_memory,
-)
+from dcp_hf_writer.preflight.rank_facts import check_facts, check_reported_facts, local_facts
 from dcp_hf_writer.save import assets, coordinator
 from dcp_hf_writer.save.async_stager import SlabStager
-from dcp_hf_writer.save.attempt import Attempt, register
+from dcp_hf_writer.save.begin_save import begin_save
 from dcp_hf_writer.save.checksums import add_checksums
 from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
-from dcp_hf_writer.save.failure_explanations import guard_save
 from dcp_hf_writer.save.hf_half import MAX_BOUNCE_NBYTES
 from dcp_hf_writer.save.joined_save import planned_directory
-from dcp_hf_writer.save.rendezvous import Announcement, next_count, rendezvous_of
+from dcp_hf_writer.save.rendezvous import MEETING, Announcement
+from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
 from dcp_hf_writer.save.save_owner import new_save_id
 from dcp_hf_writer.save.write_phase import WritePhase, export_error, take_reports
-from dcp_hf_writer.staging.staged_state_dict import FAILED_KEY, failure_in
-from dcp_hf_writer.staging.stager import STAGER
+from dcp_hf_writer.staging.staged_state_dict import refuse_failed
 from dcp_hf_writer.storage.posix_outputs import write_errors
 from dcp_hf_writer.storage.write_slots import WriteSlots
 from dcp_hf_writer.torch_seam.frames import Planned, find_save, other_planner
@@ -59,6 +53,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
     from dcp_hf_writer.preflight.explanation import Explanation
+    from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.staging.stager import StagingMode
 
 _log = logging.getLogger(__name__)
@@ -175,44 +170,14 @@ class HFDualWriter(StorageWriter, SlabStager):
     def storage_meta(self) -> StorageMeta:
         """Begin a save; torch calls this first, in the thread that runs it."""
         self._wait_for_earlier_save()
-        save, refusal = None, None
-        handover, lease = None, None
-        try:
-            save = find_save()
-            refusal = failure_in(save.given)
-            handover, lease = STAGER.handover_of(save.given)
-            if lease is not None:
-                lease.take_up()
-        except CheckpointError as error:
-            # Raised when all ranks are told; the guard must stand before the future until then.
-            lease, refusal = None, error
-            self._give_back_staged()
-        attempt = Attempt(
-            self.path,
-            deadline=time.monotonic() + self.timeout_s if handover is None else handover.deadline,
-            staged=None if handover is None else handover.info,
-            lease=lease,
+        self._attempt = attempt = begin_save(
+            self.path, timeout_s=self.timeout_s, give_back=self._give_back_staged
         )
-        attempt.refusal = refusal
-        if attempt.staged is not None:
-            attempt.seconds["stage"] = attempt.staged.stall_s
-            attempt.seconds["stage wait"] = attempt.staged.waited_s
-        register(attempt)
-        self._attempt = attempt
-        try:
-            guard_save(
-                attempt,
-                anchor=None if save is None else save.anchor,
-                is_async=lease is not None and lease.stager is not attempt.thread,
-            )
-        except CheckpointError:
-            attempt.end()
-            raise
         return StorageMeta(checkpoint_id=attempt.target)
 
     def _wait_for_earlier_save(self) -> None:
         earlier = self._attempt
-        if earlier is not None and earlier.thread is not threading.current_thread():
+        if earlier is not None and earlier.context.thread is not threading.current_thread():
             earlier.wait_until_over()
 
     def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **kwargs: Any) -> None:  # noqa: FBT001 - torch's
@@ -221,26 +186,22 @@ class HFDualWriter(StorageWriter, SlabStager):
         Raises:
             ConfigError: If the save is asked to do without collectives.
         """
-        if not kwargs.get("use_collectives", True):
-            msg = "use_collectives=False is not supported"
-            raise ConfigError(
-                msg,
-                phase="plan",
-                expected="one coordinated plan, which the offsets in the files follow from",
-                hint="drop use_collectives=False; a rank alone saves with no_dist=True",
-            )
+        writer_options.check_collectives(is_used=kwargs.get("use_collectives", True))
         attempt = self._current()
-        attempt.is_coordinator = is_coordinator
-        attempt.rank = int(kwargs.get("rank", 0))
-        if attempt.refusal is not None:
+        if attempt.context.refusal is not None:
             attempt.end()
-            raise attempt.refusal
-        attempt.rendezvous = rendezvous_of(self.process_group)
-        attempt.count = next_count()
-        attempt.post("plan")
+            raise attempt.context.refusal
         save = find_save()
-        attempt.planned = Planned.of(save.planner, save.given)
-        PLAN_CACHE.begin_plan(note_memory(attempt, attempt.planned))
+        view = RankView.of(Planned.of(save.planner, save.given), attempt.context.staged)
+        attempt.see(view)
+        member = Membership(
+            rank=int(kwargs.get("rank", 0)),
+            is_coordinator=is_coordinator,
+            rendezvous=MEETING.rendezvous_of(self.process_group),
+            count=MEETING.next_count(),
+        )
+        attempt.enter(member)
+        PLAN_CACHE.begin_plan(view.tied())
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Attach to DCP's plan what only this rank knows.
@@ -249,19 +210,22 @@ class HFDualWriter(StorageWriter, SlabStager):
             PlanningError: If the plan leaves out what this rank holds, so that DCP would lose it.
         """
         attempt = self._current()
-        if any(item.index.fqn == FAILED_KEY for item in plan.items):
-            msg = "the state dict could not be staged"
-            raise StagingError(msg, rank=attempt.rank, phase="plan", path=attempt.target)
+        refuse_failed(item.index.fqn for item in plan.items)
         PLAN_CACHE.check_sent(plan)
         facts = local_facts(
             plan,
-            self._planned_of(attempt),
-            attempt=attempt,
+            attempt.view,
+            target=attempt.target,
+            is_coordinator=attempt.member.is_coordinator,
             export=self.export,
             group=self.process_group,
         )
-        attempt.stamp = facts.stamp
-        attempt.withheld_samples = None if plan.usable else facts.samples
+        if self.export is not None:
+            view = attempt.view
+            error = untrue_tie(view.planned, self.export, view.memory, rank=attempt.rank)
+            if error is not None:
+                attempt.leave_out_export(error)
+        attempt.send(SentFacts(facts.stamp, None if plan.usable else facts.samples))
         reach("local plan")
         return replace(plan, storage_data=facts)
 
@@ -275,12 +239,11 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt = self._current()
         attempt.check()
         if len(plans) == 1:
-            attempt.rendezvous = None
-        attempt.world_size = len(plans)
+            attempt.save_alone()
         export, assets = self._export_of(attempt)
-        whole = whole_plans(plans, self._planned_of(attempt).planner)
-        attempt.are_facts_checked = not is_from_cache(whole)
-        if attempt.are_facts_checked:
+        whole = whole_plans(plans, attempt.view.planned.planner)
+        is_cached = is_from_cache(whole)
+        if not is_cached:
             check_facts(whole)
         known, result = self._plan(whole, export, assets)
         if known.layout is not None and export is not None and assets is not None:
@@ -297,10 +260,11 @@ class HFDualWriter(StorageWriter, SlabStager):
                 raise
         if not is_ready:
             known, result = self._plan(whole, None, None)
-        attempt.global_plan = known
-        if attempt.rendezvous is not None:
-            announcement = Announcement(directory.save_id, known.plan_id, len(plans), attempt.count)
-            attempt.rendezvous.announce(attempt.target, announcement)
+        attempt.plan(known, are_facts_checked=not is_cached)
+        member = attempt.member
+        if member.rendezvous is not None:
+            announcement = Announcement(directory.save_id, known.plan_id, len(plans), member.count)
+            member.rendezvous.announce(attempt.target, announcement)
         return plans if result is None else result
 
     def _plan(
@@ -329,7 +293,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         try:
             return self.export, assets.assets_of(self.export)
         except ExportError as error:
-            attempt.export_error = error
+            attempt.leave_out_export(error)
             return None, None
 
     def _prepare_dcp(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -346,7 +310,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             CheckpointError: If the DCP half failed on this rank, or the save was given up.
         """
         attempt = self._current()
-        if self._planned_of(attempt).planner is not planner:
+        if attempt.view.planned.planner is not planner:
             raise other_planner("save", rank=attempt.rank)
         own = plan.storage_data
         if not isinstance(own, RankPlan):
@@ -358,12 +322,12 @@ class HFDualWriter(StorageWriter, SlabStager):
                 found=type(own).__name__,
                 hint="with enable_plan_caching, use a planner that no other writer has used",
             )
-        attempt.seconds.setdefault("plan", time.monotonic() - attempt.began)
+        attempt.seconds.setdefault("plan", time.monotonic() - attempt.context.began)
         try:
             directory = planned_directory(attempt, own)
             attempt.post("write")
             directory.check_visible(rank=attempt.rank)
-            global_plan.check_tied(own.tied, attempt.memory, rank=attempt.rank)
+            global_plan.check_tied(own.tied, attempt.view.memory, rank=attempt.rank)
             results = WritePhase(
                 attempt=attempt,
                 directory=directory,
@@ -380,7 +344,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             reach("before report")
         except BaseException:
             attempt.post("failed")
-            if attempt.rendezvous is None:
+            if attempt.member.rendezvous is None:
                 attempt.end()
             raise
         attempt.post("written")
@@ -397,7 +361,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             ExportError: If the DCP half was committed and the export failed.
         """
         attempt = self._current()
-        attempt.phase = "finish"
+        attempt.begin_finish()
         plan, directory = self._planned(attempt), attempt.directory
         if directory is None:
             msg = "the save was not prepared"
@@ -450,7 +414,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         except OSError as error:
             path = os.path.join(directory.path, self._subdir)
             return export_error(error, rank=attempt.rank, path=path)
-        attempt.whole_files.append(file)
+        attempt.add_whole_files(file)
         return None
 
     def _finish_dcp(
@@ -504,12 +468,6 @@ class HFDualWriter(StorageWriter, SlabStager):
             msg = "no save is under way"
             raise PlanningError(msg, path=self.path)
         return self._attempt
-
-    def _planned_of(self, attempt: Attempt) -> Planned:
-        if attempt.planned is None:
-            msg = "the save was not set up"
-            raise PlanningError(msg, rank=attempt.rank, path=attempt.target)
-        return attempt.planned
 
     def _planned(self, attempt: Attempt) -> global_plan.GlobalPlan:
         if attempt.global_plan is None:

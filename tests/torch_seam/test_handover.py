@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.staging import AsyncStager
 
 from dcp_hf_writer import HFDualWriter, HFExport
 from dcp_hf_writer.errors import StagingError, UnsupportedTorchError
+from dcp_hf_writer.save import begin_save
 from dcp_hf_writer.staging.slab import SLABS
 from ranks import run_ranks
 from small import difference, model_of, spoil, state_of
@@ -53,9 +54,8 @@ def test_failed_staging_is_refused_by_the_plan_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever is lost: the item in the plan says that staging failed."""
-    from dcp_hf_writer import writer
 
-    monkeypatch.setattr(writer, "failure_in", lambda _: None)
+    monkeypatch.setattr(begin_save, "failure_in", lambda _: None)
     with pytest.raises(StagingError, match="could not be staged"):
         save("thread", with_lock(1), HFDualWriter(tmp_path / "x", export=None), no_dist=True)
     assert_nothing_is_there(tmp_path, "x")

@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from dcp_hf_writer.plan.global_plan import LocalFacts
-from dcp_hf_writer.preflight.drifted_ties import untrue_tie
 from dcp_hf_writer.preflight.hand_sharded import check_samples, samples_of
 from dcp_hf_writer.preflight.plan_check import check_plan
 from dcp_hf_writer.save.save_owner import page_cache_id
-from dcp_hf_writer.staging.memory_identity import memory_of, tied_groups
 from dcp_hf_writer.torch_seam.unsupported import unsupported_torch
 
 if TYPE_CHECKING:
@@ -23,44 +21,39 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.plan.rank_report import RankReport
-    from dcp_hf_writer.save.attempt import Attempt
-    from dcp_hf_writer.torch_seam.frames import Planned
-
-
-def note_memory(attempt: Attempt, planned: Planned) -> tuple[tuple[str, ...], ...]:
-    """Note the memory of this rank's tensors; returns the groups of FQNs that are the same."""
-    if attempt.staged is not None:
-        attempt.memory = attempt.staged.memory
-    else:
-        attempt.memory = memory_of(planned.state_dict)
-    return tied_groups(attempt.memory)
+    from dcp_hf_writer.save.save_context import RankView
 
 
 def local_facts(
     plan: SavePlan,
-    planned: Planned,
+    view: RankView,
     *,
-    attempt: Attempt,
+    target: str,
+    is_coordinator: bool,
     export: HFExport | None,
     group: dist.ProcessGroup | None,
 ) -> LocalFacts:
     """Check a rank's plan, and return what it shall carry.
 
-    Notes why the export would be wrong if it would.
+    Args:
+        plan: What the planner made on this rank.
+        view: What this rank is to save.
+        target: Path of the checkpoint.
+        is_coordinator: Whether this rank is the coordinator.
+        export: Options of the export.
+        group: Process group of the save.
 
     Raises:
         PlanningError: If the plan leaves out what this rank holds.
     """
-    check_plan(plan, planned, export)
-    if export is not None:
-        attempt.export_error = untrue_tie(planned, export, attempt.memory, rank=attempt.rank)
+    check_plan(plan, view.planned, export)
     return LocalFacts(
-        host=page_cache_id(attempt.target),
+        host=page_cache_id(target),
         host_name=socket.gethostname(),
-        order=tuple(item.index.fqn for item in plan.items) if attempt.is_coordinator else None,
-        tied=tied_groups(attempt.memory),
+        order=tuple(item.index.fqn for item in plan.items) if is_coordinator else None,
+        tied=view.tied(),
         samples=samples_of(
-            planned,
+            view.planned,
             key=None if export is None else export.key,
             world_size=dist.get_world_size(group) if dist.is_initialized() else 1,
         ),

@@ -48,7 +48,7 @@ def guard_save(attempt: Attempt, *, anchor: object | None, is_async: bool) -> No
 
     FutureGuard(
         future,
-        deadline=attempt.deadline,
+        deadline=attempt.context.deadline,
         on_deadline=lambda: _at_deadline(attempt),
         translate=lambda error: _explain(attempt, error),
         on_end=attempt.end,
@@ -117,7 +117,7 @@ def _at_deadline(attempt: Attempt) -> BaseException:
     phase = attempt.phase
     silent = _ask(lambda: _silent_at_deadline(attempt, phase), otherwise=_STORE_IS_SILENT)
     # A rank that has not reported knows that nobody could commit without it.
-    is_open = may_commit or (not attempt.is_coordinator and phase == "written")
+    is_open = may_commit or (not attempt.member.is_coordinator and phase == "written")
     outcome = _outcome_of(attempt) if is_open else "not committed"
     if silent:
         return _lost(attempt, silent, phase=phase, outcome=outcome)
@@ -127,7 +127,7 @@ def _at_deadline(attempt: Attempt) -> BaseException:
         rank=attempt.rank,
         phase=phase,
         path=attempt.target,
-        expected=f"done within {attempt.deadline - attempt.began:.0f} s",
+        expected=f"done within {attempt.context.deadline - attempt.context.began:.0f} s",
         found=outcome,
         hint="raise timeout_s, or find what slows the storage down",
     )
@@ -137,12 +137,12 @@ def _explain(attempt: Attempt, error: BaseException) -> BaseException:
     own = own_error(error)
     if own is not None:
         return own
-    if attempt.rendezvous is None or isinstance(error, CheckpointException):
+    if attempt.member.rendezvous is None or isinstance(error, CheckpointException):
         return error
     # A broken collective names an address at best: ask the records who went silent.
     attempt.give_up()
     phase = attempt.phase
-    wait_s = min(POST_MORTEM_S, attempt.left_s())
+    wait_s = min(POST_MORTEM_S, attempt.context.left_s())
     silent = _ask(
         lambda: _silent_after_failure(attempt, wait_s=wait_s),
         otherwise=_STORE_IS_SILENT,
@@ -169,19 +169,21 @@ def _lost(attempt: Attempt, silent: Sequence[str], *, phase: str, outcome: str) 
 
 
 def _silent_at_deadline(attempt: Attempt, phase: str) -> Sequence[str]:
-    if attempt.rendezvous is None:
+    if attempt.member.rendezvous is None:
         return ()
-    behind = attempt.rendezvous.silent_ranks(Progress(attempt.count, phase, "", 0), wait_s=0.0)
+    behind = attempt.member.rendezvous.silent_ranks(
+        Progress(attempt.member.count, phase, "", 0), wait_s=0.0
+    )
     # Where all have come equally far, those are silent that do not notice the deadline.
     return behind or _silent_after_failure(attempt, wait_s=_SKEW_S)
 
 
 def _silent_after_failure(attempt: Attempt, *, wait_s: float) -> Sequence[str]:
-    if attempt.rendezvous is None:
+    if attempt.member.rendezvous is None:
         return ()
     attempt.post("failed")
-    mine = Progress(attempt.count, "failed", "", 0)
-    return attempt.rendezvous.silent_ranks(mine, wait_s=wait_s)
+    mine = Progress(attempt.member.count, "failed", "", 0)
+    return attempt.member.rendezvous.silent_ranks(mine, wait_s=wait_s)
 
 
 def _outcome_of(attempt: Attempt) -> str:

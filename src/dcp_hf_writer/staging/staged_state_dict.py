@@ -13,7 +13,7 @@ from dcp_hf_writer.errors import CheckpointError, StagingError
 from dcp_hf_writer.torch_seam.dtensor import spec_of, with_spec
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     import torch
 
@@ -115,6 +115,17 @@ def failure_in(state_dict: Mapping[str, Any]) -> CheckpointError | None:
     """Return why a state dict could not be staged; `None` if it could."""
     failed = state_dict.get(FAILED_KEY)
     return failed.error if isinstance(failed, FailedStaging) else None
+
+
+def refuse_failed(fqns: Iterable[str]) -> None:
+    """Refuse a plan of what could not be staged, whatever became of the reason.
+
+    Raises:
+        StagingError: If one of the planned names is that of a failed staging.
+    """
+    if FAILED_KEY in fqns:
+        msg = "the state dict could not be staged"
+        raise StagingError(msg, phase="plan", expected="a staged state dict", found=FAILED_KEY)
 
 
 def staging_error(error: BaseException) -> CheckpointError:
