@@ -9,16 +9,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from lookups import (
-    KINDS,
-    CarryingPlanner,
-    LostInTheChild,
-    Restored,
-    assert_nothing_is_there,
-    refusal,
-    save,
-    without,
-)
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,11 +19,21 @@ from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport
 from dcp_hf_writer.errors import CheckpointError, PlanningError, UnsupportedTorchError
 from dcp_hf_writer.torch_seam import frames
 from dcp_hf_writer.torch_seam.future_guard import own_error
-from expert_layouts import LAYOUTS, state_of
-from held import tensor
-from ranks import run_ranks
-from small import difference
-from small import state_of as small_state
+from support.expert_layouts import LAYOUTS, state_of
+from support.lost_lookups import (
+    KINDS,
+    CarryingPlanner,
+    LostInTheChild,
+    Restored,
+    assert_nothing_is_there,
+    refusal,
+    save,
+    without,
+)
+from support.rank_tensors import tensor
+from support.ranks import run_ranks
+from support.small_states import difference
+from support.small_states import state_of as small_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable

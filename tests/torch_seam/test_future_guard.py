@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 import pytest
 import torch.distributed.checkpoint as dcp
-from lookups import assert_nothing_is_there, refusal, save, without
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.device_mesh import init_device_mesh
 
 from dcp_hf_writer import HFDualWriter
 from dcp_hf_writer.errors import UnsupportedTorchError
 from dcp_hf_writer.torch_seam.future_guard import find_future
-from ranks import run_ranks
-from small import difference, state_of
+from support.lost_lookups import assert_nothing_is_there, refusal, save, without
+from support.ranks import run_ranks
+from support.small_states import difference, state_of
 
 if TYPE_CHECKING:
     from pathlib import Path

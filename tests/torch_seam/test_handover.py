@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from lookups import assert_nothing_is_there, save, without
 from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import AsyncStager
@@ -17,8 +16,9 @@ from dcp_hf_writer import HFDualWriter, HFExport
 from dcp_hf_writer.errors import StagingError, UnsupportedTorchError
 from dcp_hf_writer.save import begin_save
 from dcp_hf_writer.staging.slab import SLABS
-from ranks import run_ranks
-from small import difference, model_of, spoil, state_of
+from support.lost_lookups import assert_nothing_is_there, save, without
+from support.ranks import run_ranks
+from support.small_states import difference, model_of, spoil, state_of
 
 if TYPE_CHECKING:
     from pathlib import Path

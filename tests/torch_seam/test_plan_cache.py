@@ -7,7 +7,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed as dist
-from lookups import (
+from torch.distributed.checkpoint import SavePlanner
+from torch.distributed.device_mesh import init_device_mesh
+
+from dcp_hf_writer import HFDualWriter
+from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.preflight import rank_facts
+from support.lost_lookups import (
     KINDS,
     CarryingPlanner,
     LostInTheChild,
@@ -17,15 +23,9 @@ from lookups import (
     save,
     without,
 )
-from torch.distributed.checkpoint import SavePlanner
-from torch.distributed.device_mesh import init_device_mesh
-
-from dcp_hf_writer import HFDualWriter
-from dcp_hf_writer.errors import PlanningError
-from dcp_hf_writer.preflight import rank_facts
-from held import tensor
-from ranks import run_ranks
-from small import difference, state_of
+from support.rank_tensors import tensor
+from support.ranks import run_ranks
+from support.small_states import difference, state_of
 
 if TYPE_CHECKING:
     from pathlib import Path
