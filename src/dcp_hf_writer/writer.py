@@ -491,7 +491,7 @@ class HFDualWriter(StorageWriter, SlabStager):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Arrive in a checkpointer process; its default group is the group of the save."""
-        assets = state.pop("_assets", None)
+        read = state.pop("_assets", None)
         self.__dict__.update(state)
-        if self.export is not None and assets is not None:
-            assets.preset(self.export, assets)
+        if self.export is not None and read is not None:
+            assets.preset(self.export, read)
