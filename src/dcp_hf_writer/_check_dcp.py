@@ -13,9 +13,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from dcp_hf_writer._boxes import BoxTable, tiling_fault
 from dcp_hf_writer._dtypes import ITEMSIZE
-from dcp_hf_writer._once import StoredOnce
 from dcp_hf_writer._parse_manifest import is_relative_name
 from dcp_hf_writer._problems import Problem
+from dcp_hf_writer.formats.stored_once import StoredOnce
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

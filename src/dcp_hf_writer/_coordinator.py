@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import os
 import re
 import time
 from typing import TYPE_CHECKING, Any
+
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from dcp_hf_writer._assets import CHECKSUMS_NAME, CONFIG_NAME
 from dcp_hf_writer._commit import MANIFEST_NAME, remove_tree
@@ -29,6 +32,7 @@ from dcp_hf_writer.errors import (
     LayoutError,
     WriteError,
 )
+from dcp_hf_writer.formats.stored_once import NOTICE
 from dcp_hf_writer.storage._posix import (
     COHERENT,
     OutputFile,
@@ -41,7 +45,9 @@ from dcp_hf_writer.storage._posix import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch.distributed.checkpoint.storage import WriteResult
 
     from dcp_hf_writer._assets import Assets
     from dcp_hf_writer._attempt import Attempt
@@ -207,6 +213,20 @@ def step_of(target: str) -> int | None:
     """Read the training step off a path such as `run/step-100`; for the manifest only."""
     found = _STEP.search(os.path.basename(target))
     return int(found[1]) if found else None
+
+
+def share_text(results: Iterable[Sequence[WriteResult]]) -> None:
+    """Make equal descriptors of weights stored once one object: pickle then writes each once.
+
+    Every rank sends its own copies of file names and geometries.
+    """
+    known: dict[str, str] = {}
+    for result in itertools.chain.from_iterable(results):
+        info = result.storage_data
+        if isinstance(info, _StorageInfo) and info.relative_path == NOTICE:
+            texts = info.transform_descriptors or ()
+            info.relative_path = NOTICE
+            info.transform_descriptors = tuple(known.setdefault(one, one) for one in texts)
 
 
 def check_files(

@@ -16,10 +16,11 @@ from dcp_hf_writer._archived import ArchivedTensor, UnusualArchiveError, find_te
 from dcp_hf_writer._boxes import Box
 from dcp_hf_writer._copies import clip, strides_of
 from dcp_hf_writer._dtypes import TORCH_BY_NAME
-from dcp_hf_writer._once import StoredOnce
 from dcp_hf_writer._read_phase import is_direct
 from dcp_hf_writer._read_plan import Expected, Fetch, fetch_of_copy
+from dcp_hf_writer._strict_json import shortened
 from dcp_hf_writer.errors import CorruptCheckpointError, PickledObjectError
+from dcp_hf_writer.formats.stored_once import StoredOnce
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -271,7 +272,7 @@ class DCPSource:
                 phase="read",
                 path=where.relative_path,
                 fqn=index.fqn,
-                found=list(where.transform_descriptors),
+                found=shortened(list(where.transform_descriptors)),
                 hint="load it with torch's FileSystemReader and the same extensions",
             )
         with self._inputs.use(where.relative_path) as file:

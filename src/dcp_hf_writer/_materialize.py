@@ -23,7 +23,6 @@ from dcp_hf_writer._dcp_metadata import METADATA_NAME
 from dcp_hf_writer._dcp_source import DCPSource, Wanted
 from dcp_hf_writer._input_stores import open_directory
 from dcp_hf_writer._manifest import WholeFile, encode_manifest
-from dcp_hf_writer._once import StoredOnce
 from dcp_hf_writer._open_inputs import OpenInputs
 from dcp_hf_writer._owner import Owner, new_save_id
 from dcp_hf_writer._read_phase import run_reads
@@ -31,6 +30,7 @@ from dcp_hf_writer._read_plan import plan_reads
 from dcp_hf_writer._report import DCPFile, RankReport
 from dcp_hf_writer._source import host_bytes
 from dcp_hf_writer._sources import read_dcp_metadata
+from dcp_hf_writer.formats.stored_once import StoredOnce
 from dcp_hf_writer.storage._posix import OutputFile, sync_directory, write_file
 
 if TYPE_CHECKING:
