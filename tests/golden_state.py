@@ -13,8 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dcp_hf_writer import HFDualWriter, HFExport, HFSavePlanner, LoadSpec, ShardSpec
-from dcp_hf_writer.spec import Piece
+from dcp_hf_writer import HFDualWriter, HFExport, HFSavePlanner, LoadSpec, Piece, ShardSpec
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -66,7 +65,8 @@ def save_all(rank: int, world_size: int, root: Path) -> None:
         if kind == "hand-sharded":
             spec = experts_spec(rank, world_size)
             state["model"]["experts"] = state["model"]["experts"][rank : rank + 1].clone()
-            state["optim"] = {"experts": {"exp_avg": state["optim"]["exp_avg"][rank : rank + 1]}}
+            moment = state["optim"]["exp_avg"][rank : rank + 1].clone()
+            state["optim"] = {"state": {"experts": {"exp_avg": moment}}}
             export, planner = HFExport(specs=[spec]), HFSavePlanner([spec])
         else:
             state["model"]["pair"] = distribute_tensor(state["model"]["pair"], mesh, [Shard(1)])

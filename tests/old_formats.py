@@ -1,0 +1,111 @@
+"""What earlier versions pickled into `.metadata` for weights stored once, under its old names."""
+
+from __future__ import annotations
+
+import pickle
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from dcp_hf_writer.formats import stored_once
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.distributed.checkpoint.metadata import Metadata
+
+
+@dataclass(frozen=True, slots=True)
+class Loop:
+    extent: int
+    hf_dim: int
+    hf_step: int
+    dim: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Copy:
+    hf_start: Any
+    start: Any
+    loops: Any
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPart:
+    path: Any
+    key: Any
+    start: Any
+    dtype: Any
+    shape: Any
+    copies: Any
+
+
+@dataclass(frozen=True, slots=True)
+class StoredOnce:
+    parts: Any
+
+
+_MODULES = {
+    "dcp_hf_writer._once": (StoredOnce, StoredPart),
+    "dcp_hf_writer._copies": (Copy, Loop),
+}
+for _name, _kinds in _MODULES.items():
+    for _kind in _kinds:
+        _kind.__module__ = _name
+
+
+@contextmanager
+def importable() -> Iterator[None]:
+    """Let pickle find these classes where earlier versions had them."""
+    present = {name: sys.modules.get(name) for name in _MODULES}
+    for name, kinds in _MODULES.items():
+        sys.modules[name] = ModuleType(name)
+        vars(sys.modules[name]).update({kind.__name__: kind for kind in kinds})
+    try:
+        yield
+    finally:
+        for name, module in present.items():
+            del sys.modules[name]
+            if module is not None:
+                sys.modules[name] = module
+
+
+def dumps(value: object, protocol: int | None = None) -> bytes:
+    """Pickle a value that may hold objects of these classes."""
+    with importable():
+        return pickle.dumps(value, protocol)
+
+
+def loads(data: bytes) -> Any:
+    """Unpickle, as earlier versions of the package made it possible."""
+    with importable():
+        return pickle.loads(data)
+
+
+def old_once(once: stored_once.StoredOnce) -> StoredOnce:
+    """Return what an earlier version wrote for the same chunk."""
+    return StoredOnce(tuple(_old_part(part) for part in once.parts))
+
+
+def _old_part(part: stored_once.StoredPart) -> StoredPart:
+    copies = tuple(
+        Copy(one.hf_start, one.start, tuple(Loop(*_fields(loop)) for loop in one.loops))
+        for one in part.copies
+    )
+    return StoredPart(part.path, part.key, part.start, part.dtype, part.shape, copies)
+
+
+def _fields(loop: Any) -> tuple[int, ...]:
+    return loop.extent, loop.hf_dim, loop.hf_step, loop.dim, loop.step
+
+
+def in_old_form(metadata: Metadata) -> Metadata:
+    """Return metadata, as `parse_metadata` returns it, as an earlier version wrote it."""
+    storage = {
+        index: old_once(info) if isinstance(info, stored_once.StoredOnce) else info
+        for index, info in (metadata.storage_data or {}).items()
+    }
+    return replace(metadata, storage_data=storage)
