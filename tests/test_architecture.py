@@ -17,6 +17,7 @@ ROOT = Path(dcp_hf_writer.__file__).parent
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors", "_hooks"),
     ("_name_patterns", "_boxes", "_dtypes", "_copies", "_strict_json"),
+    ("formats", "formats.stored_once"),
     ("_affine", "_symbolic"),
     ("_shards",),
     ("spec", "export"),
@@ -65,6 +66,7 @@ PLANNING = (
     *("_dequantize", "_stored", "_quantized"),
     *("_strict_json", "_parse_header", "_parse_blocks", "_parse_manifest", "_sweep", "_problems"),
     *("_unpickle", "_read_plan", "_exchange_plan"),
+    *("formats", "formats.stored_once"),
 )
 # Storage, processes, other machines.
 EFFECTS = frozenset(

@@ -134,7 +134,8 @@ class StoredOnceDecoder:
         return StoredPart(path, key, int(start), *known)
 
     def _geometry(self, text: str) -> tuple[str, Shape, tuple[Copy, ...]]:
-        value = parse_json(text.encode(), path=self._path)
+        # Half a character cannot be encoded: it is passed on, and refused with the document.
+        value = parse_json(text.encode(errors="surrogatepass"), path=self._path)
         try:
             dtype, shape, copies = value
             found = dtype, tuple(shape), tuple(_copy(*one) for one in copies)

@@ -1,4 +1,7 @@
-"""What earlier versions pickled into `.metadata` for weights stored once, under its old names."""
+"""The forms in which `.metadata` has said where weights are stored once.
+
+The first form pickled objects of the package; its classes stand here under the names they had.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from dcp_hf_writer.formats import stored_once
 
@@ -85,7 +90,7 @@ def loads(data: bytes) -> Any:
         return pickle.loads(data)
 
 
-def old_once(once: stored_once.StoredOnce) -> StoredOnce:
+def pickled_once(once: stored_once.StoredOnce) -> StoredOnce:
     """Return what an earlier version wrote for the same chunk."""
     return StoredOnce(tuple(_old_part(part) for part in once.parts))
 
@@ -102,10 +107,19 @@ def _fields(loop: Any) -> tuple[int, ...]:
     return loop.extent, loop.hf_dim, loop.hf_step, loop.dim, loop.step
 
 
-def in_old_form(metadata: Metadata) -> Metadata:
-    """Return metadata, as `parse_metadata` returns it, as an earlier version wrote it."""
+def plain_once(once: stored_once.StoredOnce) -> _StorageInfo:
+    """Return what is written for a chunk today."""
+    texts = stored_once.encode_stored_once(once)
+    return _StorageInfo(stored_once.NOTICE, 0, once.nbytes, texts)
+
+
+FORMS = {"pickled": pickled_once, "plain": plain_once}
+
+
+def in_form(form: str, metadata: Metadata) -> Metadata:
+    """Return metadata, as `parse_metadata` returns it, in one of the forms."""
     storage = {
-        index: old_once(info) if isinstance(info, stored_once.StoredOnce) else info
+        index: FORMS[form](info) if isinstance(info, stored_once.StoredOnce) else info
         for index, info in (metadata.storage_data or {}).items()
     }
     return replace(metadata, storage_data=storage)
