@@ -68,11 +68,11 @@ def saved_once(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Return a checkpoint whose weights are stored once, in each form."""
     root = tmp_path_factory.mktemp("fuzz once")
     export = HFExport(max_shard_size=150, assets={"config.json": b"{}"})
-    writer = HFDualWriter(root / "plain", export=export, weights="once")
+    writer = HFDualWriter(root / "saved", export=export, weights="once")
     dcp.async_save(state_of(STEP), storage_writer=writer, no_dist=True).result()
-    metadata = parse_metadata((root / "plain" / ".metadata").read_bytes(), path=".metadata")
+    metadata = parse_metadata((root / "saved" / ".metadata").read_bytes(), path=".metadata")
     for form in ONCE:
-        shutil.copytree(root / "plain", root / form, dirs_exist_ok=True)
+        shutil.copytree(root / "saved", root / form)
         data = once_forms.dumps(once_forms.in_form(form, metadata))
         (root / form / ".metadata").write_bytes(data)
         sign(root / form, ".metadata")
