@@ -53,9 +53,10 @@ class StoredOnce:
     parts: Any
 
 
+# Where the classes were then: part of the format, whatever the modules are called today.
 _MODULES = {
-    "dcp_hf_writer._once": (StoredOnce, StoredPart),
-    "dcp_hf_writer._copies": (Copy, Loop),
+    f"dcp_hf_writer.{module}": kinds
+    for module, kinds in (("_once", (StoredOnce, StoredPart)), ("_copies", (Copy, Loop)))
 }
 for _name, _kinds in _MODULES.items():
     for _kind in _kinds:
