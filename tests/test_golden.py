@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 import audit
 from compare import tensor_difference
 from dcp_hf_writer import HFDualReader, load_hf, materialize, verify
-from dcp_hf_writer.formats.stored_once import StoredOnce
+from dcp_hf_writer.formats.stored_once_places import StoredOnce
 from golden_state import KINDS, PAIR, STEP, exported, whole
 from stock import load_hf as load_safetensors
 

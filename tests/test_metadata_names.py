@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 
 import once_forms
 from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, HFSavePlanner, materialize
-from dcp_hf_writer._dcp_metadata import parse_metadata
-from dcp_hf_writer.formats.stored_once import FORMAT, NOTICE, StoredOnce
+from dcp_hf_writer.formats.parse_dcp_metadata import parse_metadata
+from dcp_hf_writer.formats.stored_once_places import FORMAT, NOTICE, StoredOnce
 from golden_state import experts_spec
 from ranks import run_ranks
 from small import state_of

@@ -16,17 +16,17 @@ import audit
 import once_forms
 from compare import tensor_difference
 from dcp_hf_writer import HFDualWriter, HFExport
-from dcp_hf_writer._copies import hf_view, runtime_view
-from dcp_hf_writer._dcp_metadata import parse_metadata
-from dcp_hf_writer._materialize import materialize
+from dcp_hf_writer.check.materialize import materialize
 from dcp_hf_writer.errors import (
     ConfigError,
     CorruptCheckpointError,
     ReadError,
     TargetExistsError,
 )
-from dcp_hf_writer.formats.stored_once import StoredOnce
+from dcp_hf_writer.formats.parse_dcp_metadata import parse_metadata
+from dcp_hf_writer.formats.stored_once_places import StoredOnce
 from dcp_hf_writer.reader import HFDualReader
+from dcp_hf_writer.tensors.strided_copies import hf_view, runtime_view
 from held import WORLD_SIZE, Case, plain, rows
 from rank_process import Raised
 from ranks import run_ranks
@@ -184,8 +184,8 @@ def check_loaded(directory: Path, case: Case, reader: dcp.StorageReader) -> None
 def test_materialized_tensor_passes_through_a_small_buffer(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dcp_hf_writer._materialize._BUFFER_NBYTES", 16)
-    monkeypatch.setattr("dcp_hf_writer._materialize._FILE_NBYTES", 100)
+    monkeypatch.setattr("dcp_hf_writer.check.materialize._BUFFER_NBYTES", 16)
+    monkeypatch.setattr("dcp_hf_writer.check.materialize._FILE_NBYTES", 100)
     for name in ("uneven_shards", "fused_keys", "columns_and_depth"):
         materialize(root / name, tmp_path / name)
         check_loaded(tmp_path / name, CASES[name](root), dcp.FileSystemReader(tmp_path / name))

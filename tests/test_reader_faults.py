@@ -19,8 +19,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 import once_forms
 from dcp_hf_writer import HFDualReader, HFDualWriter, load_hf, verify
-from dcp_hf_writer._copies import Copy
-from dcp_hf_writer._dcp_metadata import parse_metadata
 from dcp_hf_writer.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -28,6 +26,8 @@ from dcp_hf_writer.errors import (
     PickledObjectError,
     ReadError,
 )
+from dcp_hf_writer.formats.parse_dcp_metadata import parse_metadata
+from dcp_hf_writer.tensors.strided_copies import Copy
 from small import spoil, state_of
 
 if TYPE_CHECKING:

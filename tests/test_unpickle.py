@@ -29,10 +29,10 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from dcp_hf_writer import HFDualWriter
-from dcp_hf_writer._dcp_metadata import parse_metadata
-from dcp_hf_writer._unpickle import unpickle
 from dcp_hf_writer.errors import CorruptCheckpointError
-from dcp_hf_writer.formats import stored_once
+from dcp_hf_writer.formats import stored_once_places
+from dcp_hf_writer.formats.parse_dcp_metadata import parse_metadata
+from dcp_hf_writer.formats.restricted_unpickle import unpickle
 from once_forms import Copy, Loop, StoredOnce, StoredPart, dumps, pickled_once
 
 if TYPE_CHECKING:
@@ -299,9 +299,9 @@ def changed(**changes: Any) -> Metadata:
 GEOMETRY = '["F32",[2],[[[0],[0],[[2,0,1,0,1]]]]]'
 
 
-def texts(*descriptors: Any, first: Any = stored_once.FORMAT) -> Any:
+def texts(*descriptors: Any, first: Any = stored_once_places.FORMAT) -> Any:
     """Return the storage data of a chunk that is stored once, from text that may be wrong."""
-    return _StorageInfo(stored_once.NOTICE, 0, 8, (first, *descriptors))
+    return _StorageInfo(stored_once_places.NOTICE, 0, 8, (first, *descriptors))
 
 
 BAD_METADATA = {
