@@ -127,7 +127,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("check.check_hf", "check.verify"),
     ("reader", "loader", "check.materialize"),
     ("preflight.dry_run",),
-    ("writer", "stream.iter_hf_buckets"),
+    ("writer", "stream.bucket_stream"),
     ("",),
 )
 # The package itself is "".

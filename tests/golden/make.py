@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from golden_state import WORLD_SIZE, save_all
-from ranks import run_ranks
+from support.golden_states import WORLD_SIZE, save_all
+from support.ranks import run_ranks
 
 if __name__ == "__main__":
     run_ranks(save_all, WORLD_SIZE, Path(sys.argv[1]))
