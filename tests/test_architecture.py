@@ -89,7 +89,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "save.tensor_source",
         "save.dcp_half",
         "save.hf_half",
-        "save.assets",
+        "save.export_assets",
         "preflight.writer_options",
     ),
     (

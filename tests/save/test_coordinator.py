@@ -28,7 +28,6 @@ from dcp_hf_writer.errors import (
 from dcp_hf_writer.plan.layout import Layout, RuntimeTensor, plan_layout
 from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
 from dcp_hf_writer.save import coordinator, save_owner
-from dcp_hf_writer.save.assets import Assets
 from dcp_hf_writer.save.attempt import Attempt
 from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.coordinator import (
@@ -41,6 +40,7 @@ from dcp_hf_writer.save.coordinator import (
     prepare_export,
     step_of,
 )
+from dcp_hf_writer.save.export_assets import Assets
 from dcp_hf_writer.save.save_owner import is_over_here, new_save_id
 from dcp_hf_writer.storage.posix_outputs import COHERENT
 from dcp_hf_writer.tensors.boxes import whole

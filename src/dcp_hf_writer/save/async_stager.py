@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.staging import AsyncStager
 
 from dcp_hf_writer.errors import StagingBusyError
 from dcp_hf_writer.failpoints import reach
-from dcp_hf_writer.save import assets
+from dcp_hf_writer.save import export_assets
 from dcp_hf_writer.save.failure_explanations import guard_process_save
 from dcp_hf_writer.staging.stager import (
     Copies,
@@ -113,7 +113,7 @@ class SlabStager(AsyncStager):
         # kept and raised in the plan, where every rank learns of them.
         is_first = not dist.is_initialized() or dist.get_rank(self.process_group) == 0
         if self.export is not None and is_first:
-            assets.preload(self.export)
+            export_assets.preload(self.export)
 
 
 def _done(value: Any) -> Future[Any]:
@@ -133,19 +133,20 @@ def _failed(deadline: float, error: BaseException, target: str) -> StagedStateDi
 def _when_copied(staged: Staged, deadline: float, target: str) -> Future[Any]:
     """Return the future of the staged state dict; of a failed one if a copy failed."""
     result: Future[Any] = Future()
-    state_dict, lease, copies = staged.state_dict, staged.lease, staged.copies
+    lease, copies = staged.lease, staged.copies
+    # Emptied by `done`, which the writer keeps: the lease ends with the state dict where no save
+    # takes it up, and the result holds it too.
+    handed = [(result, staged.state_dict)]
 
     def done(copying: Future[None]) -> None:
-        nonlocal state_dict
+        future, state_dict = handed.pop()
         error = copying.exception()
         if error is None:
-            result.set_result(state_dict)
+            future.set_result(state_dict)
         else:
             lease.release()
             # Raised in the plan: an error here would leave the others in a collective.
-            result.set_result(_failed(deadline, error, target))
-        # The lease ends with the state dict where no save takes it up.
-        del state_dict
+            future.set_result(_failed(deadline, error, target))
 
     if copies is not None:
         copies.copying.add_done_callback(done)

@@ -13,8 +13,8 @@ from transformers import GenerationConfig, LlamaConfig
 
 from dcp_hf_writer import HFExport
 from dcp_hf_writer.errors import ConfigError, ExportError
-from dcp_hf_writer.save import assets
-from dcp_hf_writer.save.assets import Assets, assets_of, known, preload, preset
+from dcp_hf_writer.save import export_assets
+from dcp_hf_writer.save.export_assets import Assets, assets_of, known, preload, preset
 from support.compare import INDEX_NAME
 from support.sharded_models import MODELS, build_model
 
@@ -275,12 +275,12 @@ def test_what_another_process_read_is_used() -> None:
 
 
 def test_files_are_kept_for_as_long_as_their_export() -> None:
-    before = len(assets._cache)
+    before = len(export_assets._cache)
     exports = [HFExport(assets={"a": bytes([i])}) for i in range(20)]
     for export in exports:
         preload(export)
     assert [assets_of(export).files["a"] for export in exports] == [bytes([i]) for i in range(20)]
-    assert len(assets._cache) == before + 20
+    assert len(export_assets._cache) == before + 20
     del exports, export
     gc.collect()
-    assert len(assets._cache) <= before
+    assert len(export_assets._cache) <= before
