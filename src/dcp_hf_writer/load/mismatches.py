@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch.distributed.checkpoint._traverse import traverse_state_dict_v_2_3
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.tensors.boxes import Box, intersect
 from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
-from dcp_hf_writer.torch_seam.flattening import flat_tensors
+from dcp_hf_writer.torch_seam.flattening import flat_tensors, names_before_2_4
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -76,9 +75,7 @@ def _has_old_names(planner: LoadPlanner, wanted: Mapping[str, Any], there: Itera
     nested = getattr(planner, "original_state_dict", None)
     if not isinstance(nested, dict):
         return False
-    names: set[str] = set()
-    traverse_state_dict_v_2_3(nested, lambda path, _: names.add(".".join(map(str, path))))
-    return bool(names.intersection(set(there) - wanted.keys()))
+    return bool(names_before_2_4(nested).intersection(set(there) - wanted.keys()))
 
 
 def plans_alone(planner: LoadPlanner | None) -> bool:

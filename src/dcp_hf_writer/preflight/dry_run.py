@@ -36,6 +36,7 @@ from dcp_hf_writer.tensors.strided_copies import hf_box
 from dcp_hf_writer.torch_seam.dtensor import local_of
 from dcp_hf_writer.torch_seam.frames import Planned
 from dcp_hf_writer.torch_seam.future_guard import own_error
+from dcp_hf_writer.torch_seam.plan_cache import without_cache
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -224,11 +225,7 @@ def fresh_planner(planner: SavePlanner | None) -> SavePlanner:
     """Return a planner that plans as a given one does, and keeps nothing for a later save."""
     if planner is None:
         return DefaultSavePlanner()
-    fresh = copy.copy(planner)
-    # torch keeps plans on the class: a dry run must neither be found there nor answered from there.
-    if getattr(fresh, "_enable_plan_caching", False):
-        fresh._enable_plan_caching = False  # type: ignore[attr-defined]  # noqa: SLF001
-    return fresh
+    return without_cache(planner)
 
 
 def _without_expectations(export: HFExport) -> HFExport:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -38,8 +39,8 @@ class SlabStager(AsyncStager):
     process_group: dist.ProcessGroup | None
     _copies: Copies | None = None
     """Of the latest overlapped staging; not its state dict, whose end must be seen."""
-    _lease: Lease | None = None
-    """Of the latest staging."""
+    _lease: weakref.ref[Lease] | None = None
+    """Of the latest staging; weak, since a lease keeps its slab mapped."""
 
     def stage(self, state_dict: dict[str, Any]) -> Any:
         """Copy a state dict into the slab; what changes afterwards reaches no file.
@@ -66,7 +67,7 @@ class SlabStager(AsyncStager):
             failed = _failed(deadline, error, self.path)
             return failed if self.staging == "blocking" else _done(failed)
         reach("staged")
-        self._copies, self._lease = staged.copies, staged.lease
+        self._copies, self._lease = staged.copies, weakref.ref(staged.lease)
         result, lease, target = staged.state_dict, staged.lease, self.path
         result.on_send = lambda: guard_process_save(lease, deadline=deadline, target=target)
         return result if staged.copies is None else _when_copied(staged, deadline, target)
@@ -109,7 +110,7 @@ class SlabStager(AsyncStager):
 
         A synchronous save, in the thread that stages, leaves it to the save that it is for.
         """
-        lease = self._lease
+        lease = None if self._lease is None else self._lease()
         is_mine = lease is not None and lease.stager is threading.current_thread()
         if lease is not None and lease.is_pending and not is_mine:
             lease.release()
@@ -138,19 +139,20 @@ def _failed(deadline: float, error: BaseException, target: str) -> StagedStateDi
 def _when_copied(staged: Staged, deadline: float, target: str) -> Future[Any]:
     """Return the future of the staged state dict; of a failed one if a copy failed."""
     result: Future[Any] = Future()
-    state_dict, lease, copies = staged.state_dict, staged.lease, staged.copies
+    lease, copies = staged.lease, staged.copies
+    # Emptied by `done`, which the writer keeps: the lease ends with the state dict where no save
+    # takes it up, and the result holds it too.
+    handed = [(result, staged.state_dict)]
 
     def done(copying: Future[None]) -> None:
-        nonlocal state_dict
+        future, state_dict = handed.pop()
         error = copying.exception()
         if error is None:
-            result.set_result(state_dict)
+            future.set_result(state_dict)
         else:
             lease.release()
             # Raised in the plan: an error here would leave the others in a collective.
-            result.set_result(_failed(deadline, error, target))
-        # The lease ends with the state dict where no save takes it up.
-        del state_dict
+            future.set_result(_failed(deadline, error, target))
 
     if copies is not None:
         copies.copying.add_done_callback(done)

@@ -278,6 +278,8 @@ class SlabPool:
             StagingError: If it lies in the slab, and nothing is left: the next save writes over it.
         """
         attached, own = self._attached, self._slab
+        if attached is None and own is None:
+            return None, None
         for address in addresses:
             if attached is not None and attached.holds(address):
                 return attached.handover, None

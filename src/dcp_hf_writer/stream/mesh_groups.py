@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
+from dcp_hf_writer.torch_seam.flattening import flat_state_dict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,7 +63,7 @@ def model_tensors(
     Raises:
         ModelKeyError: If it is not clear which entry holds the model.
     """
-    flat, paths = flatten_state_dict(dict(state_dict))
+    flat, paths = flat_state_dict(state_dict)
     tensors = {fqn: value for fqn, value in flat.items() if isinstance(value, torch.Tensor)}
     known = {fqn: tuple(paths[fqn]) for fqn in tensors}
     names = names_in_model(known, model_prefix(known, key=key))

@@ -7,7 +7,8 @@ may belong to a save that failed before the ranks got it, or to another writer, 
 ranks would work from plans that do not fit, and tensors that are new would be left out.
 
 Mechanism: the dicts `_cached_save_plan`, `_cached_final_save_plan` and `_cached_global_plan` on the
-class `SavePlanner`, and the attribute `global_plan` of `DefaultSavePlanner`.
+class `SavePlanner`, and the attributes `global_plan` and `_enable_plan_caching` of
+`DefaultSavePlanner`.
 
 Looked at: torch 2.9 to 2.13, `default_planner.py`. When torch changes: a plan that was not sent, or
 not shown, is refused, with `enable_plan_caching=False` as the way out; saves without plan caching
@@ -16,6 +17,7 @@ need none of this.
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -136,6 +138,14 @@ def is_from_cache(plans: Iterable[SavePlan]) -> bool:
     cached = torch_cache("_cached_global_plan") or {}
     kept = {id(plan) for plans in cached.values() for plan in plans}
     return any(id(plan) in kept for plan in plans)
+
+
+def without_cache(planner: SavePlanner) -> SavePlanner:
+    """Return a copy of a planner that neither fills torch's caches nor plans from them."""
+    fresh = copy.copy(planner)
+    if getattr(fresh, "_enable_plan_caching", False):
+        fresh._enable_plan_caching = False  # type: ignore[attr-defined]  # noqa: SLF001
+    return fresh
 
 
 def _unknown_cache() -> UnsupportedTorchError:
