@@ -208,3 +208,21 @@ def test_nothing_of_an_attempt_is_set_from_outside(name: str) -> None:
     )
     found = [ast.unparse(inner) for target in targets for inner in ast.walk(target)]
     assert [text for text in found if text.startswith(("attempt.", "self.attempt."))] == []
+
+
+# Where the folders before the seam hold what torch writes, or call it.
+PRIVATE_ELSEWHERE = {
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.serialization._save",
+}
+
+
+@pytest.mark.parametrize("name", [one for one in module_names() if folder_of(one) != "torch_seam"])
+def test_private_names_of_torch_are_imported_in_the_seam_alone(name: str) -> None:
+    private = {
+        one
+        for one in imports_of(name, with_types=False)
+        if one.startswith(("torch.", "concurrent."))
+        and any(part.startswith("_") for part in one.split("."))
+    }
+    assert private <= PRIVATE_ELSEWHERE

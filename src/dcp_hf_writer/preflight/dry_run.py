@@ -16,7 +16,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import WriteItemType
-from torch.distributed.checkpoint.utils import _DistWrapper
 
 from dcp_hf_writer.digests.digest_sweep import extent_of
 from dcp_hf_writer.errors import PlanningError
@@ -36,6 +35,7 @@ from dcp_hf_writer.tensors.strided_copies import hf_box
 from dcp_hf_writer.torch_seam.dtensor import local_of
 from dcp_hf_writer.torch_seam.frames import Planned
 from dcp_hf_writer.torch_seam.future_guard import own_error
+from dcp_hf_writer.torch_seam.gathered_steps import steps_of
 from dcp_hf_writer.torch_seam.plan_cache import without_cache
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class DryRun:
         Raises:
             PlanningError: As the save would, on every rank.
         """
-        ranks = _DistWrapper(self.group, dist.is_available() and dist.is_initialized(), 0)
+        ranks = steps_of(self.group)
         self._rank, self._is_coordinator = ranks.rank, ranks.is_coordinator
         try:
             plan = ranks.reduce_scatter(
