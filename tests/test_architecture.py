@@ -212,6 +212,7 @@ def test_nothing_of_an_attempt_is_set_from_outside(name: str) -> None:
 
 # Where the folders before the seam hold what torch writes, or call it.
 PRIVATE_ELSEWHERE = {
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
     "torch.distributed.checkpoint.filesystem._StorageInfo",
     "torch.serialization._save",
 }

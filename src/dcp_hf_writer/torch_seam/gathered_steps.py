@@ -1,7 +1,7 @@
 """Steps that all ranks of a group take together, as DCP takes those of a save.
 
-Mechanism: torch's `_DistWrapper`, which runs a function on each rank, gathers the results, and gives
-every rank the errors of all. A dry run plans by it as a save does.
+Mechanism: torch's `_DistWrapper`, which runs a function on each rank, gathers the results, and
+gives every rank the errors of all. A dry run plans by it as a save does.
 
 Looked at: torch 2.9 to 2.13, `utils.py`. When torch changes: the import fails.
 """
