@@ -214,7 +214,7 @@ class Stream:
             for w in self.weights
         ]
         export = HFExport(specs=[w.spec for w in self.weights], dtype=self.dtype)
-        layout = plan_layout(tensors, export, tied={})
+        layout = plan_layout(tensors, export, tied=())
         held = [w.held(self.kept if w.mesh == self.meshes[0] else None) for w in self.weights]
         found = hf_tensors(held, layout.targets, preserve="kept")
         place = None if self.kept is None else self.meshes[0].coordinate(rank)[self.kept]
@@ -579,7 +579,7 @@ def moves_of(stream: Stream) -> tuple[Move, ...]:
 def test_tensor_without_elements_is_yielded() -> None:
     held = Held("none", (0, 5), torch.float32, LOCAL, (((),),))
     runtime = RuntimeTensor("none", "none", (0, 5), torch.float32, (whole((0, 5)),))
-    layout = plan_layout([runtime], HFExport(), tied={})
+    layout = plan_layout([runtime], HFExport(), tied=())
     tensors = hf_tensors([held], layout.targets, preserve=None)
     (bucket,) = fill_buckets(tensors, place=None, limit_nbytes=10)
     assert [(one.key, one.shape, one.nbytes) for one in bucket.tensors] == [("none", (0, 5), 0)]

@@ -115,7 +115,7 @@ def test_save_from_several_hosts_is_refused_on_every_rank_and_names_the_way_out(
 
 def layout_of(*names: str, **options: Any) -> Layout:
     tensors = [RuntimeTensor(name, name, (10,), torch.float32, (whole((10,)),)) for name in names]
-    return plan_layout(tensors, HFExport(**options), tied={})
+    return plan_layout(tensors, HFExport(**options), tied=())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])

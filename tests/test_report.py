@@ -26,7 +26,7 @@ SHAPE = (6, 4)
 def layout_of(*names: str) -> Layout:
     tensors = [RuntimeTensor(name, name, SHAPE, torch.float32, (whole(SHAPE),)) for name in names]
     specs = [LoadSpec("qkv", ["q", "k", "v"], SHAPE)] if "qkv" in names else []
-    return plan_layout(tensors, HFExport(specs=specs), tied={})
+    return plan_layout(tensors, HFExport(specs=specs), tied=())
 
 
 def block(key: str, box: Box) -> Block:

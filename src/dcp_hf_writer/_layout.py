@@ -16,8 +16,8 @@ from dcp_hf_writer._boxes import Box, BoxTable, Shape, tiling_fault
 from dcp_hf_writer._copies import Copy, coverage_fault, hf_box, hf_loops
 from dcp_hf_writer._dtypes import CASTABLE, safetensors_name
 from dcp_hf_writer._header import HFTensor, encode_header, in_file_order
-from dcp_hf_writer._tied_names import all_ties, checked_ties, tied_keys
 from dcp_hf_writer.errors import CoverageError, LayoutError, SpecError
+from dcp_hf_writer.mapping.tied_names import checked_ties, tied_keys, tied_names
 from dcp_hf_writer.spec import LoadSpec
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def plan_layout(
     tensors: Sequence[RuntimeTensor],
     export: HFExport,
     *,
-    tied: Mapping[str, str],
+    tied: Iterable[Sequence[str]],
     file_of_key: Mapping[str, str] | None = None,
 ) -> Layout:
     """Plan the export of a model.
@@ -119,8 +119,8 @@ def plan_layout(
     Args:
         tensors: Tensors of the model's entry, in state-dict order.
         export: Options of the export.
-        tied: Tensors that share storage, as names within the model: `{dropped: kept}`; used where
-            `export.tied` is `None`.
+        tied: Groups of FQNs that share their memory on some rank; used where `export.tied` is
+            `None`.
         file_of_key: File of each key, from the index of `export.like`.
 
     Raises:
@@ -130,7 +130,8 @@ def plan_layout(
         CoverageError: If the ranks' parts of a tensor leave a gap or overlap.
     """
     shapes = {tensor.name: tensor.shape for tensor in tensors}
-    dropped = checked_ties(shapes, all_ties(tied, export), export)
+    names = {tensor.fqn: tensor.name for tensor in tensors}
+    dropped = checked_ties(shapes, tied_names(tied, names, export), export)
     ordered = sorted(tensors, key=_natural) if export.is_in_natural_order else list(tensors)
     assigned = _assign_keys(ordered, export, dropped)
     _check_keys(assigned, export)
