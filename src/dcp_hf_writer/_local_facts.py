@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -53,7 +52,6 @@ def local_facts(
         attempt.export_error = untrue_tie(planner, export, attempt.memory, rank=attempt.rank)
     return LocalFacts(
         host=page_cache_id(attempt.target),
-        host_name=socket.gethostname(),
         order=_order(plan, planner) if attempt.is_coordinator else None,
         tied=tied_groups(attempt.memory),
         samples=samples_of(

@@ -32,8 +32,6 @@ class LocalFacts:
 
     host: str
     """Id of its kernel instance."""
-    host_name: str
-    """Name of its host."""
     order: tuple[str, ...] | None
     """FQNs in state-dict order, from the coordinator; `None` from the others."""
     tied: tuple[tuple[str, ...], ...]
@@ -53,8 +51,6 @@ class RankPlan:
     """`storage_data` of the DCP writer."""
     plan_id: str
     """Of the global plan; the coordinator announces the one that it works from."""
-    world_size: int
-    """Number of ranks that take part."""
     host_rank: int
     """Index among the ranks of the same host."""
     host_size: int
@@ -168,7 +164,6 @@ def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
         data = RankPlan(
             dcp=prepared.storage_data,
             plan_id=plan.plan_id,
-            world_size=len(plan.plans),
             host_rank=host_rank,
             host_size=sizes[host],
             files=files,

@@ -246,7 +246,6 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt.check()
         if len(plans) == 1:
             attempt.rendezvous = None
-        attempt.world_size = len(plans)
         export, assets = self._export_of(attempt)
         whole = _plan_cache.whole_plans(plans, current_planner())
         check_facts(gathered_plans() or plans, whole)
