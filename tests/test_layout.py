@@ -449,13 +449,13 @@ def test_cast_is_needed_only_where_dtypes_differ() -> None:
             LayoutError,
             r"'model\.a' and 'model\.b'",
         ),
-        ([one("a")], {"specs": [LoadSpec("b", "b", (4,))]}, SpecError, r"\['b'\]"),
+        ([one("a")], {"specs": [LoadSpec("b", "b", (4,))]}, SpecError, r"found 'b'"),
         ([one("a")], {"specs": [LoadSpec("a", "a", (5,))]}, SpecError, r"\[4\].*\[5\]"),
         ([one("a"), one("b")], {"tied": {"a": "c"}}, LayoutError, "'a'.*found c"),
         ([one("a"), one("b")], {"tied": {"a": "a"}}, LayoutError, "'a'"),
         ([one("a"), one("b"), one("c")], {"tied": {"a": "b", "b": "c"}}, LayoutError, "'b'"),
-        ([one("a")], {"expect_keys": ["a", "b"]}, LayoutError, r"also \['b'\]"),
-        ([one("a"), one("b")], {"expect_keys": ["a"]}, LayoutError, r"unexpected \['b'\]"),
+        ([one("a")], {"expect_keys": ["a", "b"]}, LayoutError, r"also 'b'"),
+        ([one("a"), one("b")], {"expect_keys": ["a"]}, LayoutError, r"unexpected 'b'"),
     ],
 )
 def test_model_is_refused_when_the_format_or_the_export_cannot_hold_it(
@@ -467,7 +467,7 @@ def test_model_is_refused_when_the_format_or_the_export_cannot_hold_it(
 
 
 def test_keys_that_like_does_not_have_are_refused_by_name() -> None:
-    with pytest.raises(LayoutError, match=r"\['b', 'c'\]"):
+    with pytest.raises(LayoutError, match="'b', 'c'"):
         plan_layout([one("a"), one("b"), one("c")], HFExport(), tied=(), file_of_key={"a": "x"})
 
 
@@ -493,4 +493,4 @@ def test_error_lists_no_more_names_than_a_reader_wants() -> None:
     tensors = [one(f"w{i:03}") for i in range(100)]
     with pytest.raises(LayoutError) as caught:
         plan_layout(tensors, HFExport(), tied=(), file_of_key={})
-    assert "'w019'] and 80 more" in str(caught.value)
+    assert "'w019' and 80 more" in str(caught.value)

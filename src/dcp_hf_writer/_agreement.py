@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch.distributed as dist
 
 from dcp_hf_writer.errors import CheckpointError, PlanningError
+from dcp_hf_writer.excerpts import some_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -69,7 +70,7 @@ def check_alike(facts: Mapping[int, Facts]) -> None:
     for rank, fact in facts.items():
         ranks.setdefault(fact.fingerprint, []).append(rank)
     if len(ranks) > 1:
-        shown = " and ".join(f"one on ranks {some[:8]}" for some in ranks.values())
+        shown = " and ".join(f"one on ranks {some_ranks(some)}" for some in ranks.values())
         raise PlanningError(
             "ranks that share a mesh were asked to stream different things",
             phase="plan",

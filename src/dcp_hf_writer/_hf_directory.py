@@ -16,6 +16,7 @@ from dcp_hf_writer._parse_manifest import is_relative_name
 from dcp_hf_writer._quantized import logical_tensors
 from dcp_hf_writer._strict_json import is_text, parse_json, shortened
 from dcp_hf_writer.errors import CorruptCheckpointError, ReadError
+from dcp_hf_writer.excerpts import some_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -135,7 +136,7 @@ def _weights(names: Sequence[str], path: str) -> tuple[str | None, list[str]]:
             path,
             "several files of weights, and nothing that says which belong together",
             expected=INDEX_NAME,
-            found=files[:_MANY],
+            found=some_of(map(repr, files), most=_MANY),
             hint="pass the path of the one file, or of an index, that is meant",
         )
     return None, files
@@ -199,7 +200,7 @@ def _check_there(files: Sequence[str], names: Sequence[str], path: str) -> None:
             path,
             "files that the index names are missing",
             expected=f"{len(files)} files",
-            found=f"{len(missing)} missing: {missing[:_MANY]}",
+            found=f"{len(missing)} missing: {some_of(map(repr, missing), most=_MANY)}",
         )
 
 
@@ -257,7 +258,7 @@ def _files_of_keys(
             f"{inputs.files.path}/{indexed[lost[0]]}",
             "tensors are not in the files that the index names",
             key=lost[0],
-            found=f"{len(lost)} missing: {[shortened(key) for key in lost[:_MANY]]}",
+            found=f"{len(lost)} missing: {some_of(map(shortened, lost), most=_MANY)}",
         )
     return {**found, **indexed}
 

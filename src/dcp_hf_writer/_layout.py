@@ -17,6 +17,7 @@ from dcp_hf_writer._copies import Copy, coverage_fault, hf_box, hf_loops
 from dcp_hf_writer._dtypes import CASTABLE, safetensors_name
 from dcp_hf_writer._header import HFTensor, encode_header, in_file_order
 from dcp_hf_writer.errors import CoverageError, LayoutError, SpecError
+from dcp_hf_writer.excerpts import some_of
 from dcp_hf_writer.mapping.tied_names import checked_ties, tied_keys, tied_names
 from dcp_hf_writer.spec import LoadSpec
 
@@ -221,7 +222,7 @@ def _check_whole(one: _Assigned) -> None:
         raise SpecError(
             msg,
             phase="plan",
-            fqn=fqns[0] if len(fqns) == 1 else _some(fqns),
+            fqn=fqns[0] if len(fqns) == 1 else some_of(sorted(fqns), most=_MANY),
             key=one.tensor.key,
             expected=f"pieces that tile {list(shape)}",
             found=fault,
@@ -425,9 +426,7 @@ def _encode_index(
 
 
 def _some(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    more = len(ordered) - _MANY
-    return f"{ordered[:_MANY]}" + (f" and {more} more" if more > 0 else "")
+    return some_of(map(repr, sorted(names)), most=_MANY)
 
 
 def _refuse_key(key: str, problem: str, found: str) -> None:

@@ -9,6 +9,7 @@ from dcp_hf_writer._boxes import intersect
 from dcp_hf_writer._caller import planned_paths, planned_state_dict
 from dcp_hf_writer._source import chunk_of
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.excerpts import some_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -71,6 +72,5 @@ def _is_within(box: Box, block: Box) -> bool:
 
 
 def _text(boxes: Iterable[Box]) -> str:
-    shown = [f"{list(box.sizes)} at {list(box.offsets)}" for box in boxes]
-    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-    return f"{', '.join(shown[:_SHOWN]) or 'nothing'}{more}"
+    shown = (f"{list(box.sizes)} at {list(box.offsets)}" for box in boxes)
+    return some_of(shown, most=_SHOWN) or "nothing"

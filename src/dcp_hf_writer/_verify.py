@@ -20,7 +20,7 @@ from dcp_hf_writer._input_stores import open_directory
 from dcp_hf_writer._layout import INDEX_NAME
 from dcp_hf_writer._listing import list_tree
 from dcp_hf_writer._parse_manifest import MANIFEST_NAME, MAX_MANIFEST_NBYTES, parse_manifest
-from dcp_hf_writer._problems import Problem
+from dcp_hf_writer._problems import Problem, first_of
 from dcp_hf_writer._progress import progress_of
 from dcp_hf_writer._recompute import Recomputation, jobs_of
 from dcp_hf_writer.errors import CheckpointError, ConfigError, CorruptCheckpointError
@@ -76,14 +76,14 @@ class VerifyReport:
         """
         if not self.problems:
             return
-        first, others = self.problems[0], len(self.problems) - 1
+        first = self.problems[0]
         raise CorruptCheckpointError(
             "the checkpoint is not what it says it is",
             phase="read",
             path=f"{self.path}/{first.file}" if first.file else self.path,
             key=first.key,
             fqn=first.fqn,
-            found=str(first) + (f" (and {others} more problems)" if others else ""),
+            found=first_of(self.problems),
             hint="verify(path) lists everything that is wrong with it",
         )
 

@@ -10,7 +10,7 @@ from bisect import bisect_left, bisect_right
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer._problems import Problem
+from dcp_hf_writer._problems import Problem, first_of
 from dcp_hf_writer._read_plan import span_of
 from dcp_hf_writer._recompute import Job, Recomputation
 from dcp_hf_writer._sweep import Digest, Span, contiguous, extent_of
@@ -68,8 +68,7 @@ def verify_ranges(
             phase="read",
             path=f"{place.files.path}/{problems[0].file}",
             key=problems[0].key,
-            found=str(problems[0])
-            + (f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""),
+            found=first_of(problems),
             hint="verify(path) lists all that is wrong with a checkpoint; load an earlier one",
         )
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from dcp_hf_writer._dtypes import NAME_BY_TORCH
 from dcp_hf_writer._parse_header import LENGTH_NBYTES, header_nbytes, parse_header
 from dcp_hf_writer.errors import ConfigError, SpecError
+from dcp_hf_writer.excerpts import some_of
 
 if TYPE_CHECKING:
     import os
@@ -313,5 +314,4 @@ def _absent(
 
 
 def _some(keys: list[str]) -> str:
-    more = len(keys) - _MANY
-    return ", ".join(keys[:_MANY]) + (f" and {more} more" if more > 0 else "")
+    return some_of(keys, most=_MANY)

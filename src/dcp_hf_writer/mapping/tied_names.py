@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import LayoutError
+from dcp_hf_writer.excerpts import some_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -204,7 +205,8 @@ def tied_keys(
     lost = set(tied.values()) - set(stored) - apart
     if lost:
         msg = "tied names lead to tensors that are not exported either"
-        raise LayoutError(msg, phase="plan", expected="kept tensors", found=sorted(lost)[:_MANY])
+        found = some_of(map(repr, sorted(lost)), most=_MANY)
+        raise LayoutError(msg, phase="plan", expected="kept tensors", found=found)
     # A tensor that is left out may have had the name that another one is given.
     return {drop: keep for drop, keep in tied.items() if drop not in stored}
 
