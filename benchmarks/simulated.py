@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from dcp_hf_writer._plan_data import LocalFacts
+from dcp_hf_writer.plan.global_plan import LocalFacts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

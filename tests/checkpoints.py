@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from audit import MANIFEST_NAME
 from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
-from dcp_hf_writer.spec import Piece
+from dcp_hf_writer.mapping.load_spec import Piece
 from small import MODEL, state_of
 
 if TYPE_CHECKING:

@@ -50,7 +50,7 @@ def compiled(
     specs: Iterable[LoadSpec], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
     """Do as `assemble`, with what the specs compile to."""
-    from dcp_hf_writer._copies import hf_view, runtime_view
+    from dcp_hf_writer.tensors.strided_copies import hf_view, runtime_view
 
     found: dict[str, torch.Tensor] = {}
     for spec in specs:

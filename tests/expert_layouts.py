@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from dcp_hf_writer.spec import LoadSpec, Piece, ShardSpec
+from dcp_hf_writer.mapping.load_spec import LoadSpec, Piece, ShardSpec
 from held import tensor
 
 if TYPE_CHECKING:

@@ -27,9 +27,9 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from dcp_hf_writer import HFDualWriter, WriteSlots, _hooks
+from dcp_hf_writer import HFDualWriter, WriteSlots, failpoints
 from dcp_hf_writer.errors import CheckpointError
-from dcp_hf_writer.storage import _libc
+from dcp_hf_writer.storage import linux_calls
 from named_bytes import EXPORT, save_held_by, sharded_state
 from rank_process import Raised
 
@@ -94,11 +94,11 @@ class Strike:
         try:
             yield
         finally:
-            _hooks.set_hook(None)
+            failpoints.set_hook(None)
 
     def install(self, root: Path) -> None:
         """Strike from now on."""
-        assert self.point in _hooks.POINTS, self.point
+        assert self.point in failpoints.POINTS, self.point
         seen = 0
 
         def hook(point: str) -> None:
@@ -108,7 +108,7 @@ class Strike:
                 note_hit(root, f"{self.rank} {self.action} {point}")
                 self._act(root)
 
-        _hooks.set_hook(hook)
+        failpoints.set_hook(hook)
 
     def _act(self, root: Path) -> None:
         if self.action == "kill":
@@ -150,7 +150,7 @@ class BadCall:
             yield
             return
         is_libc = not hasattr(os, self.name)
-        holder: Any = _Libc(_libc._libc) if is_libc else os
+        holder: Any = _Libc(linux_calls._libc) if is_libc else os
         real = getattr(holder, self.name)
         counted, lock = 0, threading.Lock()
 
@@ -168,14 +168,14 @@ class BadCall:
             return self._answer(real, args, is_libc=is_libc)
 
         setattr(holder, self.name, bad)
-        original = _libc._libc
+        original = linux_calls._libc
         if is_libc:
-            _libc._libc = holder
+            linux_calls._libc = holder
         try:
             yield
         finally:
             setattr(holder, self.name, real)
-            _libc._libc = original
+            linux_calls._libc = original
 
     def _is_meant(self, path: str, root: Path) -> bool:
         if self.file == ROOT:

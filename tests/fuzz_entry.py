@@ -8,11 +8,11 @@ import atheris
 import xxhash
 
 with atheris.instrument_imports(include=["dcp_hf_writer"]):
-    from dcp_hf_writer._check_hf import parse_index
-    from dcp_hf_writer._dcp_metadata import parse_metadata
-    from dcp_hf_writer._parse_header import header_nbytes, parse_header
-    from dcp_hf_writer._parse_manifest import parse_manifest
+    from dcp_hf_writer.check.check_hf import parse_index
     from dcp_hf_writer.errors import CheckpointError
+    from dcp_hf_writer.formats.parse_dcp_metadata import parse_metadata
+    from dcp_hf_writer.formats.parse_safetensors_header import header_nbytes, parse_header
+    from dcp_hf_writer.plan.parse_manifest import parse_manifest
 
 
 def manifest(data: bytes) -> None:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 from hypothesis import strategies as st
 
-from dcp_hf_writer._boxes import Box
+from dcp_hf_writer.tensors.boxes import Box
 
 if TYPE_CHECKING:
-    from dcp_hf_writer._boxes import Shape
+    from dcp_hf_writer.tensors.boxes import Shape
 
 
 def shapes(*, min_side: int = 0, max_side: int = 6) -> st.SearchStrategy[Shape]:

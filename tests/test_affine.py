@@ -10,12 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcp_hf_writer import _affine
-from dcp_hf_writer._affine import meetings, merged, visits_once
 from dcp_hf_writer.errors import SpecError
+from dcp_hf_writer.tensors import loop_nests
+from dcp_hf_writer.tensors.loop_nests import meetings, merged, visits_once
 
 if TYPE_CHECKING:
-    from dcp_hf_writer._affine import Loop
+    from dcp_hf_writer.tensors.loop_nests import Loop
 
 
 def visited(loops: tuple[Loop, ...], start: int = 0) -> list[tuple[int, int]]:
@@ -87,6 +87,6 @@ def test_large_tensors_meet_in_few_loops() -> None:
 def test_meetings_are_refused_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = ((1000, 14_337, 1),), ((1000, 14_336, 1), (14_336, 1, 1000))
     assert len(meetings(first, second, 0)) == 1000
-    monkeypatch.setattr(_affine, "MAX_MEETINGS", 999)
+    monkeypatch.setattr(loop_nests, "MAX_MEETINGS", 999)
     with pytest.raises(SpecError, match="cut too small"):
         meetings(first, second, 0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compare import bits
-from dcp_hf_writer._archive import _archive_of, tensor_archive
+from dcp_hf_writer.formats.encode_torch_archive import _archive_of, tensor_archive
 
 if TYPE_CHECKING:
     from pathlib import Path

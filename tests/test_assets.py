@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from transformers import GenerationConfig, LlamaConfig
 
 from compare import INDEX_NAME
-from dcp_hf_writer import HFExport, _assets
-from dcp_hf_writer._assets import Assets, assets_of, known, preload, preset
+from dcp_hf_writer import HFExport
 from dcp_hf_writer.errors import ConfigError, ExportError
+from dcp_hf_writer.save import assets
+from dcp_hf_writer.save.assets import Assets, assets_of, known, preload, preset
 from models import MODELS, build_model
 
 if TYPE_CHECKING:
@@ -274,12 +275,12 @@ def test_what_another_process_read_is_used() -> None:
 
 
 def test_files_are_kept_for_as_long_as_their_export() -> None:
-    before = len(_assets._cache)
+    before = len(assets._cache)
     exports = [HFExport(assets={"a": bytes([i])}) for i in range(20)]
     for export in exports:
         preload(export)
     assert [assets_of(export).files["a"] for export in exports] == [bytes([i]) for i in range(20)]
-    assert len(_assets._cache) == before + 20
+    assert len(assets._cache) == before + 20
     del exports, export
     gc.collect()
-    assert len(_assets._cache) <= before
+    assert len(assets._cache) <= before

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from compare import tensor_difference
 from dcp_hf_writer import HFExport
 from dcp_hf_writer.errors import ConfigError, CorruptCheckpointError, SpecError
-from dcp_hf_writer.integrations._base_check import swapped_dims
+from dcp_hf_writer.integrations.base_check import swapped_dims
 from dcp_hf_writer.integrations.transformers import specs_from_transformers
 from dense import assemble
 from hf_models import build

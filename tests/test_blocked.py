@@ -19,12 +19,12 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dcp_hf_writer._blocked import blocked_tensors
-from dcp_hf_writer._shards import ShardSpec, blocks_of, local_shape, shards_of
-from dcp_hf_writer._source import row_major_bytes
 from dcp_hf_writer.errors import ConfigError, PlanningError
-from dcp_hf_writer.planner import HFLoadPlanner, HFSavePlanner
-from dcp_hf_writer.spec import LoadSpec
+from dcp_hf_writer.mapping.load_spec import LoadSpec
+from dcp_hf_writer.save.tensor_source import row_major_bytes
+from dcp_hf_writer.tensors.shards import ShardSpec, blocks_of, local_shape, shards_of
+from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
+from dcp_hf_writer.torch_seam.planners import HFLoadPlanner, HFSavePlanner
 from expert_layouts import cut
 from held import tensor
 from ranks import run_ranks
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from dcp_hf_writer._boxes import Box
+    from dcp_hf_writer.tensors.boxes import Box
 
 WHOLE = (6, 8, 3)
 SHARDS = (ShardSpec(0, 1, 2), ShardSpec(1, 0, 2, interleave=2))

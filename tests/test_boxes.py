@@ -10,13 +10,13 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from dcp_hf_writer._boxes import Box, BoxTable, intersect, tiling_fault, whole
+from dcp_hf_writer.tensors.boxes import Box, BoxTable, intersect, tiling_fault, whole
 from partitions import boxes_in, partitions_of, shapes
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dcp_hf_writer._boxes import Shape
+    from dcp_hf_writer.tensors.boxes import Shape
 
 
 def slices(box: Box) -> tuple[slice, ...]:

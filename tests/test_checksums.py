@@ -14,8 +14,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
 from audit import faults, read_manifest
-from dcp_hf_writer import HFDualWriter, HFExport, _checksums, verify
+from dcp_hf_writer import HFDualWriter, HFExport, verify
 from dcp_hf_writer.errors import ConfigError, ExportError, LayoutError, SaveTimeoutError
+from dcp_hf_writer.save import checksums
 from ranks import run_ranks
 from small import dcp_difference, state_of
 
@@ -131,7 +132,7 @@ def refusing(error: BaseException) -> Callable[..., Any]:
 def test_failure_costs_the_export_and_not_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_checksums, "_sha256", refusing(OSError(5, "Input/output error")))
+    monkeypatch.setattr(checksums, "_sha256", refusing(OSError(5, "Input/output error")))
     with pytest.raises(ExportError, match="Input/output error"):
         save_alone(tmp_path / "step-1", checksums="sha256")
     assert not (tmp_path / "step-1" / "hf").exists()
@@ -142,7 +143,7 @@ def test_failure_costs_the_export_and_not_the_checkpoint(
 def test_deadline_holds_while_checksums_are_computed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_checksums, "_sha256", refusing(SaveTimeoutError("the deadline passed")))
+    monkeypatch.setattr(checksums, "_sha256", refusing(SaveTimeoutError("the deadline passed")))
     with pytest.raises(SaveTimeoutError, match="the deadline passed"):
         save_alone(tmp_path / "step-1", checksums="sha256")
     assert list(tmp_path.iterdir()) == []
@@ -160,6 +161,6 @@ def test_save_that_is_given_up_stops_between_pieces(tmp_path: Path) -> None:
             raise SaveTimeoutError(msg)
 
     with pytest.raises(SaveTimeoutError, match="given up"):
-        _checksums.add_checksums(str(tmp_path), "hf", check=check)
+        checksums.add_checksums(str(tmp_path), "hf", check=check)
     assert len(calls) == 2
     assert not (tmp_path / "hf" / NAME).exists()

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from dcp_hf_writer import _commit
-from dcp_hf_writer._commit import MANIFEST_NAME, StagingDirectory, check_target
-from dcp_hf_writer._owner import Owner, is_over_here, new_save_id
 from dcp_hf_writer.errors import CommitError, NodeLocalPathError, TargetExistsError, WriteError
-from dcp_hf_writer.storage._libc import UnsupportedCallError
+from dcp_hf_writer.save import commit
+from dcp_hf_writer.save.commit import MANIFEST_NAME, StagingDirectory, check_target
+from dcp_hf_writer.save.save_owner import Owner, is_over_here, new_save_id
+from dcp_hf_writer.storage.linux_calls import UnsupportedCallError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -62,14 +62,14 @@ def overwriting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         def unsupported(one: str, other: str) -> None:
             raise UnsupportedCallError(errno.EINVAL, os.strerror(errno.EINVAL), one)
 
-        monkeypatch.setattr(_commit, "exchange", unsupported)
+        monkeypatch.setattr(commit, "exchange", unsupported)
 
 
 @pytest.fixture(autouse=True)
 def _probe_again() -> Iterator[None]:
-    _commit._probed.clear()
+    commit._probed.clear()
     yield
-    _commit._probed.clear()
+    commit._probed.clear()
 
 
 def names(root: Path) -> list[str]:
@@ -267,11 +267,11 @@ def test_names_are_durable_before_the_old_checkpoint_is_removed(
             done.append(f"{name} {os.path.basename(args[0])[:9]}")
             return real(*args)
 
-        monkeypatch.setattr(_commit, name, noted)
+        monkeypatch.setattr(commit, name, noted)
 
-    monkeypatch.setattr(_commit, "exchange", unsupported)
+    monkeypatch.setattr(commit, "exchange", unsupported)
     for name in ("publish_new", "sync_directory", "remove_tree"):
-        note(name, getattr(_commit, name))
+        note(name, getattr(commit, name))
     directory.publish(overwrite=True)
     parent = f"sync_directory {tmp_path.name[:9]}"
     assert done == [
@@ -316,7 +316,7 @@ def test_error_of_the_rename_is_told_and_the_old_checkpoint_stays(
     def refused(one: str, other: str) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), one)
 
-    monkeypatch.setattr(_commit, "exchange", refused)
+    monkeypatch.setattr(commit, "exchange", refused)
     with pytest.raises(CommitError, match=r"EIO.*may be repeated") as caught:
         directory.publish(overwrite=True)
     assert (caught.value.phase, caught.value.errno) == ("commit", errno.EIO)
@@ -327,14 +327,14 @@ def test_parent_that_cannot_be_synced_is_an_error_that_says_what_is_visible(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = made(tmp_path / "step-1")
-    real = _commit.sync_directory
+    real = commit.sync_directory
 
     def refused(path: str) -> None:
         if path == str(tmp_path):
             raise WriteError("refused", errno=errno.EIO, found="EIO")
         real(path)
 
-    monkeypatch.setattr(_commit, "sync_directory", refused)
+    monkeypatch.setattr(commit, "sync_directory", refused)
     with pytest.raises(CommitError, match="is visible, but its name may not survive"):
         directory.publish(overwrite=False)
     assert (tmp_path / "step-1" / "data").read_text() == "new"

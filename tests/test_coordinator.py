@@ -16,24 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
 from audit import faults
-from dcp_hf_writer import HFDualWriter, HFExport, _coordinator, _hooks, _owner
-from dcp_hf_writer._assets import Assets
-from dcp_hf_writer._attempt import Attempt
-from dcp_hf_writer._boxes import whole
-from dcp_hf_writer._commit import StagingDirectory
-from dcp_hf_writer._coordinator import (
-    check_files,
-    check_names,
-    check_strategy,
-    committed_save_id,
-    drop_export,
-    make_directory,
-    prepare_export,
-    step_of,
-)
-from dcp_hf_writer._layout import Layout, RuntimeTensor, plan_layout
-from dcp_hf_writer._owner import is_over_here, new_save_id
-from dcp_hf_writer._report import DCPFile, RankReport
+from dcp_hf_writer import HFDualWriter, HFExport, failpoints
 from dcp_hf_writer.errors import (
     CommitError,
     CoverageError,
@@ -43,7 +26,25 @@ from dcp_hf_writer.errors import (
     TargetExistsError,
     WriteError,
 )
-from dcp_hf_writer.storage._posix import COHERENT
+from dcp_hf_writer.plan.layout import Layout, RuntimeTensor, plan_layout
+from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
+from dcp_hf_writer.save import coordinator, save_owner
+from dcp_hf_writer.save.assets import Assets
+from dcp_hf_writer.save.attempt import Attempt
+from dcp_hf_writer.save.commit import StagingDirectory
+from dcp_hf_writer.save.coordinator import (
+    check_files,
+    check_names,
+    check_strategy,
+    committed_save_id,
+    drop_export,
+    make_directory,
+    prepare_export,
+    step_of,
+)
+from dcp_hf_writer.save.save_owner import is_over_here, new_save_id
+from dcp_hf_writer.storage.posix_outputs import COHERENT
+from dcp_hf_writer.tensors.boxes import whole
 from ranks import run_ranks
 from small import dcp_difference, difference, leftovers, state_of
 
@@ -88,8 +89,8 @@ def test_several_hosts_may_write_where_page_caches_are_coherent(fs_type: str) ->
 def save_from_two_hosts(rank: int, world_size: int, root: Path) -> str:
     """Save as if each rank were on a host of its own, on NFS; return what was raised."""
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(_owner, "host_id", lambda: f"host {rank}")
-    monkeypatch.setattr(_coordinator, "file_system_type", lambda _: "nfs4")
+    monkeypatch.setattr(save_owner, "host_id", lambda: f"host {rank}")
+    monkeypatch.setattr(coordinator, "file_system_type", lambda _: "nfs4")
     state = state_of(1, init_device_mesh("cpu", (world_size,)))
     with pytest.raises(IncoherentStorageError) as caught:
         dcp.async_save(state, storage_writer=HFDualWriter(root / "step-1")).result()
@@ -191,7 +192,7 @@ def test_directory_holds_headers_index_and_assets_before_ranks_write(tmp_path: P
 def test_space_is_looked_for_before_files_are_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_coordinator, "free_bytes", lambda _: 100)
+    monkeypatch.setattr(coordinator, "free_bytes", lambda _: 100)
     with made(tmp_path / "step-1") as (attempt, path):
         with pytest.raises(WriteError, match="100 bytes free") as caught:
             prepared(attempt, layout_of("a", "b"), {})
@@ -202,7 +203,7 @@ def test_space_is_looked_for_before_files_are_made(
 def test_space_that_is_not_told_is_no_obstacle(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_coordinator, "free_bytes", lambda _: None)
+    monkeypatch.setattr(coordinator, "free_bytes", lambda _: None)
     with made(tmp_path / "step-1") as (attempt, _):
         assert prepared(attempt, layout_of("a"), {"config.json": b"{}"}) == ["hf/config.json"]
 
@@ -217,7 +218,7 @@ def test_target_that_exists_leaves_no_directory(tmp_path: Path) -> None:
 def test_missing_config_is_told_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(_coordinator, "_is_warned", False)
+    monkeypatch.setattr(coordinator, "_is_warned", False)
     caplog.set_level(logging.WARNING)
     for files in ({"config.json": b"{}"}, {}, {}):
         with made(tmp_path / "step-1") as (attempt, _):
@@ -231,7 +232,7 @@ def test_dcp_half_is_committed_when_the_export_cannot_be_prepared(
 ) -> None:
     assets = {}
     if problem == "no space":
-        monkeypatch.setattr(_coordinator, "free_bytes", lambda _: 100)
+        monkeypatch.setattr(coordinator, "free_bytes", lambda _: 100)
     else:
         assets = {"a": b"", "a/b": b""}
     writer = HFDualWriter(tmp_path / "step-1", export=HFExport(assets=assets))
@@ -299,7 +300,7 @@ def test_failed_export_is_taken_out(written: Written) -> None:
 def test_export_that_cannot_be_taken_out_stops_the_commit(
     written: Written, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_coordinator, "remove_tree", lambda _: None)
+    monkeypatch.setattr(coordinator, "remove_tree", lambda _: None)
     with pytest.raises(CommitError, match="nothing was published"):
         drop_export(written[0], "hf")
 
@@ -327,12 +328,12 @@ def test_checkpoint_is_not_published_when_a_file_lost_its_end(tmp_path: Path, na
             os.truncate(path, path.stat().st_size - 1)
 
     writer = HFDualWriter(tmp_path / "step-1")
-    _hooks.set_hook(cut)
+    failpoints.set_hook(cut)
     try:
         with pytest.raises(CoverageError, match="not as it was written"):
             dcp.async_save(state_of(1), storage_writer=writer).result()
     finally:
-        _hooks.set_hook(None)
+        failpoints.set_hook(None)
     assert list(tmp_path.iterdir()) == []
     dcp.async_save(state_of(1), storage_writer=writer).result()
     assert difference(tmp_path / "step-1", 1) is None
@@ -365,11 +366,11 @@ def test_save_is_over_when_its_future_is_done(tmp_path: Path) -> None:
         if point == "before rename":
             ids.extend(path.name.removeprefix(".incomplete-") for path in tmp_path.iterdir())
 
-    _hooks.set_hook(note)
+    failpoints.set_hook(note)
     try:
         dcp.async_save(state_of(1), storage_writer=HFDualWriter(tmp_path / "step-1")).result()
     finally:
-        _hooks.set_hook(None)
+        failpoints.set_hook(None)
     assert len(ids) == 1
     assert committed_save_id(str(tmp_path / "step-1")) == ids[0]
     assert is_over_here(ids[0])

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcp_hf_writer._boxes import Box, ByteRuns, Shape, whole
-from dcp_hf_writer._copies import (
+from dcp_hf_writer.tensors.boxes import Box, ByteRuns, Shape, whole
+from dcp_hf_writer.tensors.strided_copies import (
     Copy,
     clip,
     copies_of,

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import pytest
 
-from dcp_hf_writer import _commit
-from dcp_hf_writer.storage import _libc
+from dcp_hf_writer.save import commit
+from dcp_hf_writer.storage import linux_calls
 from faults import BadCall, check_outcomes, check_storage, looks_committed, path_of_call, save
 from named_bytes import save_held_by
 from processes import in_fresh_process
@@ -55,7 +55,11 @@ class Changes:
         for name in _CALLS:
             setattr(os, name, self._counted(getattr(os, name), is_write=name.startswith("pwrite")))
         for name in _LIBC_CALLS:
-            setattr(_libc._libc, name, self._counted(getattr(_libc._libc, name), is_write=False))
+            setattr(
+                linux_calls._libc,
+                name,
+                self._counted(getattr(linux_calls._libc, name), is_write=False),
+            )
 
     def _audit(self, event: str, args: tuple[Any, ...]) -> None:
         if event not in _EVENTS or not isinstance(args[0], (str, bytes, os.PathLike)):
@@ -111,7 +115,7 @@ def no_exchange() -> BadCall:
 def save_and_die(root: Path, number: int, way: Way, die_at: int) -> None:
     """Save in a child of this process that dies at a change; returns its end, never raises."""
     with no_exchange().installed(0 if way == "two renames" else 1, root):
-        _commit._probed.clear()
+        commit._probed.clear()
         Changes(root, die_at=die_at)
         outcome = save(root, "step-2", number, overwrite=way != "new", is_sync=True)
     os._exit(0 if outcome.raised is None else 1)

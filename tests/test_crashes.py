@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from dcp_hf_writer._hooks import POINTS
 from dcp_hf_writer.errors import RankLostError
+from dcp_hf_writer.failpoints import POINTS
 from faults import (
     TIMEOUT_S,
     Outcome,
@@ -191,10 +191,10 @@ def test_every_point_of_a_save_has_a_crash() -> None:
 
 
 def save_and_note_points(rank: int, world_size: int, root: Path) -> list[str]:
-    from dcp_hf_writer import _hooks
+    from dcp_hf_writer import failpoints
 
     reached: list[str] = []
-    _hooks.set_hook(reached.append)
+    failpoints.set_hook(reached.append)
     check_outcomes([save(root, "step-1", 1)], None)
     return reached
 

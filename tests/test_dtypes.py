@@ -10,7 +10,8 @@ import safetensors.torch
 import torch
 
 from compare import parse
-from dcp_hf_writer._dtypes import (
+from dcp_hf_writer.errors import ConfigError, LayoutError
+from dcp_hf_writer.tensors.dtypes import (
     CASTABLE,
     ITEMSIZE,
     NAME_BY_TORCH,
@@ -20,7 +21,6 @@ from dcp_hf_writer._dtypes import (
     safetensors_name,
     stored_shape,
 )
-from dcp_hf_writer.errors import ConfigError, LayoutError
 
 PACKED = torch.float4_e2m1fn_x2
 STORED = sorted(safetensors.torch._SIZE, key=str)

@@ -19,12 +19,14 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec, _explanation_table, _hf_half
-from dcp_hf_writer._copies import covered
-from dcp_hf_writer._name_patterns import patterns, ranges
+from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
 from dcp_hf_writer.errors import ConfigError, PlanningError
-from dcp_hf_writer.planner import HFSavePlanner
-from dcp_hf_writer.spec import Piece, ShardSpec
+from dcp_hf_writer.mapping.load_spec import Piece, ShardSpec
+from dcp_hf_writer.mapping.name_patterns import patterns, ranges
+from dcp_hf_writer.preflight import explanation_tables
+from dcp_hf_writer.save import hf_half
+from dcp_hf_writer.tensors.strided_copies import covered
+from dcp_hf_writer.torch_seam.planners import HFSavePlanner
 from held import tensor
 from ranks import run_ranks
 from small import state_of
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
     from torch.distributed.device_mesh import DeviceMesh
 
-    from dcp_hf_writer.explain import Explanation
+    from dcp_hf_writer.preflight.explanation import Explanation
 
 EXPERTS, WIDTH, HIDDEN = 4, 6, 8
 LAYERS = 3
@@ -242,7 +244,7 @@ def test_ways_are_those_that_an_asynchronous_save_takes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: dict[tuple[str, tuple[int, ...]], str] = {}
-    way_of = _hf_half.way_of
+    way_of = hf_half.way_of
 
     def recorded(value: torch.Tensor, region: Any) -> Any:
         found = taken[region.target.key, region.copy.hf_start] = way_of(value, region)
@@ -253,7 +255,7 @@ def test_ways_are_those_that_an_asynchronous_save_takes(
     state["conv.weight"] = state["conv.weight"].to(memory_format=torch.channels_last)
     writer = HFDualWriter(tmp_path / "step-1", export=moe_export(keep_dtype=["q_proj"]))
     explanation = writer.explain(state)
-    monkeypatch.setattr(_hf_half, "way_of", recorded)
+    monkeypatch.setattr(hf_half, "way_of", recorded)
     dcp.async_save(state, storage_writer=writer).result()
     assert {(row.key, row.hf_offsets): row.way for row in explanation.rows} == taken
     assert set(taken.values()) == {"direct", "strided"}
@@ -466,7 +468,7 @@ def test_middle_of_what_is_many_is_left_out() -> None:
 def test_ranks_and_files_that_lie_here_and_there_are_first_and_last(
     numbers: list[int], text: str
 ) -> None:
-    assert _explanation_table._span(numbers) == text
+    assert explanation_tables._span(numbers) == text
 
 
 @settings(deadline=None)

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from dcp_hf_writer import HFExport, LoadSpec
 from dcp_hf_writer.errors import ConfigError
-from dcp_hf_writer.export import size_in_bytes
+from dcp_hf_writer.mapping.hf_export import size_in_bytes
 
 SPEC = LoadSpec("w", "hf.w", (2,))
 

@@ -32,8 +32,8 @@ from audit import MANIFEST_NAME
 from checkpoints import encoded, sign
 from compare import INDEX_NAME, tensor_difference
 from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, verify
-from dcp_hf_writer._dcp_metadata import parse_metadata
 from dcp_hf_writer.errors import CheckpointError, CorruptCheckpointError
+from dcp_hf_writer.formats.parse_dcp_metadata import parse_metadata
 from mutations import pickle_streams, spoiled_bytes, spoiled_json, spoiled_metadata
 from small import MODEL, model_of, state_of
 

@@ -16,12 +16,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from dcp_hf_writer import HFDualWriter, HFExport, _hand_sharded
-from dcp_hf_writer._hand_sharded import check_samples, samples_of
-from dcp_hf_writer._shards import ShardSpec
+from dcp_hf_writer import HFDualWriter, HFExport
 from dcp_hf_writer.errors import CheckpointError, PlanningError
-from dcp_hf_writer.planner import HFSavePlanner
-from dcp_hf_writer.spec import LoadSpec
+from dcp_hf_writer.mapping.load_spec import LoadSpec
+from dcp_hf_writer.preflight import hand_sharded
+from dcp_hf_writer.preflight.hand_sharded import check_samples, samples_of
+from dcp_hf_writer.tensors.shards import ShardSpec
+from dcp_hf_writer.torch_seam.planners import HFSavePlanner
 from expert_layouts import LAYOUTS, specs_of, state_of
 from held import tensor
 from rank_process import Raised
@@ -293,7 +294,7 @@ def test_tensors_without_elements_are_compared_by_shape() -> None:
 def test_replicas_that_drifted_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     one = tensor("x", 40, 40)
     with caplog.at_level(logging.WARNING), pytest.MonkeyPatch.context() as patched:
-        patched.setattr(_hand_sharded, "_is_warned", False)
+        patched.setattr(hand_sharded, "_is_warned", False)
         compared({"x": one}, {"x": one * 1.004})
         compared({"x": one}, {"x": one * 1.004})
     (record,) = caplog.records
@@ -315,14 +316,14 @@ def test_one_tensor_among_many_is_found() -> None:
 
 
 def test_a_sample_is_bounded_and_of_the_same_tensors_on_every_rank() -> None:
-    count = _hand_sharded._MAX_TENSORS + 500
+    count = hand_sharded._MAX_TENSORS + 500
     names = [f"x{i}" for i in range(count)]
     one = samples_of(planner_of({n: torch.ones(2, 2) for n in names}), key=None, world_size=2)
     other = samples_of(
         planner_of({n: torch.ones(2, 2) for n in reversed(names)}), key=None, world_size=2
     )
     assert one == other
-    assert len(one) == _hand_sharded._MAX_TENSORS * _hand_sharded._ROW.itemsize
+    assert len(one) == hand_sharded._MAX_TENSORS * hand_sharded._ROW.itemsize
     assert len(one) < 100_000
 
 
@@ -341,5 +342,5 @@ def test_entries_that_are_no_model_are_compared_when_no_model_is_known() -> None
     for state in ({"actor": {"x": tensor("x", 3, 3)}, "critic": {"y": tensor("y", 3, 3)}},):
         planner = DefaultSavePlanner()
         planner.set_up_planner({**state, "optim": {"z": tensor("z", 3, 3)}})
-        rows = np.frombuffer(samples_of(planner, key=None, world_size=2), _hand_sharded._ROW)
+        rows = np.frombuffer(samples_of(planner, key=None, world_size=2), hand_sharded._ROW)
         assert len(rows) == 2

@@ -12,10 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compare import parse
-from dcp_hf_writer import _header
-from dcp_hf_writer._dtypes import TORCH_BY_NAME, stored_shape
-from dcp_hf_writer._header import MAX_HEADER_NBYTES, HFTensor, encode_header, in_file_order
 from dcp_hf_writer.errors import LayoutError
+from dcp_hf_writer.formats import encode_safetensors_header
+from dcp_hf_writer.formats.encode_safetensors_header import (
+    MAX_HEADER_NBYTES,
+    HFTensor,
+    encode_header,
+    in_file_order,
+)
+from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME, stored_shape
 
 # Every character that UTF-8 has: control characters, quotes, separators, beyond the first plane.
 KEYS = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=8).filter(
@@ -98,9 +103,9 @@ def test_header_is_refused_when_it_is_larger_than_readers_accept(
     tensors = [HFTensor(f"layers.{i}", "F32", (1,)) for i in range(3)]
     header, _ = encode_header(tensors, metadata={}, align=8)
     # The length field does not count.
-    monkeypatch.setattr(_header, "MAX_HEADER_NBYTES", len(header) - 8)
+    monkeypatch.setattr(encode_safetensors_header, "MAX_HEADER_NBYTES", len(header) - 8)
     assert encode_header(tensors, metadata={}, align=8)[0] == header
-    monkeypatch.setattr(_header, "MAX_HEADER_NBYTES", len(header) - 9)
+    monkeypatch.setattr(encode_safetensors_header, "MAX_HEADER_NBYTES", len(header) - 9)
     with pytest.raises(LayoutError, match="max_shard_size") as caught:
         encode_header(tensors, metadata={}, align=8)
     assert caught.value.found == f"{len(header) - 8} bytes for 3 tensors"

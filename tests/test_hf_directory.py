@@ -16,10 +16,10 @@ from safetensors.torch import save_file
 
 from compare import tensor_difference
 from dcp_hf_writer import load_hf
-from dcp_hf_writer._hf_directory import open_hf_directory
-from dcp_hf_writer._input_stores import open_directory
-from dcp_hf_writer._open_inputs import OpenInputs
 from dcp_hf_writer.errors import CheckpointError, CorruptCheckpointError, ReadError
+from dcp_hf_writer.load.hf_directory import open_hf_directory
+from dcp_hf_writer.storage.input_backends import open_directory
+from dcp_hf_writer.storage.open_inputs import OpenInputs
 
 if TYPE_CHECKING:
     from pathlib import Path

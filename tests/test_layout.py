@@ -18,19 +18,19 @@ from transformers.core_model_loading import dot_natural_key
 
 from compare import file_difference
 from dcp_hf_writer import HFExport, LoadSpec
-from dcp_hf_writer._boxes import Box, whole
-from dcp_hf_writer._copies import runtime_view
-from dcp_hf_writer._dtypes import CASTABLE, TORCH_BY_NAME
-from dcp_hf_writer._layout import Layout, RuntimeTensor, plan_layout
-from dcp_hf_writer._regions import chunk_regions, needs_cast
 from dcp_hf_writer.errors import CoverageError, LayoutError, SpecError
-from dcp_hf_writer.spec import Piece
+from dcp_hf_writer.mapping.load_spec import Piece
+from dcp_hf_writer.plan.layout import Layout, RuntimeTensor, plan_layout
+from dcp_hf_writer.plan.regions import chunk_regions, needs_cast
+from dcp_hf_writer.tensors.boxes import Box, whole
+from dcp_hf_writer.tensors.dtypes import CASTABLE, TORCH_BY_NAME
+from dcp_hf_writer.tensors.strided_copies import runtime_view
 from partitions import partitions_of, shapes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from dcp_hf_writer._boxes import Shape
+    from dcp_hf_writer.tensors.boxes import Shape
 
 DTYPES = [
     *(torch.float32, torch.bfloat16, torch.float16, torch.float64),

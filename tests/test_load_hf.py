@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from compare import bits, tensor_difference
 from dcp_hf_writer import HFDualWriter, LoadSpec, ShardSpec, load_hf
 from dcp_hf_writer.errors import ConfigError, MismatchError, PlanningError, ReadError
-from dcp_hf_writer.load import LoadedKeys
+from dcp_hf_writer.loader import LoadedKeys
 from hf_models import MODELS
 from parallel_models import can_distribute, is_applicable, parallel_model, unsharded
 from ranks import run_ranks

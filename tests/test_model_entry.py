@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
-from dcp_hf_writer._model_entry import NOT_WEIGHTS, model_prefix, names_in_model
 from dcp_hf_writer.errors import ModelKeyError
+from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS, model_prefix, names_in_model
 
 W = {"layers.0.w": 0, "norm": 0}
 OPTIM = {"state": {"layers.0.w": {"exp_avg": 0}}, "param_groups": [{"lr": 0}]}

@@ -17,9 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 import audit
 from compare import tensor_difference
 from dcp_hf_writer import HFDualWriter, HFExport
-from dcp_hf_writer._copies import hf_view, runtime_view
-from dcp_hf_writer._materialize import materialize
-from dcp_hf_writer._once import StoredOnce
+from dcp_hf_writer.check.materialize import materialize
 from dcp_hf_writer.errors import (
     ConfigError,
     CorruptCheckpointError,
@@ -27,7 +25,9 @@ from dcp_hf_writer.errors import (
     StoredOnceError,
     TargetExistsError,
 )
+from dcp_hf_writer.plan.stored_once import StoredOnce
 from dcp_hf_writer.reader import HFDualReader
+from dcp_hf_writer.tensors.strided_copies import hf_view, runtime_view
 from held import WORLD_SIZE, Case, plain, rows
 from rank_process import Raised
 from ranks import run_ranks
@@ -172,8 +172,8 @@ def check_loaded(directory: Path, case: Case, reader: dcp.StorageReader) -> None
 def test_materialized_tensor_passes_through_a_small_buffer(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dcp_hf_writer._materialize._BUFFER_NBYTES", 16)
-    monkeypatch.setattr("dcp_hf_writer._materialize._FILE_NBYTES", 100)
+    monkeypatch.setattr("dcp_hf_writer.check.materialize._BUFFER_NBYTES", 16)
+    monkeypatch.setattr("dcp_hf_writer.check.materialize._FILE_NBYTES", 100)
     for name in ("uneven_shards", "fused_keys", "columns_and_depth"):
         materialize(root / name, tmp_path / name)
         check_loaded(tmp_path / name, CASES[name](root), dcp.FileSystemReader(tmp_path / name))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from dcp_hf_writer import HFDualWriter
 from dcp_hf_writer.errors import StagingError
-from dcp_hf_writer.staging import EAGER_NBYTES, Stager
+from dcp_hf_writer.staging.stager import EAGER_NBYTES, Stager
 from ranks import run_ranks
 
 if TYPE_CHECKING:

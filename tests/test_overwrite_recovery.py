@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from dcp_hf_writer import _commit
 from dcp_hf_writer.errors import TargetExistsError
+from dcp_hf_writer.save import commit
 from faults import BadCall, check_outcomes, check_storage, hits, note_hit, save
 from processes import FreshProcess
 
@@ -80,7 +80,7 @@ def test_recovery_is_what_brings_a_torn_overwrite_back(
     root = tmp_path / "run"
     root.mkdir()
     die_between_renames(root)
-    monkeypatch.setattr(_commit, "_recover", lambda *_: None)
+    monkeypatch.setattr(commit, "_recover", lambda *_: None)
     check_outcomes([save(root, "step-1", 3)], None)
     with pytest.raises(AssertionError, match="left behind"):
         check_storage(root, {"step-1": 3})
@@ -91,7 +91,7 @@ def test_listing_of_a_live_neighbour_that_just_commits_does_no_harm(
 ) -> None:
     root = tmp_path / "run"
     root.mkdir()
-    real = _commit._entries
+    real = commit._entries
 
     def entries(parent: str, prefix: str) -> list[os.DirEntry[str]]:
         # Another job's directory is listed, and gone when it is looked into.
@@ -102,7 +102,7 @@ def test_listing_of_a_live_neighbour_that_just_commits_does_no_harm(
         note_hit(root, prefix)
         return found
 
-    monkeypatch.setattr(_commit, "_entries", entries)
+    monkeypatch.setattr(commit, "_entries", entries)
     check_outcomes([save(root, "step-1", 1)], None)
     assert len(hits(root)) == 2
     check_storage(root, {"step-1": 1})

@@ -13,10 +13,15 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from dcp_hf_writer._dtypes import TORCH_BY_NAME
-from dcp_hf_writer._header import HFTensor, encode_header, in_file_order
-from dcp_hf_writer._parse_header import FileHeader, StoredTensor, header_nbytes, parse_header
 from dcp_hf_writer.errors import CorruptCheckpointError
+from dcp_hf_writer.formats.encode_safetensors_header import HFTensor, encode_header, in_file_order
+from dcp_hf_writer.formats.parse_safetensors_header import (
+    FileHeader,
+    StoredTensor,
+    header_nbytes,
+    parse_header,
+)
+from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
 
 if TYPE_CHECKING:
     from pathlib import Path

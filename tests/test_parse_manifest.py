@@ -15,17 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
-from dcp_hf_writer._boxes import ByteRuns
-from dcp_hf_writer._manifest import WholeFile
-from dcp_hf_writer._parse_manifest import (
+from dcp_hf_writer.errors import CorruptCheckpointError
+from dcp_hf_writer.plan.encode_manifest import WholeFile
+from dcp_hf_writer.plan.parse_manifest import (
     MAX_MANIFEST_NBYTES,
     Manifest,
     StoredBlock,
     is_relative_name,
     parse_manifest,
 )
-from dcp_hf_writer._report import DCPFile
-from dcp_hf_writer.errors import CorruptCheckpointError
+from dcp_hf_writer.plan.rank_report import DCPFile
+from dcp_hf_writer.tensors.boxes import ByteRuns
 from small import MODEL, state_of
 
 if TYPE_CHECKING:

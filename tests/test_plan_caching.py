@@ -13,8 +13,9 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
 
 from compare import tensor_difference
-from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec, _plan_data
+from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
 from dcp_hf_writer.errors import CheckpointError, PlanningError, TargetExistsError
+from dcp_hf_writer.plan import global_plan
 from rank_process import Raised
 from ranks import run_ranks
 from small import dcp_difference, difference, leftovers, model_of, spoil, state_of
@@ -82,7 +83,7 @@ class Saver:
 def unchanged_plans(saver: Saver) -> None:
     """Nothing is planned after the first save: what would caching be for."""
     planned: list[str] = []
-    plan_globally = _plan_data.plan_globally
+    plan_globally = global_plan.plan_globally
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         planned.append("once more")
@@ -90,7 +91,7 @@ def unchanged_plans(saver: Saver) -> None:
 
     monkeypatch = pytest.MonkeyPatch()
     with monkeypatch.context() as patched:
-        patched.setattr(_plan_data, "plan_globally", counted)
+        patched.setattr(global_plan, "plan_globally", counted)
         for step in (1, 2, 3):
             saver.save(f"same-{step}", saver.state(step))
     in_this_process = saver.kind is AsyncCheckpointerType.THREAD and dist.get_rank() == 0

@@ -23,8 +23,8 @@ from torch.distributed.checkpoint.planner import (
 )
 
 from dcp_hf_writer import HFExport, LoadSpec
-from dcp_hf_writer._boxes import whole
-from dcp_hf_writer._plan_data import (
+from dcp_hf_writer.errors import CoverageError, LayoutError, ModelKeyError, PlanningError
+from dcp_hf_writer.plan.global_plan import (
     GlobalPlan,
     LocalFacts,
     check_tied,
@@ -32,13 +32,13 @@ from dcp_hf_writer._plan_data import (
     plan_globally,
     rank_plans,
 )
-from dcp_hf_writer.errors import CoverageError, LayoutError, ModelKeyError, PlanningError
+from dcp_hf_writer.tensors.boxes import whole
 from partitions import partitions_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from dcp_hf_writer._boxes import Box, Shape
+    from dcp_hf_writer.tensors.boxes import Box, Shape
 
 
 def write_item(

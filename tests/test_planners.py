@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from audit import faults
 from compare import tensor_difference
 from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport
-from dcp_hf_writer.planner import HFLoadPlanner, HFSavePlanner
+from dcp_hf_writer.torch_seam.planners import HFLoadPlanner, HFSavePlanner
 from expert_layouts import LAYOUTS, W2, W13, exported_of, model_of, specs_of, state_of
 from ranks import run_ranks
 from small import dcp_difference, spoil

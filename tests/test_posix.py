@@ -15,9 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcp_hf_writer.errors import CheckpointError, WriteError
-from dcp_hf_writer.storage import _libc, _posix
-from dcp_hf_writer.storage._libc import UnsupportedCallError, exchange, rename_no_replace, reserve
-from dcp_hf_writer.storage._posix import (
+from dcp_hf_writer.storage import linux_calls, posix_outputs
+from dcp_hf_writer.storage.linux_calls import (
+    UnsupportedCallError,
+    exchange,
+    rename_no_replace,
+    reserve,
+)
+from dcp_hf_writer.storage.posix_outputs import (
     OutputFile,
     file_system_type,
     free_bytes,
@@ -35,8 +40,8 @@ if TYPE_CHECKING:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Write in pieces of 7 bytes and 3 buffers, so that small data has many."""
-    monkeypatch.setattr(_posix, "PIECE_NBYTES", 7)
-    monkeypatch.setattr(_posix, "_MAX_BUFFERS", 3)
+    monkeypatch.setattr(posix_outputs, "PIECE_NBYTES", 7)
+    monkeypatch.setattr(posix_outputs, "_MAX_BUFFERS", 3)
 
 
 @pytest.fixture
@@ -117,7 +122,7 @@ def test_file_has_its_size_at_once_and_reads_as_zeros(
 
 def refuse(number: int) -> Callable[..., Any]:
     def call(*_: Any, **__: Any) -> Any:
-        kind = UnsupportedCallError if number in _libc._UNSUPPORTED else OSError
+        kind = UnsupportedCallError if number in linux_calls._UNSUPPORTED else OSError
         raise kind(number, os.strerror(number))
 
     return call
@@ -126,7 +131,7 @@ def refuse(number: int) -> Callable[..., Any]:
 def test_file_has_its_size_where_space_cannot_be_reserved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_posix, "reserve", refuse(errno.EOPNOTSUPP))
+    monkeypatch.setattr(posix_outputs, "reserve", refuse(errno.EOPNOTSUPP))
     with OutputFile(str(tmp_path / "file"), create=True) as file:
         file.set_size(5000, fs_type="nfs")
     assert (tmp_path / "file").stat().st_size == 5000
@@ -135,7 +140,7 @@ def test_file_has_its_size_where_space_cannot_be_reserved(
 def test_no_space_is_found_when_it_is_reserved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_posix, "reserve", refuse(errno.ENOSPC))
+    monkeypatch.setattr(posix_outputs, "reserve", refuse(errno.ENOSPC))
     with (
         OutputFile(str(tmp_path / "file"), create=True) as file,
         pytest.raises(WriteError, match=r"ENOSPC.*free space") as caught,
@@ -155,7 +160,7 @@ def test_space_is_reserved_but_where_that_costs_a_pass_over_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reserved: list[int] = []
-    monkeypatch.setattr(_posix, "reserve", lambda _, nbytes: reserved.append(nbytes))
+    monkeypatch.setattr(posix_outputs, "reserve", lambda _, nbytes: reserved.append(nbytes))
     for number, fs_type in enumerate(("ext4", "tmpfs", "xfs", "ramfs", "")):
         with OutputFile(str(tmp_path / str(number)), create=True) as file:
             file.set_size(5000 + number, fs_type=fs_type)
@@ -227,14 +232,14 @@ def test_error_of_a_write_is_told_and_a_second_close_is_harmless(tmp_path: Path)
 # Errors
 
 
-@pytest.mark.parametrize("number", sorted(_posix._ADVICE))
+@pytest.mark.parametrize("number", sorted(posix_outputs._ADVICE))
 def test_advice_follows_from_the_number(number: int) -> None:
     with pytest.raises(WriteError) as caught, write_errors("/run/step-1"):
         raise OSError(number, os.strerror(number))
     error = caught.value
     assert (error.errno, error.path, error.phase) == (number, "/run/step-1", "write")
     assert errno.errorcode[number] in str(error.found)
-    assert error.hint == _posix._ADVICE[number]
+    assert error.hint == posix_outputs._ADVICE[number]
     assert isinstance(error.__cause__, OSError)
 
 
@@ -262,7 +267,7 @@ def test_directories_are_made_with_their_parents_and_may_be_there(tmp_path: Path
 
 def test_parents_are_synced_from_the_top(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
-    monkeypatch.setattr(_posix, "sync_directory", synced.append)
+    monkeypatch.setattr(posix_outputs, "sync_directory", synced.append)
     make_directories(str(tmp_path / "a" / "b"))
     assert synced == [str(tmp_path), str(tmp_path / "a")]
 
@@ -311,7 +316,7 @@ def directory_with(path: Path, text: str) -> Path:
 def renaming(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Publish with the system call that takes flags, and where there is none."""
     if request.param == "rename":
-        monkeypatch.setattr(_posix, "rename_no_replace", refuse(errno.EINVAL))
+        monkeypatch.setattr(posix_outputs, "rename_no_replace", refuse(errno.EINVAL))
 
 
 @pytest.mark.usefixtures("renaming")
@@ -350,14 +355,14 @@ def test_rename_that_was_done_and_still_failed_is_believed(
         rename_no_replace(one, other)
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), one)
 
-    monkeypatch.setattr(_posix, "rename_no_replace", done_but)
+    monkeypatch.setattr(posix_outputs, "rename_no_replace", done_but)
     publish_new(str(source), str(tmp_path / "target"))
     assert (tmp_path / "target" / "file").read_text() == "new"
 
 
 def test_rename_that_failed_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = directory_with(tmp_path / "source", "new")
-    monkeypatch.setattr(_posix, "rename_no_replace", refuse(errno.EXDEV))
+    monkeypatch.setattr(posix_outputs, "rename_no_replace", refuse(errno.EXDEV))
     with pytest.raises(OSError, match="cross-device"):
         publish_new(str(source), str(tmp_path / "target"))
     assert source.exists()
@@ -373,7 +378,7 @@ def test_exchange_swaps_two_directories(tmp_path: Path) -> None:
 
 
 def test_calls_that_the_kernel_lacks_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_libc, "_libc", object())
+    monkeypatch.setattr(linux_calls, "_libc", object())
     with pytest.raises(UnsupportedCallError):
         reserve(0, 1)
     with pytest.raises(UnsupportedCallError):
@@ -410,11 +415,11 @@ def test_mount_points_with_spaces_and_the_innermost_mount_are_found(
     def opened(path: Any, *args: Any, **kwargs: Any) -> Any:
         return real(table if path == "/proc/self/mountinfo" else path, *args, **kwargs)
 
-    monkeypatch.setattr(_posix, "open", opened, raising=False)
+    monkeypatch.setattr(posix_outputs, "open", opened, raising=False)
     assert file_system_type(str(outer / "step-1")) == "nfs4"
     assert file_system_type(str(inner)) == "lustre"
     assert file_system_type(str(tmp_path)) == "ext4"
-    monkeypatch.setattr(_posix, "open", refuse(errno.ENOENT), raising=False)
+    monkeypatch.setattr(posix_outputs, "open", refuse(errno.ENOENT), raising=False)
     assert file_system_type(str(tmp_path)) == ""
 
 

@@ -13,16 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dcp_hf_writer import _dequantize
-from dcp_hf_writer._boxes import Box, whole
-from dcp_hf_writer._dtypes import NAME_BY_TORCH
-from dcp_hf_writer._quantized import logical_tensors
 from dcp_hf_writer.errors import CorruptCheckpointError, PlanningError
+from dcp_hf_writer.formats import dequantize
+from dcp_hf_writer.formats.quantized_checkpoints import logical_tensors
+from dcp_hf_writer.tensors.boxes import Box, whole
+from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
-    from dcp_hf_writer._stored import Stored
+    from dcp_hf_writer.formats.quantized_tensors import Stored
 
 FP8 = torch.float8_e4m3fn
 BF16, F32 = torch.bfloat16, torch.float32
@@ -334,12 +334,12 @@ def test_half_of_the_first_dimensions_of_the_file_is_one_run(
 @contextlib.contextmanager
 def tiles_of(numel: int) -> Iterator[None]:
     """Let tiles have so many elements; a fixture would outlive the example."""
-    before = _dequantize._TILE_NUMEL
-    _dequantize._TILE_NUMEL = numel
+    before = dequantize._TILE_NUMEL
+    dequantize._TILE_NUMEL = numel
     try:
         yield
     finally:
-        _dequantize._TILE_NUMEL = before
+        dequantize._TILE_NUMEL = before
 
 
 class LargestNew(TorchDispatchMode):
@@ -376,11 +376,11 @@ def test_temporary_memory_is_that_of_a_tile(
 ) -> None:
     stored = logical_tensors(headers_of(tensors), config)[name]
     out = torch.empty(stored.shape, dtype=BF16)
-    assert out.numel() > 4 * _dequantize._TILE_NUMEL
+    assert out.numel() > 4 * dequantize._TILE_NUMEL
     with LargestNew() as seen:
         stored.dequantize(whole(stored.shape), tensors, out)
     # Indices of a tile's columns are eight bytes each; all else is four bytes an element.
-    assert 0 < seen.nbytes <= 8 * _dequantize._TILE_NUMEL
+    assert 0 < seen.nbytes <= 8 * dequantize._TILE_NUMEL
     block = config["quantization_config"].get("weight_block_size", [128, 128])
     expected = (
         naive_fp8(*tensors.values(), tuple(block), BF16)

@@ -19,7 +19,7 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 from dcp_hf_writer import HFDualWriter, HFExport
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.integrations.transformers import specs_from_transformers
-from dcp_hf_writer.load import load_hf
+from dcp_hf_writer.loader import load_hf
 from dcp_hf_writer.reader import HFDualReader
 from hub_quantized import (
     deepseek_config,
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from dcp_hf_writer._boxes import Box
+    from dcp_hf_writer.tensors.boxes import Box
 
 NAMES = ("deepseek_v3", "gpt_oss")
 DIMS = (0, -2, -1)
@@ -112,18 +112,18 @@ def test_shards_of_a_quantised_directory_equal_what_transformers_loads(hub: Path
 def test_each_code_is_read_once_when_a_tensor_is_loaded_in_parts(
     hub: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dcp_hf_writer import _dequantize_load
+    from dcp_hf_writer.load import dequantized_reads
 
     read: dict[str, int] = {}
-    inner = _dequantize_load._read_box
+    inner = dequantized_reads._read_box
 
     def counted(inputs: Any, directory: Any, key: str, box: Box) -> torch.Tensor:
         read[key] = read.get(key, 0) + box.numel
         return inner(inputs, directory, key, box)
 
-    monkeypatch.setattr(_dequantize_load, "_read_box", counted)
+    monkeypatch.setattr(dequantized_reads, "_read_box", counted)
     # Fewer than the values of an expert.
-    monkeypatch.setattr(_dequantize_load, "_MAX_ELEMENTS", 5000)
+    monkeypatch.setattr(dequantized_reads, "_MAX_ELEMENTS", 5000)
     stored = load_file(hub / "gpt_oss" / "model.safetensors")
     expected = torch.load(hub / "gpt_oss.pt")
     loaded = {key: torch.zeros_like(value) for key, value in expected.items()}

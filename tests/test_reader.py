@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 from compare import tensor_difference
 from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, HFLoadPlanner, LoadSpec, ShardSpec
 from dcp_hf_writer import load_hf as load_hf_directory
-from dcp_hf_writer._input_stores import FsspecFiles
 from dcp_hf_writer.errors import ConfigError, MismatchError, ReadError
-from dcp_hf_writer.spec import Piece
+from dcp_hf_writer.mapping.load_spec import Piece
+from dcp_hf_writer.storage.input_backends import FsspecFiles
 from small import model_of, spoil, state_of
 
 if TYPE_CHECKING:

@@ -16,10 +16,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from dcp_hf_writer import HFDualReader, HFDualWriter
-from dcp_hf_writer import _exchange_plan as exchange_plan
-from dcp_hf_writer._exchange_plan import Segment, rounds, shared_segments
-from dcp_hf_writer._input_stores import _LocalFile
 from dcp_hf_writer.errors import ConfigError, ReadError
+from dcp_hf_writer.load import exchange_plan
+from dcp_hf_writer.load.exchange_plan import Segment, rounds, shared_segments
+from dcp_hf_writer.storage.input_backends import _LocalFile
 from ranks import run_ranks
 
 if TYPE_CHECKING:

@@ -18,8 +18,6 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dcp_hf_writer import HFDualReader, HFDualWriter, load_hf
-from dcp_hf_writer._copies import Copy
-from dcp_hf_writer._once import StoredOnce
 from dcp_hf_writer.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -27,6 +25,8 @@ from dcp_hf_writer.errors import (
     PickledObjectError,
     ReadError,
 )
+from dcp_hf_writer.plan.stored_once import StoredOnce
+from dcp_hf_writer.tensors.strided_copies import Copy
 from small import spoil, state_of
 
 if TYPE_CHECKING:

@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcp_hf_writer import _read_phase, _read_plan
-from dcp_hf_writer._input_stores import open_directory
-from dcp_hf_writer._open_inputs import OpenInputs
-from dcp_hf_writer._read_phase import is_direct, run_reads
-from dcp_hf_writer._read_plan import Bounce, Direct, Fetch, Read, plan_reads
 from dcp_hf_writer.errors import ReadError
+from dcp_hf_writer.load import read_phase, read_plan
+from dcp_hf_writer.load.read_phase import is_direct, run_reads
+from dcp_hf_writer.load.read_plan import Bounce, Direct, Fetch, Read, plan_reads
+from dcp_hf_writer.storage.input_backends import open_directory
+from dcp_hf_writer.storage.open_inputs import OpenInputs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -36,7 +36,7 @@ def _small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
         "MIN_RUN_NBYTES": 16,
         "_MAX_PARTS": 6,
     }.items():
-        monkeypatch.setattr(_read_plan, name, value)
+        monkeypatch.setattr(read_plan, name, value)
 
 
 @st.composite
@@ -132,10 +132,10 @@ def test_reads_are_bounded_and_ascending(drawn: tuple[list[Fetch], list[torch.Te
     reads = plan_reads(drawn[0])
     assert [read.start for read in reads] == sorted(read.start for read in reads)
     for read in reads:
-        assert 0 < read.nbytes <= _read_plan.PIECE_NBYTES
-        assert len(read.parts) <= _read_plan._MAX_PARTS
+        assert 0 < read.nbytes <= read_plan.PIECE_NBYTES
+        assert len(read.parts) <= read_plan._MAX_PARTS
         bounced = [part.nbytes for part in read.parts if isinstance(part, Bounce)]
-        assert sum(bounced) <= _read_plan.BOUNCE_NBYTES
+        assert sum(bounced) <= read_plan.BOUNCE_NBYTES
         assert all(part.nbytes > 0 for part in read.parts)
 
 
@@ -215,9 +215,9 @@ def test_error_of_one_thread_ends_the_load_and_is_raised(tmp_path: Path) -> None
 def test_buffers_are_kept_for_the_next_load(stored_dir: Path) -> None:
     wanted = [fetch_of(0, 4000, is_direct=False)]
     target = torch.zeros(4000)
-    _read_phase.Buffer._spare.clear()
+    read_phase.Buffer._spare.clear()
     for _ in range(3):
         with OpenInputs(open_directory(stored_dir)) as inputs:
             reads = [Read("stored", 0, read.parts) for read in plan_reads(wanted)]
             run_reads(inputs, reads, [target])
-        assert len(_read_phase.Buffer._spare) == 1
+        assert len(read_phase.Buffer._spare) == 1

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcp_hf_writer import LoadSpec
-from dcp_hf_writer._boxes import Box
-from dcp_hf_writer._copies import Copy, copies_of, copy_of_box
-from dcp_hf_writer._layout import PartTarget
-from dcp_hf_writer._regions import TargetTable, chunk_regions
-from dcp_hf_writer.spec import Piece
+from dcp_hf_writer.mapping.load_spec import Piece
+from dcp_hf_writer.plan.layout import PartTarget
+from dcp_hf_writer.plan.regions import TargetTable, chunk_regions
+from dcp_hf_writer.tensors.boxes import Box
+from dcp_hf_writer.tensors.strided_copies import Copy, copies_of, copy_of_box
 
 if TYPE_CHECKING:
-    from dcp_hf_writer._boxes import Shape
+    from dcp_hf_writer.tensors.boxes import Shape
 
 EXPERTS = 64
 

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcp_hf_writer import HFExport, LoadSpec
-from dcp_hf_writer._boxes import Box, whole
-from dcp_hf_writer._layout import RuntimeTensor, plan_layout
-from dcp_hf_writer._report import Block, DCPFile, RankReport, check_coverage
 from dcp_hf_writer.errors import CoverageError, ExportError
+from dcp_hf_writer.plan.layout import RuntimeTensor, plan_layout
+from dcp_hf_writer.plan.rank_report import Block, DCPFile, RankReport, check_coverage
+from dcp_hf_writer.tensors.boxes import Box, whole
 from partitions import partitions_of
 
 if TYPE_CHECKING:
-    from dcp_hf_writer._layout import Layout
+    from dcp_hf_writer.plan.layout import Layout
 
 SHAPE = (6, 4)
 

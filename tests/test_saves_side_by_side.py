@@ -11,9 +11,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
-from dcp_hf_writer import HFDualWriter, HFExport, _commit, _hooks
-from dcp_hf_writer._commit import MANIFEST_NAME, StagingDirectory
+from dcp_hf_writer import HFDualWriter, HFExport, failpoints
 from dcp_hf_writer.errors import CommitError, ConfigError, StagingError, WriteError
+from dcp_hf_writer.save import commit
+from dcp_hf_writer.save.commit import MANIFEST_NAME, StagingDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.fixture(autouse=True)
 def no_hook() -> Iterator[None]:
     yield
-    _hooks.set_hook(None)
+    failpoints.set_hook(None)
 
 
 def state_of(step: int, elements: int = 8) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def test_casts_do_not_mix_when_a_synchronous_save_runs_beside_another(tmp_path: 
         if point == "mid hf" and not hasattr(met, "once"):
             met.once = meet.wait()
 
-    _hooks.set_hook(hook)
+    failpoints.set_hook(hook)
     first = dcp.async_save(
         state_of(1, ELEMENTS), storage_writer=HFDualWriter(tmp_path / "s1", export=export)
     )
@@ -74,7 +75,7 @@ def test_writer_waits_for_its_own_save_in_flight(point: str, tmp_path: Path) -> 
             reached.set()
             time.sleep(0.3)
 
-    _hooks.set_hook(hook)
+    failpoints.set_hook(hook)
     writer = HFDualWriter(tmp_path / "unused", timeout_s=TIMEOUT_S)
     first = dcp.async_save(state_of(1), storage_writer=writer, checkpoint_id=tmp_path / "s1")
     assert reached.wait(TIMEOUT_S)
@@ -116,7 +117,7 @@ def test_replaced_checkpoint_stays_until_the_exchange_is_durable(
     directory = StagingDirectory(str(target), "X-1")
     directory.create(overwrite=True).close()
     (tmp_path / ".incomplete-X-1" / MANIFEST_NAME).write_text('{"save_id": "X-1"}')
-    sync, failed = _commit.sync_directory, []
+    sync, failed = commit.sync_directory, []
 
     def fail_for_the_parent(path: str) -> None:
         if path == str(tmp_path):
@@ -124,7 +125,7 @@ def test_replaced_checkpoint_stays_until_the_exchange_is_durable(
             raise WriteError("fsync", phase="write", path=path, errno=5, found="EIO")
         sync(path)
 
-    monkeypatch.setattr(_commit, "sync_directory", fail_for_the_parent)
+    monkeypatch.setattr(commit, "sync_directory", fail_for_the_parent)
     with pytest.raises(CommitError, match="may not survive a power cut"):
         directory.publish(overwrite=True)
     directory.remove()

@@ -17,16 +17,16 @@ from torch.distributed.tensor._utils import _compute_local_shape_and_global_offs
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dcp_hf_writer._boxes import tiling_fault
-from dcp_hf_writer._shards import blocks_of, local_shape, shards_of
 from dcp_hf_writer.errors import PlanningError
-from dcp_hf_writer.spec import ShardSpec
+from dcp_hf_writer.mapping.load_spec import ShardSpec
+from dcp_hf_writer.tensors.boxes import tiling_fault
+from dcp_hf_writer.tensors.shards import blocks_of, local_shape, shards_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from dcp_hf_writer._boxes import Box, Shape
-    from dcp_hf_writer._shards import Block
+    from dcp_hf_writer.tensors.boxes import Box, Shape
+    from dcp_hf_writer.tensors.shards import Block
 
 
 def numbered(shape: Shape) -> torch.Tensor:

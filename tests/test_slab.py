@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
-from dcp_hf_writer import _slab
-from dcp_hf_writer._slab import ALIGN_NBYTES, Slab, SlabPool
 from dcp_hf_writer.errors import StagingBusyError, StagingError
+from dcp_hf_writer.staging import slab
+from dcp_hf_writer.staging.slab import ALIGN_NBYTES, Slab, SlabPool
 from ranks import run_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dcp_hf_writer._slab import Lease
+    from dcp_hf_writer.staging.slab import Lease
 
 
 def memory_files() -> list[str]:
@@ -137,7 +137,7 @@ def test_old_memory_is_gone_before_the_new_one_is_taken(
     lease.release()
     del lease
     open_then: list[int] = []
-    real = _slab.Slab
+    real = slab.Slab
 
     def counted(nbytes: int) -> Slab:
         gc.collect()
@@ -145,7 +145,7 @@ def test_old_memory_is_gone_before_the_new_one_is_taken(
         return real(nbytes)
 
     before = len(memory_files())
-    monkeypatch.setattr(_slab, "Slab", counted)
+    monkeypatch.setattr(slab, "Slab", counted)
     acquire(pool, 2 << 20).release()
     assert open_then[0] < before
 
@@ -255,7 +255,7 @@ def test_slab_is_attached_once_by_another_process() -> None:
     assert pickle.loads(_dumps(other)).nbytes == 8192
     del arrived, other
     gc.collect()
-    assert slab.slab_id not in _slab._attached
+    assert slab.slab_id not in slab._attached
 
 
 def _dumps(slab: Slab) -> bytes:

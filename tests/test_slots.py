@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from dcp_hf_writer import _slot_files
-from dcp_hf_writer import slots as slots_module
 from dcp_hf_writer.errors import CheckpointError, ConfigError, SlotTimeoutError, StorageError
-from dcp_hf_writer.slots import HALF_ENV, SHARED_ENV, SlotHold, WriteSlots
+from dcp_hf_writer.storage import slot_files
+from dcp_hf_writer.storage import write_slots as slots_module
+from dcp_hf_writer.storage.write_slots import HALF_ENV, SHARED_ENV, SlotHold, WriteSlots
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -187,7 +187,7 @@ def test_shared_directory_names_file_systems_by_mount_point(
 
     def device_on_node(number: int) -> None:
         monkeypatch.setattr(
-            _slot_files,
+            slot_files,
             "_device_of",
             lambda path: (
                 None if "step" in path else number if path.startswith(str(mount)) else number + 1
@@ -196,13 +196,13 @@ def test_shared_directory_names_file_systems_by_mount_point(
 
     device_on_node(40)
     first = (
-        _slot_files.key_by_mount(str(mount / "run/step-1")),
-        _slot_files.key_by_device(str(mount)),
+        slot_files.key_by_mount(str(mount / "run/step-1")),
+        slot_files.key_by_device(str(mount)),
     )
     device_on_node(60)
-    second = _slot_files.key_by_mount(str(mount / "step-2")), _slot_files.key_by_device(str(mount))
+    second = slot_files.key_by_mount(str(mount / "step-2")), slot_files.key_by_device(str(mount))
     assert first[0] == second[0]
-    assert first[0] != _slot_files.key_by_mount(str(tmp_path))
+    assert first[0] != slot_files.key_by_mount(str(tmp_path))
     assert (first[1], second[1]) == ("28", "3c")
 
 
@@ -303,7 +303,7 @@ def test_wait_is_reported_and_logged_when_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(slots_module, "_LOG_AFTER_S", 0.05)
-    caplog.set_level(logging.INFO, logger="dcp_hf_writer.slots")
+    caplog.set_level(logging.INFO, logger="dcp_hf_writer.storage.write_slots")
     slots = WriteSlots(slots=1, directory=str(tmp_path / "locks"))
     manager = slots.hold(str(tmp_path), "dcp", deadline=soon())
     manager.__enter__()
@@ -318,7 +318,7 @@ def test_wait_is_reported_and_logged_when_long(
 
 
 def test_wait_is_not_logged_when_short(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, logger="dcp_hf_writer.slots")
+    caplog.set_level(logging.INFO, logger="dcp_hf_writer.storage.write_slots")
     hold_all(WriteSlots(directory=str(tmp_path / "locks")), tmp_path)
     assert caplog.records == []
 
@@ -415,7 +415,7 @@ def test_read_only_directory_is_a_storage_error_for_an_ordinary_user() -> None:
     code = (
         "import os, sys, tempfile, time\n"
         "from dcp_hf_writer.errors import StorageError\n"
-        "from dcp_hf_writer.slots import WriteSlots\n"
+        "from dcp_hf_writer.storage.write_slots import WriteSlots\n"
         "base = tempfile.mkdtemp()\n"
         "os.chmod(base, 0o755)\n"
         "locks = os.path.join(base, 'locks')\n"
@@ -495,7 +495,7 @@ def test_waiter_makes_the_directory_anew_when_deleted(
 @pytest.fixture
 def lock_path(tmp_path: Path) -> Iterator[Path]:
     """The lock file of a set of one slot, in `tmp_path / "locks"`, before it is made."""
-    key = _slot_files.key_by_mount(str(tmp_path))
+    key = slot_files.key_by_mount(str(tmp_path))
     directory = tmp_path / "locks"
     directory.mkdir(mode=0o700)
     return directory / f"{key}.0.lock"

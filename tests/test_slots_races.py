@@ -18,7 +18,7 @@ import pytest
 
 import dcp_hf_writer
 from dcp_hf_writer.errors import SlotTimeoutError
-from dcp_hf_writer.slots import HALF_ENV, SHARED_ENV, WriteSlots
+from dcp_hf_writer.storage.write_slots import HALF_ENV, SHARED_ENV, WriteSlots
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -41,7 +41,7 @@ def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 def context() -> ForkServerContext:
     """Processes that share nothing with this one, forked from one that imported torch before."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dcp_hf_writer.slots", "pytest"])
+    context.set_forkserver_preload(["dcp_hf_writer.storage.write_slots", "pytest"])
     return context
 
 
@@ -310,7 +310,7 @@ package = types.ModuleType("dcp_hf_writer")
 package.__path__ = [sys.argv[1]]
 sys.modules["dcp_hf_writer"] = package
 from dcp_hf_writer.errors import StorageError
-from dcp_hf_writer.slots import WriteSlots
+from dcp_hf_writer.storage.write_slots import WriteSlots
 
 logging.basicConfig(format="%(levelname)s %(message)s", stream=sys.stdout)
 warnings.simplefilter("error")

@@ -14,9 +14,9 @@ from torch.distributed.tensor import Replicate
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dcp_hf_writer import LoadSpec, ShardSpec
-from dcp_hf_writer._boxes import Box, Shape, tiling_fault, whole
-from dcp_hf_writer._copies import hf_box
 from dcp_hf_writer.errors import SpecError
+from dcp_hf_writer.tensors.boxes import Box, Shape, tiling_fault, whole
+from dcp_hf_writer.tensors.strided_copies import hf_box
 
 
 def parts_of(spec: LoadSpec) -> list[tuple[str, Shape, Shape]]:

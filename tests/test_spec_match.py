@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from dcp_hf_writer._spec_match import match_specs
 from dcp_hf_writer.errors import ModelKeyError
-from dcp_hf_writer.spec import LoadSpec
+from dcp_hf_writer.mapping.load_spec import LoadSpec
+from dcp_hf_writer.mapping.spec_match import match_specs
 
 NAME = "layers.0.w"
 SPECS = {name: LoadSpec(name, name, (4, 2)) for name in (NAME, "w", "optim.factor")}

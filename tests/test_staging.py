@@ -23,9 +23,10 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from audit import read_manifest
 from compare import bits, tensor_difference
-from dcp_hf_writer import HFDualWriter, HFExport, _hooks, _stager, staging
+from dcp_hf_writer import HFDualWriter, HFExport, failpoints, staging
 from dcp_hf_writer.errors import StagingBusyError, StagingError
-from dcp_hf_writer.staging import EAGER_NBYTES, Stager
+from dcp_hf_writer.save import async_stager
+from dcp_hf_writer.staging.stager import EAGER_NBYTES, Stager
 from held import tensor
 from ranks import run_ranks
 from small import dcp_difference, difference, leftovers, spoil, state_of
@@ -52,12 +53,12 @@ def held_at(point: str) -> Iterator[threading.Event]:
         if reached == point:
             assert go_on.wait(30)
 
-    _hooks.set_hook(wait)
+    failpoints.set_hook(wait)
     try:
         yield go_on
     finally:
         go_on.set()
-        _hooks.set_hook(None)
+        failpoints.set_hook(None)
 
 
 class Named(NamedTuple):
@@ -439,10 +440,10 @@ def test_first_save_after_warm_up_takes_no_new_memory(tmp_path: Path) -> None:
     state["model"]["large"] = tensor("large", 3 * LARGE)
     nbytes = HFDualWriter(tmp_path / "step-1").warm_up(state)
     assert nbytes >= state["model"]["large"].nbytes
-    slab = _stager._stager._pool._slab
+    slab = async_stager._stager._pool._slab
     for step in (1, 2):
         dcp.async_save(state, storage_writer=HFDualWriter(tmp_path / f"step-{step}")).result()
-    assert _stager._stager._pool._slab is slab
+    assert async_stager._stager._pool._slab is slab
     assert slab is not None
 
 

@@ -16,7 +16,6 @@ from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from dcp_hf_writer import _write_phase
 from dcp_hf_writer.errors import (
     CommitError,
     CoverageError,
@@ -24,7 +23,8 @@ from dcp_hf_writer.errors import (
     StorageError,
     WriteError,
 )
-from dcp_hf_writer.storage._posix import _RESERVES_SLOWLY, file_system_type
+from dcp_hf_writer.save import write_phase
+from dcp_hf_writer.storage.posix_outputs import _RESERVES_SLOWLY, file_system_type
 from faults import (
     ROOT,
     TIMEOUT_S,
@@ -273,7 +273,7 @@ def save_with_failing_threads(root: Path, check: str) -> tuple[Outcome, bool]:
     planner = FailsInAThread()
     given = FileSystemWriter(root / "unused", thread_count=4)
     if check == "off":
-        _write_phase.check_results = lambda *_: None
+        write_phase.check_results = lambda *_: None
     struck = save(root, "step-2", 2, planner=planner, dcp_writer=given)
     if check == "on":
         check_outcomes([save(root, "step-2", 3, dcp_writer=given)], None)

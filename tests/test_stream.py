@@ -24,7 +24,7 @@ from dcp_hf_writer import (
     ShardSpec,
     iter_hf_buckets,
 )
-from dcp_hf_writer._stock import _distinct
+from dcp_hf_writer.stream.held_shards import _distinct
 from held import tensor
 from models import SHARDINGS, build_model, shard
 from parallel_models import parallel_model, unsharded
@@ -329,9 +329,9 @@ def test_stream_equals_the_export_when_experts_are_sharded(tmp_path: Path) -> No
 
 def stream_by_all_gathers(rank: int, world_size: int) -> dict[str, str | Raised | None]:
     """Stream as over NCCL, which gathers in place; gloo can, though it is left out there."""
-    from dcp_hf_writer import _fill
+    from dcp_hf_writer.stream import fill_buckets
 
-    _fill.is_gloo = lambda *_: False
+    fill_buckets.is_gloo = lambda *_: False
     meshes = {
         1: init_device_mesh("cpu", (world_size,), mesh_dim_names=("fsdp",)),
         2: init_device_mesh("cpu", (2, world_size // 2), mesh_dim_names=("efsdp", "ep")),

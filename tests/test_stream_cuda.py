@@ -13,8 +13,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from compare import tensor_difference
 from dcp_hf_writer import LoadSpec, ShardSpec, iter_hf_buckets
-from dcp_hf_writer._fill import _gather
-from dcp_hf_writer._rounds import Gather
+from dcp_hf_writer.stream.fill_buckets import _gather
+from dcp_hf_writer.stream.gather_steps import Gather
 from held import tensor
 from ranks import run_ranks
 

@@ -10,9 +10,9 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcp_hf_writer._boxes import Box, ByteRuns, whole
-from dcp_hf_writer._parse_blocks import Places
-from dcp_hf_writer._sweep import Digest, Span, Sweep, clip, contiguous, extent_of
+from dcp_hf_writer.digests.digest_sweep import Digest, Span, Sweep, clip, contiguous, extent_of
+from dcp_hf_writer.plan.parse_manifest_blocks import Places
+from dcp_hf_writer.tensors.boxes import Box, ByteRuns, whole
 from partitions import partitions_of
 
 CONTENT = random.Random(0).randbytes(40_000)

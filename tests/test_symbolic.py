@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcp_hf_writer import LoadSpec
-from dcp_hf_writer._derivation import derive, specs_from_function
-from dcp_hf_writer._symbolic import SymbolicTensor
 from dcp_hf_writer.errors import SpecError
+from dcp_hf_writer.mapping.specs_from_function import derive, specs_from_function
+from dcp_hf_writer.mapping.symbolic_tensors import SymbolicTensor
 from dense import assemble, compiled, differences
 
 if TYPE_CHECKING:

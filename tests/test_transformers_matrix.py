@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict
 from compare import export_difference, tensor_difference
 from dcp_hf_writer import HFDualWriter, HFExport
 from dcp_hf_writer.errors import SpecError
-from dcp_hf_writer.planner import HFSavePlanner
-from dcp_hf_writer.spec import LoadSpec, Piece
+from dcp_hf_writer.mapping.load_spec import LoadSpec, Piece
+from dcp_hf_writer.torch_seam.planners import HFSavePlanner
 from hf_models import MODELS, build
 from parallel_models import (
     HALF,

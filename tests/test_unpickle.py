@@ -29,11 +29,11 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from dcp_hf_writer import HFDualWriter
-from dcp_hf_writer._copies import Copy, Loop
-from dcp_hf_writer._dcp_metadata import parse_metadata
-from dcp_hf_writer._once import StoredOnce, StoredPart
-from dcp_hf_writer._unpickle import unpickle
 from dcp_hf_writer.errors import CorruptCheckpointError
+from dcp_hf_writer.formats.parse_dcp_metadata import parse_metadata
+from dcp_hf_writer.formats.restricted_unpickle import unpickle
+from dcp_hf_writer.plan.stored_once import StoredOnce, StoredPart
+from dcp_hf_writer.tensors.strided_copies import Copy, Loop
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -22,10 +22,10 @@ from audit import MANIFEST_NAME
 from checkpoints import KINDS, copied, flip, manifest_of, put_manifest, save_kinds, sign
 from compare import INDEX_NAME
 from dcp_hf_writer import HFDualWriter, HFExport, VerifyReport, verify
-from dcp_hf_writer._header import HFTensor, encode_header
-from dcp_hf_writer._problems import Problem
-from dcp_hf_writer._progress import ProgressLine
+from dcp_hf_writer.check.progress_line import ProgressLine
+from dcp_hf_writer.digests.problems import Problem
 from dcp_hf_writer.errors import ConfigError, CorruptCheckpointError
+from dcp_hf_writer.formats.encode_safetensors_header import HFTensor, encode_header
 from ranks import run_ranks
 from small import state_of
 

@@ -16,8 +16,8 @@ from dcp_hf_writer.excerpts import some_of
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-    from dcp_hf_writer._boxes import Shape
-    from dcp_hf_writer.export import HFExport
+    from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.tensors.boxes import Shape
 
 _MANY = 20
 """How many names an error lists."""
