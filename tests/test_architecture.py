@@ -38,6 +38,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "tensors.dtypes",
         "tensors.strided_copies",
         "formats.strict_json",
+        "formats.names_on_disk",
     ),
     ("tensors.loop_nests", "mapping.symbolic_tensors"),
     ("tensors.shards",),
@@ -149,6 +150,7 @@ PLANNING = (
     *("stream.buckets", "stream.gather_steps"),
     *("mapping.load_spec", "mapping.hf_export"),
     *("formats.dequantize", "formats.quantized_tensors", "formats.quantized_checkpoints"),
+    "formats.names_on_disk",
     *(
         "formats.strict_json",
         "formats.parse_safetensors_header",

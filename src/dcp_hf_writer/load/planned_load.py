@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType
 
 from dcp_hf_writer.errors import MismatchError
-from dcp_hf_writer.formats.parse_dcp_metadata import METADATA_NAME
+from dcp_hf_writer.formats.names_on_disk import METADATA_NAME
 from dcp_hf_writer.load.checkpoint_half import open_hf_source, read_dcp_metadata
 from dcp_hf_writer.load.dcp_source import DCPSource, Wanted
 from dcp_hf_writer.load.exchange import Reading

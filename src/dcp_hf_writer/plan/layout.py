@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from dcp_hf_writer.errors import CoverageError, LayoutError, SpecError
 from dcp_hf_writer.excerpts import some_of
 from dcp_hf_writer.formats.encode_safetensors_header import HFTensor, encode_header, in_file_order
+from dcp_hf_writer.formats.names_on_disk import SINGLE_NAME
 from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.mapping.tied_names import checked_ties, tied_keys, tied_names
 from dcp_hf_writer.tensors.boxes import Box, BoxTable, Shape, tiling_fault
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.mapping.hf_export import HFExport
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 
 # A key that safetensors itself reserves: the library writes such a tensor and cannot read it back.
 _RESERVED = "__metadata__"

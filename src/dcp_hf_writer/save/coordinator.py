@@ -19,11 +19,11 @@ from dcp_hf_writer.errors import (
     WriteError,
 )
 from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.formats.names_on_disk import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
-from dcp_hf_writer.plan.layout import INDEX_NAME
 from dcp_hf_writer.plan.rank_report import RankReport, check_coverage
-from dcp_hf_writer.save.assets import CHECKSUMS_NAME, CONFIG_NAME
-from dcp_hf_writer.save.commit import MANIFEST_NAME, remove_tree
+from dcp_hf_writer.save.assets import CHECKSUMS_NAME
+from dcp_hf_writer.save.commit import remove_tree
 from dcp_hf_writer.save.dcp_half import digest_file
 from dcp_hf_writer.save.save_owner import Owner
 from dcp_hf_writer.save.tensor_source import digest_of
