@@ -54,7 +54,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "plan.rank_report",
         "plan.encode_manifest",
     ),
-    ("mapping.spec_match",),
+    ("mapping.spec_match", "mapping.flattening"),
     ("stream.buckets", "stream.gather_steps"),
     (
         "formats.parse_safetensors_header",
@@ -146,7 +146,7 @@ PLANNING = (
     ),
     *("tensors.strided_copies", "plan.regions", "plan.stored_once", "mapping.name_patterns"),
     *("tensors.loop_nests", "mapping.symbolic_tensors", "mapping.specs_from_function"),
-    *("tensors.shards", "mapping.spec_match", "mapping.tied_names"),
+    *("tensors.shards", "mapping.spec_match", "mapping.tied_names", "mapping.flattening"),
     *("stream.buckets", "stream.gather_steps"),
     *("mapping.load_spec", "mapping.hf_export"),
     *("formats.dequantize", "formats.quantized_tensors", "formats.quantized_checkpoints"),
