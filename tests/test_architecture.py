@@ -90,7 +90,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "save.tensor_source",
         "save.dcp_half",
         "save.hf_half",
-        "save.assets",
+        "save.export_assets",
         "preflight.writer_options",
     ),
     (
@@ -128,7 +128,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("check.check_hf", "check.verify"),
     ("reader", "loader", "check.materialize"),
     ("preflight.dry_run",),
-    ("writer", "stream.iter_hf_buckets"),
+    ("writer", "stream.bucket_stream"),
     ("",),
 )
 # The package itself is "".

@@ -29,7 +29,7 @@ from dcp_hf_writer.plan.global_plan import RankPlan
 from dcp_hf_writer.preflight import writer_options
 from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
 from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts, note_memory
-from dcp_hf_writer.save import assets, coordinator
+from dcp_hf_writer.save import coordinator, export_assets
 from dcp_hf_writer.save.async_stager import SlabStager
 from dcp_hf_writer.save.attempt import Attempt, register
 from dcp_hf_writer.save.checksums import add_checksums
@@ -274,7 +274,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         return plans if result is None else result
 
     def _plan(
-        self, whole: list[SavePlan], export: HFExport | None, assets: assets.Assets | None
+        self, whole: list[SavePlan], export: HFExport | None, assets: export_assets.Assets | None
     ) -> tuple[global_plan.GlobalPlan, list[SavePlan] | None]:
         """Return the global plan, and the ranks' plans unless an earlier save left them there."""
         with self._current().timed("plan"):
@@ -293,11 +293,11 @@ class HFDualWriter(StorageWriter, SlabStager):
             )
             return known, global_plan.rank_plans(known, self._prepare_dcp(whole))
 
-    def _export_of(self, attempt: Attempt) -> tuple[HFExport | None, assets.Assets | None]:
+    def _export_of(self, attempt: Attempt) -> tuple[HFExport | None, export_assets.Assets | None]:
         if self.export is None:
             return None, None
         try:
-            return self.export, assets.assets_of(self.export)
+            return self.export, export_assets.assets_of(self.export)
         except ExportError as error:
             attempt.export_error = error
             return None, None
@@ -480,10 +480,10 @@ class HFDualWriter(StorageWriter, SlabStager):
     def __getstate__(self) -> dict[str, Any]:
         """Travel to a checkpointer process, with the files of the export instead of its objects."""
         state = dict(self.__dict__)
-        read = None if self.export is None else assets.known(self.export)
+        read = None if self.export is None else export_assets.known(self.export)
         if self.export is not None and read is not None:
             state["_assets"] = read
-            state["export"] = assets.without_objects(self.export)
+            state["export"] = export_assets.without_objects(self.export)
         for name in ("process_group", "_copies", "_attempt"):
             state[name] = None
         return state
@@ -493,4 +493,4 @@ class HFDualWriter(StorageWriter, SlabStager):
         assets = state.pop("_assets", None)
         self.__dict__.update(state)
         if self.export is not None and assets is not None:
-            assets.preset(self.export, assets)
+            export_assets.preset(self.export, assets)

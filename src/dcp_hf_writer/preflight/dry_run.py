@@ -26,8 +26,8 @@ from dcp_hf_writer.plan.global_plan import GlobalPlan, RankPlan, plan_globally, 
 from dcp_hf_writer.preflight.explanation import Explanation
 from dcp_hf_writer.preflight.explanation_rows import FileSum, RankSum, Row, left_out
 from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts, note_memory
-from dcp_hf_writer.save.assets import file_of_key_in_like
 from dcp_hf_writer.save.attempt import Attempt
+from dcp_hf_writer.save.export_assets import file_of_key_in_like
 from dcp_hf_writer.save.hf_half import regions_by_file, way_of
 from dcp_hf_writer.save.tensor_source import TensorSource, chunk_of
 from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.staging import AsyncStager
 
 from dcp_hf_writer.errors import StagingBusyError
 from dcp_hf_writer.failpoints import reach
-from dcp_hf_writer.save import assets
+from dcp_hf_writer.save import export_assets
 from dcp_hf_writer.save.failure_explanations import guard_process_save
 from dcp_hf_writer.staging.stager import (
     Copies,
@@ -113,7 +113,7 @@ class SlabStager(AsyncStager):
         # kept and raised in the plan, where every rank learns of them.
         is_first = not dist.is_initialized() or dist.get_rank(self.process_group) == 0
         if self.export is not None and is_first:
-            assets.preload(self.export)
+            export_assets.preload(self.export)
 
 
 def _done(value: Any) -> Future[Any]:

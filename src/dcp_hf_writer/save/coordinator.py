@@ -22,9 +22,9 @@ from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.names_on_disk import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
 from dcp_hf_writer.plan.rank_report import RankReport, check_coverage
-from dcp_hf_writer.save.assets import CHECKSUMS_NAME
 from dcp_hf_writer.save.commit import remove_tree
 from dcp_hf_writer.save.dcp_half import digest_file
+from dcp_hf_writer.save.export_assets import CHECKSUMS_NAME
 from dcp_hf_writer.save.save_owner import Owner
 from dcp_hf_writer.save.tensor_source import digest_of
 from dcp_hf_writer.save.write_phase import export_error
@@ -46,9 +46,9 @@ if TYPE_CHECKING:
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.plan.global_plan import GlobalPlan
     from dcp_hf_writer.plan.layout import Layout
-    from dcp_hf_writer.save.assets import Assets
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
+    from dcp_hf_writer.save.export_assets import Assets
 
 _log = logging.getLogger(__name__)
 
