@@ -14,8 +14,6 @@ import torch
 from dcp_hf_writer.errors import PlanningError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from dcp_hf_writer.mapping.model_entry import Path
 
 
@@ -25,23 +23,31 @@ def fqn_of(path: Path) -> str:
 
 
 def walk_tensors(
-    value: Any, *, into_tuples: bool, path: Path = ()
-) -> Iterator[tuple[Path, torch.Tensor]]:
-    """Yield the tensors of nested mappings and lists, with the path to each, in order.
+    state_dict: Mapping[str, Any], *, into_tuples: bool
+) -> list[tuple[Path, torch.Tensor]]:
+    """Return the tensors of nested mappings and lists, with the path to each, in order.
 
     Args:
-        value: A state dict, or what lies in one at `path`.
+        state_dict: A nested state dict.
         into_tuples: Whether to look into tuples too. DCP does not: a tuple is one value to it.
-        path: Keys that lead to `value`.
     """
+    found: list[tuple[Path, torch.Tensor]] = []
+    _visit(state_dict, (), (list, tuple) if into_tuples else (list,), found)
+    return found
+
+
+def _visit(
+    value: Any, path: Path, lists: tuple[type, ...], found: list[tuple[Path, torch.Tensor]]
+) -> None:
+    # A list and not a generator: nested generators take twice the time, and training waits.
     if isinstance(value, torch.Tensor):
-        yield path, value
+        found.append((path, value))
     elif isinstance(value, Mapping):
         for key, inner in value.items():
-            yield from walk_tensors(inner, into_tuples=into_tuples, path=(*path, str(key)))
-    elif isinstance(value, (list, tuple) if into_tuples else list):
+            _visit(inner, (*path, str(key)), lists, found)
+    elif isinstance(value, lists):
         for i, inner in enumerate(value):
-            yield from walk_tensors(inner, into_tuples=into_tuples, path=(*path, i))
+            _visit(inner, (*path, i), lists, found)
 
 
 def flat_tensors(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, torch.Tensor]]:
