@@ -431,6 +431,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             writer = SlabFileSystemWriter(directory.path, checkpoint_id=directory.target)
             writer.set_up_storage_writer(True, rank=attempt.rank, use_collectives=True)
         with attempt.timed("metadata"), write_errors(directory.path):
+            coordinator.share_text(results)
             writer.finish(metadata, results)
 
     def explain(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -28,6 +29,9 @@ pytestmark = pytest.mark.skipif(
 )
 
 DEVICE = "cuda"
+
+# About a second of work for the device, far longer than staging keeps the host.
+BUSY_CYCLES = 2_000_000_000
 
 
 @pytest.fixture
@@ -115,6 +119,86 @@ def test_overlapped_copies_end_before_a_guarded_step(tmp_path: Path, group: None
         check(path, expected)
 
 
+def contiguous_state() -> dict[str, Any]:
+    return {"model": {"large": numbers(2048, 1024, seed=1), "small": numbers(100, seed=2)}}
+
+
+def keep_device_busy() -> torch.cuda.Event:
+    torch.cuda._sleep(BUSY_CYCLES)
+    busy = torch.cuda.Event()
+    busy.record()
+    return busy
+
+
+def step_of(weight: nn.Parameter) -> torch.optim.SGD:
+    """Make an optimizer whose step takes 1 from the weight.
+
+    The first step of a process loads kernels, for which CUDA may wait for the whole device.
+    """
+    weight.grad = torch.ones_like(weight)
+    return torch.optim.SGD([weight], lr=1.0)
+
+
+def staged_by(writer: HFDualWriter, state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    staged = writer.stage(state)
+    whole = staged.result() if isinstance(staged, Future) else staged
+    found: dict[str, torch.Tensor] = whole["model"]
+    return found
+
+
+def test_overlapped_staging_returns_while_the_device_computes(tmp_path: Path) -> None:
+    state = contiguous_state()
+    expected = on_host(state["model"])
+    writer = HFDualWriter(tmp_path / "one", staging="overlap")
+    writer.warm_up(state)
+    busy = keep_device_busy()
+    staged = writer.stage(state)
+    assert not busy.query()
+    assert tensor_difference(staged.result()["model"], expected) is None
+    assert busy.query()
+
+
+def test_change_after_overlapped_staging_does_not_reach_the_copy(tmp_path: Path) -> None:
+    state = contiguous_state()
+    expected = on_host(state["model"])
+    first = nn.Parameter(numbers(4))
+    step_of(first).step()
+    first.detach().sub_(1)
+    optimizer = step_of(nn.Parameter(state["model"]["large"]))
+    writer = HFDualWriter(tmp_path / "one", staging="overlap")
+    writer.guard(optimizer)
+    writer.warm_up(state)
+    busy = keep_device_busy()
+    staged = writer.stage(state)
+    state["model"]["small"].sub_(1)
+    optimizer.step()
+    assert not busy.query()
+    assert tensor_difference(staged.result()["model"], expected) is None
+    changed = {name: tensor - 1 for name, tensor in expected.items()}
+    assert tensor_difference(on_host(state["model"]), changed) is None
+
+
+@pytest.mark.parametrize("mode", ["blocking", "overlap"])
+def test_staging_takes_no_memory_of_the_device(tmp_path: Path, mode: Any) -> None:
+    state = contiguous_state()
+    writer = HFDualWriter(tmp_path / "one", staging=mode)
+    writer.warm_up(state)
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    staged = staged_by(writer, state)
+    assert torch.cuda.max_memory_allocated() == torch.cuda.memory_allocated() == before
+    assert tensor_difference(staged, on_host(state["model"])) is None
+
+
+def test_staged_tensors_lie_in_pinned_memory(tmp_path: Path) -> None:
+    staged = staged_by(HFDualWriter(tmp_path / "one"), contiguous_state())
+    assert {name: tensor.is_pinned() for name, tensor in staged.items()} == {
+        "large": True,
+        "small": True,
+    }
+
+
 def test_sharded_model_and_optimizer_are_saved(tmp_path: Path, group: None) -> None:
     model = nn.Sequential(*(nn.Linear(512, 512, device=DEVICE) for _ in range(3)))
     mesh = init_device_mesh(DEVICE, (1,))
@@ -142,7 +226,7 @@ def test_sharded_model_and_optimizer_are_saved(tmp_path: Path, group: None) -> N
     check(tmp_path / "one", expected)
 
 
-def test_slab_is_pinned_and_reused(tmp_path: Path, group: None) -> None:
+def test_slab_is_one_memory_file_and_reused(tmp_path: Path, group: None) -> None:
     state = {"model": some_state()}
     writer = HFDualWriter(tmp_path / "0")
     writer.warm_up(state)

@@ -234,6 +234,15 @@ def test_unguarded_step_would_reach_the_file_but_for_small_tensors(
     assert torch.equal(found["bias"], bias)
 
 
+def test_memory_is_free_again_when_no_save_takes_up_an_overlapped_copy(tmp_path: Path) -> None:
+    state = {"model": large_model().state_dict()}
+    writer = HFDualWriter(tmp_path / "step-1", staging="overlap", timeout_s=5)
+    for _ in range(3):
+        copied = writer.stage(state).result(20)
+        assert tensor_difference(copied["model"], state["model"]) is None
+        del copied
+
+
 def test_step_does_not_wait_when_nothing_is_being_copied(tmp_path: Path) -> None:
     model = large_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -1,7 +1,11 @@
-"""Streams of tensors on a GPU: ranks share one by gloo, which NCCL does not let them."""
+"""Streams of tensors on a GPU: ranks share one by gloo, which NCCL does not let them.
+
+The stream runs on the CPU too, so that a mistake in the test itself shows where there is no GPU.
+"""
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +25,7 @@ from support.ranks import run_ranks
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-pytestmark = pytest.mark.skipif(
+needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="torch.cuda.is_available() is False"
 )
 
@@ -32,9 +36,16 @@ def full() -> dict[str, torch.Tensor]:
     return {name: tensor(name, *shape) for name, shape in SHAPES.items()}
 
 
-def stream_on_gpu(rank: int, world_size: int) -> dict[str, Any]:
+def share_gpu() -> None:
+    """Make device 0 the device of this rank; a mesh would take the one of number `LOCAL_RANK`."""
+    os.environ["LOCAL_RANK"] = "0"
     torch.cuda.set_device(0)
-    mesh = init_device_mesh("cuda", (2, 2), mesh_dim_names=("fsdp", "tp"))
+
+
+def stream_on(rank: int, world_size: int, device: str) -> dict[str, Any]:
+    if device == "cuda":
+        share_gpu()
+    mesh = init_device_mesh(device, (2, 2), mesh_dim_names=("fsdp", "tp"))
     whole = full()
     placed = {
         "a": [_StridedShard(0, split_factor=2), Shard(0)],
@@ -42,45 +53,40 @@ def stream_on_gpu(rank: int, world_size: int) -> dict[str, Any]:
         "c": [Shard(0), Shard(1)],
     }
     state: dict[str, Any] = {
-        name: distribute_tensor(one.cuda(), mesh, placed[name], src_data_rank=None)
+        name: distribute_tensor(one.to(device), mesh, placed[name], src_data_rank=None)
         if name in placed
-        else one.cuda()
+        else one.to(device)
         for name, one in whole.items()
     }
     # As FSDP offloads parameters: on the host, of a mesh of GPUs.
     offloaded = dict(state)
     c = state["c"]
-    offloaded["c"] = DTensor.from_local(
-        c.to_local().cpu(),
-        mesh,
-        c.placements,
-        run_check=False,
-        shape=c.shape,
-        stride=c.stride(),
-    )
+    # `DTensor.from_local` would move it back to the device of the mesh.
+    offloaded["c"] = DTensor(c.to_local().cpu(), c._spec, requires_grad=False)
     by_hand = LoadSpec("b", "b", SHAPES["b"], shards=[ShardSpec(0, rank, world_size)])
-    cut = {"b": whole["b"].chunk(world_size)[rank].cuda()}
+    cut = {"b": whole["b"].chunk(world_size)[rank].to(device)}
     return {
-        "gpu": look(state, whole, "cuda"),
+        "as held": look(state, whole, device),
         "host": look(state, whole, "cpu", device="cpu"),
-        "offloaded": look(offloaded, whole, "cuda"),
-        "cast": look(state, {n: t.bfloat16() for n, t in whole.items()}, "cuda", dtype="bfloat16"),
-        "by hand": look(cut, {"b": whole["b"]}, "cuda", specs=[by_hand]),
+        "offloaded": look(offloaded, whole, device),
+        "cast": look(state, {n: t.bfloat16() for n, t in whole.items()}, device, dtype="bfloat16"),
+        "by hand": look(cut, {"b": whole["b"]}, device, specs=[by_hand]),
     }
 
 
 def look(
     state: dict[str, Any],
     expected: dict[str, torch.Tensor],
-    device: str,
+    lies_on: str,
     specs: list[LoadSpec] | None = None,
     **options: Any,
 ) -> str | None:
+    """Stream with `options`; say how what comes differs from what is expected, or where it lies."""
     for size in (3000, 100_000):
         found = {}
         for bucket in iter_hf_buckets(state, specs, bucket_bytes=size, **options):
             for name, value in bucket:
-                if value.device.type != device:
+                if value.device.type != lies_on:
                     return f"{name} is on {value.device}"
                 found[name] = value.cpu().clone()
         wrong = tensor_difference(found, expected)
@@ -89,9 +95,10 @@ def look(
     return None
 
 
-def test_stream_equals_the_whole_when_ranks_hold_parts_on_a_gpu() -> None:
-    for found in run_ranks(stream_on_gpu, 4):
-        assert found == dict.fromkeys(("gpu", "host", "offloaded", "cast", "by hand"))
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])
+def test_stream_equals_the_whole_when_ranks_hold_parts_on(device: str) -> None:
+    for found in run_ranks(stream_on, 4, device):
+        assert found == dict.fromkeys(("as held", "host", "offloaded", "cast", "by hand"))
 
 
 @pytest.fixture
@@ -101,6 +108,7 @@ def alone() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+@needs_gpu
 def test_gather_in_place_keeps_what_is_there_over_nccl(alone: None) -> None:
     group = dist.group.WORLD
     assert group is not None

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 # A rank ends itself this long after its deadline, should the parent be gone by then.
 ORPHAN_MARGIN_S = 60
-# First message of a rank; what follows is its pickled result.
+# First message of a rank; `encode_outcome` makes the second.
 JOINED = b"joined"
 
 
@@ -84,13 +84,7 @@ def rank_main(job: Job, call: bytes, conn: connection.Connection) -> None:
         faulthandler.enable(log)
         faulthandler.register(signal.SIGUSR1, log, all_threads=True)
         value, error, text = _call(job, call, conn)
-        try:
-            message = pickle.dumps((value, error, text))
-            pickle.loads(message)
-        except Exception as problem:  # noqa: BLE001 anything may be raised by a foreign pickle
-            text += f"\n{type(error or value).__name__} does not pickle: {problem!r}"
-            message = pickle.dumps((None, RankFailedError(text), text))
-        conn.send_bytes(message)
+        conn.send_bytes(encode_outcome(value, error, text))
         if error is None and conn.poll(job.timeout_s):
             with contextlib.suppress(EOFError):
                 conn.recv_bytes()
@@ -98,6 +92,29 @@ def rank_main(job: Job, call: bytes, conn: connection.Connection) -> None:
             dist.destroy_process_group()
         sys.stdout.flush()
         sys.stderr.flush()
+
+
+def encode_outcome(value: Any, error: BaseException | None, text: str) -> bytes:
+    """Pickle what came of a call; an error that does not survive pickling becomes its text."""
+    try:
+        outcome = pickle.dumps((value, error))
+        pickle.loads(outcome)
+    except Exception as problem:  # noqa: BLE001 anything may be raised by a foreign pickle
+        text += f"\n{type(error or value).__name__} does not pickle: {problem!r}"
+        outcome = pickle.dumps((None, RankFailedError(text)))
+    # A pickle within a pickle: the text arrives even if the outcome cannot be read over there.
+    return pickle.dumps((outcome, text))
+
+
+def decode_outcome(message: bytes) -> tuple[Any, BaseException | None, str]:
+    """Return value, error and traceback; the text as the error if the outcome cannot be read."""
+    outcome, text = pickle.loads(message)
+    try:
+        value, error = pickle.loads(outcome)
+    except Exception as problem:  # noqa: BLE001 as above
+        unread = f"{text}\nwhat the rank sent does not unpickle here: {problem!r}"
+        return None, RankFailedError(unread), unread
+    return value, error, text
 
 
 def _call(

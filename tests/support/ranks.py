@@ -34,6 +34,7 @@ from support.rank_process import (
     Job,
     RankFailedError,
     RankTracebackError,
+    decode_outcome,
     is_spawning,
     limit_of,
     rank_main,
@@ -267,7 +268,7 @@ class RankHandle:
         if message == JOINED:
             return
         self._arrived.append(rank)
-        value, error, text = pickle.loads(message)
+        value, error, text = decode_outcome(message)
         if error is not None:
             cause = RankTracebackError(f"on rank {rank}:\n{text}\n{self._log_tail(rank)}")
             error.__cause__ = cause

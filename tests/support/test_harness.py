@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import pytest
 import torch
@@ -154,6 +154,28 @@ def raise_unpicklable(rank: int, world_size: int) -> NoReturn:
     raise UnpicklableError("this one", "and that")
 
 
+class ReadableInARankError(Exception):
+    """Unpickles where `RANK` is set, which is in the ranks only."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return rebuild_in_a_rank, self.args
+
+
+def rebuild_in_a_rank(text: str) -> ReadableInARankError:
+    if "RANK" not in os.environ:
+        msg = "no rank here"
+        raise TypeError(msg)
+    return ReadableInARankError(text)
+
+
+def raise_readable_in_a_rank(rank: int, world_size: int) -> NoReturn:
+    raise ReadableInARankError("the true cause")
+
+
+def raise_of_the_device(rank: int, world_size: int) -> NoReturn:
+    raise torch.AcceleratorError("CUDA error: invalid device ordinal", 101)
+
+
 def test_error_of_a_rank_is_raised_with_rank_and_traceback() -> None:
     with pytest.raises(KeyError, match="boo") as caught:
         run_ranks(raise_on_one, 2, KeyError("boo"))
@@ -166,6 +188,18 @@ def test_error_of_a_rank_is_raised_with_rank_and_traceback() -> None:
 def test_error_is_told_as_text_when_it_does_not_pickle() -> None:
     with pytest.raises(RankFailedError, match="UnpicklableError: this one"):
         run_ranks(raise_unpicklable, 1)
+
+
+def test_error_is_told_as_text_when_it_does_not_unpickle_outside_of_the_rank() -> None:
+    with pytest.raises(RankFailedError, match="no rank here") as caught:
+        run_ranks(raise_readable_in_a_rank, 1)
+    assert "ReadableInARankError: the true cause" in str(caught.value)
+    assert "in raise_readable_in_a_rank" in str(caught.value)
+
+
+def test_error_of_a_device_is_told_whether_or_not_it_pickles() -> None:
+    with pytest.raises((torch.AcceleratorError, RankFailedError), match="invalid device ordinal"):
+        run_ranks(raise_of_the_device, 1)
 
 
 def hang_on_one(rank: int, world_size: int) -> None:

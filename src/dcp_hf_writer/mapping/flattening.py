@@ -37,7 +37,7 @@ def walk_tensors(
 
 
 def _visit(
-    value: Any, path: Path, lists: tuple[type, ...], found: list[tuple[Path, torch.Tensor]]
+    value: Any, path: Path, lists: tuple[type[Any], ...], found: list[tuple[Path, torch.Tensor]]
 ) -> None:
     # A list and not a generator: nested generators take twice the time, and training waits.
     if isinstance(value, torch.Tensor):

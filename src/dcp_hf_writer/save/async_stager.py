@@ -133,19 +133,20 @@ def _failed(deadline: float, error: BaseException, target: str) -> StagedStateDi
 def _when_copied(staged: Staged, deadline: float, target: str) -> Future[Any]:
     """Return the future of the staged state dict; of a failed one if a copy failed."""
     result: Future[Any] = Future()
-    state_dict, lease, copies = staged.state_dict, staged.lease, staged.copies
+    lease, copies = staged.lease, staged.copies
+    # Emptied by `done`, which the writer keeps: the lease ends with the state dict where no save
+    # takes it up, and the result holds it too.
+    handed = [(result, staged.state_dict)]
 
     def done(copying: Future[None]) -> None:
-        nonlocal state_dict
+        future, state_dict = handed.pop()
         error = copying.exception()
         if error is None:
-            result.set_result(state_dict)
+            future.set_result(state_dict)
         else:
             lease.release()
             # Raised in the plan: an error here would leave the others in a collective.
-            result.set_result(_failed(deadline, error, target))
-        # The lease ends with the state dict where no save takes it up.
-        del state_dict
+            future.set_result(_failed(deadline, error, target))
 
     if copies is not None:
         copies.copying.add_done_callback(done)

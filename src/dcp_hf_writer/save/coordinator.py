@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import os
 import re
 import time
 from typing import TYPE_CHECKING, Any
+
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from dcp_hf_writer.errors import (
     CommitError,
@@ -20,6 +23,7 @@ from dcp_hf_writer.errors import (
 )
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.names_on_disk import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
+from dcp_hf_writer.formats.stored_once_places import NOTICE
 from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
 from dcp_hf_writer.plan.rank_report import RankReport, check_coverage
 from dcp_hf_writer.save.commit import remove_tree
@@ -41,7 +45,9 @@ from dcp_hf_writer.storage.posix_outputs import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch.distributed.checkpoint.storage import WriteResult
 
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.plan.global_plan import GlobalPlan
@@ -207,6 +213,20 @@ def step_of(target: str) -> int | None:
     """Read the training step off a path such as `run/step-100`; for the manifest only."""
     found = _STEP.search(os.path.basename(target))
     return int(found[1]) if found else None
+
+
+def share_text(results: Iterable[Sequence[WriteResult]]) -> None:
+    """Make equal descriptors of weights stored once one object: pickle then writes each once.
+
+    Every rank sends its own copies of file names and geometries.
+    """
+    known: dict[str, str] = {}
+    for result in itertools.chain.from_iterable(results):
+        info = result.storage_data
+        if isinstance(info, _StorageInfo) and info.relative_path == NOTICE:
+            texts = info.transform_descriptors or ()
+            info.relative_path = NOTICE
+            info.transform_descriptors = tuple(known.setdefault(one, one) for one in texts)
 
 
 def check_files(

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
@@ -27,6 +28,7 @@ from dcp_hf_writer.errors import (
     SlotTimeoutError,
 )
 from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.formats.stored_once_places import NOTICE, encode_stored_once
 from dcp_hf_writer.plan.rank_report import RankReport
 from dcp_hf_writer.plan.regions import TargetTable
 from dcp_hf_writer.plan.stored_once import stored_once
@@ -42,7 +44,7 @@ from dcp_hf_writer.storage.posix_outputs import OutputFile
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
     from torch.distributed.checkpoint.storage import StorageWriter
@@ -102,12 +104,7 @@ class WritePhase:
             self.blocks = _idle_blocks.pop()
         tensors = [i for i in self.plan.items if i.type != WriteItemType.BYTE_IO]
         work = regions_by_file(tensors, self.own.targets)
-        once = {fqn: TargetTable(parts) for fqn, parts in self.own.once.items()}
-        left_out = [
-            self._stored_once(item, once[item.index.fqn])
-            for item in tensors
-            if item.index.fqn in once
-        ]
+        left_out = self._stored_once(tensors)
         if left_out:
             self._leave_out({result.index for result in left_out})
         shares = self.slots.is_shared_by_halves()
@@ -147,13 +144,19 @@ class WritePhase:
         }
         return [*results, *left_out, WriteResult(MetadataIndex(_REPORT_FQN), 0, report)]
 
-    def _stored_once(self, item: WriteItem, table: TargetTable) -> WriteResult:
-        """Say of an item that the DCP half leaves to the export where its bytes will be."""
-        names = [name for name, _ in self.own.files]
-        chunk = chunk_of(item)
-        where = stored_once(chunk, table.near(chunk), files=names, subdir=self.subdir)
-        nbytes = sum(c.numel * ITEMSIZE[p.dtype] for p in where.parts for c in p.copies)
-        return WriteResult(item.index, nbytes, where)
+    def _stored_once(self, items: Iterable[WriteItem]) -> list[WriteResult]:
+        """Say of each item that the DCP half leaves to the export where its bytes will be."""
+        tables = {fqn: TargetTable(parts) for fqn, parts in self.own.once.items()}
+        paths = [f"{self.subdir}/{name}" for name, _ in self.own.files]
+        results = []
+        for item in items:
+            table = tables.get(item.index.fqn)
+            if table is not None:
+                chunk = chunk_of(item)
+                once = stored_once(chunk, table.near(chunk), paths=paths)
+                info = _StorageInfo(NOTICE, 0, once.nbytes, encode_stored_once(once))
+                results.append(WriteResult(item.index, once.nbytes, info))
+        return results
 
     def _leave_out(self, indices: set[MetadataIndex]) -> None:
         kept = [item for item in self.plan.items if item.index not in indices]

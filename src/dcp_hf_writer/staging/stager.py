@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.mapping.model_entry import Path
 
-# With overlapped staging, tensors below this size are copied before `stage` returns: buffers that a
-# forward pass changes in place (batch-norm statistics, step counters) are among them.
+# Overlapped staging copies smaller tensors before anything that the caller does next. Buffers that
+# a forward pass changes in place, as batch-norm statistics, are among them.
 EAGER_NBYTES = 1 << 20
 
 StagingMode = Literal["blocking", "overlap"]
@@ -79,6 +79,8 @@ class _Program:
     """The slab tensor of each leaf."""
     copies: list[tuple[int, int]]
     """`(leaf, bytes)` of each distinct memory, in slab order."""
+    memory: dict[str, int]
+    """As `StagedInfo.memory`."""
     nbytes: int
     meshes: list[Any] = field(default_factory=list)
     """Keeps the meshes alive whose ids are in the signature."""
@@ -209,7 +211,8 @@ class Stager:
             state_dict: Nested dicts, lists and tuples of tensors and other values; tensors on any
                 device. Values other than tensors are deep-copied.
             mode: `"blocking"` returns when all is copied; `"overlap"` copies tensors of
-                `EAGER_NBYTES` and more in the background.
+                `EAGER_NBYTES` and more in the background. Smaller ones are copied by then if they
+                are in host memory; on a GPU the current stream goes on when they are copied.
             what: The save, for messages.
             deadline: `time.monotonic()` after which waiting for the slab ends.
 
@@ -236,11 +239,7 @@ class Stager:
             raise
         lease.tie_to(staged)
         info = StagedInfo(
-            memory={
-                leaf.fqn: first
-                for leaf, first in zip(leaves, aliases, strict=True)
-                if leaf.local.numel()
-            },
+            memory=program.memory,
             nbytes=program.nbytes,
             waited_s=waited_s,
             stall_s=time.monotonic() - began,
@@ -272,9 +271,9 @@ class Stager:
         if mode == "blocking":
             self._copy_now(pairs)
             return None
-        self._copy_now([pair for pair in pairs if pair[2] < EAGER_NBYTES])
+        events = self._copy_small([pair for pair in pairs if pair[2] < EAGER_NBYTES])
         large = [pair for pair in pairs if pair[2] >= EAGER_NBYTES]
-        events = self._enqueue_cuda([pair for pair in large if pair[1].is_cuda])
+        events += self._enqueue_cuda([pair for pair in large if pair[1].is_cuda])
         on_host = [pair for pair in large if not pair[1].is_cuda]
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="dcp-hf-staging")
@@ -289,6 +288,15 @@ class Stager:
                 event.synchronize()
 
         return Copies(self._executor.submit(finish), host_copied, events)
+
+    def _copy_small(self, pairs: list[_Pair]) -> list[Any]:
+        """Copy before what the caller enqueues next; returns the CUDA events behind the copies."""
+        events = self._enqueue_cuda([pair for pair in pairs if pair[1].is_cuda])
+        for event in events:
+            # The device waits and not the host, which would wait for every kernel queued so far.
+            torch.cuda.current_stream(event.device).wait_event(event)
+        self._copy_now([pair for pair in pairs if not pair[1].is_cuda])
+        return events
 
     def _copy_now(self, pairs: list[_Pair]) -> None:
         events = self._enqueue_cuda([pair for pair in pairs if pair[1].is_cuda])
@@ -383,7 +391,9 @@ def _build_program(
         staged.append(local.view(local.shape) if spec is None else _wrap(local, spec))
         if spec is not None:
             meshes.append(spec.mesh)
-    return _Program(signature, staged, locals_, copies, sum(n for _, n in copies), meshes)
+    memory = {leaf.fqn: aliases[i] for i, leaf in enumerate(leaves) if leaf.local.numel()}
+    nbytes = sum(n for _, n in copies)
+    return _Program(signature, staged, locals_, copies, memory, nbytes, meshes)
 
 
 def _offsets(program: _Program, slab: Slab) -> dict[int, tuple[int, torch.Tensor]]:
