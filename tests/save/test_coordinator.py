@@ -25,7 +25,8 @@ from dcp_hf_writer.errors import (
     TargetExistsError,
     WriteError,
 )
-from dcp_hf_writer.plan.layout import Layout, RuntimeTensor, plan_layout
+from dcp_hf_writer.plan.assign_keys import RuntimeTensor
+from dcp_hf_writer.plan.layout import Layout, plan_layout
 from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
 from dcp_hf_writer.save import coordinator, save_owner
 from dcp_hf_writer.save.attempt import Attempt

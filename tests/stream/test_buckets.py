@@ -17,7 +17,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from dcp_hf_writer import HFExport, LoadSpec
 from dcp_hf_writer.errors import SpecError
 from dcp_hf_writer.mapping.load_spec import Piece, ShardSpec
-from dcp_hf_writer.plan.layout import RuntimeTensor, plan_layout
+from dcp_hf_writer.plan.assign_keys import RuntimeTensor
+from dcp_hf_writer.plan.layout import plan_layout
 from dcp_hf_writer.stream.buckets import LOCAL, Bucket, Chain, Held, fill_buckets, hf_tensors
 from dcp_hf_writer.stream.gather_steps import Gather, plan_steps, wire_dtype
 from dcp_hf_writer.stream.held_shards import _cuts

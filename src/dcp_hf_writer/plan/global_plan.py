@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
 from dcp_hf_writer.mapping.tied_names import shared_groups, tie_fault
-from dcp_hf_writer.plan.layout import Layout, PartTarget, RuntimeTensor, plan_layout
+from dcp_hf_writer.plan.assign_keys import RuntimeTensor
+from dcp_hf_writer.plan.layout import Layout, PartTarget, plan_layout
 from dcp_hf_writer.plan.regions import TargetTable
 from dcp_hf_writer.plan.stored_once import targets_stored_once
 from dcp_hf_writer.tensors.boxes import BoxTable, Shape

@@ -16,7 +16,8 @@ from dcp_hf_writer.tensors.strided_copies import Copy, coverage_fault, runtime_b
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from dcp_hf_writer.plan.layout import PartTarget, RuntimeTensor
+    from dcp_hf_writer.plan.assign_keys import RuntimeTensor
+    from dcp_hf_writer.plan.layout import PartTarget
 
 
 def targets_stored_once(
