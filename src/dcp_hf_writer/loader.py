@@ -15,13 +15,13 @@ from dcp_hf_writer.load.checkpoint_half import find_place, open_hf_source
 from dcp_hf_writer.load.exchange import Reading
 from dcp_hf_writer.load.hf_blocks import load_blocks
 from dcp_hf_writer.load.hf_source import Block, Findings, HFSource
+from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.hf_export import specs_by_name
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
 from dcp_hf_writer.staging.memory_identity import memory_identity
 from dcp_hf_writer.tensors.boxes import whole
 from dcp_hf_writer.tensors.shards import blocks_of, shards_of
 from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
-from dcp_hf_writer.torch_seam.flattening import flat_tensors
 
 if TYPE_CHECKING:
     import os

@@ -32,10 +32,10 @@ from dcp_hf_writer.preflight.rank_facts import check_facts, check_reported_facts
 from dcp_hf_writer.save import coordinator, export_assets
 from dcp_hf_writer.save.async_stager import SlabStager
 from dcp_hf_writer.save.begin_save import begin_save
+from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
 from dcp_hf_writer.save.checksums import add_checksums
 from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
-from dcp_hf_writer.save.hf_half import MAX_BOUNCE_NBYTES
 from dcp_hf_writer.save.joined_save import planned_directory
 from dcp_hf_writer.save.rendezvous import MEETING, Announcement
 from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
@@ -337,7 +337,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 dcp_writer=self.dcp_writer,
                 slots=self.slots,
                 subdir=self._subdir,
-                bounce_nbytes=min(MAX_BOUNCE_NBYTES, self.host_budget_bytes // 4),
+                bounce_nbytes=bounce_nbytes_of(self.host_budget_bytes),
             ).run()
             PLAN_CACHE.settle_plan(attempt.global_plan)
             attempt.check()

@@ -11,9 +11,10 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.tensors.boxes import Box, intersect
 from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
-from dcp_hf_writer.torch_seam.flattening import flat_tensors, names_before_2_4
+from dcp_hf_writer.torch_seam.old_names import names_before_2_4
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType
 
 from dcp_hf_writer.errors import MismatchError
-from dcp_hf_writer.formats.parse_dcp_metadata import METADATA_NAME
+from dcp_hf_writer.formats.names_on_disk import METADATA_NAME
 from dcp_hf_writer.load.checkpoint_half import open_hf_source, read_dcp_metadata
 from dcp_hf_writer.load.dcp_source import DCPSource, Wanted
 from dcp_hf_writer.load.exchange import Reading
@@ -28,11 +28,11 @@ from dcp_hf_writer.load.mismatches import loaded_values, misfits
 from dcp_hf_writer.load.read_phase import run_reads
 from dcp_hf_writer.load.read_plan import plan_reads
 from dcp_hf_writer.load.verify_ranges import verify_ranges
+from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
 from dcp_hf_writer.staging.memory_identity import memory_identity
 from dcp_hf_writer.storage.open_inputs import OpenInputs
 from dcp_hf_writer.tensors.boxes import Box
-from dcp_hf_writer.torch_seam.flattening import flat_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence

@@ -19,9 +19,9 @@ from torch.distributed.checkpoint.planner import WriteItemType
 
 from dcp_hf_writer.digests.digest_sweep import extent_of
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.formats.names_on_disk import INDEX_NAME
 from dcp_hf_writer.mapping.model_entry import model_prefix
 from dcp_hf_writer.plan.global_plan import GlobalPlan, RankPlan, plan_globally, rank_plans
-from dcp_hf_writer.plan.layout import INDEX_NAME
 from dcp_hf_writer.preflight.drifted_ties import untrue_tie
 from dcp_hf_writer.preflight.explanation import Explanation
 from dcp_hf_writer.preflight.explanation_rows import FileSum, RankSum, Row, left_out

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import uuid
 from typing import TYPE_CHECKING
 
@@ -49,8 +48,7 @@ def local_facts(
     check_plan(plan, view.planned, export)
     return LocalFacts(
         host=page_cache_id(target),
-        host_name=socket.gethostname(),
-        order=tuple(item.index.fqn for item in plan.items) if is_coordinator else None,
+        order=_order(plan, view) if is_coordinator else None,
         tied=view.tied(),
         samples=samples_of(
             view.planned,
@@ -59,6 +57,13 @@ def local_facts(
         ),
         stamp=uuid.uuid4().hex,
     )
+
+
+def _order(plan: SavePlan, view: RankView) -> tuple[str, ...]:
+    """Return FQNs in state-dict order."""
+    # A plan has no item for a tensor that other ranks hold altogether, though it has its place.
+    planned = (item.index.fqn for item in plan.items)
+    return tuple(dict.fromkeys((*view.planned.state_dict, *planned)))
 
 
 def check_facts(plans: Sequence[SavePlan]) -> None:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.utils import _DistWrapper
 
-from dcp_hf_writer.torch_seam.flattening import flat_tensors
+from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.torch_seam.unsupported import unsupported_torch
 
 if TYPE_CHECKING:
