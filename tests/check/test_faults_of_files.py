@@ -235,15 +235,15 @@ D2: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     ),
     "overflow": (
         lambda c: edited(c, lambda h: first_of(h).update(shape=[1 << 62, 1 << 62])),
-        "more elements than can be counted",
+        "too many elements",
     ),
     "negative dim": (
         lambda c: edited(c, lambda h: first_of(h).update(shape=[-1, -1])),
-        "not a list of extents",
+        "not a list of sizes",
     ),
     "offset beyond the end": (
         lambda c: edited(c, lambda h: first_of(h).update(data_offsets=[0, 1 << 40])),
-        "another number of bytes",
+        "do not match its shape and dtype",
     ),
     "duplicate key": (doubled, "twice in one object"),
     "no JSON": (lambda c: c[:8] + b"[" + c[9:], "not a JSON object"),
