@@ -42,7 +42,6 @@ from dcp_hf_writer.tensors.strided_copies import Copy, Loop
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-METADATA_NAME = ".metadata"
 
 # Room for ten million chunks of a hundred bytes each; a larger file is refused unread.
 MAX_METADATA_NBYTES = 1 << 30

@@ -1,0 +1,20 @@
+"""Names of the files in a checkpoint.
+
+Readers outside this package depend on all of these names, so none can change.
+"""
+
+METADATA_NAME = ".metadata"
+"""DCP's own metadata; torch defines the name."""
+MANIFEST_NAME = "dcp-hf.json"
+"""The manifest of this package, published last."""
+
+SUFFIX = ".safetensors"
+"""Suffix of files that hold weights in the HuggingFace format."""
+INDEX_SUFFIX = ".safetensors.index.json"
+"""Suffix of an index, which maps each tensor to its file."""
+SINGLE_NAME = "model.safetensors"
+"""The weights, if one file holds all of them."""
+INDEX_NAME = "model.safetensors.index.json"
+"""The index, if several files hold the weights."""
+CONFIG_NAME = "config.json"
+"""The config of a HuggingFace model."""
