@@ -1,4 +1,4 @@
-"""Whether what a planner loads is in a checkpoint, and of the same shape: one answer for all of it.
+"""Find everything that a planner loads and that a checkpoint lacks, or holds in another shape.
 
 torch's planners stop at the first tensor that does not fit.
 """
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 def flat_tensors(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, torch.Tensor]]:
     """Return the tensors of a nested state dict, with their paths, by the FQN that DCP gives them.
 
-    torch's `flatten_state_dict` looks at a variable of its module that planners of other threads
-    may have changed for a moment.
+    This does not call torch's `flatten_state_dict`, which reads a variable of its module. Planners
+    in other threads change that variable for a short time.
     """
     found: dict[str, tuple[Path, torch.Tensor]] = {}
     _visit(state_dict, (), found)
@@ -39,7 +39,7 @@ def flat_tensors(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, torch.T
 
 
 def _visit(value: Any, path: Path, found: dict[str, tuple[Path, torch.Tensor]]) -> None:
-    # Mappings and lists are what DCP looks into.
+    # DCP descends into mappings and lists only.
     entries: Iterable[tuple[str | int, Any]] = ()
     if isinstance(value, torch.Tensor):
         found[".".join(map(str, path))] = (path, value)
@@ -52,7 +52,7 @@ def _visit(value: Any, path: Path, found: dict[str, tuple[Path, torch.Tensor]]) 
 
 
 def loaded_values(planner: LoadPlanner | None) -> dict[str, Any]:
-    """Return what a planner loads, flat; empty if it does not show that."""
+    """Return the flat state dict that a planner loads into; empty if the planner has none."""
     flat = getattr(planner, "state_dict", None)
     if not isinstance(flat, dict):
         return {}
@@ -61,11 +61,11 @@ def loaded_values(planner: LoadPlanner | None) -> dict[str, Any]:
 
 
 def misfits(planner: LoadPlanner | None, metadata: Metadata) -> tuple[list[str], dict[str, str]]:
-    """Compare what a planner loads with what is there.
+    """Compare the state dict of a planner with the metadata of a checkpoint.
 
     Returns:
-        FQNs that are missing, unless the planner does without them; and why others do not fit, by
-        FQN.
+        The missing FQNs, none if the planner allows missing ones; and the reason why a tensor does
+        not fit, by FQN.
     """
     wanted, there = loaded_values(planner), metadata.state_dict_metadata
     missing = [fqn for fqn in wanted if fqn not in there]
@@ -80,14 +80,15 @@ def misfits(planner: LoadPlanner | None, metadata: Metadata) -> tuple[list[str],
             continue
         size = getattr(value, "size", None)
         if size is None:
-            faults[fqn] = f"a {type(value).__name__}, stored as a tensor of {list(entry.size)}"
+            stored = f"a tensor of shape {list(entry.size)}"
+            faults[fqn] = f"a {type(value).__name__}, stored as {stored}"
         elif tuple(size()) != tuple(entry.size):
             faults[fqn] = f"shape {list(size())}, stored as {list(entry.size)}"
     return missing, faults
 
 
 def _has_old_names(planner: LoadPlanner | None, there: Iterable[str]) -> bool:
-    """Whether a checkpoint is of torch before 2.4, which torch's planner then finds out too."""
+    """Whether a checkpoint has the FQNs of torch before 2.4, which torch's planner accepts too."""
     nested = getattr(planner, "original_state_dict", None)
     if not isinstance(nested, dict):
         return False
@@ -97,12 +98,12 @@ def _has_old_names(planner: LoadPlanner | None, there: Iterable[str]) -> bool:
 
 
 def plans_alone(planner: LoadPlanner | None) -> bool:
-    """Whether what a rank reads is up to its own plan, as torch's planner has it."""
+    """Whether the local plan of each rank is final, as it is with torch's own planner."""
     return has_methods_of(DefaultLoadPlanner, planner, "create_global_plan", "finish_plan")
 
 
 def has_methods_of(kind: type, one: object, *names: str) -> bool:
-    """Whether neither a subclass nor the object itself has others of these methods."""
+    """Whether `one` has these methods of `kind`: neither a subclass nor `one` replaces them."""
     return all(
         getattr(getattr(one, name, None), "__func__", None) is getattr(kind, name) for name in names
     )
@@ -115,10 +116,12 @@ def check_blocks(
     *,
     key: str | None,
 ) -> None:
-    """Check that tensors of several blocks are planned as such: torch's planner takes them for one.
+    """Check that a plan treats the blocks of a tensor one by one.
+
+    A rank may hold several blocks of a tensor. torch's planner plans them as one block.
 
     Raises:
-        PlanningError: Naming the tensor, and the planner to use.
+        PlanningError: If the plan joins blocks; names the tensor, and the planner to use.
     """
     flat, mappings = getattr(planner, "state_dict", None), getattr(planner, "mappings", {})
     if not isinstance(flat, dict):
@@ -129,11 +132,11 @@ def check_blocks(
     for fqn, tensor in blocked_tensors(flat, mappings, specs, key=key).items():
         if not all(_is_of(item, tensor) for item in items.get(fqn, ())):
             raise PlanningError(
-                "a rank holds several blocks of a tensor, which its planner takes for one",
+                "a rank holds several blocks of a tensor, but its planner plans them as one",
                 phase="plan",
                 fqn=fqn,
                 expected=f"{len(tensor.blocks)} blocks of {list(tensor.shape)}",
-                found=f"one, by {type(planner).__name__}",
+                found=f"one block, planned by {type(planner).__name__}",
                 hint="pass planner=HFLoadPlanner(specs) to dcp.load, or use load_hf",
             )
 
