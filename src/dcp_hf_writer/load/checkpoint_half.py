@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 SourceName = Literal["auto", "dcp", "hf"]
 
 _SUBDIR = "hf"
-"""Usual directory of the export. The manifest is read only if it holds no weights."""
+"""Usual directory of the export. If it holds no weights, the manifest names the directory."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
-"""Read bytes that several ranks need on one rank, and send them to the others.
+"""Let one rank read the bytes that several ranks need, and send them to the others.
 
-This pays where storage is slower than the network. The ranks go through the shared bytes in rounds
+This pays if storage is slower than the network. The ranks go through the shared bytes in rounds
 of bounded size. One rank reads each segment into its own memory and sends it from there. The other
 ranks receive the segment into their memory. If only one rank needs some bytes, that rank reads them
 as without an exchange.
@@ -38,7 +38,7 @@ class Reading:
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        """Read with the ranks of `group`, a group that sends CPU tensors; `None` reads alone."""
+        """Read with the ranks of `group`, whose backend must send CPU tensors; `None` is alone."""
         self._group = group
         self._is_known = group is None
 

@@ -65,7 +65,7 @@ class HFDirectory:
         return self.headers[self.file_of_key[key]].tensors[key]
 
     def logical(self, wanted: Collection[str] | None = None) -> dict[str, Stored]:
-        """Return the tensors that a model loads, such as a weight for codes and their scales.
+        """Return the tensors as a model sees them, such as one weight for codes and scales.
 
         See `logical_tensors`.
 

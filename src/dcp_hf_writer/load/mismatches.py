@@ -1,4 +1,4 @@
-"""Find everything that a planner loads and that a checkpoint lacks, or holds in another shape.
+"""Find every tensor that a planner loads and a checkpoint lacks, or holds in another shape.
 
 torch's planners stop at the first tensor that does not fit.
 """

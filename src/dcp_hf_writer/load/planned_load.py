@@ -190,7 +190,7 @@ class HFLoad(Load):
         Args:
             place: Where the directory is.
             options: The options of the reader.
-            state_dict: The state dict to load into, which shows the entry of the model; `None` if
+            state_dict: The state dict to load into: it shows which entry holds the model. `None` if
                 it is unknown.
 
         Raises:

@@ -76,7 +76,7 @@ def run_reads(
     with ThreadPoolExecutor(helpers, thread_name_prefix="dcp-hf-read") as pool:
         working = [pool.submit(shared.work) for _ in range(helpers)]
         shared.work()
-    # Several threads may have failed. One error is enough: `result` raises the first.
+    # Several threads may have failed. One error is enough: the first `result` that fails raises.
     for future in working:
         future.result()
     return shared.landing.differing

@@ -60,7 +60,8 @@ def verify_ranges(
     """
     wanted = _wanted(place, fetches)
     jobs = [*_dcp_jobs(manifest, wanted), *_hf_jobs(manifest, wanted)]
-    # A DCP half that another writer wrote has one digest per file, as the metadata always has.
+    # The metadata has one digest for the whole file. If another writer wrote the DCP half, so has
+    # each of its files.
     read_whole = {*whole, *wanted, *objects_in} & manifest.files.keys()
     jobs += [_whole_job(manifest, name) for name in sorted(read_whole)]
     jobs += [_rest_job(manifest.dcp[name]) for name in objects_in if name in manifest.dcp]

@@ -89,11 +89,12 @@ def iter_hf_buckets(
             on the device type of their mesh.
 
     Returns:
-        An iterator over the buckets: lists of `(name, tensor)`. Of tied names only one comes.
+        An iterator over the buckets. A bucket is a list of `(HuggingFace name, tensor)`. Of several
+        tied names, the iterator yields only one.
 
     Raises:
         PlanningError: If a tensor cannot be streamed. All ranks raise it, before anything is sent.
-            It may be a `SpecError`, `LayoutError` or `ModelKeyError`, which say more.
+            It may be a `SpecError`, a `LayoutError` or a `ModelKeyError`.
         CoverageError: If the parts of a tensor that is sharded by hand do not make up the tensor.
         ConfigError: If an option cannot be used as given.
     """
@@ -216,7 +217,7 @@ class _Plan:
         self._steps: dict[int, Steps] = {}
 
     def steps(self, number: int) -> Steps:
-        """Return the steps that fill a bucket; they are planned at the first call for it."""
+        """Return the steps that fill a bucket; they are planned once, at the first call."""
         if number not in self._steps:
             self._steps[number] = plan_steps(
                 self.buckets[number], places=self.places, limit_nbytes=self.limit_nbytes

@@ -164,7 +164,7 @@ def fill_buckets(
         limit_nbytes: Largest size of a bucket; a larger tensor gets a bucket of its own.
 
     Returns:
-        The buckets, equally many on every rank: empty ones at the end make up the number.
+        The buckets. Every rank gets the same number: shorter lists end with empty buckets.
     """
     by_home: dict[int | None, list[HFTensor]] = {}
     for tensor in tensors:

@@ -51,7 +51,7 @@ class Move:
     source: str
     """FQN of the runtime tensor that the elements come from."""
     number: int
-    """Index in the bucket of the HuggingFace tensor of the elements; -1 for a pack."""
+    """Index, within the bucket, of the HuggingFace tensor that gets the elements; -1 in a pack."""
     dtype: torch.dtype
     """Dtype in which the elements are sent."""
     copy: Copy
@@ -78,7 +78,7 @@ class Gather:
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """The work between two uses of the buffer: pack, gather, unpack."""
+    """One use of the buffer: pack, gather, unpack."""
 
     nbytes: int
     """Bytes of the buffer that are used."""
@@ -120,7 +120,7 @@ def plan_steps(bucket: Bucket, *, places: Sequence[int], limit_nbytes: int) -> S
     Args:
         bucket: What to fill.
         places: This rank's index in each group.
-        limit_nbytes: Largest size of one round; a larger tensor takes several rounds.
+        limit_nbytes: Most bytes of one round; a larger tensor takes several rounds.
     """
     moves: list[Move] = []
     units: dict[Chain, list[_Unit]] = {}
@@ -244,7 +244,8 @@ def _slots(
     """Lay out the buffer, so that each step fills a consecutive part of it.
 
     Returns:
-        The first byte of each member's slot, the steps of this rank, and the bytes of the buffer.
+        The first byte of each member's slot, the steps of this rank, and the size of the buffer in
+        bytes.
     """
     sizes = chain.sizes
     held: npt.NDArray[np.int64] = np.array(filled, np.int64).reshape(sizes)
