@@ -83,7 +83,7 @@ def test_box_is_inside_when_it_neither_leaves_the_shape_nor_has_another_rank(
     box: Box, *, is_inside: bool
 ) -> None:
     fault = tiling_fault([box], (4, 6)) or ""
-    assert ("leaves the tensor" not in fault and "dimensions" not in fault) is is_inside
+    assert ("reaches outside the tensor" not in fault and "dimensions" not in fault) is is_inside
 
 
 # Tilings
