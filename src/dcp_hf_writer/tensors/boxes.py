@@ -65,7 +65,7 @@ def intersect(a: Box, b: Box) -> Box | None:
 class BoxTable:
     """Many boxes of one tensor, as two columns instead of `Box` objects.
 
-    A global plan holds one box per rank and tensor, which can be very many.
+    A global plan holds one box per rank and tensor, too many for an object each.
     """
 
     offsets: Sequence[Shape]
@@ -106,7 +106,8 @@ def _fault(
     outside = ((offsets < 0) | (sizes < 0) | (offsets + sizes > np.array(shape, np.int64))).any(1)
     if outside.any():
         i = int(outside.argmax())
-        return f"a part at {offsets[i].tolist()} of size {sizes[i].tolist()} reaches outside the tensor"
+        at, size = offsets[i].tolist(), sizes[i].tolist()
+        return f"a part at {at} of size {size} reaches outside the tensor"
     volumes = sizes.prod(axis=1)
     wanted, have = math.prod(shape), int(volumes.sum())
     if have != wanted:
