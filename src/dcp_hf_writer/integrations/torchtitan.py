@@ -63,7 +63,8 @@ def _warn_of_gaps(
 ) -> None:
     """Warn about tensors that the adapter leaves out.
 
-    It may leave out buffers on purpose, but a renamed expert weight is left out by mistake.
+    An adapter may leave out buffers on purpose. If it leaves out a weight, for example because the
+    model renamed its experts, that is a mistake.
     """
     left = [name for name, spec in specs.items() if not spec.hf_keys]
     lacking = [key for key in expected if key not in keys]

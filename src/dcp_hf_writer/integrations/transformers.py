@@ -1,4 +1,4 @@
-"""Derive the names and shapes that a transformers model has on the hub, by transformers itself."""
+"""Derive the hub layout of a transformers model: the names and shapes of its tensors there."""
 
 from __future__ import annotations
 

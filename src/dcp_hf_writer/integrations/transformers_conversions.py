@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-# transformers keeps the operations that only rearrange tensors in this module. Its operations in
-# other modules quantise.
+# The module of transformers whose operations only rearrange tensors. Those in its other modules
+# quantise.
 _LAYOUT_MODULE = "transformers.core_model_loading"
 
 

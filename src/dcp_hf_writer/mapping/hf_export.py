@@ -61,9 +61,10 @@ class HFExport:
     `None` searches for the entry.
     """
     specs: Mapping[str, LoadSpec] | Iterable[LoadSpec] | None = None
-    """Specs of the tensors that the export renames, splits or reshapes, by FQN within the model.
+    """Specs of tensors that are renamed, split, reshaped, left out, or sharded by hand.
 
-    A tensor without a spec keeps its name and shape.
+    A mapping by FQN within the model, or an iterable of specs. A tensor without a spec keeps its
+    name and shape.
     """
     dtype: torch.dtype | str | None = None
     """Dtype on disk of floating-point tensors; `None` keeps their own.
@@ -94,7 +95,7 @@ class HFExport:
     expect_keys: Iterable[str] | None = None
     """Exactly the keys that the export must have; `None` skips this check."""
     header_align: int = 8
-    """The data of each file starts on a multiple of this many bytes; 4096 suits mapped reads."""
+    """The data of each file starts at a multiple of this many bytes; 4096 suits mapped reads."""
     metadata: Mapping[str, str] | None = None
     """Pairs to add to the `__metadata__` of each file, after `format: pt`."""
     order: Order = "auto"

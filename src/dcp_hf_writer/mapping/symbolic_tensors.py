@@ -25,7 +25,7 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Elements of one runtime tensor, and their positions in a memory or in another tensor."""
+    """Elements of one runtime tensor, and their positions in a `Memory` or another tensor."""
 
     source: str
     """FQN of the runtime tensor."""
@@ -56,7 +56,7 @@ class SymbolicTensor(torch.Tensor):
     """A tensor without data that records where each of its elements comes from."""
 
     meta: torch.Tensor
-    """Its shape, strides and dtype, on the meta device."""
+    """A tensor on the meta device with the same shape, strides and dtype."""
     memory: Memory
     """The memory that this tensor is a view of."""
     dtype_of: Mapping[str, torch.dtype]
@@ -97,7 +97,7 @@ class SymbolicTensor(torch.Tensor):
         """Return a made-up address: aligned, and equal for equal views of one memory."""
         return (self.memory.number << 64) + int(self.storage_offset()) * self.itemsize
 
-    # torch answers these without running an operation, and without data its answer is wrong.
+    # torch answers these without running an operation, and without data its answer would be wrong.
     numpy = tolist = storage = untyped_storage = _no_data
     __array__ = __dlpack__ = _no_data
 
@@ -167,7 +167,7 @@ def symbolic_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, SymbolicT
 
 
 def _number(meta: torch.Tensor) -> int:
-    """Return a number of the memory; no other memory has it while one of its tensors lives."""
+    """Return a number that identifies the memory as long as one of its tensors lives."""
     return int(meta.untyped_storage()._cdata)  # noqa: SLF001
 
 
@@ -193,7 +193,8 @@ def _view(func: Any, source: SymbolicTensor, args: Any, kwargs: Any) -> Any:
 
 
 def _wrapped(func: Any, viewed: torch.Tensor, source: SymbolicTensor) -> SymbolicTensor:
-    # Check what the schema promises. A view that reads the bits in another way has other elements.
+    # Check what the schema promises: a view of another dtype, or a conjugated or negated view, has
+    # other elements.
     if (
         _number(viewed) != source.memory.number
         or viewed.dtype != source.dtype

@@ -37,7 +37,7 @@ SORT_RANK: dict[str, int] = {name: rank for rank, (name, _) in enumerate(_ORDERE
 # Bytes per element of the torch tensor. One torch element holds two F4 values; see `stored_shape`.
 ITEMSIZE: dict[str, int] = {name: dtype.itemsize for name, dtype in _ORDERED}
 
-# `HFExport.dtype` casts only these. fp8 tensors belong to scales, which a cast would make wrong;
+# `HFExport.dtype` casts only these. fp8 tensors come with scales, which a cast would make wrong;
 # integers and bools are indices and masks.
 CASTABLE: frozenset[torch.dtype] = frozenset(
     {torch.float64, torch.float32, torch.bfloat16, torch.float16}

@@ -1,8 +1,8 @@
 """Loop nests over flat indices, and the positions that two nests share.
 
 Pure: integers in, integers out. A nest visits `start + sum(i * step)` for each combination of the
-loop indices `i`. One copy writes to a piece of memory, and another copy reads from it: this module
-finds the positions that both visit, for any steps.
+loop indices `i`. A copy is a pair of nests: the positions that it reads, and the positions that it
+writes. This module finds the positions that two copies both read, for any steps.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 Loop = tuple[int, int, int]
-"""`(extent, step, to_step)`: a loop of a copy; `step` counts positions read, `to_step` written."""
+"""`(extent, step, to_step)` of a loop: `step` counts positions read, `to_step` those written."""
 
 Meeting = tuple[int, int, tuple[Loop, ...]]
 """`(first start, second start, loops)`: elements that two copies both read.

@@ -30,8 +30,7 @@ class ShardSpec:
     """One cut of a tensor along one dimension, for tensors that a trainer shards by hand.
 
     The dimension is cut into `interleave` segments, and each segment into `count` chunks. Both cuts
-    give the sizes of `torch.chunk`. The rank holds chunk `index` of each segment, one after
-    another.
+    follow `torch.chunk`. The rank holds chunk `index` of each segment, one after another.
     """
 
     dim: int

@@ -53,7 +53,7 @@ class Copy:
     start: Shape
     """First index in the runtime tensor, or in the shard of it that a rank holds."""
     loops: tuple[Loop, ...]
-    """Loops over single elements, outermost first: in the order of the HuggingFace tensor."""
+    """The loops, outermost first. They visit the HuggingFace tensor in ascending order."""
 
     @property
     def numel(self) -> int:
@@ -70,7 +70,7 @@ def strides_of(shape: Shape) -> Shape:
 
 
 def copy_of_box(box: Box) -> Copy:
-    """Return the copy of a box of a runtime tensor to a whole HuggingFace tensor of its shape."""
+    """Return the copy that makes a box of a runtime tensor a whole HuggingFace tensor."""
     loops = tuple(Loop(n, d, 1, d, 1) for d, n in enumerate(box.sizes) if n > 1)
     return Copy((0,) * len(box.sizes), box.offsets, loops)
 
