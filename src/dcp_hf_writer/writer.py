@@ -32,11 +32,11 @@ from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts, note_me
 from dcp_hf_writer.save import coordinator, export_assets
 from dcp_hf_writer.save.async_stager import SlabStager
 from dcp_hf_writer.save.attempt import Attempt, register
+from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
 from dcp_hf_writer.save.checksums import add_checksums
 from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
 from dcp_hf_writer.save.failure_explanations import guard_save
-from dcp_hf_writer.save.hf_half import MAX_BOUNCE_NBYTES
 from dcp_hf_writer.save.joined_save import planned_directory
 from dcp_hf_writer.save.rendezvous import Announcement, next_count, rendezvous_of
 from dcp_hf_writer.save.save_owner import new_save_id
@@ -249,7 +249,6 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt.check()
         if len(plans) == 1:
             attempt.rendezvous = None
-        attempt.world_size = len(plans)
         export, assets = self._export_of(attempt)
         whole = plan_cache.whole_plans(plans, current_planner())
         check_facts(gathered_plans() or plans, whole)
@@ -342,7 +341,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 dcp_writer=self.dcp_writer,
                 slots=self.slots,
                 subdir=self._subdir,
-                bounce_nbytes=min(MAX_BOUNCE_NBYTES, self.host_budget_bytes // 4),
+                bounce_nbytes=bounce_nbytes_of(self.host_budget_bytes),
             ).run()
             plan_cache.settle_plan(attempt.global_plan)
             attempt.check()

@@ -25,7 +25,8 @@ from dcp_hf_writer.errors import (
     TargetExistsError,
     WriteError,
 )
-from dcp_hf_writer.plan.layout import Layout, RuntimeTensor, plan_layout
+from dcp_hf_writer.plan.assign_keys import RuntimeTensor
+from dcp_hf_writer.plan.layout import Layout, plan_layout
 from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
 from dcp_hf_writer.save import coordinator, save_owner
 from dcp_hf_writer.save.attempt import Attempt
@@ -116,7 +117,7 @@ def test_save_from_several_hosts_is_refused_on_every_rank_and_names_the_way_out(
 
 def layout_of(*names: str, **options: Any) -> Layout:
     tensors = [RuntimeTensor(name, name, (10,), torch.float32, (whole((10,)),)) for name in names]
-    return plan_layout(tensors, HFExport(**options), tied={})
+    return plan_layout(tensors, HFExport(**options), tied=())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])

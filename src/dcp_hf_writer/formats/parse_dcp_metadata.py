@@ -41,7 +41,6 @@ from dcp_hf_writer.tensors.strided_copies import Copy, Loop
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-METADATA_NAME = ".metadata"
 
 # A hundred bytes a chunk: ten million of them; a file that claims more is not read.
 MAX_METADATA_NBYTES = 1 << 30

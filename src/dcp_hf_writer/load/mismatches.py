@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch.distributed.checkpoint._traverse import traverse_state_dict_v_2_3
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.mapping.flattening import fqn_of
 from dcp_hf_writer.tensors.boxes import Box, intersect
 from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
 
@@ -23,32 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
     from dcp_hf_writer.mapping.load_spec import LoadSpec
-    from dcp_hf_writer.mapping.model_entry import Path
     from dcp_hf_writer.torch_seam.blocked_tensors import BlockedTensor
-
-
-def flat_tensors(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, torch.Tensor]]:
-    """Return the tensors of a nested state dict, with their paths, by the FQN that DCP gives them.
-
-    torch's `flatten_state_dict` looks at a variable of its module that planners of other threads
-    may have changed for a moment.
-    """
-    found: dict[str, tuple[Path, torch.Tensor]] = {}
-    _visit(state_dict, (), found)
-    return found
-
-
-def _visit(value: Any, path: Path, found: dict[str, tuple[Path, torch.Tensor]]) -> None:
-    # Mappings and lists are what DCP looks into.
-    entries: Iterable[tuple[str | int, Any]] = ()
-    if isinstance(value, torch.Tensor):
-        found[".".join(map(str, path))] = (path, value)
-    elif isinstance(value, dict):
-        entries = value.items()
-    elif isinstance(value, list):
-        entries = enumerate(value)
-    for key, inner in entries:
-        _visit(inner, (*path, key), found)
 
 
 def loaded_values(planner: LoadPlanner | None) -> dict[str, Any]:
@@ -92,7 +67,7 @@ def _has_old_names(planner: LoadPlanner | None, there: Iterable[str]) -> bool:
     if not isinstance(nested, dict):
         return False
     names: set[str] = set()
-    traverse_state_dict_v_2_3(nested, lambda path, _: names.add(".".join(map(str, path))))
+    traverse_state_dict_v_2_3(nested, lambda path, _: names.add(fqn_of(path)))
     return bool(names.intersection(set(there) - loaded_values(planner).keys()))
 
 

@@ -16,28 +16,34 @@ from dcp_hf_writer.tensors.strided_copies import Copy, coverage_fault, runtime_b
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from dcp_hf_writer.plan.layout import PartTarget, RuntimeTensor
+    from dcp_hf_writer.plan.assign_keys import RuntimeTensor
+    from dcp_hf_writer.plan.layout import PartTarget
 
 
 def targets_stored_once(
     tensors: Iterable[RuntimeTensor],
     targets: Mapping[str, Sequence[PartTarget]],
-    tied: Mapping[str, str],
+    shared: Iterable[Sequence[str]],
 ) -> dict[str, tuple[PartTarget, ...]]:
     """Find the runtime tensors whose every element is in the export, bit for bit.
 
     Args:
         tensors: Tensors of the model's entry.
         targets: Where the elements of each go, by FQN.
-        tied: `{dropped: kept}` FQNs.
+        shared: Groups of FQNs that share their memory.
 
     Returns:
-        The targets of each such tensor, by FQN; a dropped one has those of the kept one.
+        The targets of each such tensor, by FQN; one that is not exported has those of a tensor that
+        shares its memory and is.
     """
+    kept_of: dict[str, str] = {}
+    for group in shared:
+        exported = [fqn for fqn in group if fqn in targets]
+        kept_of |= {fqn: exported[0] for fqn in group if exported and fqn not in targets}
     by_fqn = {tensor.fqn: tensor for tensor in tensors}
     found: dict[str, tuple[PartTarget, ...]] = {}
     for fqn, tensor in by_fqn.items():
-        kept = by_fqn.get(tied.get(fqn, fqn), tensor)
+        kept = by_fqn[kept_of.get(fqn, fqn)]
         parts = tuple(targets.get(kept.fqn, ()))
         is_same = (tensor.shape, tensor.dtype) == (kept.shape, kept.dtype)
         if is_same and not any(needs_cast(tensor.dtype, part) for part in parts):

@@ -20,9 +20,9 @@ from torch.distributed.checkpoint.utils import _DistWrapper
 
 from dcp_hf_writer.digests.digest_sweep import extent_of
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.formats.names_on_disk import INDEX_NAME
 from dcp_hf_writer.mapping.model_entry import model_prefix
 from dcp_hf_writer.plan.global_plan import GlobalPlan, RankPlan, plan_globally, rank_plans
-from dcp_hf_writer.plan.layout import INDEX_NAME
 from dcp_hf_writer.preflight.explanation import Explanation
 from dcp_hf_writer.preflight.explanation_rows import FileSum, RankSum, Row, left_out
 from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts, note_memory

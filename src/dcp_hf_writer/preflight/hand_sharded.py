@@ -15,6 +15,7 @@ import xxhash
 from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer.errors import ModelKeyError, PlanningError
+from dcp_hf_writer.excerpts import some_ranks
 from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS
 from dcp_hf_writer.mapping.spec_match import model_names
 from dcp_hf_writer.tensors.shards import blocks_of, shards_of
@@ -114,13 +115,10 @@ def check_samples(samples: Sequence[bytes], plans: Iterable[SavePlan]) -> None:
     alike: dict[bytes, list[int]] = {}
     for i in np.flatnonzero(rows["name"] == rows["name"][worst]):
         alike.setdefault(rows[i].tobytes(), []).extend(holders[i])
-    found = " and ".join(f"one on ranks {_some(group)}" for group in list(alike.values())[:_SHOWN])
+    found = " and ".join(
+        f"one on ranks {some_ranks(group)}" for group in list(alike.values())[:_SHOWN]
+    )
     _say(_fqn_of(int(rows["name"][worst]), plans), found, is_drift=bool(distance[worst] <= _DRIFT))
-
-
-def _some(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, sorted(ranks)[:_SHOWN]))
-    return f"[{shown}, ...]" if len(ranks) > _SHOWN else f"[{shown}]"
 
 
 def _say(fqn: str | None, found: str, *, is_drift: bool) -> None:

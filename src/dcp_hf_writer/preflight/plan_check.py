@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.excerpts import some_of
 from dcp_hf_writer.save.tensor_source import chunk_of
 from dcp_hf_writer.tensors.boxes import intersect
 from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
@@ -71,6 +72,5 @@ def _is_within(box: Box, block: Box) -> bool:
 
 
 def _text(boxes: Iterable[Box]) -> str:
-    shown = [f"{list(box.sizes)} at {list(box.offsets)}" for box in boxes]
-    more = f" and {len(shown) - _SHOWN} more" if len(shown) > _SHOWN else ""
-    return f"{', '.join(shown[:_SHOWN]) or 'nothing'}{more}"
+    shown = (f"{list(box.sizes)} at {list(box.offsets)}" for box in boxes)
+    return some_of(shown, most=_SHOWN) or "nothing"

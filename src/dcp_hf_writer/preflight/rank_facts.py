@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -53,8 +52,7 @@ def local_facts(
         attempt.export_error = untrue_tie(planner, export, attempt.memory, rank=attempt.rank)
     return LocalFacts(
         host=page_cache_id(attempt.target),
-        host_name=socket.gethostname(),
-        order=tuple(item.index.fqn for item in plan.items) if attempt.is_coordinator else None,
+        order=_order(plan, planner) if attempt.is_coordinator else None,
         tied=tied_groups(attempt.memory),
         samples=samples_of(
             planner,
@@ -62,6 +60,13 @@ def local_facts(
             world_size=dist.get_world_size(group) if dist.is_initialized() else 1,
         ),
     )
+
+
+def _order(plan: SavePlan, planner: SavePlanner | None) -> tuple[str, ...]:
+    """Return FQNs in state-dict order."""
+    # A plan has no item for a tensor that other ranks hold altogether, though it has its place.
+    planned = (item.index.fqn for item in plan.items)
+    return tuple(dict.fromkeys((*planned_state_dict(planner), *planned)))
 
 
 def check_facts(plans: Sequence[SavePlan], whole: Sequence[SavePlan]) -> None:

@@ -60,7 +60,6 @@ class Attempt:
         self.began = time.monotonic()
         self.staging_error: CheckpointError | None = None
         self.rank = 0
-        self.world_size = 1
         self.is_coordinator = True
         self.phase = "plan"
         self.rendezvous: Rendezvous | None = None

@@ -22,13 +22,13 @@ from dcp_hf_writer.errors import (
     WriteError,
 )
 from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.formats.names_on_disk import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from dcp_hf_writer.formats.stored_once_places import NOTICE
 from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
-from dcp_hf_writer.plan.layout import INDEX_NAME
 from dcp_hf_writer.plan.rank_report import RankReport, check_coverage
-from dcp_hf_writer.save.commit import MANIFEST_NAME, remove_tree
+from dcp_hf_writer.save.commit import remove_tree
 from dcp_hf_writer.save.dcp_half import digest_file
-from dcp_hf_writer.save.export_assets import CHECKSUMS_NAME, CONFIG_NAME
+from dcp_hf_writer.save.export_assets import CHECKSUMS_NAME
 from dcp_hf_writer.save.save_owner import Owner
 from dcp_hf_writer.save.tensor_source import digest_of
 from dcp_hf_writer.save.write_phase import export_error

@@ -17,6 +17,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer.errors import CheckpointError, StagingError
+from dcp_hf_writer.mapping.flattening import fqn_of, walk_tensors
 from dcp_hf_writer.staging.memory_identity import memory_identity
 from dcp_hf_writer.staging.slab import ALIGN_NBYTES, Lease, Slab, SlabPool
 
@@ -56,8 +57,8 @@ class _Leaf:
 
     @property
     def fqn(self) -> str:
-        """The name that DCP's flattening gives it."""
-        return ".".join(map(str, self.path))
+        """The name that DCP's flattening gives it; within a tuple, which DCP keeps whole, ours."""
+        return fqn_of(self.path)
 
     @property
     def signature(self) -> tuple[Any, ...]:
@@ -219,8 +220,9 @@ class Stager:
             StagingError: If a value cannot be staged, memory cannot be had, or the slab stays busy.
         """
         began = time.monotonic()
-        leaves: list[_Leaf] = []
-        _collect(state_dict, (), leaves)
+        leaves = [
+            _leaf(path, tensor) for path, tensor in walk_tensors(state_dict, into_tuples=True)
+        ]
         aliases = _aliases(leaves)
         signature = (tuple(leaf.signature for leaf in leaves), tuple(aliases))
         nbytes = _slab_nbytes(leaves, aliases)
@@ -329,18 +331,7 @@ _Pair = tuple[torch.Tensor, torch.Tensor, int]
 """Target in the slab, source, bytes."""
 
 
-def _collect(value: Any, path: Path, leaves: list[_Leaf]) -> None:
-    if isinstance(value, torch.Tensor):
-        leaves.append(_leaf(value, path))
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            _collect(item, (*path, key), leaves)
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            _collect(item, (*path, i), leaves)
-
-
-def _leaf(value: torch.Tensor, path: Path) -> _Leaf:
+def _leaf(path: Path, value: torch.Tensor) -> _Leaf:
     local = value
     if isinstance(value, DTensor):
         with torch.no_grad():
@@ -349,12 +340,11 @@ def _leaf(value: torch.Tensor, path: Path) -> _Leaf:
             local = local.wait()
     is_plain = type(local) in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
     if not is_plain or local.layout is not torch.strided or local.is_meta or local.is_quantized:
-        fqn = ".".join(map(str, path))
         msg = "a value of this kind cannot be staged"
         raise StagingError(
             msg,
             phase="stage",
-            fqn=fqn,
+            fqn=fqn_of(path),
             expected="a plain strided tensor, or a DTensor of plain strided tensors",
             found=f"{type(local).__name__} on {local.device}, {local.layout}",
             hint="convert it in the state dict, or leave it out",
