@@ -20,7 +20,6 @@ from dcp_hf_writer.digests.digest_sweep import (
 )
 from dcp_hf_writer.digests.problems import Problem
 from dcp_hf_writer.errors import CheckpointError
-from dcp_hf_writer.storage.input_backends import LocalFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -33,8 +32,8 @@ if TYPE_CHECKING:
 # Small enough that the threads end together, large enough that opening a file does not count.
 _JOB_NBYTES = 64 << 20
 
-# Of a store that is asked over a network, a request costs more than a cache saves.
-_REMOTE_WINDOW_NBYTES = 16 << 20
+# Where each read is a request, the request costs more than a window that fits the cache saves.
+_LARGE_WINDOW_NBYTES = 16 << 20
 
 _POLL_S = 0.1
 
@@ -154,9 +153,9 @@ class Recomputation:
             Digests that differ, parts of tensors that are not covered once, and files that cannot
             be read.
         """
-        is_local = isinstance(self._files, LocalFiles)
+        window = _LARGE_WINDOW_NBYTES if self._files.prefers_large_reads else WINDOW_NBYTES
         for _ in range(self._threads):
-            self._sweeps.put(Sweep(WINDOW_NBYTES if is_local else _REMOTE_WINDOW_NBYTES))
+            self._sweeps.put(Sweep(window))
         with ThreadPoolExecutor(self._threads, thread_name_prefix="dcp-hf-verify") as pool:
             futures = [pool.submit(self._do, job) for job in self._jobs]
             try:
