@@ -129,6 +129,7 @@ class InputConformance:
         assert files.tree() == {"a": 1, "sub/a": 1, "sub/b": 2}
         raw.write("sub/c", b"xyz")
         assert files.has("sub/c")
+        assert files.below("sub").names() == ["a", "b", "c"]
         raw.write("sub/d", b"four")
         assert files.read_whole("sub/d", max_nbytes=4) == b"four"
         raw.write("e", b"five")
@@ -273,6 +274,17 @@ class InputConformance:
         error = caught.value
         assert (error.problem, error.path) == ("a file ends too early", f"{raw.path}/a")
         assert (error.expected, error.found) == (f"at least {start + nbytes} bytes", "5 bytes")
+
+    def test_read_is_refused_beyond_the_size_that_open_gave_when_the_file_has_grown(
+        self, raw: RawDirectory
+    ) -> None:
+        raw.write("a", b"12345")
+        with raw.files().open("a") as file:
+            raw.write("a", b"1234567890")
+            assert file.read(3, 2) == b"45"
+            with pytest.raises(ReadError, match="ends too early") as caught:
+                file.read(3, 3)
+        assert (file.nbytes, caught.value.found) == (5, "5 bytes")
 
     @pytest.mark.parametrize("left", [0, 40_000, 90_000, 99_999])
     def test_read_is_refused_when_the_file_has_become_shorter(
