@@ -4,183 +4,60 @@ from __future__ import annotations
 
 import ast
 import functools
-from pathlib import Path
 
 import pytest
 
-import dcp_hf_writer
+from support.folders import ENTRIES, FOLDERS, LEAVES, PURE, SOURCE, table, written_table
 
 PACKAGE = "dcp_hf_writer"
-ROOT = Path(dcp_hf_writer.__file__).parent
 
-# Each module may import from its own layer and from those above it, in the order of the design.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    (
-        "errors",
-        "check",
-        "stream",
-        "load",
-        "preflight",
-        "save",
-        "torch_seam",
-        "staging",
-        "digests",
-        "plan",
-        "formats",
-        "mapping",
-        "tensors",
-        "failpoints",
-    ),
-    (
-        "mapping.name_patterns",
-        "tensors.boxes",
-        "tensors.dtypes",
-        "tensors.strided_copies",
-        "formats.strict_json",
-    ),
-    ("tensors.loop_nests", "mapping.symbolic_tensors"),
-    ("tensors.shards",),
-    ("mapping.load_spec", "mapping.hf_export"),
-    ("formats.dequantize", "formats.quantized_tensors", "formats.quantized_checkpoints"),
-    ("mapping.specs_from_function", "mapping.tied_names"),
-    (
-        "formats.encode_safetensors_header",
-        "plan.layout",
-        "plan.regions",
-        "plan.stored_once",
-        "mapping.model_entry",
-        "plan.rank_report",
-        "plan.encode_manifest",
-    ),
-    ("mapping.spec_match",),
-    ("stream.buckets", "stream.gather_steps"),
-    (
-        "formats.parse_safetensors_header",
-        "plan.parse_manifest_blocks",
-        "plan.parse_manifest",
-        "digests.digest_sweep",
-        "digests.problems",
-    ),
-    (
-        "formats.restricted_unpickle",
-        "formats.parse_dcp_metadata",
-        "formats.parse_torch_archive",
-        "load.read_plan",
-        "load.exchange_plan",
-    ),
-    ("staging.memory_identity", "plan.global_plan", "torch_seam.plan_cache"),
-    ("preflight.explanation_rows", "preflight.explanation_tables", "preflight.explanation"),
-    ("stream.agreement", "stream.fill_buckets", "stream.mesh_groups", "stream.held_shards"),
-    ("torch_seam.blocked_tensors", "torch_seam.planners"),
-    ("staging.slab", "staging.stager", "torch_seam.frames"),
-    ("storage.slot_files", "storage.write_slots"),
-    ("storage", "storage.linux_calls", "storage.posix_outputs", "storage.open_outputs"),
-    (
-        "storage.input_contract",
-        "storage.input_backends",
-        "storage.open_inputs",
-        "load.read_phase",
-        "load.exchange",
-    ),
-    ("storage.listing", "check.check_dcp", "digests.recompute", "check.progress_line"),
-    (
-        "formats.encode_torch_archive",
-        "save.tensor_source",
-        "save.dcp_half",
-        "save.hf_half",
-        "save.export_assets",
-        "preflight.writer_options",
-    ),
-    (
-        "load.dcp_source",
-        "load.hf_directory",
-        "load.hf_source",
-        "load.checkpoint_half",
-        "load.mismatches",
-    ),
-    ("load.dequantized_reads", "load.verify_ranges", "load.hf_blocks", "load.planned_load"),
-    ("save.rendezvous", "save.save_owner"),
-    ("save.commit",),
-    ("save.checksums",),
-    (
-        "save.attempt",
-        "torch_seam.future_guard",
-        "save.coordinator",
-        "save.failure_explanations",
-        "save.write_phase",
-        "save.async_stager",
-    ),
-    (
-        "preflight.plan_check",
-        "preflight.hand_sharded",
-        "preflight.drifted_ties",
-        "preflight.rank_facts",
-        "save.joined_save",
-    ),
-    ("integrations", "integrations.unsharded_twin", "integrations.base_check"),
-    (
-        "integrations.transformers_conversions",
-        "integrations.transformers",
-        "integrations.torchtitan",
-    ),
-    ("check.check_hf", "check.verify"),
-    ("reader", "loader", "check.materialize"),
-    ("preflight.dry_run",),
-    ("writer", "stream.bucket_stream"),
-    ("",),
-)
-# The package itself is "".
-LAYER = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+# Modules that are imported by name when they are asked for, against the order of the folders.
+LATE = {
+    ("mapping.hf_export", "integrations.transformers"),
+    ("mapping.hf_export", "integrations.torchtitan"),
+}
 
-PLANNING = (
-    *(
-        "tensors.boxes",
-        "tensors.dtypes",
-        "formats.encode_safetensors_header",
-        "plan.layout",
-        "mapping.model_entry",
-        "plan.rank_report",
-        "plan.encode_manifest",
-    ),
-    *("tensors.strided_copies", "plan.regions", "plan.stored_once", "mapping.name_patterns"),
-    *("tensors.loop_nests", "mapping.symbolic_tensors", "mapping.specs_from_function"),
-    *("tensors.shards", "mapping.spec_match", "mapping.tied_names"),
-    *("stream.buckets", "stream.gather_steps"),
-    *("mapping.load_spec", "mapping.hf_export"),
-    *("formats.dequantize", "formats.quantized_tensors", "formats.quantized_checkpoints"),
-    *(
-        "formats.strict_json",
-        "formats.parse_safetensors_header",
-        "plan.parse_manifest_blocks",
-        "plan.parse_manifest",
-        "digests.digest_sweep",
-        "digests.problems",
-    ),
-    *("formats.restricted_unpickle", "load.read_plan", "load.exchange_plan"),
-)
 # Storage, processes, other machines.
 EFFECTS = frozenset(
     {
-        *("os", "io", "pathlib", "shutil", "tempfile", "glob", "mmap", "fcntl", "ctypes"),
+        *("os", "pathlib", "shutil", "tempfile", "glob", "mmap", "fcntl", "ctypes"),
         *("socket", "subprocess", "multiprocessing", "threading", "concurrent", "time", "random"),
         *("torch.distributed", "torch.multiprocessing", "fsspec", "filelock", "safetensors"),
+    }
+)
+# Values without effects: what DCP plans with and what its metadata is made of, and pure paths.
+VALUES = frozenset(
+    {
+        "torch.distributed.checkpoint.metadata",
+        "torch.distributed.checkpoint.planner",
+        "torch.distributed.checkpoint.filesystem._StorageInfo",
+        "pathlib.PurePosixPath",
     }
 )
 
 
 @functools.cache
 def tree_of(name: str) -> ast.Module:
-    path = ROOT / (name.replace(".", "/") or "__init__")
+    path = SOURCE / (name.replace(".", "/") or "__init__")
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     return ast.parse(file.read_text())
 
 
 def module_names() -> list[str]:
     found = []
-    for path in sorted(ROOT.rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
         found.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
     return found
+
+
+def modules_within(folders: tuple[str, ...]) -> list[str]:
+    return [name for name in module_names() if folder_of(name) in folders]
+
+
+def folder_of(name: str) -> str:
+    """Return the folder of a module; of one at the top, its own name."""
+    return name.partition(".")[0]
 
 
 def imports_of(name: str, *, with_types: bool) -> set[str]:
@@ -199,9 +76,24 @@ def imports_of(name: str, *, with_types: bool) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name} imports relatively"
-            found.add(node.module or "")
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def is_within(name: str, modules: frozenset[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def late_imports_of(name: str) -> set[str]:
+    """Return the modules of the package whose names a module holds as text."""
+    return {
+        node.value.removeprefix(f"{PACKAGE}.")
+        for node in ast.walk(tree_of(name))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and node.value.removeprefix(f"{PACKAGE}.") in set(module_names()) - {""}
+        and node.value.startswith(f"{PACKAGE}.")
+    }
 
 
 def own_imports_of(name: str) -> set[str]:
@@ -209,17 +101,52 @@ def own_imports_of(name: str) -> set[str]:
     known = set(module_names())
     named = imports_of(name, with_types=True)
     found = {one.removeprefix(f"{PACKAGE}.") for one in named if one.startswith(f"{PACKAGE}.")}
-    return (found & known) - {name}
+    # `from a.b import c` names the module `a.b`, or the module `a.b.c`.
+    found |= {one.rpartition(".")[0] for one in found}
+    modules = (found & known) - {name, ""} - set(FOLDERS)
+    return modules | {one for one in late_imports_of(name) if (name, one) not in LATE}
 
 
-def test_every_module_has_its_layer() -> None:
-    assert sorted(LAYER) == module_names()
+def order_of(name: str) -> int:
+    """Return the place of a module in the one order that imports follow."""
+    order = ("leaves", *FOLDERS, "entries", "")
+    folder = folder_of(name)
+    if folder in LEAVES:
+        return order.index("leaves")
+    return order.index("entries" if folder in ENTRIES else folder)
+
+
+def test_every_module_lies_in_a_folder_of_the_list() -> None:
+    assert {folder_of(name) for name in module_names()} == {"", *LEAVES, *FOLDERS, *ENTRIES}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folder_says_what_it_owns_and_what_it_must_not_do(name: str) -> None:
+    tree = tree_of(name)
+    assert len(tree.body) == 1, "an __init__ holds a docstring and nothing else"
+    owns, _, rule = (ast.get_docstring(tree) or "").partition("\n\n")
+    assert owns.endswith(".")
+    assert rule.endswith(".")
+
+
+def test_table_in_the_design_is_made_from_the_folders() -> None:
+    assert written_table() == table(), "run tests/support/folders.py"
+
+
+@pytest.mark.parametrize("name", module_names())
+def test_module_has_no_leading_underscore(name: str) -> None:
+    assert not name.rpartition(".")[2].startswith("_")
 
 
 @pytest.mark.parametrize("name", module_names())
 def test_imports_point_one_way(name: str) -> None:
-    below = {other for other in own_imports_of(name) if LAYER[other] > LAYER[name]}
+    below = {other for other in own_imports_of(name) if order_of(other) > order_of(name)}
     assert below == set()
+
+
+def test_late_imports_are_those_that_are_listed() -> None:
+    late = {(name, other) for name in module_names() for other in late_imports_of(name)}
+    assert late == LATE
 
 
 def test_imports_form_no_cycle() -> None:
@@ -236,36 +163,67 @@ def test_imports_form_no_cycle() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("name", PLANNING)
+@pytest.mark.parametrize("name", modules_within(PURE))
 def test_planning_imports_nothing_that_has_effects(name: str) -> None:
     touched = {
         one
         for one in imports_of(name, with_types=False)
-        if any(one == effect or one.startswith(f"{effect}.") for effect in EFFECTS)
+        if is_within(one, EFFECTS) and not is_within(one, VALUES)
     }
     assert touched == set()
-    assert {other for other in own_imports_of(name) if other not in (*PLANNING, "errors")} == set()
+    assert {folder_of(one) for one in own_imports_of(name)} <= {*PURE, *LEAVES}
 
 
-@pytest.mark.parametrize("name", PLANNING)
+@pytest.mark.parametrize("name", modules_within(PURE))
 def test_planning_opens_no_file(name: str) -> None:
     called = {
-        node.func.id
+        node.func.id if isinstance(node.func, ast.Name) else node.func.attr
         for node in ast.walk(tree_of(name))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        if isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute))
     }
     assert not called & {"open", "print", "input", "exec", "eval"}
 
 
 def test_check_sees_what_it_forbids() -> None:
-    assert {"os", "dcp_hf_writer.storage.linux_calls"} <= imports_of(
-        "storage.posix_outputs", with_types=False
-    )
+    outputs = imports_of("storage.posix_outputs", with_types=False)
+    assert {"os", "dcp_hf_writer.storage.linux_calls.reserve"} <= outputs
+    assert is_within("torch.distributed", EFFECTS)
     assert "torch.distributed" in imports_of("save.rendezvous", with_types=False)
     assert "os" not in imports_of("mapping.hf_export", with_types=False)
     assert "os" in imports_of("mapping.hf_export", with_types=True)
     assert own_imports_of("formats.encode_safetensors_header") == {
-        "tensors.dtypes",
-        "errors",
-        "tensors.boxes",
+        *("errors", "tensors.boxes", "tensors.dtypes"),
     }
+    assert order_of("errors") < order_of("tensors.boxes") < order_of("save.commit")
+    assert order_of("save.commit") < order_of("writer") < order_of("")
+
+
+@pytest.mark.parametrize("name", [one for one in module_names() if one != "save.attempt"])
+def test_nothing_of_an_attempt_is_set_from_outside(name: str) -> None:
+    targets = (
+        target
+        for node in ast.walk(tree_of(name))
+        if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign))
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+    )
+    found = [ast.unparse(inner) for target in targets for inner in ast.walk(target)]
+    assert [text for text in found if text.startswith(("attempt.", "self.attempt."))] == []
+
+
+# Where the folders before the seam hold what torch writes, or call it.
+PRIVATE_ELSEWHERE = {
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.serialization._save",
+}
+
+
+@pytest.mark.parametrize("name", [one for one in module_names() if folder_of(one) != "torch_seam"])
+def test_private_names_of_torch_are_imported_in_the_seam_alone(name: str) -> None:
+    private = {
+        one
+        for one in imports_of(name, with_types=False)
+        if one.startswith(("torch.", "concurrent."))
+        and any(part.startswith("_") for part in one.split("."))
+    }
+    assert private <= PRIVATE_ELSEWHERE
