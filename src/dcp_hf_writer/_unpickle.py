@@ -41,8 +41,11 @@ class Class:
 
     kind: type
     """The class of what is made; its constructor is not called."""
-    build: Callable[[Any, Any], None]
-    """Gives an object its state, once; refuses a state by `TypeError` or `ValueError`."""
+    build: Callable[[Any, Any], object]
+    """Gives an object its state, once; refuses a state by `TypeError` or `ValueError`.
+
+    Returns the values of fields that it does not know, or `None` if it knows all of them.
+    """
     is_key: bool = False
     """Whether it may be a key of a dict; it must hash fast then, whatever its state."""
     has_state: bool = True
@@ -62,6 +65,7 @@ def unpickle(
     *,
     path: str,
     persistent: Callable[[Any], Any] | None = None,
+    unknown: list[Any] | None = None,
 ) -> Any:
     """Interpret a pickle.
 
@@ -70,6 +74,7 @@ def unpickle(
         admitted: What it may name, by module and name.
         path: Where it comes from, for errors.
         persistent: Resolves persistent ids; `None` refuses them.
+        unknown: Receives what the `build` functions return, except `None`.
 
     Returns:
         What the stream describes: `None`, bool, int, float, str, bytes, list, tuple, dict, objects
@@ -82,18 +87,23 @@ def unpickle(
             error names what.
     """
     try:
-        return _Machine(data, admitted, persistent).run()
+        machine = _Machine(data, admitted, persistent)
+        found = machine.run()
     except _RefusedError as error:
-        found: object = error
+        problem: object = error
     except (LookupError, struct.error, UnicodeDecodeError):
-        found = "a stream that is cut off, or none"
+        problem = "a stream that is cut off, or none"
     except (TypeError, ValueError, AttributeError) as error:
-        found = f"values that do not fit: {str(error)[:200]}"
+        problem = f"values that do not fit: {str(error)[:200]}"
+    else:
+        if unknown is not None:
+            unknown.extend(machine.unknown)
+        return found
     raise CorruptCheckpointError(
         "a pickle says what it may not say",
         phase="read",
         path=path,
-        found=found,
+        found=problem,
         hint="nothing of it was run; only who trusts its writer should load it by other means",
     )
 
@@ -125,6 +135,7 @@ class _Machine:
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.unbuilt: dict[int, Any] = {}
+        self.unknown: list[Any] = []
         self._admitted = admitted
         self._persistent = persistent
         kinds = (one for one in admitted.values() if isinstance(one, Class))
@@ -243,7 +254,9 @@ class _Machine:
         made = self._class_of.get(type(target))
         if made is None:
             raise _RefusedError(f"a state for a {type(target).__name__}")
-        made.build(target, state)
+        unknown = made.build(target, state)
+        if unknown is not None:
+            self.unknown.append(unknown)
         self.unbuilt.pop(id(target), None)
 
     def set_items(self, values: list[Any]) -> None:
