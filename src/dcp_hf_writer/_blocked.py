@@ -22,7 +22,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dcp_hf_writer._boxes import Box, Shape
-from dcp_hf_writer._shards import Block, blocks_of, local_shape, shards_of
+from dcp_hf_writer._shards import (
+    Block,
+    blocks_of,
+    check_no_shard_attributes,
+    local_shape,
+    shards_of,
+)
 from dcp_hf_writer._spec_match import match_specs
 from dcp_hf_writer.errors import PlanningError
 
@@ -111,9 +117,11 @@ def blocked_tensors(
         key: Entry that holds the model, as `HFExport` takes it.
 
     Raises:
-        PlanningError: If a tensor is not what its spec or its placements say.
+        PlanningError: If a tensor is not what its spec or its placements say, or has shard
+            attributes.
     """
     tensors = {fqn: value for fqn, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    check_no_shard_attributes(tensors)
     matches: dict[str, Match] = {}
     if any(spec.shards for spec in specs.values()):
         paths = {fqn: tuple(mappings.get(fqn, (fqn,))) for fqn in tensors}

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer._model_entry import model_prefix, names_in_model
+from dcp_hf_writer._shards import check_no_shard_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -62,12 +63,15 @@ def model_tensors(
 
     Raises:
         ModelKeyError: If it is not clear which entry holds the model.
+        PlanningError: If a tensor has shard attributes.
     """
     flat, paths = flatten_state_dict(dict(state_dict))
     tensors = {fqn: value for fqn, value in flat.items() if isinstance(value, torch.Tensor)}
     known = {fqn: tuple(paths[fqn]) for fqn in tensors}
     names = names_in_model(known, model_prefix(known, key=key))
-    return {fqn: tensors[fqn] for fqn in names}, names
+    found = {fqn: tensors[fqn] for fqn in names}
+    check_no_shard_attributes(found)
+    return found, names
 
 
 def is_by_hand(value: torch.Tensor, spec: LoadSpec) -> bool:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch.distributed.tensor import DTensor
 
+from dcp_hf_writer._shards import SHARD_ATTRIBUTES_HINT, has_shard_attributes
 from dcp_hf_writer._slab import ALIGN_NBYTES, Lease, Slab, SlabPool
 from dcp_hf_writer._tensors import memory_identity
 from dcp_hf_writer.errors import CheckpointError, StagingError
@@ -339,6 +340,16 @@ def _leaf(value: torch.Tensor, path: Path) -> _Leaf:
             local = value.to_local()
         if hasattr(local, "wait"):
             local = local.wait()
+    if has_shard_attributes(value):
+        msg = "a tensor has shard attributes, which are not supported"
+        raise StagingError(
+            msg,
+            phase="stage",
+            fqn=".".join(map(str, path)),
+            expected="a plain tensor without them, or a DTensor",
+            found=f"a CheckpointableTensor of shape {list(local.shape)}",
+            hint=SHARD_ATTRIBUTES_HINT,
+        )
     is_plain = type(local) in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
     if not is_plain or local.layout is not torch.strided or local.is_meta or local.is_quantized:
         fqn = ".".join(map(str, path))
