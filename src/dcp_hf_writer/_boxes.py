@@ -102,7 +102,7 @@ def _fault(
     offsets, sizes = _array(offset_rows, len(shape)), _array(size_rows, len(shape))
     outside = ((offsets < 0) | (sizes < 0) | (offsets + sizes > np.array(shape, np.int64))).any(1)
     if outside.any():
-        i = int(outside.argmax())
+        i = int(np.argmax(outside))
         return f"a part at {offsets[i].tolist()} of size {sizes[i].tolist()} leaves the tensor"
     volumes = sizes.prod(axis=1)
     wanted, have = math.prod(shape), int(volumes.sum())
