@@ -94,7 +94,7 @@ def check_content(
     for key, tensor in state_dict["model"].items():
         with safe_open(os.path.join(hf, file_of_key[key]), framework="pt") as file:
             part = file.get_slice(key)[_region(tensor)]
-        if not _same_bytes(part, tensor.to_local()):
+        if not _same_bytes(part, tensor.to_local().cpu()):
             msg = f"{hf}: {key} differs from what was saved, rank {dist.get_rank()}"
             raise WrongContentError(msg)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dcp_hf_writer import LoadSpec
-from dcp_hf_writer.spec import Piece
+from dcp_hf_writer.mapping.load_spec import Piece
 from simulated import rank_plan
 
 if TYPE_CHECKING:

@@ -30,11 +30,11 @@ from torch.distributed.checkpoint import DefaultSavePlanner, default_planner
 
 import deepseek
 from dcp_hf_writer import HFExport, LoadSpec
-from dcp_hf_writer._boxes import _fault
-from dcp_hf_writer._copies import _copies_of
-from dcp_hf_writer._hf_half import regions_by_file
-from dcp_hf_writer._local_facts import check_facts
-from dcp_hf_writer._plan_data import plan_globally, rank_plans
+from dcp_hf_writer.plan.global_plan import plan_globally, rank_plans
+from dcp_hf_writer.preflight.rank_facts import check_facts
+from dcp_hf_writer.save.hf_half import regions_by_file
+from dcp_hf_writer.tensors.boxes import _fault
+from dcp_hf_writer.tensors.strided_copies import _copies_of
 from machine import describe_machine
 from simulated import rank_plan
 

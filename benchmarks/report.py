@@ -86,7 +86,7 @@ def render_table(results: list[Result], reference: str = "torch") -> str:
         written = r.written.total / GB if r.written else math.nan
         row += [f"{written:.2f}", *_memory_cells(r.memory)]
         rows.append(tuple("-" if cell.startswith("nan") else cell for cell in row))
-    return _align(rows)
+    return align(rows)
 
 
 def judge(results: list[Result], workload: Workload) -> list[Bar]:
@@ -130,8 +130,8 @@ def judge(results: list[Result], workload: Workload) -> list[Bar]:
 
 def render_bars(bars: list[Bar]) -> str:
     """A mark, the figure and its limit, a line each; aims after the bars."""
-    rows = [(_mark(b), "aim" if b.is_aim else "bar", b.what, b.found, b.limit) for b in bars]
-    return _align(rows, left=3)
+    rows = [(mark(b), "aim" if b.is_aim else "bar", b.what, b.found, b.limit) for b in bars]
+    return align(rows, left=3)
 
 
 def render_phases(results: list[Result]) -> str:
@@ -143,7 +143,7 @@ def render_phases(results: list[Result]) -> str:
             seconds = median([p[name] for p in r.phases if name in p])
             if seconds >= 0.0005:
                 rows.append((r.title, name, f"{seconds:.3f} s"))
-    return _align(rows, left=2)
+    return align(rows, left=2)
 
 
 def as_json(
@@ -223,7 +223,8 @@ def _judge_memory(ours: Result, workload: Workload) -> list[Bar]:
     return bars
 
 
-def _mark(bar: Bar) -> str:
+def mark(bar: Bar) -> str:
+    """Sign of whether a bar is held; a missed aim is no failure."""
     return "✓" if bar.passed else "·" if bar.is_aim else "✗"
 
 
@@ -234,7 +235,8 @@ def _memory_cells(memory: Memory | None) -> list[str]:
     return [peak, f"{(memory.after[-1] - memory.base) / (1 << 30):.2f}"]
 
 
-def _align(rows: list[tuple[str, ...]], left: int = 2) -> str:
+def align(rows: list[tuple[str, ...]], left: int = 2) -> str:
+    """Lay out rows as columns, the first `left` of them flush left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(

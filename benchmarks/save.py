@@ -139,14 +139,14 @@ def measure_times(rank: Rank, workload: Workload, root: str, names: list[str], r
             directory = os.path.join(root, f"{name}-step-{round_number}")
             gc.collect()
             dist.barrier()
-            saved = _slowest(contenders[name].save(state_dict, directory))
+            saved = slowest(contenders[name].save(state_dict, directory))
             if round_number == 0:
                 contenders[name].check(state_dict, directory)
             if rank.rank == 0:
                 rank.emit(
                     name=name, round=round_number, saved=saved, written=count_bytes(directory)
                 )
-            _remove(directory, rank)
+            remove(directory, rank)
 
 
 def measure_memory(rank: Rank, workload: Workload, root: str, name: str, saves: int) -> Memory:
@@ -163,7 +163,7 @@ def measure_memory(rank: Rank, workload: Workload, root: str, name: str, saves: 
         contender.save(state_dict, directory)
         gc.collect()
         after.append(held())
-        _remove(directory, rank)
+        remove(directory, rank)
     return Memory(
         base=base,
         peak=peak_rss_nbytes() if can_reset else 0,
@@ -173,14 +173,16 @@ def measure_memory(rank: Rank, workload: Workload, root: str, name: str, saves: 
     )
 
 
-def _slowest(saved: Saved) -> Saved:
+def slowest(saved: Saved) -> Saved:
+    """Return the longest stall and total of any rank; all ranks call it together."""
     of_ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, saved)
     stall, total = (max(getattr(s, a) for s in of_ranks) for a in ("stall_s", "total_s"))
     return Saved(stall, total, of_ranks[0].phases)
 
 
-def _remove(directory: str, rank: Rank) -> None:
+def remove(directory: str, rank: Rank) -> None:
+    """Remove what the ranks wrote, when all are done; all ranks call it together."""
     dist.barrier()
     if rank.rank == 0:
         shutil.rmtree(directory)

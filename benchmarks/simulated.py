@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from dcp_hf_writer._plan_data import LocalFacts
+from dcp_hf_writer.plan.global_plan import LocalFacts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -40,5 +40,5 @@ def rank_plan(rank: int, paths: Mapping[str, tuple[str, ...]], shards: Iterable[
         for fqn, offsets, sizes, shape in shards
     ]
     host = f"host{rank // RANKS_A_HOST}"
-    facts = LocalFacts(host, host, tuple(paths) if rank == 0 else None, ())
+    facts = LocalFacts(host, tuple(paths) if rank == 0 else None, ())
     return SavePlan(items, storage_data=facts, planner_data=paths)

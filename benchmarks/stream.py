@@ -22,8 +22,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from dcp_hf_writer import LoadSpec, Piece, _fill, iter_hf_buckets
-from dcp_hf_writer._shards import local_shape, shards_of
+from dcp_hf_writer import LoadSpec, Piece, iter_hf_buckets
+from dcp_hf_writer.stream import fill_buckets
+from dcp_hf_writer.tensors.shards import local_shape, shards_of
 from machine import describe_machine, held, peak_rss_nbytes, reset_peak
 from ranks import Rank, run_ranks
 
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
     from torch.distributed.device_mesh import DeviceMesh
 
-    from dcp_hf_writer._rounds import Gather
+    from dcp_hf_writer.stream.gather_steps import Gather
 
 EXPERTS, HIDDEN, INNER = 16, 512, 768
 MIB, GIB = 1 << 20, 1 << 30
@@ -227,7 +228,7 @@ def count_received(grid: DeviceMesh) -> list[int]:
     members = dist.get_process_group_ranks
     numbers = {tuple(members(grid.get_group(dim))): dim for dim in range(grid.ndim)}
     received = [0] * grid.ndim
-    gather = _fill._gather
+    gather = fill_buckets._gather
 
     def counting(buffer: torch.Tensor, step: Gather, group: Any) -> None:
         dim = numbers.get(tuple(members(group)))
@@ -237,7 +238,7 @@ def count_received(grid: DeviceMesh) -> list[int]:
             received[dim] += sum(others)
         gather(buffer, step, group)
 
-    _fill._gather = counting
+    fill_buckets._gather = counting
     return received
 
 

@@ -4,91 +4,60 @@ from __future__ import annotations
 
 import ast
 import functools
-from pathlib import Path
 
 import pytest
 
-import dcp_hf_writer
+from support.folders import ENTRIES, FOLDERS, LEAVES, PURE, SOURCE, table, written_table
 
 PACKAGE = "dcp_hf_writer"
-ROOT = Path(dcp_hf_writer.__file__).parent
 
-# Each module may import from its own layer and from those above it, in the order of the design.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("errors", "_hooks"),
-    ("_name_patterns", "_boxes", "_dtypes", "_copies", "_strict_json"),
-    ("_affine", "_symbolic"),
-    ("_shards",),
-    ("spec", "export"),
-    ("_dequantize", "_stored", "_quantized"),
-    ("_derivation", "_tied_names"),
-    ("_header", "_layout", "_regions", "_once", "_model_entry", "_report", "_manifest"),
-    ("_spec_match",),
-    ("_buckets", "_rounds"),
-    ("_parse_header", "_parse_blocks", "_parse_manifest", "_sweep", "_problems"),
-    ("_unpickle", "_dcp_metadata", "_archived", "_read_plan", "_exchange_plan"),
-    ("_tensors", "_plan_data", "_plan_cache"),
-    ("_explanation", "_explanation_table", "explain"),
-    ("_agreement", "_fill", "_groups", "_stock"),
-    ("_blocked", "planner"),
-    ("_slab", "staging", "_caller"),
-    ("_slot_files", "slots"),
-    ("storage", "storage._libc", "storage._posix", "_writes"),
-    ("_input_files", "_input_stores", "_open_inputs", "_read_phase", "_exchange"),
-    ("_listing", "_check_dcp", "_recompute", "_progress"),
-    ("_archive", "_source", "_dcp_half", "_hf_half", "_assets", "_options"),
-    ("_dcp_source", "_hf_directory", "_hf_source", "_sources", "_fit"),
-    ("_dequantize_load", "_verify_ranges", "_load_blocks", "_loads"),
-    ("_rendezvous", "_owner"),
-    ("_commit",),
-    ("_checksums",),
-    ("_attempt", "_watchdog", "_coordinator", "_guards", "_write_phase", "_stager"),
-    ("_plan_check", "_hand_sharded", "_ties", "_local_facts", "_joined_save"),
-    ("integrations", "integrations._twin", "integrations._base_check"),
-    ("integrations._conversions", "integrations.transformers", "integrations.torchtitan"),
-    ("_check_hf", "_verify"),
-    ("reader", "load", "_materialize"),
-    ("_dry_run",),
-    ("writer", "stream"),
-    ("",),
-)
-# The package itself is "".
-LAYER = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+# Modules that are imported by name when they are asked for, against the order of the folders.
+LATE = {
+    ("mapping.hf_export", "integrations.transformers"),
+    ("mapping.hf_export", "integrations.torchtitan"),
+}
 
-PLANNING = (
-    *("_boxes", "_dtypes", "_header", "_layout", "_model_entry", "_report", "_manifest"),
-    *("_copies", "_regions", "_once", "_name_patterns"),
-    *("_affine", "_symbolic", "_derivation"),
-    *("_shards", "_spec_match", "_tied_names"),
-    *("_buckets", "_rounds"),
-    *("spec", "export"),
-    *("_dequantize", "_stored", "_quantized"),
-    *("_strict_json", "_parse_header", "_parse_blocks", "_parse_manifest", "_sweep", "_problems"),
-    *("_unpickle", "_read_plan", "_exchange_plan"),
-)
 # Storage, processes, other machines.
 EFFECTS = frozenset(
     {
-        *("os", "io", "pathlib", "shutil", "tempfile", "glob", "mmap", "fcntl", "ctypes"),
+        *("os", "pathlib", "shutil", "tempfile", "glob", "mmap", "fcntl", "ctypes"),
         *("socket", "subprocess", "multiprocessing", "threading", "concurrent", "time", "random"),
         *("torch.distributed", "torch.multiprocessing", "fsspec", "filelock", "safetensors"),
+    }
+)
+# Values without effects: what DCP plans with and what its metadata is made of, and pure paths.
+VALUES = frozenset(
+    {
+        "torch.distributed.checkpoint.metadata",
+        "torch.distributed.checkpoint.planner",
+        "torch.distributed.checkpoint.filesystem._StorageInfo",
+        "pathlib.PurePosixPath",
     }
 )
 
 
 @functools.cache
 def tree_of(name: str) -> ast.Module:
-    path = ROOT / (name.replace(".", "/") or "__init__")
+    path = SOURCE / (name.replace(".", "/") or "__init__")
     file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
     return ast.parse(file.read_text())
 
 
 def module_names() -> list[str]:
     found = []
-    for path in sorted(ROOT.rglob("*.py")):
-        parts = path.relative_to(ROOT).with_suffix("").parts
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
         found.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
     return found
+
+
+def modules_within(folders: tuple[str, ...]) -> list[str]:
+    return [name for name in module_names() if folder_of(name) in folders]
+
+
+def folder_of(name: str) -> str:
+    """Return the folder of a module; of one at the top, its own name."""
+    return name.partition(".")[0]
 
 
 def imports_of(name: str, *, with_types: bool) -> set[str]:
@@ -107,9 +76,24 @@ def imports_of(name: str, *, with_types: bool) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{name} imports relatively"
-            found.add(node.module or "")
             found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
+
+
+def is_within(name: str, modules: frozenset[str]) -> bool:
+    return any(name == module or name.startswith(f"{module}.") for module in modules)
+
+
+def late_imports_of(name: str) -> set[str]:
+    """Return the modules of the package whose names a module holds as text."""
+    return {
+        node.value.removeprefix(f"{PACKAGE}.")
+        for node in ast.walk(tree_of(name))
+        if isinstance(node, ast.Constant)
+        and isinstance(node.value, str)
+        and node.value.removeprefix(f"{PACKAGE}.") in set(module_names()) - {""}
+        and node.value.startswith(f"{PACKAGE}.")
+    }
 
 
 def own_imports_of(name: str) -> set[str]:
@@ -117,17 +101,52 @@ def own_imports_of(name: str) -> set[str]:
     known = set(module_names())
     named = imports_of(name, with_types=True)
     found = {one.removeprefix(f"{PACKAGE}.") for one in named if one.startswith(f"{PACKAGE}.")}
-    return (found & known) - {name}
+    # `from a.b import c` names the module `a.b`, or the module `a.b.c`.
+    found |= {one.rpartition(".")[0] for one in found}
+    modules = (found & known) - {name, ""} - set(FOLDERS)
+    return modules | {one for one in late_imports_of(name) if (name, one) not in LATE}
 
 
-def test_every_module_has_its_layer() -> None:
-    assert sorted(LAYER) == module_names()
+def order_of(name: str) -> int:
+    """Return the place of a module in the one order that imports follow."""
+    order = ("leaves", *FOLDERS, "entries", "")
+    folder = folder_of(name)
+    if folder in LEAVES:
+        return order.index("leaves")
+    return order.index("entries" if folder in ENTRIES else folder)
+
+
+def test_every_module_lies_in_a_folder_of_the_list() -> None:
+    assert {folder_of(name) for name in module_names()} == {"", *LEAVES, *FOLDERS, *ENTRIES}
+
+
+@pytest.mark.parametrize("name", FOLDERS)
+def test_folder_says_what_it_owns_and_what_it_must_not_do(name: str) -> None:
+    tree = tree_of(name)
+    assert len(tree.body) == 1, "an __init__ holds a docstring and nothing else"
+    owns, _, rule = (ast.get_docstring(tree) or "").partition("\n\n")
+    assert owns.endswith(".")
+    assert rule.endswith(".")
+
+
+def test_table_in_the_design_is_made_from_the_folders() -> None:
+    assert written_table() == table(), "run tests/support/folders.py"
+
+
+@pytest.mark.parametrize("name", module_names())
+def test_module_has_no_leading_underscore(name: str) -> None:
+    assert not name.rpartition(".")[2].startswith("_")
 
 
 @pytest.mark.parametrize("name", module_names())
 def test_imports_point_one_way(name: str) -> None:
-    below = {other for other in own_imports_of(name) if LAYER[other] > LAYER[name]}
+    below = {other for other in own_imports_of(name) if order_of(other) > order_of(name)}
     assert below == set()
+
+
+def test_late_imports_are_those_that_are_listed() -> None:
+    late = {(name, other) for name in module_names() for other in late_imports_of(name)}
+    assert late == LATE
 
 
 def test_imports_form_no_cycle() -> None:
@@ -144,30 +163,36 @@ def test_imports_form_no_cycle() -> None:
         visit(name, ())
 
 
-@pytest.mark.parametrize("name", PLANNING)
+@pytest.mark.parametrize("name", modules_within(PURE))
 def test_planning_imports_nothing_that_has_effects(name: str) -> None:
     touched = {
         one
         for one in imports_of(name, with_types=False)
-        if any(one == effect or one.startswith(f"{effect}.") for effect in EFFECTS)
+        if is_within(one, EFFECTS) and not is_within(one, VALUES)
     }
     assert touched == set()
-    assert {other for other in own_imports_of(name) if other not in (*PLANNING, "errors")} == set()
+    assert {folder_of(one) for one in own_imports_of(name)} <= {*PURE, *LEAVES}
 
 
-@pytest.mark.parametrize("name", PLANNING)
+@pytest.mark.parametrize("name", modules_within(PURE))
 def test_planning_opens_no_file(name: str) -> None:
     called = {
-        node.func.id
+        node.func.id if isinstance(node.func, ast.Name) else node.func.attr
         for node in ast.walk(tree_of(name))
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        if isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute))
     }
     assert not called & {"open", "print", "input", "exec", "eval"}
 
 
 def test_check_sees_what_it_forbids() -> None:
-    assert {"os", "dcp_hf_writer.storage._libc"} <= imports_of("storage._posix", with_types=False)
-    assert "torch.distributed" in imports_of("_rendezvous", with_types=False)
-    assert "os" not in imports_of("export", with_types=False)
-    assert "os" in imports_of("export", with_types=True)
-    assert own_imports_of("_header") == {"_dtypes", "errors", "_boxes"}
+    outputs = imports_of("storage.posix_outputs", with_types=False)
+    assert {"os", "dcp_hf_writer.storage.linux_calls.reserve"} <= outputs
+    assert is_within("torch.distributed", EFFECTS)
+    assert "torch.distributed" in imports_of("save.rendezvous", with_types=False)
+    assert "os" not in imports_of("mapping.hf_export", with_types=False)
+    assert "os" in imports_of("mapping.hf_export", with_types=True)
+    assert own_imports_of("formats.encode_safetensors_header") == {
+        *("errors", "tensors.boxes", "tensors.dtypes"),
+    }
+    assert order_of("errors") < order_of("tensors.boxes") < order_of("save.commit")
+    assert order_of("save.commit") < order_of("writer") < order_of("")

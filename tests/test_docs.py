@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import dcp_hf_writer
-from ranks import run_ranks
+from support.ranks import run_ranks
 
 ROOT = Path(__file__).parent.parent
 BLOCK = re.compile(r"^## (?P<title>.+?)$|^```python\n(?P<code>.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -1,17 +1,17 @@
 """Save a PyTorch training run for resuming and for serving, in one asynchronous step."""
 
 from dcp_hf_writer import errors
-from dcp_hf_writer._derivation import specs_from_function
-from dcp_hf_writer._materialize import materialize
-from dcp_hf_writer._verify import VerifyReport, verify
-from dcp_hf_writer.export import HFExport
+from dcp_hf_writer.check.materialize import materialize
+from dcp_hf_writer.check.verify import VerifyReport, verify
 from dcp_hf_writer.integrations.transformers import specs_from_transformers
-from dcp_hf_writer.load import load_hf
-from dcp_hf_writer.planner import HFLoadPlanner, HFSavePlanner
+from dcp_hf_writer.loader import load_hf
+from dcp_hf_writer.mapping.hf_export import HFExport
+from dcp_hf_writer.mapping.load_spec import LoadSpec, Piece, ShardSpec
+from dcp_hf_writer.mapping.specs_from_function import specs_from_function
 from dcp_hf_writer.reader import HFDualReader
-from dcp_hf_writer.slots import WriteSlots
-from dcp_hf_writer.spec import LoadSpec, Piece, ShardSpec
-from dcp_hf_writer.stream import iter_hf_buckets
+from dcp_hf_writer.storage.write_slots import WriteSlots
+from dcp_hf_writer.stream.bucket_stream import iter_hf_buckets
+from dcp_hf_writer.torch_seam.planners import HFLoadPlanner, HFSavePlanner
 from dcp_hf_writer.writer import HFDualWriter
 
 __all__ = [

@@ -19,7 +19,6 @@
     ├── CoverageError (RuntimeError)           reported bytes do not tile the files
     ├── CorruptCheckpointError (ValueError)    what is stored is damaged, or not what it says it is
     ├── PickledObjectError (ValueError)        a stored object cannot be loaded without running code
-    ├── StoredOnceError (RuntimeError)         torch's own reader met weights that only ours reads
     ├── SlotTimeoutError (TimeoutError)        no write slot became free in time
     ├── SaveTimeoutError (TimeoutError)        the deadline of the save passed
     │   └── RankLostError                      one or more ranks did not answer
@@ -177,10 +176,6 @@ class CorruptCheckpointError(CheckpointError, ValueError):
 
 class PickledObjectError(CheckpointError, ValueError):
     """A stored object cannot be loaded without running code that the checkpoint names."""
-
-
-class StoredOnceError(CheckpointError, RuntimeError):
-    """torch's own reader met weights that are stored once, which only `HFDualReader` can read."""
 
 
 class SlotTimeoutError(CheckpointError, TimeoutError):

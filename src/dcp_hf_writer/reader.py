@@ -12,13 +12,13 @@ from torch.distributed.checkpoint.metadata import Metadata
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from dcp_hf_writer._caller import current_load_planner, loaded_state_dict
-from dcp_hf_writer._fit import check_blocks, has_methods_of, plans_alone
-from dcp_hf_writer._loads import DCPLoad, HFLoad, Load, LoadOptions
-from dcp_hf_writer._options import one_of
-from dcp_hf_writer._sources import find_place
 from dcp_hf_writer.errors import CheckpointError, ConfigError, ReadError
-from dcp_hf_writer.export import specs_by_name
+from dcp_hf_writer.load.checkpoint_half import find_place
+from dcp_hf_writer.load.mismatches import check_blocks, has_methods_of, plans_alone
+from dcp_hf_writer.load.planned_load import DCPLoad, HFLoad, Load, LoadOptions
+from dcp_hf_writer.mapping.hf_export import specs_by_name
+from dcp_hf_writer.preflight.writer_options import one_of
+from dcp_hf_writer.torch_seam.frames import current_load_planner, loaded_state_dict
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
-    from dcp_hf_writer._sources import SourceName
-    from dcp_hf_writer.spec import LoadSpec
+    from dcp_hf_writer.load.checkpoint_half import SourceName
+    from dcp_hf_writer.mapping.load_spec import LoadSpec
 
 # What ranks write that save without collectives.
 _RANK_METADATA = re.compile(r"__\d+\.metadata")

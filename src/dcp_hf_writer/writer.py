@@ -13,23 +13,6 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from dcp_hf_writer import _assets, _coordinator, _options, _plan_cache, _plan_data
-from dcp_hf_writer._attempt import Attempt, register
-from dcp_hf_writer._caller import current_planner, current_staged, gathered_plans
-from dcp_hf_writer._checksums import add_checksums
-from dcp_hf_writer._commit import StagingDirectory
-from dcp_hf_writer._dcp_half import SlabFileSystemWriter
-from dcp_hf_writer._dry_run import DryRun, fresh_planner
-from dcp_hf_writer._guards import guard_save
-from dcp_hf_writer._hf_half import MAX_BOUNCE_NBYTES
-from dcp_hf_writer._hooks import reach
-from dcp_hf_writer._joined_save import planned_directory
-from dcp_hf_writer._local_facts import check_facts, local_facts, note_memory
-from dcp_hf_writer._owner import new_save_id
-from dcp_hf_writer._plan_data import RankPlan
-from dcp_hf_writer._rendezvous import Announcement, next_count, rendezvous_of
-from dcp_hf_writer._stager import SlabStager
-from dcp_hf_writer._write_phase import WritePhase, export_error, take_reports
 from dcp_hf_writer.errors import (
     CheckpointError,
     ConfigError,
@@ -39,17 +22,37 @@ from dcp_hf_writer.errors import (
     SaveTimeoutError,
     StagingError,
 )
-from dcp_hf_writer.export import HFExport
-from dcp_hf_writer.slots import WriteSlots
-from dcp_hf_writer.storage._posix import write_errors
+from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.mapping.hf_export import HFExport
+from dcp_hf_writer.plan import global_plan
+from dcp_hf_writer.plan.global_plan import RankPlan
+from dcp_hf_writer.preflight import writer_options
+from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
+from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts, note_memory
+from dcp_hf_writer.save import coordinator, export_assets
+from dcp_hf_writer.save.async_stager import SlabStager
+from dcp_hf_writer.save.attempt import Attempt, register
+from dcp_hf_writer.save.checksums import add_checksums
+from dcp_hf_writer.save.commit import StagingDirectory
+from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
+from dcp_hf_writer.save.failure_explanations import guard_save
+from dcp_hf_writer.save.hf_half import MAX_BOUNCE_NBYTES
+from dcp_hf_writer.save.joined_save import planned_directory
+from dcp_hf_writer.save.rendezvous import Announcement, next_count, rendezvous_of
+from dcp_hf_writer.save.save_owner import new_save_id
+from dcp_hf_writer.save.write_phase import WritePhase, export_error, take_reports
+from dcp_hf_writer.storage.posix_outputs import write_errors
+from dcp_hf_writer.storage.write_slots import WriteSlots
+from dcp_hf_writer.torch_seam import plan_cache
+from dcp_hf_writer.torch_seam.frames import current_planner, current_staged, gathered_plans
 
 if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-    from dcp_hf_writer.explain import Explanation
-    from dcp_hf_writer.staging import StagingMode
+    from dcp_hf_writer.preflight.explanation import Explanation
+    from dcp_hf_writer.staging.stager import StagingMode
 
 _log = logging.getLogger(__name__)
 
@@ -110,15 +113,15 @@ class HFDualWriter(StorageWriter, SlabStager):
             ConfigError: If an option cannot be used as given.
         """
         super().__init__()
-        _options.one_of("weights", weights, ("both", "once"))
-        _options.one_of("staging", staging, ("blocking", "overlap"))
-        _options.one_of("on_export_error", on_export_error, ("raise", "warn"))
-        _options.one_of("strategy", strategy, ("auto", "direct"))
-        _options.check_numbers(timeout_s=timeout_s, host_budget_bytes=host_budget_bytes)
-        _options.check_no_storage_options(storage_options)
-        _options.check_export(export, weights)
-        _options.check_dcp_writer(dcp_writer)
-        self.path = _options.local_path(path)
+        writer_options.one_of("weights", weights, ("both", "once"))
+        writer_options.one_of("staging", staging, ("blocking", "overlap"))
+        writer_options.one_of("on_export_error", on_export_error, ("raise", "warn"))
+        writer_options.one_of("strategy", strategy, ("auto", "direct"))
+        writer_options.check_numbers(timeout_s=timeout_s, host_budget_bytes=host_budget_bytes)
+        writer_options.check_no_storage_options(storage_options)
+        writer_options.check_export(export, weights)
+        writer_options.check_dcp_writer(dcp_writer)
+        self.path = writer_options.local_path(path)
         self.export = export
         self.weights = weights
         self.staging = staging
@@ -142,7 +145,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         try:
             self._wait_for_earlier_save()
             if checkpoint_id is not None:
-                self.path = _options.local_path(checkpoint_id)
+                self.path = writer_options.local_path(checkpoint_id)
         except CheckpointError:
             # No attempt will give the staged copy back, as there will be none.
             staged = current_staged()
@@ -159,7 +162,7 @@ class HFDualWriter(StorageWriter, SlabStager):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether this kind of writer can write there."""
         try:
-            _options.local_path(checkpoint_id)
+            writer_options.local_path(checkpoint_id)
         except ConfigError:
             return False
         return True
@@ -217,7 +220,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt.rendezvous = rendezvous_of(self.process_group)
         attempt.count = next_count()
         attempt.post("plan")
-        _plan_cache.begin_plan(note_memory(attempt, current_planner()))
+        plan_cache.begin_plan(note_memory(attempt, current_planner()))
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Attach to DCP's plan what only this rank knows.
@@ -246,18 +249,17 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt.check()
         if len(plans) == 1:
             attempt.rendezvous = None
-        attempt.world_size = len(plans)
         export, assets = self._export_of(attempt)
-        whole = _plan_cache.whole_plans(plans, current_planner())
+        whole = plan_cache.whole_plans(plans, current_planner())
         check_facts(gathered_plans() or plans, whole)
         known, result = self._plan(whole, export, assets)
         if known.layout is not None and export is not None and assets is not None:
-            _coordinator.check_names(known.layout, assets, export)
+            coordinator.check_names(known.layout, assets, export)
         directory = StagingDirectory(attempt.target, new_save_id())
         with attempt.timed("prepare"):
             try:
-                _coordinator.make_directory(directory, overwrite=self.overwrite, attempt=attempt)
-                is_ready = _coordinator.make_export(
+                coordinator.make_directory(directory, overwrite=self.overwrite, attempt=attempt)
+                is_ready = coordinator.make_export(
                     known, assets, attempt, strategy=self.strategy, subdir=self._subdir
                 )
             except BaseException:
@@ -272,30 +274,30 @@ class HFDualWriter(StorageWriter, SlabStager):
         return plans if result is None else result
 
     def _plan(
-        self, whole: list[SavePlan], export: HFExport | None, assets: _assets.Assets | None
-    ) -> tuple[_plan_data.GlobalPlan, list[SavePlan] | None]:
+        self, whole: list[SavePlan], export: HFExport | None, assets: export_assets.Assets | None
+    ) -> tuple[global_plan.GlobalPlan, list[SavePlan] | None]:
         """Return the global plan, and the ranks' plans unless an earlier save left them there."""
         with self._current().timed("plan"):
             file_of_key = None if assets is None else assets.file_of_key
-            options = _plan_data.options_fingerprint(export, file_of_key)
+            options = global_plan.options_fingerprint(export, file_of_key)
             options += f" {type(self.dcp_writer).__qualname__} {self.weights}"
-            known = _plan_cache.delivered(whole, options)
+            known = plan_cache.delivered(whole, options)
             if known is not None:
                 return known, None
-            known = _plan_data.plan_globally(
+            known = global_plan.plan_globally(
                 whole,
                 export,
                 options=options,
                 file_of_key=file_of_key,
                 once=self._once,
             )
-            return known, _plan_data.rank_plans(known, self._prepare_dcp(whole))
+            return known, global_plan.rank_plans(known, self._prepare_dcp(whole))
 
-    def _export_of(self, attempt: Attempt) -> tuple[HFExport | None, _assets.Assets | None]:
+    def _export_of(self, attempt: Attempt) -> tuple[HFExport | None, export_assets.Assets | None]:
         if self.export is None:
             return None, None
         try:
-            return self.export, _assets.assets_of(self.export)
+            return self.export, export_assets.assets_of(self.export)
         except ExportError as error:
             attempt.export_error = error
             return None, None
@@ -329,7 +331,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             directory = planned_directory(attempt, own)
             attempt.post("write")
             directory.check_visible(rank=attempt.rank)
-            _plan_data.check_tied(own.tied, attempt.memory, rank=attempt.rank)
+            global_plan.check_tied(own.tied, attempt.memory, rank=attempt.rank)
             results = WritePhase(
                 attempt=attempt,
                 directory=directory,
@@ -341,7 +343,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 subdir=self._subdir,
                 bounce_nbytes=min(MAX_BOUNCE_NBYTES, self.host_budget_bytes // 4),
             ).run()
-            _plan_cache.settle_plan(attempt.global_plan)
+            plan_cache.settle_plan(attempt.global_plan)
             attempt.check()
             reach("before report")
         except BaseException:
@@ -377,10 +379,10 @@ class HFDualWriter(StorageWriter, SlabStager):
             if error is None:
                 error = self._add_checksums(attempt, directory, plan)
             if error is not None:
-                _coordinator.check_dcp_stands_alone(plan, error)
-                _coordinator.drop_export(directory, self._subdir)
+                coordinator.check_dcp_stands_alone(plan, error)
+                coordinator.drop_export(directory, self._subdir)
             self._finish_dcp(attempt, directory, metadata, plain)
-            _coordinator.publish(
+            coordinator.publish(
                 directory,
                 plan,
                 reports,
@@ -401,7 +403,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             _log.warning("checkpoint %s has no export: %s", attempt.target, error)
 
     def _add_checksums(
-        self, attempt: Attempt, directory: StagingDirectory, plan: _plan_data.GlobalPlan
+        self, attempt: Attempt, directory: StagingDirectory, plan: global_plan.GlobalPlan
     ) -> ExportError | None:
         """Add checksums to an export that shall have them; what fails costs the export alone."""
         if plan.layout is None or self.export is None or self.export.checksums is None:
@@ -429,6 +431,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             writer = SlabFileSystemWriter(directory.path, checkpoint_id=directory.target)
             writer.set_up_storage_writer(True, rank=attempt.rank, use_collectives=True)
         with attempt.timed("metadata"), write_errors(directory.path):
+            coordinator.share_text(results)
             writer.finish(metadata, results)
 
     def explain(
@@ -469,7 +472,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             raise PlanningError(msg, path=self.path)
         return self._attempt
 
-    def _planned(self, attempt: Attempt) -> _plan_data.GlobalPlan:
+    def _planned(self, attempt: Attempt) -> global_plan.GlobalPlan:
         if attempt.global_plan is None:
             msg = "the coordinator made no global plan"
             raise PlanningError(msg, rank=attempt.rank, path=attempt.target)
@@ -478,10 +481,10 @@ class HFDualWriter(StorageWriter, SlabStager):
     def __getstate__(self) -> dict[str, Any]:
         """Travel to a checkpointer process, with the files of the export instead of its objects."""
         state = dict(self.__dict__)
-        read = None if self.export is None else _assets.known(self.export)
+        read = None if self.export is None else export_assets.known(self.export)
         if self.export is not None and read is not None:
             state["_assets"] = read
-            state["export"] = _assets.without_objects(self.export)
+            state["export"] = export_assets.without_objects(self.export)
         for name in ("process_group", "_copies", "_attempt"):
             state[name] = None
         return state
@@ -491,4 +494,4 @@ class HFDualWriter(StorageWriter, SlabStager):
         assets = state.pop("_assets", None)
         self.__dict__.update(state)
         if self.export is not None and assets is not None:
-            _assets.preset(self.export, assets)
+            export_assets.preset(self.export, assets)

@@ -1,1 +1,4 @@
-"""Specs and options for libraries that define models; each one is imported when it is asked."""
+"""Specs and options asked of libraries that define or train models.
+
+A library is imported only when it is asked for.
+"""

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from dcp_hf_writer._derivation import derive
 from dcp_hf_writer.errors import ConfigError
-from dcp_hf_writer.integrations._twin import listed
-from dcp_hf_writer.spec import LoadSpec
+from dcp_hf_writer.integrations.unsharded_twin import listed
+from dcp_hf_writer.mapping.load_spec import LoadSpec
+from dcp_hf_writer.mapping.specs_from_function import derive
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping

@@ -9,16 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from dcp_hf_writer._derivation import derive
-from dcp_hf_writer._dtypes import export_dtype
 from dcp_hf_writer.errors import ConfigError
-from dcp_hf_writer.integrations._base_check import compare, read_base, square_keys, turned_dims
-from dcp_hf_writer.integrations._conversions import (
+from dcp_hf_writer.integrations.base_check import compare, read_base, square_keys, turned_dims
+from dcp_hf_writer.integrations.transformers_conversions import (
     saved_tensors,
     take_conversions,
     transposed_at_load,
 )
-from dcp_hf_writer.integrations._twin import (
+from dcp_hf_writer.integrations.unsharded_twin import (
     listed,
     parted_names,
     runtime_tensors,
@@ -26,14 +24,16 @@ from dcp_hf_writer.integrations._twin import (
     unsharded_twin,
     unwrapped,
 )
-from dcp_hf_writer.spec import LoadSpec
+from dcp_hf_writer.mapping.load_spec import LoadSpec
+from dcp_hf_writer.mapping.specs_from_function import derive
+from dcp_hf_writer.tensors.dtypes import export_dtype
 
 if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from dcp_hf_writer._derivation import Derivation
-    from dcp_hf_writer.integrations._base_check import BaseTensor, Differences
+    from dcp_hf_writer.integrations.base_check import BaseTensor, Differences
+    from dcp_hf_writer.mapping.specs_from_function import Derivation
 
 Orientation = Literal["model", "base"]
 

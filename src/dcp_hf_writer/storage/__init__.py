@@ -1,1 +1,4 @@
-"""Storage backends: where the bytes of a checkpoint go."""
+"""Files: output and input, one module a backend, and the slots that limit writers.
+
+Modules here do not decide what is written where, and start no collective.
+"""

@@ -1,0 +1,297 @@
+"""verify: whether a checkpoint is what it says it is."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+from dcp_hf_writer.check.check_dcp import dcp_problems, fqn_at, items_by_file
+from dcp_hf_writer.check.check_hf import DirectoryCheck, export_problems
+from dcp_hf_writer.check.progress_line import progress_of
+from dcp_hf_writer.digests.problems import Problem, first_of
+from dcp_hf_writer.digests.recompute import Recomputation, jobs_of
+from dcp_hf_writer.errors import CheckpointError, ConfigError, CorruptCheckpointError
+from dcp_hf_writer.formats.names_on_disk import INDEX_NAME, MANIFEST_NAME, METADATA_NAME, SUFFIX
+from dcp_hf_writer.formats.parse_dcp_metadata import MAX_METADATA_NBYTES, parse_metadata
+from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
+from dcp_hf_writer.storage.input_backends import open_directory
+from dcp_hf_writer.storage.listing import list_tree
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping, Sequence
+
+    from torch.distributed.checkpoint.metadata import Metadata
+
+    from dcp_hf_writer.check.check_dcp import Item
+    from dcp_hf_writer.plan.parse_manifest import Manifest
+    from dcp_hf_writer.storage.input_contract import InputFiles
+
+_SHOWN = 20
+"""How many problems the text of a report lists."""
+_MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify` found. Its text is for people; `ok` and `problems` are for programs."""
+
+    path: str
+    """The checkpoint."""
+    checked: Literal["digests", "structure", "nothing"]
+    """`"digests"`: every byte, against the manifest. `"structure"`: there is no manifest that can
+    be read, so only what headers, index and metadata say of sizes and places was checked."""
+    problems: tuple[Problem, ...]
+    """What makes the checkpoint unfit to be loaded; empty if it is fit."""
+    warnings: tuple[Problem, ...] = ()
+    """What is odd, but changes nothing for a reader."""
+    file_count: int = 0
+    """Files in the checkpoint."""
+    tensor_count: int = 0
+    """Tensors in safetensors files."""
+    digest_count: int = 0
+    """Digests that were computed and compared."""
+    nbytes: int = 0
+    """Bytes that were read for them."""
+    seconds: float = 0.0
+    """Time that the check took."""
+
+    @property
+    def ok(self) -> bool:
+        """Whether nothing is wrong."""
+        return not self.problems
+
+    def raise_if_bad(self) -> None:
+        """Raise if something is wrong.
+
+        Raises:
+            CorruptCheckpointError: With the first problem, and the number of the others.
+        """
+        if not self.problems:
+            return
+        first = self.problems[0]
+        raise CorruptCheckpointError(
+            "the checkpoint is not what it says it is",
+            phase="read",
+            path=f"{self.path}/{first.file}" if first.file else self.path,
+            key=first.key,
+            fqn=first.fqn,
+            found=first_of(self.problems),
+            hint="verify(path) lists everything that is wrong with it",
+        )
+
+    def __str__(self) -> str:
+        count = len(self.problems)
+        verdict = "ok" if self.ok else f"{count} problem{'s' if count > 1 else ''}"
+        lines = [f"{self.path}: {verdict}; {self._extent()}"]
+        lines += _listed("", self.problems)
+        lines += _listed("warning: ", self.warnings)
+        return "\n".join(lines)
+
+    def _extent(self) -> str:
+        text = f"{self.file_count} files, {self.tensor_count} tensors in safetensors files, "
+        if self.checked == "digests":
+            rate = self.nbytes / _MIB / max(self.seconds, 1e-6)
+            text += (
+                f"{self.digest_count} digests of {self.nbytes / _MIB:.1f} MiB compared "
+                f"({rate:.0f} MiB/s), "
+            )
+        elif self.checked == "structure":
+            text += "structure only: no digests to compare, "
+        return f"{text}{self.seconds:.1f} s"
+
+
+def _listed(prefix: str, problems: Sequence[Problem]) -> list[str]:
+    lines = [f"  {prefix}{problem}" for problem in problems[:_SHOWN]]
+    if len(problems) > _SHOWN:
+        lines.append(f"  {prefix}... and {len(problems) - _SHOWN} more")
+    return lines
+
+
+def verify(
+    path: str | os.PathLike[str],
+    *,
+    progress: bool | Callable[[int, int], None] | None = None,
+    threads: int | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> VerifyReport:
+    """Check a checkpoint: one of ours in full, another one as far as it can be.
+
+    With a manifest, every byte is read and every digest in it computed anew; each byte of each
+    tensor must be in exactly one block; sizes, names, headers, index and DCP metadata must agree
+    with it and with each other, and no file may be there that it does not list. Without one (a
+    plain DCP checkpoint, a HuggingFace directory) the same structure is checked, not the data.
+
+    Nothing from the checkpoint is executed, and nothing outside of it is opened, but the blobs that
+    the snapshots of a HuggingFace cache link to. Memory: the manifest and the metadata as objects,
+    and 4 MiB a thread, 32 MiB for a URL.
+
+    Args:
+        path: Directory of the checkpoint, or an fsspec URL.
+        progress: `True` shows a line on stderr, `False` none, `None` one where stderr is a
+            terminal; a callable is given bytes done and bytes in all, in the calling thread.
+        threads: Files and parts of files that are read at a time; `None` is one a CPU, at most what
+            suits the storage.
+        storage_options: Options of an fsspec URL.
+
+    Returns:
+        A report; what is wrong with the checkpoint, also that there is none, is in it.
+
+    Raises:
+        ConfigError: If an argument cannot be used as given.
+    """
+    began = time.monotonic()
+    check = _Check(open_directory(path, storage_options), path, storage_options)
+    if threads is not None and (not isinstance(threads, int) or threads < 1):
+        raise ConfigError("threads must be a positive number", found=repr(threads))
+    threads = threads or min(os.cpu_count() or 1, check.files.readers)
+    check.run(progress_of(progress, "verify"), threads)
+    return check.report(time.monotonic() - began)
+
+
+class _Check:
+    """One run of `verify`: what is there, what it says of itself, and what is wrong."""
+
+    def __init__(
+        self,
+        files: InputFiles,
+        path: str | os.PathLike[str],
+        storage_options: Mapping[str, Any] | None,
+    ) -> None:
+        self.files = files
+        self._path, self._storage_options = path, storage_options
+        self._sizes: dict[str, int] = {}
+        self._manifest: Manifest | None = None
+        self._metadata: Metadata | None = None
+        self._items: dict[str, list[Item]] = {}
+        self._checked: Literal["digests", "structure", "nothing"] = "nothing"
+        self._problems: list[Problem] = []
+        self._warnings: list[Problem] = []
+        self._tensor_count = self._digest_count = self._nbytes = 0
+
+    def run(self, progress: Callable[[int, int], None], threads: int) -> None:
+        try:
+            self._sizes = list_tree(self._path, self._storage_options)
+        except CheckpointError as error:
+            self._problems.append(Problem.of(error, ""))
+            return
+        self._read_manifest()
+        self._read_metadata()
+        directories = self._check_exports()
+        if self._manifest is not None:
+            self._checked = "digests"
+            self._check_listing(self._manifest)
+            self._recompute(self._manifest, progress, threads)
+        elif directories or self._metadata is not None or self._problems:
+            self._checked = "structure"
+        else:
+            what = "there is no checkpoint here"
+            expected = f"{MANIFEST_NAME}, {METADATA_NAME} or *{SUFFIX}"
+            self._problems.append(Problem(file="", what=what, expected=expected))
+
+    def report(self, seconds: float) -> VerifyReport:
+        return VerifyReport(
+            path=self.files.path,
+            checked=self._checked,
+            problems=tuple(self._problems),
+            warnings=tuple(self._warnings),
+            file_count=len(self._sizes),
+            tensor_count=self._tensor_count,
+            digest_count=self._digest_count,
+            nbytes=self._nbytes,
+            seconds=seconds,
+        )
+
+    def _read_manifest(self) -> None:
+        if MANIFEST_NAME not in self._sizes:
+            return
+        try:
+            data = self.files.read_whole(MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES)
+            self._manifest = parse_manifest(data, path=f"{self.files.path}/{MANIFEST_NAME}")
+        except CheckpointError as error:
+            self._problems.append(Problem.of(error, MANIFEST_NAME))
+
+    def _read_metadata(self) -> None:
+        if METADATA_NAME not in self._sizes:
+            if self._manifest is not None and METADATA_NAME not in self._manifest.files:
+                what = "the checkpoint has no metadata of DCP"
+                self._problems.append(Problem(file=METADATA_NAME, what=what))
+            return
+        try:
+            data = self.files.read_whole(METADATA_NAME, max_nbytes=MAX_METADATA_NBYTES)
+            self._metadata = parse_metadata(data, path=f"{self.files.path}/{METADATA_NAME}")
+        except CheckpointError as error:
+            self._problems.append(Problem.of(error, METADATA_NAME))
+            return
+        self._items = items_by_file(self._metadata)
+        self._problems += dcp_problems(self._metadata, self._sizes)
+
+    def _check_exports(self) -> list[str]:
+        """Check every HuggingFace directory; returns which there are."""
+        found = self._export_directories()
+        for name in found:
+            below = f"{name}/" if name else ""
+            sizes = {
+                n[len(below) :]: size for n, size in self._sizes.items() if n.startswith(below)
+            }
+            directory = DirectoryCheck(self.files.below(name) if name else self.files, sizes)
+            problems = directory.problems
+            if self._manifest is not None and self._manifest.hf is not None:
+                fqns = frozenset(self._metadata.state_dict_metadata if self._metadata else ())
+                problems += export_problems(self._manifest.hf, directory, fqns)
+            self._problems += [problem.below(name) for problem in problems]
+            self._warnings += [warning.below(name) for warning in directory.warnings]
+            self._tensor_count += directory.tensor_count
+        return found
+
+    def _export_directories(self) -> list[str]:
+        if self._manifest is not None:
+            return [] if self._manifest.hf is None else [self._manifest.hf.subdir]
+        is_ours = {MANIFEST_NAME, METADATA_NAME} & self._sizes.keys()
+        directories = {
+            os.path.dirname(name)
+            for name in self._sizes
+            if name.endswith(SUFFIX) or os.path.basename(name) == INDEX_NAME
+        }
+        return sorted(n for n in directories if not n or (is_ours and "/" not in n))
+
+    def _check_listing(self, manifest: Manifest) -> None:
+        listed = manifest.sizes()
+        for name in sorted(listed.keys() - self._sizes.keys()):
+            self._problems.append(Problem(file=name, what="the file is missing"))
+        for name in sorted(self._sizes.keys() - listed.keys() - {MANIFEST_NAME}):
+            what = "the file does not belong to the checkpoint"
+            expected = f"only what {MANIFEST_NAME} lists"
+            self._problems.append(Problem(file=name, what=what, expected=expected))
+        for name in sorted(listed.keys() & self._sizes.keys()):
+            if self._sizes[name] != listed[name]:
+                self._problems.append(
+                    Problem(
+                        file=name,
+                        what="the file has another size",
+                        expected=f"{listed[name]} bytes",
+                        found=f"{self._sizes[name]} bytes",
+                    )
+                )
+        if manifest.export_error is not None:
+            what = "the export that was asked for failed when the checkpoint was saved"
+            self._warnings.append(Problem(file="", what=what, found=manifest.export_error))
+
+    def _recompute(
+        self, manifest: Manifest, progress: Callable[[int, int], None], threads: int
+    ) -> None:
+        jobs = [job for job in jobs_of(manifest) if job.file in self._sizes]
+        work = Recomputation(self.files, jobs, threads=threads)
+        problems = work.run(lambda: progress(work.done_nbytes, work.total_nbytes))
+        progress(work.total_nbytes, work.total_nbytes)
+        self._problems += self._with_fqns(problems)
+        self._digest_count, self._nbytes = work.digest_count, work.done_nbytes
+
+    def _with_fqns(self, problems: Sequence[Problem]) -> Iterator[Problem]:
+        for problem in problems:
+            items = self._items.get(problem.file)
+            if items and problem.start is not None:
+                yield replace(problem, fqn=fqn_at(items, problem.start))
+            else:
+                yield problem

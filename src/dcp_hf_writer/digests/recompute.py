@@ -1,0 +1,231 @@
+"""Every digest of a manifest, computed anew from the files, in several threads."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
+
+from dcp_hf_writer.digests.digest_sweep import (
+    BEYOND,
+    WINDOW_NBYTES,
+    Digest,
+    Span,
+    Sweep,
+    contiguous,
+    extent_of,
+)
+from dcp_hf_writer.digests.problems import Problem
+from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.storage.input_backends import LocalFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+
+    from dcp_hf_writer.plan.encode_manifest import WholeFile
+    from dcp_hf_writer.plan.parse_manifest import Manifest, ManifestFile, ManifestTensor
+    from dcp_hf_writer.plan.rank_report import DCPFile
+    from dcp_hf_writer.storage.input_contract import InputFile, InputFiles
+
+# Small enough that the threads end together, large enough that opening a file does not count.
+_JOB_NBYTES = 64 << 20
+
+# Of a store that is asked over a network, a request costs more than a cache saves.
+_REMOTE_WINDOW_NBYTES = 16 << 20
+
+_POLL_S = 0.1
+
+_Work = tuple[list[Span], list[Digest]]
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A part of one file that one thread reads."""
+
+    file: str
+    """Path within the checkpoint."""
+    nbytes: int
+    """Bytes to read."""
+    work: Callable[[], _Work]
+    """Makes spans and digests when their turn comes: all at once would take much memory."""
+
+
+def jobs_of(manifest: Manifest) -> Iterator[Job]:
+    """Yield what must be read to compute every digest of a manifest."""
+    for whole in manifest.files.values():
+        yield Job(whole.name, whole.nbytes, partial(_whole, whole))
+    for dcp in manifest.dcp.values():
+        data_nbytes = sum(nbytes for _, nbytes, _ in dcp.ranges)
+        yield Job(dcp.name, dcp.nbytes - data_nbytes, partial(_rest, dcp))
+        for ranges, nbytes in _grouped(dcp.ranges, lambda one: one[1]):
+            yield Job(dcp.name, nbytes, partial(_ranges, ranges))
+    if manifest.hf is not None:
+        for file in manifest.hf.files.values():
+            name = f"{manifest.hf.subdir}/{file.name}"
+            yield Job(name, file.header_nbytes, partial(_header, file))
+            for tensors, nbytes in _grouped(file.tensors.values(), lambda one: one.nbytes):
+                yield Job(name, nbytes, partial(_tensors, tensors))
+
+
+def _grouped(items: Iterable[_T], size: Callable[[_T], int]) -> Iterator[tuple[list[_T], int]]:
+    group: list[_T] = []
+    nbytes = 0
+    for item in items:
+        if group and nbytes + size(item) > _JOB_NBYTES:
+            yield group, nbytes
+            group, nbytes = [], 0
+        group.append(item)
+        nbytes += size(item)
+    if group:
+        yield group, nbytes
+
+
+def _spans(digest: Digest, ranges: Iterable[tuple[int, int]]) -> list[Span]:
+    return [Span(a, b, ((digest, contiguous(a, b)),)) for a, b in ranges if a < b]
+
+
+def _whole(file: WholeFile) -> _Work:
+    found = Digest(file.digest, "the file", start=0, stop=file.nbytes)
+    return _spans(found, [(0, file.nbytes)]), [found]
+
+
+def _ranges(ranges: Sequence[tuple[int, int, str]]) -> _Work:
+    digests = [Digest(digest, "the data", start=a, stop=a + n) for a, n, digest in ranges]
+    return [span for one in digests for span in _spans(one, [(one.start, one.stop)])], digests
+
+
+def _rest(file: DCPFile) -> _Work:
+    starts = [start for start, _, _ in file.ranges]
+    stops = [start + nbytes for start, nbytes, _ in file.ranges]
+    gaps = zip([0, *stops], [*starts, file.nbytes], strict=True)
+    digest = Digest(file.rest, "what is beside the tensors", is_of_many=True)
+    return _spans(digest, gaps), [digest]
+
+
+def _header(file: ManifestFile) -> _Work:
+    digest = Digest(file.header, "the header", start=0, stop=file.header_nbytes)
+    return _spans(digest, [(0, file.header_nbytes)]), [digest]
+
+
+def _tensors(tensors: Iterable[ManifestTensor]) -> _Work:
+    spans, digests = [], []
+    for tensor in tensors:
+        parts = []
+        for block in tensor.blocks:
+            digest = Digest(block.digest, "a block", key=tensor.key, rank=block.rank)
+            digests.append(digest)
+            if block.runs is not None:
+                digest.start = block.runs.start
+                digest.stop = digest.start + extent_of(block.runs)
+                parts.append((digest, block.runs))
+        if tensor.nbytes:
+            stop = tensor.start + tensor.nbytes
+            spans.append(Span(tensor.start, stop, tuple(parts), tensor.key))
+    return spans, digests
+
+
+class Recomputation:
+    """Runs jobs; what they find is in the order of the jobs, however they ended."""
+
+    def __init__(self, files: InputFiles, jobs: Sequence[Job], *, threads: int) -> None:
+        """Set up; `run` starts the threads and ends them."""
+        self.total_nbytes = sum(job.nbytes for job in jobs)
+        """Bytes to read."""
+        self.done_nbytes = 0
+        """Bytes read."""
+        self.digest_count = 0
+        """Digests compared."""
+        self._files, self._jobs, self._threads = files, jobs, threads
+        self._lock = threading.Lock()
+        self._is_stopped = False
+        self._sweeps: queue.SimpleQueue[Sweep] = queue.SimpleQueue()
+
+    def run(self, tick: Callable[[], None]) -> list[Problem]:
+        """Do all jobs.
+
+        Args:
+            tick: Called in this thread ten times a second; raises to stop.
+
+        Returns:
+            Digests that differ, parts of tensors that are not covered once, and files that cannot
+            be read.
+        """
+        is_local = isinstance(self._files, LocalFiles)
+        for _ in range(self._threads):
+            self._sweeps.put(Sweep(WINDOW_NBYTES if is_local else _REMOTE_WINDOW_NBYTES))
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="dcp-hf-verify") as pool:
+            futures = [pool.submit(self._do, job) for job in self._jobs]
+            try:
+                waiting = set(futures)
+                while waiting:
+                    done, waiting = wait(waiting, timeout=_POLL_S, return_when=FIRST_EXCEPTION)
+                    for future in done:
+                        future.result()
+                    tick()
+                return [problem for future in futures for problem in future.result()]
+            except BaseException:
+                self._is_stopped = True
+                pool.shutdown(wait=True, cancel_futures=True)
+                raise
+
+    def _do(self, job: Job) -> list[Problem]:
+        sweep = self._sweeps.get()
+        spans, digests = job.work()
+        try:
+            with self._files.open(job.file) as file:
+                faults = sweep.run(spans, partial(_read, file), self._count)
+        except CheckpointError as error:
+            return [Problem.of(error, job.file)]
+        finally:
+            self._sweeps.put(sweep)
+        problems = [
+            Problem(file=job.file, what=why, key=span.key, start=span.start, stop=span.stop)
+            for span, why in faults
+        ]
+        if not any(why == BEYOND for _, why in faults):
+            for digest in digests:
+                if digest.found is None:
+                    digest.finish()
+        return problems + self._differences(job.file, digests)
+
+    def _differences(self, file: str, digests: Iterable[Digest]) -> list[Problem]:
+        problems, count = [], 0
+        for digest in digests:
+            count += digest.found is not None
+            if digest.found not in (None, digest.expected):
+                problems.append(
+                    Problem(
+                        file=file,
+                        what=f"the digest of {digest.what} differs",
+                        key=digest.key,
+                        rank=digest.rank,
+                        start=digest.start if digest.stop else None,
+                        stop=digest.stop or None,
+                        expected=digest.expected,
+                        found=digest.found,
+                    )
+                )
+        with self._lock:
+            self.digest_count += count
+        return problems
+
+    def _count(self, nbytes: int) -> None:
+        if self._is_stopped:
+            raise _StoppedError
+        with self._lock:
+            self.done_nbytes += nbytes
+
+
+class _StoppedError(Exception):
+    """The caller does not want the result any more."""
+
+
+def _read(file: InputFile, buffer: memoryview, start: int) -> int:
+    nbytes = max(0, min(buffer.nbytes, file.nbytes - start))
+    if nbytes:
+        file.read_into([buffer[:nbytes]], start)
+    return nbytes

@@ -1,0 +1,402 @@
+"""The DCP half as a source: where the bytes of each item are, and objects that are no tensors."""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+
+from dcp_hf_writer.errors import CorruptCheckpointError, PickledObjectError
+from dcp_hf_writer.formats.parse_torch_archive import (
+    ArchivedTensor,
+    UnusualArchiveError,
+    find_tensor,
+)
+from dcp_hf_writer.formats.stored_once_places import StoredOnce
+from dcp_hf_writer.formats.strict_json import shortened
+from dcp_hf_writer.load.read_phase import is_direct
+from dcp_hf_writer.load.read_plan import Expected, Fetch, fetch_of_copy
+from dcp_hf_writer.tensors.boxes import Box
+from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
+from dcp_hf_writer.tensors.strided_copies import clip, strides_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch.distributed.checkpoint.filesystem import _StorageInfo
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.planner import ReadItem
+
+    from dcp_hf_writer.storage.input_contract import InputFile
+    from dcp_hf_writer.storage.open_inputs import OpenInputs
+
+# Heads of archives that one task of a thread reads.
+_GROUP = 64
+
+# What torch writes around the data of a tensor fits into this on either side.
+_END_NBYTES = 2048
+
+# What stands before the data of an archive is far less; more is not worth keeping.
+_MAX_PREFIX_NBYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A part of a stored tensor, and where it goes."""
+
+    item: ReadItem
+    """The part."""
+    target: torch.Tensor
+    """Of the part's shape; any dtype, device and strides."""
+
+
+@dataclass(frozen=True, slots=True)
+class WholeRead:
+    """A tensor whose archive only `torch.load` can read."""
+
+    wanted: Wanted
+    where: _StorageInfo
+
+
+class DCPSource:
+    """The DCP half of one checkpoint; thread-safe."""
+
+    def __init__(self, inputs: OpenInputs, metadata: Metadata) -> None:
+        """Read items of `metadata`, as `parse_metadata` returned it."""
+        self._inputs = inputs
+        self._metadata = metadata
+        self._storage: Mapping[MetadataIndex, _StorageInfo | StoredOnce] = (
+            metadata.storage_data or {}
+        )
+        # Archives of equal tensors differ in their data alone: what stands before it, by size of
+        # the archive, dtype and shape.
+        self._known: dict[tuple[int, torch.dtype, torch.Size], tuple[bytes, ArchivedTensor]] = {}
+
+    def fetches(self, wanted: Sequence[Wanted]) -> tuple[list[Fetch], list[WholeRead]]:
+        """Find the bytes of parts of tensors.
+
+        Returns:
+            What to fetch; a target's number is its place in `wanted`. And what must be loaded as a
+            whole.
+
+        Raises:
+            CorruptCheckpointError: If the files are not what the metadata says.
+            ReadError: If one cannot be read.
+        """
+        places = self._places(wanted)
+        return self._fetches(wanted, self._find_all(places))
+
+    def guessed_fetches(
+        self, wanted: Sequence[Wanted]
+    ) -> tuple[list[Fetch], list[WholeRead], list[Expected]]:
+        """Find the bytes of parts of tensors without looking at each archive.
+
+        Archives of equal tensors are alike but for their data, so one of each kind is looked at.
+
+        Returns:
+            As `fetches`, and what must stand before the data of each archive if that is so; its
+            number is the first place in `wanted` of what is wrong if it is not.
+
+        Raises:
+            CorruptCheckpointError: If the files are not what the metadata says.
+            ReadError: If one cannot be read.
+        """
+        places = self._places(wanted)
+        users = {one.item.storage_index: number for number, one in enumerate(wanted)}
+        kinds = {self._kind(index, where): (index, where) for index, where in places.items()}
+        found = self._find_all(dict(kinds.values()))
+        expected: list[Expected] = []
+        others: dict[MetadataIndex, _StorageInfo] = {}
+        for index, where in places.items():
+            known = self._known.get(self._kind(index, where))
+            if known is None:
+                others[index] = where
+            elif index not in found:
+                self._check(index, where)
+                content, found[index] = known
+                expected.append(Expected(where.relative_path, where.offset, content, users[index]))
+        found |= self._find_all(others)
+        return *self._fetches(wanted, found), expected
+
+    def _places(self, wanted: Sequence[Wanted]) -> dict[MetadataIndex, _StorageInfo]:
+        places: dict[MetadataIndex, _StorageInfo] = {}
+        for one in wanted:
+            where = self._where(one.item)
+            if not isinstance(where, StoredOnce):
+                places.setdefault(one.item.storage_index, where)
+        return places
+
+    def _fetches(
+        self, wanted: Sequence[Wanted], found: Mapping[MetadataIndex, ArchivedTensor | None]
+    ) -> tuple[list[Fetch], list[WholeRead]]:
+        fetches: list[Fetch] = []
+        whole: list[WholeRead] = []
+        for number, one in enumerate(wanted):
+            where = self._where(one.item)
+            if isinstance(where, StoredOnce):
+                fetches += self._of_once(number, one, where)
+            elif (archived := found[one.item.storage_index]) is None:
+                whole.append(WholeRead(one, where))
+            else:
+                fetches.append(_of_archive(number, one, where, archived))
+        return fetches, whole
+
+    def load_whole(self, read: WholeRead) -> None:
+        """Load a tensor whose archive is unusual, and copy the wanted part of it.
+
+        Raises:
+            CorruptCheckpointError: If it holds anything but a tensor of the shape in the metadata.
+        """
+        item, where = read.wanted.item, read.where
+        with self._inputs.use(where.relative_path) as file:
+            data = io.BytesIO(file.read(where.offset, where.length))
+            try:
+                tensor = torch.load(data, map_location="cpu", weights_only=True)
+            except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+                _refuse(file.path, "an archive holds no tensor", item, found=str(error)[:200])
+            chunk = self._chunk_sizes(item.storage_index)
+            if not isinstance(tensor, torch.Tensor) or tensor.shape != chunk:
+                _refuse(file.path, "an archive holds another tensor", item, found=type(tensor))
+        for dim, (offset, length) in enumerate(
+            zip(item.storage_offsets, item.lengths, strict=True)
+        ):
+            tensor = tensor.narrow(dim, offset, length)
+        read.wanted.target.detach().copy_(tensor)
+
+    def read_objects(
+        self, items: Sequence[ReadItem], *, allow_pickled_objects: bool
+    ) -> list[io.BytesIO]:
+        """Return the bytes of objects, which torch's planners load with all of pickle.
+
+        Raises:
+            PickledObjectError: If loading one would call anything but what torch considers safe.
+        """
+        # A page cache answers faster than a thread starts; a store far away does not.
+        far = not self._inputs.files.reads_ahead
+        with ThreadPoolExecutor(self._inputs.files.readers if far else 1) as pool:
+            each = pool.map(self._read_object, items) if far else map(self._read_object, items)
+            found = list(each)
+        if not allow_pickled_objects:
+            safe: set[bytes] = set()
+            for item, data in zip(items, found, strict=True):
+                # Of the options of an optimizer there is one for each parameter, mostly alike.
+                if data not in safe:
+                    _check_object(data, item, f"{self._inputs.files.path}/{self.file_of(item)}")
+                    safe.add(data)
+        return [io.BytesIO(data) for data in found]
+
+    def _read_object(self, item: ReadItem) -> bytes:
+        where = self._where(item)
+        if isinstance(where, StoredOnce):
+            _refuse(self._inputs.files.path, "an object is stored as a tensor", item)
+        with self._inputs.use(where.relative_path) as file:
+            _check_place(file, where, item)
+            return file.read(where.offset, where.length)
+
+    def file_of(self, item: ReadItem) -> str:
+        """Return the file that an object is in."""
+        where = self._where(item)
+        return "" if isinstance(where, StoredOnce) else where.relative_path
+
+    def _where(self, item: ReadItem) -> _StorageInfo | StoredOnce:
+        where = self._storage.get(item.storage_index)
+        if where is None:
+            _refuse(self._inputs.files.path, "the metadata does not say where an item is", item)
+        return where
+
+    def _chunk_sizes(self, index: MetadataIndex) -> torch.Size:
+        entry = self._metadata.state_dict_metadata[index.fqn]
+        assert isinstance(entry, TensorStorageMetadata)
+        number = index.index
+        if number is not None and 0 <= number < len(entry.chunks):
+            chunk = entry.chunks[number]
+            if chunk.offsets == index.offset:
+                return chunk.sizes
+        return next(chunk.sizes for chunk in entry.chunks if chunk.offsets == index.offset)
+
+    def _find_all(
+        self, places: Mapping[MetadataIndex, _StorageInfo]
+    ) -> dict[MetadataIndex, ArchivedTensor | None]:
+        """Find the data in many archives; `None` for an unusual one."""
+        ordered = sorted(places.items(), key=lambda one: (one[1].relative_path, one[1].offset))
+        groups = [ordered[i : i + _GROUP] for i in range(0, len(ordered), _GROUP)]
+        readers = min(self._inputs.files.readers, len(groups))
+        if readers <= 1:
+            return dict(one for group in groups for one in self._find_group(group))
+        with ThreadPoolExecutor(readers, thread_name_prefix="dcp-hf-read") as pool:
+            return dict(one for found in pool.map(self._find_group, groups) for one in found)
+
+    def _find_group(
+        self, group: Iterable[tuple[MetadataIndex, _StorageInfo]]
+    ) -> list[tuple[MetadataIndex, ArchivedTensor | None]]:
+        return [(index, self._find(index, where)) for index, where in group]
+
+    def _find(self, index: MetadataIndex, where: _StorageInfo) -> ArchivedTensor | None:
+        kind = self._kind(index, where)
+        known = self._known.get(kind)
+        self._check(index, where)
+        with self._inputs.use(where.relative_path) as file:
+            if known is not None and file.read(where.offset, len(known[0])) == known[0]:
+                return known[1]
+            ends = _Ends(file, where)
+            try:
+                found = find_tensor(ends.read, where.length, path=file.path)
+            except UnusualArchiveError:
+                return None
+            if (found.dtype, found.shape) != kind[1:]:
+                _refuse(
+                    file.path,
+                    "an archive holds another tensor than the metadata says",
+                    index,
+                    expected=f"{kind[1]} of shape {list(kind[2])}",
+                    found=f"{found.dtype} of shape {list(found.shape)}",
+                )
+            if found.start <= _MAX_PREFIX_NBYTES:
+                self._known[kind] = (ends.read(0, found.start), found)
+        return found
+
+    def _kind(
+        self, index: MetadataIndex, where: _StorageInfo
+    ) -> tuple[int, torch.dtype, torch.Size]:
+        """Return what archives that differ in their data alone have in common."""
+        entry = self._metadata.state_dict_metadata[index.fqn]
+        assert isinstance(entry, TensorStorageMetadata)
+        return where.length, entry.properties.dtype, self._chunk_sizes(index)
+
+    def _check(self, index: MetadataIndex, where: _StorageInfo) -> None:
+        if where.transform_descriptors:
+            raise CorruptCheckpointError(
+                "a tensor was stored through an extension of torch's writer",
+                phase="read",
+                path=where.relative_path,
+                fqn=index.fqn,
+                found=shortened(list(where.transform_descriptors)),
+                hint="load it with torch's FileSystemReader and the same extensions",
+            )
+        with self._inputs.use(where.relative_path) as file:
+            _check_place(file, where, index)
+
+    def _of_once(self, number: int, wanted: Wanted, where: StoredOnce) -> Iterable[Fetch]:
+        item, target = wanted.item, wanted.target
+        _check_parts(where, self._chunk_sizes(item.storage_index), item, self._inputs.files.path)
+        box = Box(tuple(item.storage_offsets), tuple(item.lengths))
+        for part in where.parts:
+            dtype, strides = TORCH_BY_NAME[part.dtype], strides_of(part.shape)
+            for copy in (inner for whole in part.copies for inner in clip(whole, box)):
+                yield fetch_of_copy(
+                    copy,
+                    file=part.path,
+                    start=part.start,
+                    dtype=dtype,
+                    strides=strides,
+                    target=number,
+                    target_strides=target.stride(),
+                    is_direct=is_direct(target, dtype),
+                )
+
+
+class _Ends:
+    """The first and last bytes of an archive, read at once: a store far away is asked twice."""
+
+    def __init__(self, file: InputFile, where: _StorageInfo) -> None:
+        self._file, self._where = file, where
+        self._tail_start = max(0, where.length - _END_NBYTES)
+        self._head = b""
+        self._tail = file.read(where.offset + self._tail_start, where.length - self._tail_start)
+
+    def read(self, start: int, nbytes: int) -> bytes:
+        """Return bytes of the archive."""
+        if start >= self._tail_start:
+            first = start - self._tail_start
+            return self._tail[first : first + nbytes]
+        if start + nbytes <= min(_END_NBYTES, self._where.length):
+            self._head = self._head or self._file.read(
+                self._where.offset, min(_END_NBYTES, self._where.length)
+            )
+            return self._head[start : start + nbytes]
+        return self._file.read(self._where.offset + start, nbytes)
+
+
+def _of_archive(
+    number: int, wanted: Wanted, where: _StorageInfo, archived: ArchivedTensor
+) -> Fetch:
+    item, target, strides = wanted.item, wanted.target, archived.strides
+    first = sum(o * s for o, s in zip(item.storage_offsets, strides, strict=True))
+    return Fetch(
+        file=where.relative_path,
+        start=where.offset + archived.start + first * archived.dtype.itemsize,
+        dtype=archived.dtype,
+        target=number,
+        target_start=0,
+        loops=tuple(zip(item.lengths, strides, target.stride(), strict=True)),
+        is_direct=is_direct(target, archived.dtype),
+    )
+
+
+def _check_place(file: InputFile, where: _StorageInfo, item: ReadItem | MetadataIndex) -> None:
+    if where.offset + where.length > file.nbytes:
+        _refuse(
+            file.path,
+            "a file ends before an item that the metadata places in it",
+            item,
+            expected=f"at least {where.offset + where.length} bytes",
+            found=f"{file.nbytes} bytes",
+        )
+
+
+def _check_parts(where: StoredOnce, chunk: torch.Size, item: ReadItem, path: str) -> None:
+    copies = [copy for part in where.parts for copy in part.copies]
+    for copy in copies:
+        last = list(copy.start)
+        for loop in copy.loops:
+            last[loop.dim] += (loop.extent - 1) * loop.step
+        if len(last) != len(chunk) or any(i >= n for i, n in zip(last, chunk, strict=True)):
+            _refuse(path, "the metadata places elements outside their chunk", item, found=last)
+    if sum(copy.numel for copy in copies) != math.prod(chunk):
+        _refuse(path, "the metadata does not place each element of a chunk", item)
+
+
+def _check_object(data: bytes, item: ReadItem, path: str) -> None:
+    try:
+        torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        # Whatever it is that torch does not accept: the planner would run it.
+        raise PickledObjectError(
+            "an object in the checkpoint can be loaded only by running what it names",
+            phase="read",
+            path=path,
+            fqn=item.storage_index.fqn,
+            expected="numbers, text, tensors, and containers of them",
+            found=_named(data) or str(error)[:200],
+            hint="if you trust who wrote it: torch.serialization.add_safe_globals([...]), or "
+            "HFDualReader(..., allow_pickled_objects=True)",
+        ) from error
+
+
+def _named(data: bytes) -> str:
+    """Return what an object names that torch does not consider safe; empty if that is not known."""
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
+    except Exception:  # noqa: BLE001 - only the text of an error depends on it
+        return ""
+    return ", ".join(sorted(names))[:200]
+
+
+def _refuse(
+    path: str,
+    problem: str,
+    item: ReadItem | MetadataIndex,
+    *,
+    expected: object = None,
+    found: object = None,
+) -> NoReturn:
+    index = item if isinstance(item, MetadataIndex) else item.storage_index
+    raise CorruptCheckpointError(
+        problem, phase="read", path=path, fqn=index.fqn, expected=expected, found=found
+    )

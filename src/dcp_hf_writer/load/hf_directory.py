@@ -1,0 +1,294 @@
+"""A HuggingFace directory, ours or a hub's, as the tensors that it stands for.
+
+Opening one reads its index and the header of every file, checked, and no weights.
+"""
+
+from __future__ import annotations
+
+import re
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from dcp_hf_writer.errors import CorruptCheckpointError, ReadError
+from dcp_hf_writer.excerpts import some_of
+from dcp_hf_writer.formats.names_on_disk import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    INDEX_SUFFIX,
+    SINGLE_NAME,
+    SUFFIX,
+)
+from dcp_hf_writer.formats.parse_safetensors_header import (
+    LENGTH_NBYTES,
+    header_nbytes,
+    parse_header,
+)
+from dcp_hf_writer.formats.quantized_checkpoints import logical_tensors
+from dcp_hf_writer.formats.strict_json import is_text, parse_json, shortened
+from dcp_hf_writer.plan.parse_manifest import is_relative_name
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    from dcp_hf_writer.formats.parse_safetensors_header import FileHeader, StoredTensor
+    from dcp_hf_writer.formats.quantized_tensors import Stored
+    from dcp_hf_writer.storage.input_contract import InputFile
+    from dcp_hf_writer.storage.open_inputs import OpenInputs
+
+
+MAX_INDEX_NBYTES = 256 << 20
+_MAX_CONFIG_NBYTES = 16 << 20
+
+_SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
+
+# What torch's own writer puts into files that hold pieces of tensors.
+_PIECES = "DCP_SHARDING_INFO"
+
+_MANY = 8
+"""How many names an error lists."""
+
+# As many headers of local files are read before a thread has started to help.
+_FEW = 8
+
+
+@dataclass(frozen=True, slots=True)
+class HFDirectory:
+    """What a directory holds."""
+
+    headers: Mapping[str, FileHeader]
+    """Header of each file of weights, by name."""
+    file_of_key: Mapping[str, str]
+    """Which of them holds a stored tensor."""
+    config: Mapping[str, Any] | None
+    """The model's `config.json`; `None` without one."""
+
+    def stored(self, key: str) -> StoredTensor:
+        """Return where a stored tensor is in its file."""
+        return self.headers[self.file_of_key[key]].tensors[key]
+
+    def logical(self, wanted: Collection[str] | None = None) -> dict[str, Stored]:
+        """Return the tensors that the stored ones stand for; see `logical_tensors`.
+
+        Raises:
+            PlanningError: If the checkpoint is quantised in a way that is not known here.
+            CorruptCheckpointError: If scales are missing or do not fit.
+        """
+        kinds = {}
+        for key in self.file_of_key:
+            stored = self.stored(key)
+            kinds[key] = (stored.dtype, stored.torch_shape)
+        return logical_tensors(kinds, self.config, wanted=wanted)
+
+
+def is_hf_directory(names: Collection[str]) -> bool:
+    """Whether file names are those of a directory with weights."""
+    return any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in names)
+
+
+def open_hf_directory(inputs: OpenInputs, *, only: str | None = None) -> HFDirectory:
+    """Open a directory with weights.
+
+    Args:
+        inputs: Its files.
+        only: Take this file of weights, or this index, and no other.
+
+    Raises:
+        ReadError: If it has no weights, or they cannot be read.
+        CorruptCheckpointError: If index and files contradict each other, or a header is damaged;
+            if weights are pieces of tensors; if it is not clear which files are the weights.
+    """
+    names = inputs.files.names()
+    index, files = _weights(names if only is None else [only], inputs.files.path)
+    file_of_indexed: dict[str, str] = {}
+    if index is not None:
+        file_of_indexed = _read_index(inputs, index)
+        files = sorted(set(file_of_indexed.values()))
+        _check_there(files, names, inputs.files.path)
+        _check_single(files, names if only is None else [], inputs.files.path)
+    headers = _headers(inputs, files)
+    config = _read_config(inputs, names)
+    return HFDirectory(headers, _files_of_keys(headers, file_of_indexed, inputs), config)
+
+
+def _headers(inputs: OpenInputs, files: Sequence[str]) -> dict[str, FileHeader]:
+    def header(name: str) -> FileHeader:
+        return _whole_tensors(inputs, name)
+
+    if inputs.files.reads_ahead and len(files) <= _FEW:
+        return {name: header(name) for name in files}
+    readers = min(inputs.files.readers, len(files))
+    with ThreadPoolExecutor(readers, thread_name_prefix="dcp-hf-read") as pool:
+        return dict(zip(files, pool.map(header, files), strict=True))
+
+
+def _weights(names: Sequence[str], path: str) -> tuple[str | None, list[str]]:
+    """Return the index, or the files of weights where there is none."""
+    indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
+    if INDEX_NAME in indices or len(indices) == 1:
+        return (INDEX_NAME if INDEX_NAME in indices else indices[0]), []
+    files = [name for name in names if name.endswith(SUFFIX)]
+    if SINGLE_NAME in files:
+        return None, [SINGLE_NAME]
+    if not files:
+        raise ReadError(
+            "no weights in the safetensors format here",
+            phase="read",
+            path=path,
+            expected=f"{SINGLE_NAME}, or {INDEX_NAME} and the files that it names",
+            found=f"{len(names)} other files" if names else "an empty directory",
+        )
+    if len(files) > 1 and not _is_complete(files):
+        _refuse(
+            path,
+            "several files of weights, and nothing that says which belong together",
+            expected=INDEX_NAME,
+            found=some_of(map(repr, files), most=_MANY),
+            hint="pass the path of the one file, or of an index, that is meant",
+        )
+    return None, files
+
+
+def _is_complete(files: Sequence[str]) -> bool:
+    found = [_SHARD.fullmatch(name) for name in files]
+    parts = {(match[1], int(match[3]), int(match[2])) for match in found if match is not None}
+    stem, count, _ = min(parts, default=("", 0, 0))
+    return len(files) == count and parts == {(stem, count, i) for i in range(1, count + 1)}
+
+
+def _read_index(inputs: OpenInputs, name: str) -> dict[str, str]:
+    data = inputs.files.read_whole(name, max_nbytes=MAX_INDEX_NBYTES)
+    path = f"{inputs.files.path}/{name}"
+    _, weight_map = parse_index(data, path=path)
+    if not weight_map:
+        _refuse(path, "an index names no tensors")
+    for key, file in weight_map.items():
+        if not file.endswith(SUFFIX):
+            _refuse(path, "an index names what is no file of weights", key=key, found=file)
+    return weight_map
+
+
+def parse_index(data: bytes, *, path: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """Return the metadata of an index, and the file of each key.
+
+    Raises:
+        CorruptCheckpointError: If it is no index, or names a file elsewhere.
+    """
+    fields = parse_json(data, path=path)
+    weight_map = fields.get("weight_map") if isinstance(fields, dict) else None
+    if not isinstance(weight_map, dict):
+        _refuse(path, "an index has no weight_map", found=shortened(fields))
+    seen: set[str] = set()
+    for key, name in weight_map.items():
+        if not key or not is_text(key):
+            _refuse(path, "an index names a tensor without a usable name", found=shortened(key))
+        # Thousands of tensors lie in a few files.
+        if not isinstance(name, str) or (name not in seen and not _is_plain_name(name)):
+            _refuse(
+                path,
+                "an index names a file outside its directory",
+                key=key,
+                expected="a plain file name",
+                found=shortened(name),
+            )
+        seen.add(name)
+    metadata = fields.get("metadata")
+    return metadata if isinstance(metadata, dict) else {}, weight_map
+
+
+def _is_plain_name(name: str) -> bool:
+    return is_relative_name(name) and "/" not in name
+
+
+def _check_there(files: Sequence[str], names: Sequence[str], path: str) -> None:
+    missing = [name for name in files if name not in names]
+    if missing:
+        _refuse(
+            path,
+            "files that the index names are missing",
+            expected=f"{len(files)} files",
+            found=f"{len(missing)} missing: {some_of(map(repr, missing), most=_MANY)}",
+        )
+
+
+def _check_single(files: Sequence[str], names: Sequence[str], path: str) -> None:
+    if SINGLE_NAME in names and SINGLE_NAME not in files:
+        _refuse(
+            path,
+            "two sets of weights lie here, of which one is left from another save",
+            expected=f"either {SINGLE_NAME} or {INDEX_NAME}",
+            found="both",
+            hint="remove the old one, or pass the path of the file that is meant",
+        )
+
+
+def read_header(file: InputFile) -> FileHeader:
+    """Read and check the header of an open safetensors file.
+
+    Raises:
+        CorruptCheckpointError: If it cannot be one.
+        ReadError: If the storage refuses.
+    """
+    start = file.read(0, min(LENGTH_NBYTES, file.nbytes))
+    nbytes = header_nbytes(start, file_nbytes=file.nbytes, path=file.path)
+    return parse_header(file.read(0, nbytes), file_nbytes=file.nbytes, path=file.path)
+
+
+def _whole_tensors(inputs: OpenInputs, name: str) -> FileHeader:
+    with inputs.use(name) as file:
+        header = read_header(file)
+    if _PIECES in header.metadata:
+        _refuse(
+            file.path,
+            "a file holds pieces of tensors, as torch's HuggingFaceStorageWriter leaves them",
+            expected="whole tensors",
+            found=_PIECES,
+            hint="consolidate them with torch.distributed.checkpoint, or load them with "
+            "HuggingFaceStorageReader",
+        )
+    return header
+
+
+def _files_of_keys(
+    headers: Mapping[str, FileHeader], indexed: Mapping[str, str], inputs: OpenInputs
+) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, header in headers.items():
+        for key in header.tensors:
+            if key in found and key not in indexed:
+                path = f"{inputs.files.path}/{name}"
+                _refuse(path, "two files hold one tensor", key=key, found=found[key])
+            found[key] = name
+    lost = [key for key, name in indexed.items() if key not in headers[name].tensors]
+    if lost:
+        _refuse(
+            f"{inputs.files.path}/{indexed[lost[0]]}",
+            "tensors are not in the files that the index names",
+            key=lost[0],
+            found=f"{len(lost)} missing: {some_of(map(shortened, lost), most=_MANY)}",
+        )
+    return {**found, **indexed}
+
+
+def _read_config(inputs: OpenInputs, names: Collection[str]) -> Mapping[str, Any] | None:
+    if CONFIG_NAME not in names:
+        return None
+    data = inputs.files.read_whole(CONFIG_NAME, max_nbytes=_MAX_CONFIG_NBYTES)
+    found = parse_json(data, path=f"{inputs.files.path}/{CONFIG_NAME}")
+    if not isinstance(found, dict):
+        _refuse(f"{inputs.files.path}/{CONFIG_NAME}", "a config is no object", found=type(found))
+    return found
+
+
+def _refuse(
+    path: str,
+    problem: str,
+    *,
+    key: str | None = None,
+    expected: object = None,
+    found: object = None,
+    hint: str | None = None,
+) -> NoReturn:
+    raise CorruptCheckpointError(
+        problem, phase="read", path=path, key=key, expected=expected, found=found, hint=hint
+    )

@@ -1,0 +1,283 @@
+"""One load through `dcp.load`, from either half: what is there, whether it fits, the reading."""
+
+from __future__ import annotations
+
+import uuid
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType
+
+from dcp_hf_writer.errors import MismatchError
+from dcp_hf_writer.formats.names_on_disk import METADATA_NAME
+from dcp_hf_writer.load.checkpoint_half import open_hf_source, read_dcp_metadata
+from dcp_hf_writer.load.dcp_source import DCPSource, Wanted
+from dcp_hf_writer.load.exchange import Reading
+from dcp_hf_writer.load.hf_blocks import load_blocks
+from dcp_hf_writer.load.hf_source import Block, Findings
+from dcp_hf_writer.load.mismatches import loaded_values, misfits
+from dcp_hf_writer.load.read_phase import run_reads
+from dcp_hf_writer.load.read_plan import plan_reads
+from dcp_hf_writer.load.verify_ranges import verify_ranges
+from dcp_hf_writer.mapping.flattening import flat_tensors
+from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
+from dcp_hf_writer.staging.memory_identity import memory_identity
+from dcp_hf_writer.storage.open_inputs import OpenInputs
+from dcp_hf_writer.tensors.boxes import Box
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+
+    from dcp_hf_writer.load.checkpoint_half import Place
+    from dcp_hf_writer.load.read_plan import Fetch
+    from dcp_hf_writer.mapping.load_spec import LoadSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """What a reader was asked for."""
+
+    specs: Mapping[str, LoadSpec]
+    key: str | None
+    is_verified: bool
+    allow_pickled_objects: bool
+    group: dist.ProcessGroup | None
+    """Ranks that pass on what they read; `None` reads alone."""
+
+
+class Load(ABC):
+    """One load on one rank."""
+
+    metadata: Metadata
+    """What DCP's planner is told."""
+
+    def __init__(self, place: Place, inputs: OpenInputs, options: LoadOptions) -> None:
+        """Read from `place`, whose files are `inputs`."""
+        self._place, self._inputs, self._options = place, inputs, options
+
+    @abstractmethod
+    def check(self, planner: LoadPlanner | None) -> None:
+        """Check that what is loaded is there.
+
+        Raises:
+            MismatchError: Listing everything that is not, or is something else.
+        """
+
+    @abstractmethod
+    def _load_tensors(self, wanted: Sequence[Wanted], reading: Reading) -> None:
+        """Read parts of tensors into their targets; runs `reading` once."""
+
+    def _read_objects(self, items: Sequence[ReadItem]) -> list[tuple[ReadItem, Any]]:
+        assert not items
+        return []
+
+    def read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+        """Read what a plan says.
+
+        Raises:
+            CheckpointError: If something cannot be read, or may not be.
+        """
+        with self._inputs, Reading(self._options.group) as reading:
+            objects = self._read_objects(
+                [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
+            )
+            wanted = [
+                Wanted(item, _resolved(planner, item))
+                for item in plan.items
+                if item.type == LoadItemType.TENSOR
+            ]
+            self._load_tensors(wanted, reading)
+        for item, data in objects:
+            planner.load_bytes(item, data)
+        for one in wanted:
+            planner.commit_tensor(one.item, one.target)
+
+    def close(self) -> None:
+        """Close what a load that does not come to its reading has open."""
+        self._inputs.close()
+
+    def _verify(self, fetches: Sequence[Fetch], **others: Collection[str]) -> None:
+        if self._options.is_verified:
+            # Without one the load was refused when it began.
+            assert self._place.manifest is not None
+            verify_ranges(self._place, self._place.manifest, fetches, **others)
+
+
+def _resolved(planner: LoadPlanner, item: ReadItem) -> torch.Tensor:
+    target = planner.resolve_tensor(item).detach()
+    if target.shape != item.lengths:
+        raise MismatchError(
+            "the planner resolves an item to a tensor of another shape",
+            phase="read",
+            fqn=item.dest_index.fqn,
+            expected=f"shape {list(item.lengths)}",
+            found=f"shape {list(target.shape)}",
+        )
+    return target
+
+
+class DCPLoad(Load):
+    """From the DCP half."""
+
+    def __init__(self, place: Place, options: LoadOptions, *, rank: int | None) -> None:
+        """Read the metadata.
+
+        Args:
+            place: Where the checkpoint is.
+            options: What the reader was asked for.
+            rank: Read what this rank wrote without collectives; `None` is the usual.
+
+        Raises:
+            ReadError: If there is none.
+            CorruptCheckpointError: If it says what it may not.
+        """
+        super().__init__(place, OpenInputs(place.files), options)
+        self.metadata = read_dcp_metadata(place.files, rank)
+        if self.metadata.storage_meta is None:
+            self.metadata.storage_meta = StorageMeta()
+        self.metadata.storage_meta.load_id = str(uuid.uuid4())
+        self._source = DCPSource(self._inputs, self.metadata)
+
+    def check(self, planner: LoadPlanner | None) -> None:
+        """Check that what is loaded is there; see `Load.check`."""
+        missing, faults = misfits(planner, self.metadata)
+        if missing or faults:
+            mismatched = (f"{fqn} ({fault})" for fqn, fault in faults.items())
+            Findings(tuple(missing), tuple(mismatched)).refuse(self._place.files.path)
+
+    def _read_objects(self, items: Sequence[ReadItem]) -> list[tuple[ReadItem, Any]]:
+        allow = self._options.allow_pickled_objects
+        files = {self._source.file_of(item) for item in items}
+        self._verify((), whole=(METADATA_NAME,), objects_in=files)
+        found = self._source.read_objects(items, allow_pickled_objects=allow)
+        return list(zip(items, found, strict=True))
+
+    def _load_tensors(self, wanted: Sequence[Wanted], reading: Reading) -> None:
+        fetches, whole, expected = self._source.guessed_fetches(wanted)
+        self._verify(fetches)
+        targets = [one.target for one in wanted]
+        differing = reading.run(self._inputs, plan_reads(fetches, expected), targets)
+        if differing:
+            wrong = {wanted[number].item.storage_index for number in differing}
+            again = [one for one in wanted if one.item.storage_index in wrong]
+            fetches, unusual = self._source.fetches(again)
+            run_reads(self._inputs, plan_reads(fetches), [one.target for one in again])
+            whole += unusual
+        for read in whole:
+            self._source.load_whole(read)
+
+
+class HFLoad(Load):
+    """From a HuggingFace directory, through specs."""
+
+    def __init__(
+        self, place: Place, options: LoadOptions, *, state_dict: Mapping[str, Any] | None
+    ) -> None:
+        """Read index and headers, and describe them as runtime tensors.
+
+        Args:
+            place: Where the directory is.
+            options: What the reader was asked for.
+            state_dict: What is loaded into, which tells how its model's entry is called.
+
+        Raises:
+            ReadError: If there are no weights.
+            CorruptCheckpointError: If headers or index are damaged.
+            PlanningError: If it is not clear which entry is the model.
+        """
+        tensors = {} if state_dict is None else flat_tensors(state_dict)
+        paths = {fqn: path for fqn, (path, _) in tensors.items()}
+        prefix = model_prefix(paths, key=options.key) if paths else ()
+        start = "".join(f"{part}." for part in prefix)
+        in_model = names_in_model(paths, prefix)
+        names = set(in_model.values())
+        self._source, inputs = open_hf_source(place, options.specs, names=names)
+        super().__init__(place, inputs, options)
+        self._name_of = {f"{start}{name}": name for name in self._source.names()}
+        self._name_of |= self._tied_in_memory({fqn: tensors[fqn][1] for fqn in in_model})
+        self.metadata = Metadata(
+            {fqn: self._entry(name) for fqn, name in self._name_of.items()},
+            planner_data={},
+            storage_data={},
+            storage_meta=StorageMeta(load_id=str(uuid.uuid4())),
+        )
+
+    def _tied_in_memory(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """Find tensors that are not there, but share their memory with one that is."""
+        there: dict[Any, str] = {}
+        found: dict[str, str] = {}
+        if tensors.keys() <= self._name_of.keys():
+            return found
+        for fqn, tensor in tensors.items():
+            if fqn in self._name_of:
+                there[memory_identity(tensor)] = self._name_of[fqn]
+        for fqn, tensor in tensors.items():
+            identity = memory_identity(tensor)
+            if fqn not in self._name_of and identity is not None and identity in there:
+                found[fqn] = there[identity]
+        return found
+
+    def _entry(self, name: str) -> TensorStorageMetadata:
+        shape, dtype = self._source.kind(name)
+        size = torch.Size(shape)
+        chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
+        return TensorStorageMetadata(TensorProperties(dtype), size, [chunk])
+
+    def check(self, planner: LoadPlanner | None) -> None:
+        """Check that what is loaded is there; see `Load.check`."""
+        missing, faults = misfits(planner, self.metadata)
+        values = loaded_values(planner)
+        for fqn, value in values.items():
+            if isinstance(value, torch.Tensor) and fqn in self._name_of and fqn not in faults:
+                fault = self._source.fault(self._name_of[fqn], tuple(value.shape), value.dtype)
+                if fault is not None:
+                    faults[fqn] = fault
+        if not missing and not faults:
+            return
+        taken = {
+            key
+            for fqn in values
+            if fqn in self._name_of
+            for key in self._source.keys_of(self._name_of[fqn])
+        }
+        Findings(
+            tuple(missing),
+            tuple(f"{fqn} ({fault})" for fqn, fault in faults.items()),
+            tuple(self._source.stored.keys() - taken),
+        ).refuse(self._place.weights.path, hint=_HINT)
+
+    def _load_tensors(self, wanted: Sequence[Wanted], reading: Reading) -> None:
+        blocks = {}
+        for one in wanted:
+            item = one.item
+            name = self._name_of[item.storage_index.fqn]
+            box = Box(tuple(item.storage_offsets), tuple(item.lengths))
+            # Tied tensors are one memory, which is filled once.
+            where = (name, box, one.target.data_ptr(), one.target.stride(), one.target.dtype)
+            blocks[where] = Block(name, box, one.target)
+        load_blocks(
+            self._place,
+            self._source,
+            self._inputs,
+            list(blocks.values()),
+            is_verified=self._options.is_verified,
+            reading=reading,
+        )
+
+
+_HINT = (
+    "a HuggingFace directory holds the model alone: load {'model': ...} from it; specs=[LoadSpec("
+    "...)] say how names differ, and which are tied (alias_of)"
+)

@@ -1,0 +1,382 @@
+"""Plan reads: elements of stored tensors that are wanted in memory -> few large reads, in order.
+
+Pure: no I/O. What is contiguous in the file and in memory goes from one to the other without a stop
+in between. The rest (casts, devices, short runs of a column shard) goes through a buffer: the span
+from its first to its last byte is read at once where the holes in it are small.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    import torch
+
+    from dcp_hf_writer.tensors.boxes import Box, Shape
+    from dcp_hf_writer.tensors.strided_copies import Copy
+
+PIECE_NBYTES = 8 << 20
+"""One read takes at most about this much, so that several threads share a large tensor."""
+
+BOUNCE_NBYTES = 4 << 20
+"""At most this much of a read goes through the buffer; it fits a cache."""
+
+# Up to here, what lies between two wanted ranges is read too: a system call and a seek cost more.
+MAX_GAP_NBYTES = 64 << 10
+
+# Shorter runs go through the buffer, from which they are copied faster than a call each reads them.
+MIN_RUN_NBYTES = 128 << 10
+
+# Buffers of one read; a system call takes 1024.
+_MAX_PARTS = 1000
+
+Loops = tuple[tuple[int, int, int], ...]
+"""`(extent, stride in the file, stride in memory)` of each nested loop, in elements."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetch:
+    """Elements of one stored tensor that are wanted in one tensor in memory."""
+
+    file: str
+    """Name of the file."""
+    start: int
+    """Offset of the first of them in the file, in bytes."""
+    dtype: torch.dtype
+    """Their dtype in the file."""
+    target: int
+    """Number of the tensor in memory."""
+    target_start: int
+    """Where the first of them goes, in elements from the first one of that tensor."""
+    loops: Loops
+    """In any order; all strides are at least 1."""
+    is_direct: bool
+    """Whether memory takes the bytes as they are: host memory of the same dtype."""
+
+
+def fetch_of_copy(
+    copy: Copy,
+    *,
+    file: str,
+    start: int,
+    dtype: torch.dtype,
+    strides: Shape,
+    target: int,
+    target_strides: Sequence[int],
+    is_direct: bool,
+) -> Fetch:
+    """Return what fetches the elements of a copy.
+
+    Args:
+        copy: Its HuggingFace side is the stored tensor, its runtime side the one in memory.
+        file: Name of the file.
+        start: Offset of the stored tensor's first element in the file, in bytes.
+        dtype: Its dtype.
+        strides: Its strides, in elements.
+        target: Number of the tensor in memory.
+        target_strides: Its strides, in elements.
+        is_direct: Whether memory takes the bytes as they are.
+    """
+    first = sum(i * s for i, s in zip(copy.hf_start, strides, strict=True))
+    return Fetch(
+        file=file,
+        start=start + first * dtype.itemsize,
+        dtype=dtype,
+        target=target,
+        target_start=sum(i * s for i, s in zip(copy.start, target_strides, strict=True)),
+        loops=tuple(
+            (n.extent, n.hf_step * strides[n.hf_dim], n.step * target_strides[n.dim])
+            for n in copy.loops
+        ),
+        is_direct=is_direct,
+    )
+
+
+def fetch_of_box(
+    box: Box,
+    *,
+    file: str,
+    start: int,
+    dtype: torch.dtype,
+    strides: Sequence[int],
+    target: int,
+    target_strides: Sequence[int],
+    is_direct: bool,
+) -> Fetch:
+    """Return what fetches a box of a stored tensor into one of its shape; see `fetch_of_copy`."""
+    first = sum(o * s for o, s in zip(box.offsets, strides, strict=True))
+    loops = tuple(zip(box.sizes, strides, target_strides, strict=True))
+    return Fetch(file, start + first * dtype.itemsize, dtype, target, 0, loops, is_direct)
+
+
+@dataclass(frozen=True, slots=True)
+class Scatter:
+    """A strided copy from the buffer into one tensor."""
+
+    start: int
+    """Byte offset of the first element within the part of the buffer."""
+    dtype: torch.dtype
+    """Dtype of the elements in the buffer."""
+    target: int
+    """Number of the tensor in memory."""
+    target_start: int
+    """Where the first element goes, in elements from the first one of that tensor."""
+    loops: Loops
+    """Outermost first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """Bytes of a file that are known, if it is what it is taken for."""
+
+    file: str
+    """Name of the file."""
+    start: int
+    """Offset of the first of them."""
+    content: bytes
+    """What they should be."""
+    number: int
+    """By which the caller is told that they are not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Bytes in the buffer that are compared with what they should be."""
+
+    start: int
+    """First byte within the part of the buffer."""
+    content: bytes
+    """What they should be."""
+    number: int
+    """That of the `Expected`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Direct:
+    """Bytes that go straight into a tensor."""
+
+    nbytes: int
+    target: int
+    """Number of the tensor in memory."""
+    target_start: int
+    """Where they go, in bytes from the first one of that tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounce:
+    """Bytes that go into the buffer, and from there to tensors; to none, if nobody wants them."""
+
+    nbytes: int
+    scatters: tuple[Scatter, ...] = ()
+    comparisons: tuple[Comparison, ...] = ()
+
+
+Part = Direct | Bounce
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """Consecutive bytes of one file."""
+
+    file: str
+    """Name of the file."""
+    start: int
+    """Offset of the first byte."""
+    parts: tuple[Part, ...]
+    """Where they go, one after another."""
+
+    @property
+    def nbytes(self) -> int:
+        """Number of bytes."""
+        return sum(part.nbytes for part in self.parts)
+
+
+def span_of(fetch: Fetch) -> int:
+    """Return the bytes from the first to the last one of a fetch; 0 if it has no element."""
+    if any(extent == 0 for extent, _, _ in fetch.loops):
+        return 0
+    return _span(fetch.loops) * fetch.dtype.itemsize
+
+
+def plan_reads(fetches: Iterable[Fetch], expected: Iterable[Expected] = ()) -> list[Read]:
+    """Plan the reads that fetch everything.
+
+    Args:
+        fetches: What is wanted in memory.
+        expected: What is to be compared on the way.
+
+    Returns:
+        Reads, by file and ascending. Overlapping reads only where two fetches want the same bytes.
+    """
+    extents = [extent for fetch in dict.fromkeys(fetches) for extent in _extents(fetch)]
+    for one in expected:
+        comparison = Comparison(0, one.content, one.number)
+        part = Bounce(len(one.content), comparisons=(comparison,))
+        extents.append(_Extent(one.file, one.start, part))
+    extents.sort(key=lambda extent: (extent.file, extent.start, extent.part.nbytes))
+    reads: list[Read] = []
+    for file, group in itertools.groupby(extents, key=lambda extent: extent.file):
+        builder = _Builder(file)
+        for extent in group:
+            if not builder.add(extent):
+                reads.append(builder.read())
+                builder = _Builder(file)
+                builder.add(extent)
+        reads.append(builder.read())
+    return reads
+
+
+@dataclass(frozen=True, slots=True)
+class _Extent:
+    """Consecutive bytes of one file that go one way."""
+
+    file: str
+    start: int
+    part: Part
+
+
+class _Builder:
+    """Collects extents of one file, ascending, into one read."""
+
+    def __init__(self, file: str) -> None:
+        self._file = file
+        self._start = self._stop = -1
+        self._parts: list[Part] = []
+        self._bounced = 0
+
+    def add(self, extent: _Extent) -> bool:
+        """Add an extent; `False` if it belongs to a new read."""
+        if not self._parts:
+            self._start = self._stop = extent.start
+        gap = extent.start - self._stop
+        if gap < 0:
+            return self._add_overlapping(extent)
+        nbytes = extent.part.nbytes
+        bounced = nbytes if isinstance(extent.part, Bounce) else 0
+        if self._parts and (
+            gap > MAX_GAP_NBYTES
+            or extent.start + nbytes - self._start > PIECE_NBYTES
+            or len(self._parts) + 2 > _MAX_PARTS
+            or self._bounced + gap + bounced > BOUNCE_NBYTES
+        ):
+            return False
+        if gap:
+            self._parts.append(Bounce(gap))
+        self._parts.append(extent.part)
+        self._bounced += gap + bounced
+        self._stop = extent.start + nbytes
+        return True
+
+    def _add_overlapping(self, extent: _Extent) -> bool:
+        """Add what begins within the last part, if both go through the buffer."""
+        last, part = self._parts[-1], extent.part
+        if not isinstance(last, Bounce) or not isinstance(part, Bounce):
+            return False
+        skipped = extent.start - (self._stop - last.nbytes)
+        nbytes = max(last.nbytes, skipped + part.nbytes)
+        if skipped < 0 or self._bounced + nbytes - last.nbytes > BOUNCE_NBYTES:
+            return False
+        if any(skipped % scatter.dtype.itemsize for scatter in part.scatters):
+            return False
+        scatters = (replace(one, start=one.start + skipped) for one in part.scatters)
+        comparisons = (replace(one, start=one.start + skipped) for one in part.comparisons)
+        self._parts[-1] = Bounce(
+            nbytes, (*last.scatters, *scatters), (*last.comparisons, *comparisons)
+        )
+        self._bounced += nbytes - last.nbytes
+        self._stop += nbytes - last.nbytes
+        return True
+
+    def read(self) -> Read:
+        """Return what was collected."""
+        return Read(self._file, self._start, tuple(self._parts))
+
+
+def merged(loops: Loops) -> Loops:
+    """Return the same loops, outermost in the file first, as few as can be."""
+    kept = [loop for loop in loops if loop[0] > 1]
+    if len(kept) > 1:
+        kept.sort(key=lambda loop: (-loop[1], -loop[2]))
+    found: list[tuple[int, int, int]] = []
+    for extent, stride, target_stride in kept:
+        if found and found[-1][1:] == (extent * stride, extent * target_stride):
+            found[-1] = (found[-1][0] * extent, stride, target_stride)
+        else:
+            found.append((extent, stride, target_stride))
+    return tuple(found)
+
+
+def _extents(fetch: Fetch) -> Iterator[_Extent]:
+    if any(loop[0] == 0 for loop in fetch.loops):
+        return
+    loops, itemsize = merged(fetch.loops), fetch.dtype.itemsize
+    run = 1
+    if loops and loops[-1][1:] == (1, 1):
+        run, outer = loops[-1][0], loops[:-1]
+    else:
+        outer = loops
+    if fetch.is_direct and not outer:
+        yield from _direct(fetch, fetch.start, fetch.target_start * itemsize, run * itemsize)
+        return
+    if fetch.is_direct and run * itemsize >= MIN_RUN_NBYTES:
+        for start, target_start in _starts(fetch, outer):
+            yield from _direct(fetch, start, target_start * itemsize, run * itemsize)
+        return
+    spans = _cut(loops, max(1, BOUNCE_NBYTES // itemsize), MAX_GAP_NBYTES // itemsize)
+    for first, target_first, inner in spans:
+        start = fetch.start + first * itemsize
+        scatter = Scatter(0, fetch.dtype, fetch.target, fetch.target_start + target_first, inner)
+        yield _Extent(fetch.file, start, Bounce(_span(inner) * itemsize, (scatter,)))
+
+
+def _direct(fetch: Fetch, start: int, target_start: int, nbytes: int) -> Iterator[_Extent]:
+    if nbytes <= PIECE_NBYTES:
+        yield _Extent(fetch.file, start, Direct(nbytes, fetch.target, target_start))
+        return
+    for done in range(0, nbytes, PIECE_NBYTES):
+        size = min(PIECE_NBYTES, nbytes - done)
+        yield _Extent(fetch.file, start + done, Direct(size, fetch.target, target_start + done))
+
+
+def _starts(fetch: Fetch, loops: Loops) -> Iterator[tuple[int, int]]:
+    """Yield the start of each step in the file, in bytes, and in memory, in elements."""
+    itemsize = fetch.dtype.itemsize
+    for steps in itertools.product(*(range(extent) for extent, _, _ in loops)):
+        first = sum(i * loop[1] for i, loop in zip(steps, loops, strict=True))
+        target_first = sum(i * loop[2] for i, loop in zip(steps, loops, strict=True))
+        yield fetch.start + first * itemsize, fetch.target_start + target_first
+
+
+def _span(loops: Sequence[tuple[int, int, int]]) -> int:
+    """Return the elements from the first to the last one that loops visit in the file."""
+    return 1 + sum((extent - 1) * stride for extent, stride, _ in loops)
+
+
+def _cut(loops: Loops, max_elements: int, max_gap: int) -> Iterator[tuple[int, int, Loops]]:
+    """Cut loops into some whose span is to be read at once.
+
+    Yields:
+        First element in the file and in memory, counted from those of the whole, and loops.
+    """
+    if not loops:
+        yield 0, 0, loops
+        return
+    (extent, stride, target_stride), inner = loops[0], loops[1:]
+    span = _span(inner)
+    # Steps of this loop that are read together.
+    together = 1
+    if stride - span <= max_gap and span <= max_elements:
+        together = min(extent, 1 + (max_elements - span) // stride)
+    if together > 1:
+        for first in range(0, extent, together):
+            count = min(together, extent - first)
+            part = ((count, stride, target_stride), *inner) if count > 1 else inner
+            yield first * stride, first * target_stride, part
+        return
+    for i in range(extent):
+        for first, target_first, part in _cut(inner, max_elements, max_gap):
+            yield i * stride + first, i * target_stride + target_first, part

@@ -1,0 +1,272 @@
+"""HFExport: what the HuggingFace half of a checkpoint shall look like."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from dcp_hf_writer.errors import ConfigError
+from dcp_hf_writer.mapping.load_spec import LoadSpec
+from dcp_hf_writer.tensors.dtypes import export_dtype
+
+if TYPE_CHECKING:
+    import os
+    from collections.abc import Iterable, Sequence
+
+    import torch
+
+# Decimal, as huggingface_hub reads them: "5GB" is 5 * 10**9 bytes.
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B)?\s*", re.IGNORECASE)
+
+# The data of a safetensors file starts on a multiple of this at least (safetensors >= 0.4).
+_MIN_ALIGN = 8
+
+Order = Literal["auto", "state_dict", "natural"]
+
+
+def size_in_bytes(value: int | str, *, option: str) -> int:
+    """Read a size: a positive integer of bytes, or text such as `"5GB"` in decimal units.
+
+    Raises:
+        ConfigError: If it is neither, or not above zero.
+    """
+    nbytes: int | None = None
+    if isinstance(value, int) and not isinstance(value, bool):
+        nbytes = value
+    elif isinstance(value, str) and (match := _SIZE.fullmatch(value)):
+        nbytes = int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+    if nbytes is None or nbytes <= 0:
+        msg = f"{option} must be a positive size"
+        raise ConfigError(msg, expected='bytes as an int, or text such as "5GB"', found=repr(value))
+    return nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class HFExport:
+    """Options of the HuggingFace half; frozen, and reused by every save of a run.
+
+    Raises:
+        ConfigError: If an option cannot be used as given.
+    """
+
+    key: str | None = None
+    """Entry of the state dict that holds the model, dots for nested entries; `None` finds it."""
+    specs: Mapping[str, LoadSpec] | Iterable[LoadSpec] | None = None
+    """Tensors that are not exported under their own name and shape, by FQN within the model."""
+    dtype: torch.dtype | str | None = None
+    """Dtype on disk of floating-point tensors; fp8, integers and bools are never cast."""
+    keep_dtype: Sequence[str] = ()
+    """Regular expressions (`re.search`) of HuggingFace keys that keep their own dtype."""
+    max_shard_size: int | str = "5GB"
+    """Most data bytes of one output file; one larger tensor gets a file of its own."""
+    like: str | os.PathLike[str] | None = None
+    """Model directory whose index gives the file of each key, and whose other files are copied."""
+    assets: Any = ()
+    """Files beside the weights: paths, objects with `save_pretrained`, or `{file name: bytes}`.
+
+    One of these or a sequence of them. A transformers model stands for its config and generation
+    config; its weights are not touched. They are read once, at the first save (or `warm_up`) that
+    uses this object; make a new `HFExport` when they change.
+    """
+    subdir: str = "hf"
+    """Directory of the export within the checkpoint."""
+    tied: Mapping[str, str] | None = None
+    """`{dropped: kept}` names of tied tensors; `None` finds them by shared storage."""
+    expect_keys: Iterable[str] | None = None
+    """The keys that the export must have, no more and no less."""
+    header_align: int = 8
+    """The data of each file starts on a multiple of this many bytes; 4096 suits mapped reads."""
+    metadata: Mapping[str, str] | None = None
+    """Pairs for `__metadata__` of each file, after `format: pt`."""
+    order: Order = "auto"
+    """Order in which tensors fill the files: that of the state dict, or natural order of the names.
+
+    `"auto"` is the order of `save_pretrained`: natural where a spec renames or splits a tensor, or
+    where a model among the assets came from `from_pretrained`; else the state dict's.
+    """
+    groups: Iterable[Sequence[str]] | None = None
+    """Groups of HuggingFace keys in the order in which they fill the files; overrides `order`.
+
+    The keys of a group stay in one file, as `save_pretrained` keeps views of one storage together.
+    Keys in no group follow.
+    """
+    total_parameters: int | None = None
+    """`total_parameters` of the index; `None` counts the elements of all exported tensors."""
+    checksums: Literal["sha256"] | None = None
+    """`"sha256"` adds `checksums.json`, which SGLang's `--model-checksum` reads.
+
+    The coordinator then reads every byte of the export once more before it commits; the log and the
+    manifest say how long that took. The manifest's own digests need no such pass.
+    """
+    spec_by_fqn: dict[str, LoadSpec] = field(init=False, repr=False)
+    """`specs`, by the FQN that each one names."""
+    max_shard_nbytes: int = field(init=False, repr=False)
+    """`max_shard_size` in bytes."""
+    is_in_natural_order: bool = field(init=False, repr=False)
+    """Whether tensors fill the files in natural order of their runtime names."""
+
+    def __post_init__(self) -> None:
+        """Check and normalise each option."""
+        frozen = {
+            "spec_by_fqn": specs_by_name(self.specs),
+            "max_shard_nbytes": size_in_bytes(self.max_shard_size, option="max_shard_size"),
+            "dtype": export_dtype(self.dtype),
+            "keep_dtype": _patterns(self.keep_dtype),
+            "expect_keys": None if self.expect_keys is None else frozenset(self.expect_keys),
+            "metadata": dict(sorted((self.metadata or {}).items())),
+            "groups": None if self.groups is None else tuple(map(tuple, self.groups)),
+        }
+        for name, value in frozen.items():
+            object.__setattr__(self, name, value)
+        self._check()
+        object.__setattr__(self, "is_in_natural_order", self._natural())
+
+    @classmethod
+    def from_transformers(
+        cls,
+        model: Any,
+        tokenizer: Any = None,
+        base: str | os.PathLike[str] | None = None,
+        *,
+        orientation: Literal["model", "base"] = "model",
+        **options: Any,
+    ) -> HFExport:
+        """Make the export that equals what `save_pretrained` writes of the unsharded model.
+
+        Specs, tied names, the order of the files and the keys to expect are asked of transformers,
+        see `specs_from_transformers`; the config and generation config are the model's. With
+        `dtype`, what transformers keeps in float32 keeps its dtype. Every rank calls it.
+
+        Args:
+            model: A transformers model, sharded or not.
+            tokenizer: A tokenizer or processor to save beside the weights.
+            base: Local directory of the checkpoint that the model came from, to compare with.
+            orientation: `"base"` transposes what `base` has transposed.
+            **options: Options of `HFExport`; `assets` and `keep_dtype` are added to, the others
+                override what is found.
+
+        Raises:
+            ConfigError: If it is no transformers model, or an option cannot be used as given.
+            SpecError: If the layout cannot be had, or is not that of `base`.
+        """
+        # Planning imports no integration, which would import the library that it is for.
+        module = importlib.import_module("dcp_hf_writer.integrations.transformers")
+        return cls(**module.export_options(model, tokenizer, base, orientation, options))
+
+    @classmethod
+    def from_state_dict_adapter(
+        cls, adapter: Any, state_dict: Mapping[str, Any], **options: Any
+    ) -> HFExport:
+        """Make the export of what a `StateDictAdapter` (torchtitan's protocol) makes of a model.
+
+        `adapter.to_hf` is called once, with stand-ins that have no data; what it does with them is
+        the layout. Where `adapter.hf_assets_path` holds an index, the files are cut as it says.
+
+        Args:
+            adapter: An object with `to_hf(state_dict)`.
+            state_dict: State dict of the whole model; only names, global shapes and dtypes matter,
+                so under pipeline parallelism that of a model on the meta device will do.
+            **options: Options of `HFExport`, which override what is found.
+
+        Raises:
+            ConfigError: If it is no adapter, or an option cannot be used as given.
+            SpecError: If the adapter does more than lay tensors out.
+        """
+        # As above.
+        module = importlib.import_module("dcp_hf_writer.integrations.torchtitan")
+        return cls(**module.export_options(adapter, state_dict, options))
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Name of the options that a layout follows from, equal for equal options."""
+        parts = (
+            self.key,
+            [_global_part(spec) for _, spec in sorted(self.spec_by_fqn.items())],
+            self.dtype,
+            self.keep_dtype,
+            self.max_shard_nbytes,
+            None if self.tied is None else sorted(self.tied.items()),
+            None if self.expect_keys is None else sorted(self.expect_keys),
+            self.header_align,
+            self.metadata,
+            self.is_in_natural_order,
+            self.groups,
+            self.total_parameters,
+        )
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+    def _check(self) -> None:
+        align = self.header_align
+        if not isinstance(align, int) or align < _MIN_ALIGN or align % _MIN_ALIGN:
+            msg = "header_align must be a multiple of 8"
+            raise ConfigError(msg, expected="8, 16, ... 4096, ...", found=repr(align))
+        if not self.subdir or self.subdir in {".", ".."} or "/" in self.subdir:
+            msg = "subdir must be one plain directory name"
+            raise ConfigError(msg, expected='a name such as "hf"', found=repr(self.subdir))
+        pairs = dict(self.metadata or {})
+        if "format" in pairs or not all(
+            isinstance(k, str) and isinstance(v, str) for k, v in pairs.items()
+        ):
+            msg = "metadata must map text to text, and leaves format to us"
+            raise ConfigError(msg, expected="str -> str without 'format'", found=repr(pairs))
+        if self.checksums not in (None, "sha256"):
+            msg = "checksums must be a known kind"
+            raise ConfigError(msg, expected='"sha256" or None', found=repr(self.checksums))
+        if self.order not in ("auto", "state_dict", "natural"):
+            msg = "order must be a known one"
+            raise ConfigError(
+                msg, expected='"auto", "state_dict" or "natural"', found=repr(self.order)
+            )
+
+    def _natural(self) -> bool:
+        if self.order != "auto":
+            return self.order == "natural"
+        assets = self.assets if isinstance(self.assets, (list, tuple)) else (self.assets,)
+        # transformers sets this when it loads a model, and then sorts the names when it saves.
+        is_loaded = any(getattr(a, "_weight_conversions", None) is not None for a in assets)
+        return is_loaded or any(
+            s.hf_keys != (fqn,) or s.pieces for fqn, s in self.spec_by_fqn.items()
+        )
+
+
+def _global_part(spec: LoadSpec) -> tuple[object, ...]:
+    """Return what a spec says on every rank: all but how a rank's part was cut."""
+    plain = (spec.name, spec.hf_keys, spec.global_shape, spec.fused_dim, spec.fused_sizes)
+    return (*plain, spec.origin_shape, spec.dtype, spec.pieces, spec.alias_of)
+
+
+def specs_by_name(specs: Mapping[str, LoadSpec] | Iterable[object] | None) -> dict[str, LoadSpec]:
+    """Return specs by the FQN that each one names.
+
+    Raises:
+        ConfigError: If one is no `LoadSpec`, or two name one tensor.
+    """
+    found: dict[str, LoadSpec] = {}
+    for spec in specs.values() if isinstance(specs, Mapping) else specs or ():
+        if not isinstance(spec, LoadSpec):
+            msg = "specs must be LoadSpec objects"
+            raise ConfigError(msg, expected="LoadSpec", found=repr(spec))
+        if spec.name in found:
+            msg = "two specs name one runtime tensor"
+            raise ConfigError(msg, fqn=spec.name, expected="one spec a tensor")
+        found[spec.name] = spec
+    return found
+
+
+def _patterns(values: Sequence[str]) -> tuple[str, ...]:
+    if isinstance(values, str):
+        msg = "keep_dtype must be a sequence of patterns"
+        raise ConfigError(msg, expected='such as ("norm",)', found=repr(values))
+    for value in values:
+        try:
+            re.compile(value)
+        except re.error as error:
+            msg = "keep_dtype holds an invalid regular expression"
+            raise ConfigError(msg, expected=str(error), found=repr(value)) from error
+    return tuple(values)

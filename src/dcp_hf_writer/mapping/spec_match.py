@@ -1,0 +1,97 @@
+"""Which spec a tensor of the state dict belongs to: parameters, their optimizer state, copies.
+
+Pure. A spec names a parameter within the model's entry. What is kept for a parameter beside it is
+cut as the parameter is, so the spec holds for it too:
+
+- optimizer state: `[...].state.<name>.<one more>`, in one key or nested, such as
+  `optim.state.layers.0.w.exp_avg`;
+- a copy in another entry, whose keys below that entry (or the next) spell the name: `ema.<name>`.
+
+A spec may also name any tensor by its whole dotted path, and then holds for that one first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS, model_prefix, names_in_model
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dcp_hf_writer.mapping.load_spec import LoadSpec
+    from dcp_hf_writer.mapping.model_entry import Path
+
+_STATE = "state"
+
+# Depth of the entry that a copy of the model lies in: `ema`, or `ema.model`.
+_COPY_DEPTHS = (1, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """The spec that a tensor belongs to."""
+
+    spec: LoadSpec
+    is_kept_beside: bool
+    """Whether the tensor is optimizer state or a copy, and not what the spec names."""
+
+
+def match_specs(
+    paths: Mapping[str, Path], specs: Mapping[str, LoadSpec], *, key: str | None
+) -> dict[str, Match]:
+    """Find the spec of each tensor that has one, by FQN.
+
+    Args:
+        paths: Path of each tensor of the state dict, by FQN.
+        specs: Specs by name.
+        key: Entry that holds the model, as `HFExport` takes it.
+
+    Raises:
+        ModelKeyError: If it is not clear which entry holds the model.
+    """
+    names = model_names(paths, key=key)
+    found = {}
+    for fqn, path in paths.items():
+        match = _match(".".join(map(str, path)), path, names.get(fqn), specs)
+        if match is not None:
+            found[fqn] = match
+    return found
+
+
+def model_names(paths: Mapping[str, Path], *, key: str | None) -> dict[str, str]:
+    """Return the name within the model of each of its tensors, by FQN; none if there is no model.
+
+    Raises:
+        ModelKeyError: If it is not clear which entry holds the model.
+    """
+    if key is None and all(path[0] in NOT_WEIGHTS for path in paths.values()):
+        return {}
+    return names_in_model(paths, model_prefix(paths, key=key))
+
+
+def _match(
+    dotted: str, path: Path, name: str | None, specs: Mapping[str, LoadSpec]
+) -> Match | None:
+    named = specs.get(dotted) or (None if name is None else specs.get(name))
+    if named is not None:
+        return Match(named, is_kept_beside=False)
+    owner = None
+    # In a flat state dict nothing tells the model's own tensors from those beside it.
+    if name is None or len(path) == 1:
+        owner = _owner_of_state(dotted.split("."), specs)
+    if name is None and owner is None:
+        owner = _owner_of_copy(path, specs)
+    return None if owner is None else Match(owner, is_kept_beside=True)
+
+
+def _owner_of_state(parts: list[str], specs: Mapping[str, LoadSpec]) -> LoadSpec | None:
+    starts = (i + 1 for i, part in enumerate(parts) if part == _STATE)
+    found = (specs.get(".".join(parts[start:-1])) for start in starts)
+    return next(filter(None, found), None)
+
+
+def _owner_of_copy(path: Path, specs: Mapping[str, LoadSpec]) -> LoadSpec | None:
+    found = (specs.get(".".join(map(str, path[depth:]))) for depth in _COPY_DEPTHS)
+    return next(filter(None, found), None)

@@ -1,0 +1,297 @@
+"""Symbolic tensors: they find out how a function lays tensors out anew, without any data.
+
+A `SymbolicTensor` has shape, dtype and strides as a real tensor would have them after the same
+operations, and knows of each element which runtime tensor it comes from. torch itself computes
+the views, on the meta device; what is recorded here is what each piece of memory was filled with.
+An operation that does more than view or copy elements is refused.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+
+from dcp_hf_writer.errors import SpecError
+from dcp_hf_writer.tensors.dtypes import CASTABLE
+from dcp_hf_writer.tensors.loop_nests import Loop, meetings, merged, span, visits_once
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Elements of one runtime tensor, and where they stand in something else."""
+
+    source: str
+    """FQN of the runtime tensor."""
+    at: int
+    """First position in the memory, or in the tensor, that holds them."""
+    start: int
+    """First element in the runtime tensor."""
+    loops: tuple[Loop, ...]
+    """`(extent, step in position, step in the runtime tensor)`, merged."""
+
+
+class Memory:
+    """What one piece of memory is filled with: each position once."""
+
+    def __init__(self, meta: torch.Tensor, runs: Iterable[Run]) -> None:
+        """Keep `meta`, which allocated the memory, so that no other memory gets its number."""
+        self.meta = meta
+        self.number = _number(meta)
+        self.runs = tuple((run, run.at + span(run.loops)) for run in runs)
+
+    @property
+    def sources(self) -> set[str]:
+        """FQNs of the runtime tensors that it was filled from."""
+        return {run.source for run, _ in self.runs}
+
+
+class SymbolicTensor(torch.Tensor):
+    """A tensor without data that knows where each of its elements comes from."""
+
+    meta: torch.Tensor
+    """Its shape, strides and dtype, on the meta device."""
+    memory: Memory
+    """What it is a view of."""
+    dtype_of: Mapping[str, torch.dtype]
+    """Dtype of each runtime tensor, by FQN."""
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override] # torch calls it with the operation first
+        cls,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run one operation of torch.
+
+        Raises:
+            SpecError: If it is no view and no copy of elements.
+        """
+        copy = _COPIES.get(func)
+        if copy is not None:
+            return copy(*args, **(kwargs or {}))
+        if not _may_view(func) or not args or not isinstance(args[0], cls):
+            _refuse(func, _sources((args, kwargs)))
+        return _view(func, args[0], args[1:], kwargs or {})
+
+    def __repr__(self, **_: Any) -> str:  # type: ignore[override]
+        """Say what is known; the elements are not."""
+        return f"SymbolicTensor({list(self.shape)}, {self.dtype}, of {sorted(self.memory.sources)})"
+
+    def __deepcopy__(self, _: Any) -> Any:
+        """Copy as `clone` does."""
+        return self.clone()
+
+    def _no_data(self, *_: Any, **__: Any) -> NoReturn:
+        _refuse("access to the data of a tensor", self.memory.sources)
+
+    def data_ptr(self) -> int:
+        """Return an address as it could be: aligned memory, equal for equal views of it."""
+        return (self.memory.number << 64) + int(self.storage_offset()) * self.itemsize
+
+    # What torch answers without an operation, and would answer wrongly here.
+    numpy = tolist = storage = untyped_storage = _no_data
+    __array__ = __dlpack__ = _no_data
+
+    def runs(self, steps: tuple[int, ...]) -> list[Run]:
+        """Return where the elements come from.
+
+        Args:
+            steps: How far a step along each dimension moves in the positions to be named.
+
+        Raises:
+            SpecError: If an element stands in the tensor twice.
+        """
+        strides = zip(self.meta.shape, self.meta.stride(), steps, strict=True)
+        # A dimension of one index moves nowhere, whatever stride torch gives it.
+        view = [(extent, step, to) for extent, step, to in strides if extent != 1]
+        if not visits_once(view):
+            _refuse("expand, or another view that repeats elements", self.memory.sources)
+        if any(extent == 0 for extent, _, _ in view):
+            return []
+        first, loops = int(self.meta.storage_offset()), merged(view)
+        stop = first + span(loops)
+        found = []
+        for run, run_stop in self.memory.runs:
+            if run.at <= first and stop <= run_stop and len(run.loops) == 1 == run.loops[0][1]:
+                # The view is of an unbroken run, as that of a whole runtime tensor is.
+                step = run.loops[0][2]
+                start = run.start + (first - run.at) * step
+                within = [(extent, to, over * step) for extent, over, to in loops]
+                return [Run(run.source, 0, start, merged(within))]
+            if run.at < stop and first < run_stop:
+                for at, start, common in meetings(loops, run.loops, run.at - first):
+                    found.append(Run(run.source, at, run.start + start, merged(common)))
+        return found
+
+
+def _symbolic(
+    meta: torch.Tensor, memory: Memory, dtype_of: Mapping[str, torch.dtype]
+) -> SymbolicTensor:
+    """Wrap a view of some memory."""
+    made: SymbolicTensor = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001
+        SymbolicTensor,
+        meta.shape,
+        strides=meta.stride(),
+        storage_offset=meta.storage_offset(),
+        dtype=meta.dtype,
+        # Not the meta device: code asks for that one to see whether a tensor has data.
+        device=torch.device("cpu"),
+    )
+    made.meta, made.memory, made.dtype_of = meta, memory, dtype_of
+    return made
+
+
+def symbolic_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, SymbolicTensor]:
+    """Return a stand-in for each runtime tensor, by FQN.
+
+    Args:
+        tensors: Runtime tensors; only their shapes and dtypes matter.
+    """
+    dtype_of = {name: tensor.dtype for name, tensor in tensors.items()}
+    found = {}
+    for name, tensor in tensors.items():
+        meta = torch.empty(tuple(tensor.shape), dtype=tensor.dtype, device="meta")
+        loops: tuple[Loop, ...] = merged([(meta.numel(), 1, 1)])
+        memory = Memory(meta, [Run(name, 0, 0, loops)])
+        found[name] = _symbolic(meta, memory, dtype_of)
+    return found
+
+
+def _number(meta: torch.Tensor) -> int:
+    """Return a number that tensors on the same memory share, as long as one of them lives."""
+    return int(meta.untyped_storage()._cdata)  # noqa: SLF001
+
+
+def _may_view(func: Any) -> bool:
+    """Whether an operation returns nothing but views of its arguments, and writes to none."""
+    known = _is_view.get(func)
+    if known is None:
+        schema = func._schema  # noqa: SLF001
+        known = not schema.is_mutable and all(one.alias_info is not None for one in schema.returns)
+        _is_view[func] = known
+    return known
+
+
+# A reshape of a copy, which no one else can see.
+_is_view: dict[Any, bool] = {_aten._unsafe_view.default: True}  # noqa: SLF001
+
+
+def _view(func: Any, source: SymbolicTensor, args: Any, kwargs: Any) -> Any:
+    viewed = func(source.meta, *args, **kwargs)
+    if isinstance(viewed, torch.Tensor):
+        return _wrapped(func, viewed, source)
+    return type(viewed)(_wrapped(func, one, source) for one in viewed)
+
+
+def _wrapped(func: Any, viewed: torch.Tensor, source: SymbolicTensor) -> SymbolicTensor:
+    # What the schema promises is checked: bits that are read in another way are other elements.
+    if (
+        _number(viewed) != source.memory.number
+        or viewed.dtype != source.dtype
+        or viewed.is_conj()
+        or viewed.is_neg()
+    ):
+        _refuse(func, source.memory.sources)
+    return _symbolic(viewed, source.memory, source.dtype_of)
+
+
+def _filled(
+    func: Any, made: torch.Tensor, parts: Iterable[tuple[torch.Tensor, SymbolicTensor]]
+) -> SymbolicTensor:
+    """Return a new tensor on memory of its own.
+
+    Args:
+        func: The operation, for the error.
+        made: The tensor, on the meta device.
+        parts: Views of it that together are all of it, and what fills each.
+    """
+    runs: list[Run] = []
+    dtype_of: Mapping[str, torch.dtype] = {}
+    for place, tensor in parts:
+        dtype_of = tensor.dtype_of
+        for run in tensor.runs(place.stride()):
+            if made.dtype != tensor.dtype:
+                _check_cast(func, run.source, (dtype_of[run.source], tensor.dtype, made.dtype))
+            at = int(place.storage_offset()) + run.at
+            runs.append(Run(run.source, at, run.start, run.loops))
+    return _symbolic(made, Memory(made, runs), dtype_of)
+
+
+def _check_cast(func: Any, source: str, dtypes: tuple[torch.dtype, ...]) -> None:
+    """Refuse a cast of what was cast before, which rounds twice, and one that is never made."""
+    runtime, old, new = dtypes
+    if runtime != old or old not in CASTABLE or new not in CASTABLE:
+        _refuse(f"{func}, a cast from {old} to {new} of a tensor of {runtime}", {source})
+
+
+def _copy_one(func: Any) -> Callable[..., SymbolicTensor]:
+    def copy(source: SymbolicTensor, **options: Any) -> SymbolicTensor:
+        # Where the copy is to be, and whether pinned, is nothing that a mapping holds.
+        for name in ("device", "layout", "pin_memory", "non_blocking"):
+            options.pop(name, None)
+        made = func(source.meta, **options)
+        return _filled(func, made, [(made, source)])
+
+    return copy
+
+
+def _join(func: Any, part_of: Callable[..., torch.Tensor]) -> Callable[..., SymbolicTensor]:
+    def join(tensors: list[Any], dim: int = 0) -> SymbolicTensor:
+        if not all(isinstance(one, SymbolicTensor) for one in tensors):
+            _refuse(f"{func} with tensors that are not the model's", _sources(tensors))
+        made = func([one.meta for one in tensors], dim)
+        parts, position = [], 0
+        for one in tensors:
+            # torch.cat skips tensors of shape (0,), whatever the others are.
+            if one.numel():
+                place = part_of(made, dim, position, one)
+                parts.append((place, one))
+                position += 1 if place.ndim < made.ndim else place.shape[dim]
+        return _filled(func, made, parts)
+
+    return join
+
+
+def _narrow(made: torch.Tensor, dim: int, position: int, one: torch.Tensor) -> torch.Tensor:
+    return made.narrow(dim, position, one.shape[dim])
+
+
+def _select(made: torch.Tensor, dim: int, position: int, _: torch.Tensor) -> torch.Tensor:
+    return made.select(dim, position)
+
+
+_COPIES: dict[Any, Callable[..., SymbolicTensor]] = {
+    _aten.clone.default: _copy_one(_aten.clone.default),
+    _aten._to_copy.default: _copy_one(_aten._to_copy.default),  # noqa: SLF001
+    _aten.cat.default: _join(_aten.cat.default, _narrow),
+    _aten.stack.default: _join(_aten.stack.default, _select),
+}
+
+
+def _sources(values: Any) -> set[str]:
+    found: set[str] = set()
+    for leaf in torch.utils._pytree.tree_leaves(values):  # noqa: SLF001
+        if isinstance(leaf, SymbolicTensor):
+            found |= leaf.memory.sources
+    return found
+
+
+def _refuse(operation: object, sources: set[str]) -> NoReturn:
+    names = sorted(sources)
+    raise SpecError(
+        "the layout of a tensor does more than copy elements",
+        phase="plan",
+        fqn=names[0] if len(names) == 1 else str(names),
+        expected="views, and copies such as contiguous, clone, reshape, cat, stack and to(dtype)",
+        found=str(operation),
+        hint="write its LoadSpec by hand, or leave the computation out of the function",
+    )

@@ -1,0 +1,145 @@
+"""The manifest `dcp-hf.json`: what a checkpoint consists of, with a digest of every byte.
+
+Published last. A checkpoint counts when its manifest does.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+
+from dcp_hf_writer.plan.rank_report import DIGEST_NAME, RankReport
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from dcp_hf_writer.plan.layout import Layout
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class WholeFile:
+    """A file that the coordinator wrote in one piece."""
+
+    name: str
+    """Path within the checkpoint."""
+    nbytes: int
+    """Its size."""
+    digest: str
+    """xxh3_64 of its bytes, in hex."""
+
+
+def encode_manifest(
+    *,
+    save_id: str,
+    target: str,
+    owner: Mapping[str, Any],
+    step: int | None,
+    subdir: str,
+    layout: Layout | None,
+    once: Sequence[str] = (),
+    reports: Sequence[RankReport],
+    whole_files: Sequence[WholeFile],
+    seconds: Mapping[str, float],
+    export_error: str | None,
+) -> bytes:
+    """Encode the manifest of a checkpoint.
+
+    Args:
+        save_id: Id of the save.
+        target: Path that the checkpoint is published under.
+        owner: The coordinator's process.
+        step: Training step, where the path tells it.
+        subdir: Directory of the export.
+        layout: The export; `None` without one.
+        once: FQNs of the tensors that the DCP half leaves to the export.
+        reports: One per rank.
+        whole_files: Files written in one piece, by path within the checkpoint.
+        seconds: Time the coordinator spent by phase.
+        export_error: Why there is no export although one was asked for.
+
+    Returns:
+        JSON, compact but for one line per top-level entry; the last one is the digest of all bytes
+        before it.
+    """
+    fields: dict[str, Any] = {
+        "format": "dcp-hf",
+        "version": FORMAT_VERSION,
+        "save_id": save_id,
+        "target": target,
+        "owner": dict(owner),
+        "step": step,
+        "world_size": len(reports),
+        "digest": DIGEST_NAME,
+        "nbytes": _total_nbytes(reports, whole_files),
+        "timings": {
+            "coordinator": _rounded(seconds),
+            "ranks": [
+                {"rank": r.rank, "host": r.host, **_rounded(r.seconds)} for r in _by_rank(reports)
+            ],
+        },
+        "files": {file.name: [file.nbytes, file.digest] for file in whole_files},
+        "dcp": {
+            file.name: {"nbytes": file.nbytes, "ranges": file.ranges, "rest": file.rest}
+            for report in _by_rank(reports)
+            for file in report.dcp_files
+        },
+        "once": list(once),
+        "hf": None if layout is None else _export(layout, subdir, reports),
+        "export_error": export_error,
+    }
+    lines = (
+        f"{json.dumps(name)}: {json.dumps(value, separators=(',', ':'), ensure_ascii=False)}"
+        for name, value in fields.items()
+    )
+    above = ("{\n" + ",\n".join(lines) + ",\n").encode()
+    return above + f'"digest_above": "{xxhash.xxh3_64_hexdigest(above)}"\n}}\n'.encode()
+
+
+def _export(layout: Layout, subdir: str, reports: Sequence[RankReport]) -> dict[str, Any]:
+    blocks: dict[str, list[Any]] = {}
+    for report in reports:
+        for block in report.blocks:
+            blocks.setdefault(block.key, []).append(
+                [report.rank, block.offsets, block.extent, block.digest]
+            )
+    where = {
+        target.key: [target.start, target.dtype, target.shape]
+        for parts in layout.targets.values()
+        for target in parts
+    }
+    return {
+        "subdir": subdir,
+        "tied": dict(layout.tied),
+        "files": {
+            file.name: {
+                "nbytes": file.nbytes,
+                "header_nbytes": len(file.header),
+                "header": xxhash.xxh3_64_hexdigest(file.header),
+                "tensors": {key: [*where[key], blocks.get(key, [])] for key in file.keys},
+            }
+            for file in layout.files
+        },
+    }
+
+
+def _by_rank(reports: Sequence[RankReport]) -> list[RankReport]:
+    return sorted(reports, key=lambda report: report.rank)
+
+
+def _total_nbytes(
+    reports: Sequence[RankReport], whole_files: Sequence[WholeFile]
+) -> dict[str, int]:
+    total = {"other": sum(file.nbytes for file in whole_files)}
+    for report in reports:
+        for half, nbytes in report.nbytes.items():
+            total[half] = total.get(half, 0) + nbytes
+    return total
+
+
+def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
+    return {phase: round(value, 4) for phase, value in seconds.items()}

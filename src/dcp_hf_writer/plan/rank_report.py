@@ -1,0 +1,129 @@
+"""What a rank tells the coordinator about its part of a save, and the checks made of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+from dcp_hf_writer.errors import CoverageError
+from dcp_hf_writer.tensors.boxes import Box, Shape, tiling_fault
+from dcp_hf_writer.tensors.dtypes import ITEMSIZE
+from dcp_hf_writer.tensors.strided_copies import IndexLoops, coverage_fault
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from typing import TypeGuard
+
+    from dcp_hf_writer.errors import ExportError
+    from dcp_hf_writer.plan.layout import Layout
+
+DIGEST_NAME = "xxh3_64"
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Elements of one tensor on disk, written by one rank."""
+
+    key: str
+    """HuggingFace name."""
+    offsets: Shape
+    """Index of its first element in the tensor on disk."""
+    extent: Shape | IndexLoops
+    """Its sizes, one a dimension, where it has no gaps; else its loops."""
+    digest: str
+    """xxh3_64, in hex, of its bytes as stored: row-major, or in order of its loops."""
+
+
+def is_solid(extent: Shape | IndexLoops) -> TypeGuard[Shape]:
+    """Whether a block has sizes instead of loops."""
+    return not (extent and isinstance(extent[0], tuple))
+
+
+@dataclass(frozen=True, slots=True)
+class DCPFile:
+    """One `.distcp` file, written by one rank."""
+
+    name: str
+    """File name."""
+    nbytes: int
+    """Its size."""
+    ranges: tuple[tuple[int, int, str], ...]
+    """`(start, nbytes, digest)` of the data of each tensor, ascending."""
+    rest: str
+    """Digest of all other bytes of the file, in order."""
+
+
+@dataclass(slots=True)
+class RankReport:
+    """What one rank did; sent as the storage data of one extra `WriteResult`."""
+
+    rank: int
+    host: str
+    blocks: list[Block] = field(default_factory=list)
+    dcp_files: list[DCPFile] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    """Time spent by phase."""
+    nbytes: dict[str, int] = field(default_factory=dict)
+    """Bytes written by half: `dcp`, `hf`."""
+    export_error: ExportError | None = None
+    """Why this rank could not write its part of the export."""
+
+
+def check_coverage(layout: Layout, reports: Sequence[RankReport]) -> None:
+    """Check that what the ranks report tiles every tensor of every output file exactly.
+
+    A slice that nobody wrote would be a valid file with zeros in it.
+
+    Raises:
+        CoverageError: Naming the first key that is not covered once.
+    """
+    written: dict[str, list[Block]] = {}
+    for report in reports:
+        for block in report.blocks:
+            written.setdefault(block.key, []).append(block)
+    shapes = _shapes(layout)
+    for key, (shape, itemsize, file) in shapes.items():
+        fault = _fault(written.pop(key, ()), shape)
+        if fault is not None:
+            msg = "the bytes that ranks report do not tile a tensor of the export"
+            raise CoverageError(
+                msg,
+                phase="finish",
+                path=file,
+                key=key,
+                expected=f"each of {_count(shape) * itemsize} bytes once",
+                found=fault,
+                hint="nothing was published; this is a defect, please report it",
+            )
+    if written:
+        msg = "a rank reports a tensor that is not in the export"
+        raise CoverageError(msg, phase="finish", key=next(iter(written)))
+
+
+def _fault(blocks: Iterable[Block], shape: Shape) -> str | None:
+    boxes, parts = [], []
+    for block in blocks:
+        if is_solid(block.extent):
+            boxes.append(Box(block.offsets, block.extent))
+            loops = tuple((n, d, 1) for d, n in enumerate(block.extent))
+            parts.append((block.offsets, loops))
+        else:
+            parts.append((block.offsets, cast("IndexLoops", block.extent)))
+    if len(boxes) == len(parts):
+        return tiling_fault(boxes, shape)
+    return coverage_fault(parts, shape)
+
+
+def _shapes(layout: Layout) -> Mapping[str, tuple[Shape, int, str]]:
+    return {
+        target.key: (target.shape, ITEMSIZE[target.dtype], layout.files[target.file].name)
+        for parts in layout.targets.values()
+        for target in parts
+    }
+
+
+def _count(shape: Iterable[int]) -> int:
+    count = 1
+    for n in shape:
+        count *= n
+    return count

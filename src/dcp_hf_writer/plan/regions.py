@@ -1,0 +1,114 @@
+"""What of a rank's chunk goes where in the output files: the same for save, load and streaming.
+
+Pure.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dcp_hf_writer.tensors.dtypes import ITEMSIZE, NAME_BY_TORCH
+from dcp_hf_writer.tensors.strided_copies import Copy, clip, copy_runs, source_span
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    import torch
+    from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
+
+    from dcp_hf_writer.plan.layout import PartTarget
+    from dcp_hf_writer.tensors.boxes import Box, ByteRuns
+
+
+class TargetTable:
+    """The targets of one runtime tensor, to be looked up by the rows of a chunk."""
+
+    def __init__(self, targets: Sequence[PartTarget]) -> None:
+        """Sort targets by their rows of the runtime tensor."""
+        spans = [(*_rows(target), i) for i, target in enumerate(targets)]
+        spans.sort()
+        self._targets = tuple(targets[i] for _, _, i in spans)
+        self._first = [first for first, _, _ in spans]
+        self._last = list(itertools.accumulate((last for _, last, _ in spans), max))
+        self._known: dict[frozenset[tuple[int, int]], tuple[PartTarget, ...]] = {}
+
+    def __len__(self) -> int:
+        """Return the number of targets."""
+        return len(self._targets)
+
+    def near(self, chunk: Box | ChunkStorageMetadata) -> tuple[PartTarget, ...]:
+        """Return the targets that may have elements in a chunk, and few others."""
+        if not chunk.offsets:
+            return self._targets
+        first = chunk.offsets[0]
+        start, stop = self._span(first, first + chunk.sizes[0])
+        return self._targets[start:stop]
+
+    def near_rows(self, rows: frozenset[tuple[int, int]]) -> tuple[PartTarget, ...]:
+        """Return the targets that may have elements in rows, and few others, each once.
+
+        Args:
+            rows: First row and the one after the last, of each chunk.
+        """
+        # Ranks that share these rows get the same tuple.
+        found = self._known.get(rows)
+        if found is None:
+            numbers = sorted({i for first, stop in rows for i in range(*self._span(first, stop))})
+            found = self._known[rows] = tuple(self._targets[i] for i in numbers)
+        return found
+
+    def regions(self, chunk: Box) -> list[Region]:
+        """Cut a chunk as `chunk_regions` does, looking only at the targets near it."""
+        return chunk_regions(chunk, self.near(chunk))
+
+    def _span(self, first: int, stop: int) -> tuple[int, int]:
+        return bisect.bisect_left(self._last, first), bisect.bisect_left(self._first, stop)
+
+
+def _rows(target: PartTarget) -> tuple[int, int]:
+    if len(target.copies) == 1:
+        return source_span(target.copies[0])
+    spans = [source_span(copy) for copy in target.copies]
+    return min((s[0] for s in spans), default=0), max((s[1] for s in spans), default=0)
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Elements that a rank copies from its local tensor into one output file."""
+
+    target: PartTarget
+    """The tensor on disk."""
+    copy: Copy
+    """The elements; `start` is within the rank's chunk."""
+
+    def hf_runs(self) -> ByteRuns:
+        """Return the bytes of the file that it fills, in order of the copy's loops."""
+        target = self.target
+        return copy_runs(
+            self.copy, target.shape, itemsize=ITEMSIZE[target.dtype], tensor_start=target.start
+        )
+
+
+def chunk_regions(chunk: Box, targets: Iterable[PartTarget]) -> list[Region]:
+    """Cut one chunk of a runtime tensor into what goes to each of its targets.
+
+    Args:
+        chunk: The chunk, in indices of the runtime tensor; a rank holds it as a local tensor.
+        targets: Targets of that runtime tensor.
+    """
+    if not chunk.numel:
+        return []
+    return [
+        Region(target, part)
+        for target in targets
+        for copy in target.copies
+        for part in clip(copy, chunk)
+    ]
+
+
+def needs_cast(dtype: torch.dtype, target: PartTarget) -> bool:
+    """Whether a tensor of `dtype` is stored in another one."""
+    return NAME_BY_TORCH.get(dtype) != target.dtype

@@ -1,0 +1,278 @@
+"""A dry run of a save: the plans that a save makes, by the same functions, and no bytes.
+
+Nothing is staged, and the storage is not touched.
+"""
+
+from __future__ import annotations
+
+import copy
+import socket
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import WriteItemType
+from torch.distributed.checkpoint.utils import _DistWrapper
+
+from dcp_hf_writer.digests.digest_sweep import extent_of
+from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.formats.names_on_disk import INDEX_NAME
+from dcp_hf_writer.mapping.model_entry import model_prefix
+from dcp_hf_writer.plan.global_plan import GlobalPlan, RankPlan, plan_globally, rank_plans
+from dcp_hf_writer.preflight.explanation import Explanation
+from dcp_hf_writer.preflight.explanation_rows import FileSum, RankSum, Row, left_out
+from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts, note_memory
+from dcp_hf_writer.save.attempt import Attempt
+from dcp_hf_writer.save.export_assets import file_of_key_in_like
+from dcp_hf_writer.save.hf_half import regions_by_file, way_of
+from dcp_hf_writer.save.tensor_source import TensorSource, chunk_of
+from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
+from dcp_hf_writer.tensors.strided_copies import hf_box
+from dcp_hf_writer.torch_seam.frames import planned_state_dict
+from dcp_hf_writer.torch_seam.future_guard import own_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+
+    from dcp_hf_writer.errors import ExportError
+    from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.plan.global_plan import PlannedTensor
+    from dcp_hf_writer.plan.layout import Layout
+    from dcp_hf_writer.plan.regions import Region
+
+
+@dataclass(frozen=True, slots=True)
+class _Local:
+    """What one rank adds."""
+
+    rows: list[Row]
+    total: RankSum
+    error: ExportError | None
+    """Why there would be no export."""
+
+
+@dataclass(slots=True)
+class DryRun:
+    """A dry run on one rank."""
+
+    path: str
+    export: HFExport | None
+    group: dist.ProcessGroup | None
+    planner: SavePlanner
+    """A planner that no save uses."""
+    is_once: bool
+    """Whether the DCP half leaves weights to the export."""
+    _attempt: Attempt = field(init=False)
+    _plan: GlobalPlan | None = field(init=False, default=None)
+    """On the coordinator."""
+    _files: Mapping[str, str] | None = field(init=False, default=None)
+    """File of each key in `like`, on the coordinator."""
+
+    def run(self, state_dict: Mapping[str, Any]) -> Explanation:
+        """Plan a save, and gather what all ranks would write (collective).
+
+        Raises:
+            PlanningError: As the save would, on every rank.
+        """
+        ranks = _DistWrapper(self.group, dist.is_available() and dist.is_initialized(), 0)
+        self._attempt = Attempt(self.path, deadline=0.0, staged=None, lease=None)
+        self._attempt.rank, self._attempt.is_coordinator = ranks.rank, ranks.is_coordinator
+        try:
+            plan = ranks.reduce_scatter(
+                "plan", lambda: self._plan_local(state_dict), self._plan_all
+            )
+            return ranks.all_reduce("explain", lambda: self._explain_local(plan), self._explain_all)
+        except CheckpointException as error:
+            own = own_error(error)
+            if own is None:
+                raise
+            raise own from error
+
+    def _plan_local(self, state_dict: Mapping[str, Any]) -> SavePlan:
+        self.planner.set_up_planner(
+            state_dict=dict(state_dict),
+            storage_meta=StorageMeta(checkpoint_id=self.path),
+            is_coordinator=self._attempt.is_coordinator,
+        )
+        plan = self.planner.create_local_plan()
+        note_memory(self._attempt, self.planner)
+        facts = local_facts(
+            plan, self.planner, attempt=self._attempt, export=self.export, group=self.group
+        )
+        return replace(plan, storage_data=facts)
+
+    def _plan_all(self, plans: list[SavePlan]) -> list[SavePlan]:
+        found, _ = self.planner.create_global_plan(plans)
+        check_facts(plans, found)
+        export, files = self.export, None
+        if export is not None:
+            files = file_of_key_in_like(export)
+            export = _without_expectations(export)
+        plan = plan_globally(found, export, options="", file_of_key=None, once=self.is_once)
+        # Keys that `like` has not are shown, and the files are then those of an export without it.
+        if files is not None and set(_keys(plan.layout)) <= files.keys():
+            plan = plan_globally(found, export, options="", file_of_key=files, once=self.is_once)
+        self._plan, self._files = plan, files
+        return rank_plans(plan, [replace(one, storage_data=None) for one in found])
+
+    def _explain_local(self, plan: SavePlan) -> _Local:
+        own: RankPlan = plan.storage_data
+        source, names = TensorSource(self.planner), [name for name, _ in own.files]
+        tensors = [item for item in plan.items if item.type != WriteItemType.BYTE_IO]
+        work = regions_by_file(tensors, own.targets)
+        rows = [
+            self._row(item, region, names, source)
+            for _, blocks in sorted(work.items())
+            for item, region in blocks
+        ]
+        kept = [item for item in tensors if item.index.fqn not in own.once]
+        total = RankSum(
+            rank=self._attempt.rank,
+            host=socket.gethostname(),
+            dcp_nbytes=sum(map(_item_nbytes, kept)),
+            dcp_tensors=len(kept),
+            values=len(plan.items) - len(tensors),
+            hf_nbytes=sum(row.nbytes for row in rows),
+            blocks=len(rows),
+            files=len(work),
+        )
+        return _Local(rows, total, self._attempt.export_error)
+
+    def _row(
+        self, item: WriteItem, region: Region, files: Sequence[str], source: TensorSource
+    ) -> Row:
+        chunk, target, runs = chunk_of(item), region.target, region.hf_runs()
+        box = hf_box(region.copy)
+        tensor = self._as_staged(item, source.tensor(item))
+        return Row(
+            fqn=item.index.fqn,
+            shape=tuple(item.tensor_data.size) if item.tensor_data is not None else (),
+            dtype=NAME_BY_TORCH[tensor.dtype],
+            rank=self._attempt.rank,
+            chunk_offsets=chunk.offsets,
+            chunk_sizes=chunk.sizes,
+            key=target.key,
+            hf_shape=target.shape,
+            hf_dtype=target.dtype,
+            hf_offsets=region.copy.hf_start,
+            hf_sizes=None if box is None else box.sizes,
+            file=files[target.file],
+            start=runs.start,
+            stop=runs.start + extent_of(runs),
+            runs=runs.count,
+            run_nbytes=runs.nbytes,
+            way=way_of(tensor, region),
+        )
+
+    def _as_staged(self, item: WriteItem, tensor: torch.Tensor) -> torch.Tensor:
+        """Return a tensor with the strides of its staged copy; of a block, those of the block."""
+        held = planned_state_dict(self.planner).get(item.index.fqn)
+        local = getattr(held, "_local_tensor", held)
+        if tensor.is_contiguous() or local is None or local.shape != tensor.shape:
+            return tensor
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+
+    def _explain_all(self, found: list[_Local]) -> Explanation:
+        if self._plan is None:
+            msg = "the coordinator made no global plan"
+            raise PlanningError(msg, phase="plan", path=self.path)
+        plan, export = self._plan, self.export
+        errors = [one.error for one in found if one.error is not None]
+        keys = set(_keys(plan.layout))
+        wanted = None if export is None else export.expect_keys
+        expected = set(wanted if wanted is not None else self._files or keys)
+        missing, unexpected = expected - keys, keys - expected
+        values = {
+            item.index.fqn: None
+            for one in plan.plans
+            for item in one.items
+            if item.type == WriteItemType.BYTE_IO
+        }
+        return Explanation(
+            path=self.path,
+            entry=_entry(plan, export),
+            rows=_in_order(plan, [row for one in found for row in one.rows]),
+            files=tuple(_file_sums(plan.layout)),
+            ranks=tuple(one.total for one in found),
+            left_out=tuple(left_out(_ordered(plan), values, plan.layout, export)),
+            stored_once=tuple(plan.once),
+            missing_keys=tuple(sorted(missing)),
+            unexpected_keys=tuple(sorted(unexpected)),
+            problems=tuple(_problems(errors, missing if wanted is not None else set(), unexpected)),
+        )
+
+
+def fresh_planner(planner: SavePlanner | None) -> SavePlanner:
+    """Return a planner that plans as a given one does, and keeps nothing for a later save."""
+    if planner is None:
+        return DefaultSavePlanner()
+    fresh = copy.copy(planner)
+    # torch keeps plans on the class: a dry run must neither be found there nor answered from there.
+    if getattr(fresh, "_enable_plan_caching", False):
+        fresh._enable_plan_caching = False  # type: ignore[attr-defined]  # noqa: SLF001
+    return fresh
+
+
+def _without_expectations(export: HFExport) -> HFExport:
+    relaxed = copy.copy(export)
+    object.__setattr__(relaxed, "expect_keys", None)
+    return relaxed
+
+
+def _keys(layout: Layout | None) -> list[str]:
+    return [] if layout is None else [key for file in layout.files for key in file.keys]
+
+
+def _item_nbytes(item: WriteItem) -> int:
+    data = item.tensor_data
+    return 0 if data is None else chunk_of(item).numel * data.properties.dtype.itemsize
+
+
+def _entry(plan: GlobalPlan, export: HFExport | None) -> str:
+    if export is None:
+        return ""
+    paths = {fqn: tensor.path for fqn, tensor in plan.tensors.items()}
+    return ".".join(map(str, model_prefix(paths, key=export.key)))
+
+
+def _ordered(plan: GlobalPlan) -> dict[str, PlannedTensor]:
+    """Return the tensors of a plan in state-dict order."""
+    orders = (one.storage_data.order for one in plan.plans)
+    order = next((found for found in orders if found is not None), ())
+    first = [fqn for fqn in dict.fromkeys(order) if fqn in plan.tensors]
+    return {fqn: plan.tensors[fqn] for fqn in dict.fromkeys((*first, *plan.tensors))}
+
+
+def _in_order(plan: GlobalPlan, rows: Iterable[Row]) -> tuple[Row, ...]:
+    """Sort rows as the state dict and the specs go."""
+    targets = {} if plan.layout is None else plan.layout.targets
+    names = ((fqn, target.key) for fqn in _ordered(plan) for target in targets.get(fqn, ()))
+    place = {name: i for i, name in enumerate(names)}
+    return tuple(sorted(rows, key=lambda row: (place[row.fqn, row.key], row.start, row.rank)))
+
+
+def _file_sums(layout: Layout | None) -> Iterator[FileSum]:
+    if layout is None:
+        return
+    for file in layout.files:
+        yield FileSum(file.name, file.nbytes, len(file.keys), len(file.header))
+    if layout.index is not None:
+        yield FileSum(INDEX_NAME, len(layout.index), 0, 0)
+
+
+def _problems(
+    errors: Iterable[ExportError], missing: set[str], unexpected: set[str]
+) -> Iterator[str]:
+    for error in errors:
+        yield f"there would be no export: {error}"
+    if missing or unexpected:
+        yield (
+            "the save would be refused: the export would not have the expected keys, "
+            f"{len(missing):,} missing and {len(unexpected):,} not expected"
+        )

@@ -1,0 +1,102 @@
+"""Checks of what `HFDualWriter` is given."""
+
+from __future__ import annotations
+
+import math
+import os
+from typing import Any
+
+from dcp_hf_writer.errors import ConfigError
+from dcp_hf_writer.mapping.hf_export import HFExport
+
+# A quarter of it is the bounce buffer; smaller ones make more system calls than they save memory.
+_MIN_HOST_BUDGET = 1 << 20
+
+
+def local_path(value: str | os.PathLike[str]) -> str:
+    """Return the absolute form of a local path.
+
+    Raises:
+        ConfigError: If it is empty, or the URL of another kind of storage.
+    """
+    text = os.fspath(value)
+    if isinstance(text, str) and text.startswith("file://"):
+        text = text.removeprefix("file://")
+    if not isinstance(text, str) or not text or "\0" in text:
+        msg = "path must be a local path"
+        raise ConfigError(msg, expected="a directory name", found=repr(value))
+    if "://" in text:
+        msg = "object stores cannot be written yet"
+        raise ConfigError(
+            msg,
+            path=text,
+            expected="a path on a mounted file system",
+            hint="save to a local or shared file system and copy the committed directory",
+        )
+    return os.path.abspath(text)
+
+
+def one_of(name: str, value: Any, allowed: tuple[str, ...], *, hint: str | None = None) -> None:
+    """Check an option that is one of a few words.
+
+    Raises:
+        ConfigError: If it is not.
+    """
+    if value not in allowed:
+        msg = f"{name} must be a known one"
+        raise ConfigError(
+            msg, expected=" or ".join(map(repr, allowed)), found=repr(value), hint=hint
+        )
+
+
+def check_numbers(*, timeout_s: float, host_budget_bytes: int) -> None:
+    """Check the numeric options.
+
+    Raises:
+        ConfigError: If one is out of range.
+    """
+    is_number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
+    if not is_number or not timeout_s > 0 or math.isinf(timeout_s):
+        msg = "timeout_s must be a number of seconds above zero"
+        raise ConfigError(msg, expected="such as 1800", found=repr(timeout_s))
+    if not isinstance(host_budget_bytes, int) or host_budget_bytes < _MIN_HOST_BUDGET:
+        msg = "host_budget_bytes is too small to write with"
+        raise ConfigError(
+            msg, expected=f"at least {_MIN_HOST_BUDGET}", found=repr(host_budget_bytes)
+        )
+
+
+def check_export(export: Any, weights: str) -> None:
+    """Check that `export` is one, or `None` where the DCP half holds the weights.
+
+    Raises:
+        ConfigError: If it is something else.
+    """
+    if export is None and weights == "once":
+        msg = 'weights="once" stores them in the export'
+        raise ConfigError(msg, expected="export=HFExport(...)", found="export=None")
+    if export is not None and not isinstance(export, HFExport):
+        msg = "export must be an HFExport or None"
+        raise ConfigError(msg, expected="HFExport(...)", found=type(export).__name__)
+
+
+def check_no_storage_options(options: dict[str, Any] | None) -> None:
+    """Check that a path comes without the options of an object store.
+
+    Raises:
+        ConfigError: If there are any.
+    """
+    if options:
+        msg = "storage_options are for object stores"
+        raise ConfigError(msg, expected="None for a path", found=sorted(options))
+
+
+def check_dcp_writer(writer: object) -> None:
+    """Check that a writer of the user's makes its files durable.
+
+    Raises:
+        ConfigError: If it is told not to.
+    """
+    if getattr(writer, "sync_files", True) is False:
+        msg = "dcp_writer must make its files durable before the commit"
+        raise ConfigError(msg, expected="sync_files=True", found="sync_files=False")

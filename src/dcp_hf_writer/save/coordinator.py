@@ -1,0 +1,360 @@
+"""What the coordinator does around the writing: make the directory, and publish it."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import logging
+import os
+import re
+import time
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+from dcp_hf_writer.errors import (
+    CommitError,
+    CoverageError,
+    ExportError,
+    IncoherentStorageError,
+    LayoutError,
+    WriteError,
+)
+from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.formats.names_on_disk import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
+from dcp_hf_writer.formats.stored_once_places import NOTICE
+from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
+from dcp_hf_writer.plan.rank_report import RankReport, check_coverage
+from dcp_hf_writer.save.commit import remove_tree
+from dcp_hf_writer.save.dcp_half import digest_file
+from dcp_hf_writer.save.export_assets import CHECKSUMS_NAME
+from dcp_hf_writer.save.save_owner import Owner
+from dcp_hf_writer.save.tensor_source import digest_of
+from dcp_hf_writer.save.write_phase import export_error
+from dcp_hf_writer.storage.open_outputs import OpenFiles
+from dcp_hf_writer.storage.posix_outputs import (
+    COHERENT,
+    OutputFile,
+    file_system_type,
+    free_bytes,
+    make_directories,
+    sync_directory,
+    write_errors,
+    write_file,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch.distributed.checkpoint.storage import WriteResult
+
+    from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.plan.global_plan import GlobalPlan
+    from dcp_hf_writer.plan.layout import Layout
+    from dcp_hf_writer.save.attempt import Attempt
+    from dcp_hf_writer.save.commit import StagingDirectory
+    from dcp_hf_writer.save.export_assets import Assets
+
+_log = logging.getLogger(__name__)
+
+_STEP = re.compile(r"(\d+)$")
+
+
+def check_strategy(*, hosts: Sequence[str], fs_type: str, strategy: str, path: str) -> None:
+    """Refuse parts of one file from several hosts where their page caches may clash.
+
+    Pure. One host is one page cache. Local file systems seen from several hosts are found out by
+    each rank's look at the coordinator's directory.
+
+    Raises:
+        IncoherentStorageError: If the file system is not known to be coherent.
+    """
+    count = len(set(hosts))
+    if count <= 1 or strategy == "direct" or fs_type in COHERENT:
+        return
+    msg = "several hosts may not write parts of one file on this file system"
+    raise IncoherentStorageError(
+        msg,
+        phase="plan",
+        path=path,
+        expected="a file system that keeps the page caches of its clients coherent",
+        found=f"{fs_type or 'an unknown type'}, written from {count} hosts",
+        hint='pass strategy="direct" if you know that it is coherent (an NFS mount with '
+        "noalignwrite, a parallel file system behind FUSE), or export=None",
+    )
+
+
+def check_names(layout: Layout, assets: Assets, export: HFExport) -> None:
+    """Refuse assets that would take the name of a file that the export makes.
+
+    Raises:
+        LayoutError: Naming the file.
+    """
+    made = {file.name for file in layout.files} | {INDEX_NAME}
+    if export.checksums is not None:
+        made.add(CHECKSUMS_NAME)
+    taken = made & assets.files.keys()
+    if taken:
+        msg = "an asset has the name of a file that the export makes"
+        raise LayoutError(msg, phase="plan", path=min(taken), hint="leave it out of assets")
+
+
+def make_directory(directory: StagingDirectory, *, overwrite: bool, attempt: Attempt) -> None:
+    """Make the directory of a save. Nothing is left behind if this raises.
+
+    Raises:
+        StorageError: If the target exists, or the file system does not allow it.
+    """
+    files = attempt.files = OpenFiles()
+    record = files.keep(directory.create(overwrite=overwrite))
+    attempt.directory = directory
+    reach("directory made")
+    files.sync(files.take(record.path) or record)
+
+
+def make_export(
+    plan: GlobalPlan, assets: Assets | None, attempt: Attempt, *, strategy: str, subdir: str
+) -> bool:
+    """Make the files of the export; `False` if they cannot be made, so that it is left out.
+
+    Raises:
+        IncoherentStorageError: If hosts may not share files here.
+    """
+    directory, files = attempt.directory, attempt.files
+    if plan.layout is None or assets is None or directory is None or files is None:
+        return True
+    check_strategy(
+        hosts=plan.hosts,
+        fs_type=file_system_type(directory.path),
+        strategy=strategy,
+        path=attempt.target,
+    )
+    try:
+        attempt.whole_files = prepare_export(directory, plan.layout, assets, files, subdir=subdir)
+    except WriteError as error:
+        path = os.path.join(directory.path, subdir)
+        files.discard_below(path)
+        drop_export(directory, subdir)
+        attempt.export_error = export_error(error, rank=attempt.rank, path=path)
+        return False
+    return True
+
+
+def prepare_export(
+    directory: StagingDirectory, layout: Layout, assets: Assets, files: OpenFiles, *, subdir: str
+) -> list[WholeFile]:
+    """Make the output files with headers, the index and the assets; ranks may write after this.
+
+    Returns:
+        The files written whole, by path within the checkpoint.
+
+    Raises:
+        WriteError: If the file system does not allow it, or has no space.
+    """
+    _check_space(layout, directory)
+    fs_type = file_system_type(directory.path)
+    export = os.path.join(directory.path, subdir)
+    with write_errors(export):
+        os.mkdir(export)
+    for file in layout.files:
+        output = files.keep(OutputFile(os.path.join(export, file.name), create=True))
+        output.set_size(file.nbytes, fs_type=fs_type)
+        output.write(memoryview(file.header), 0)
+    whole = dict(assets.files)
+    if layout.index is not None:
+        whole[INDEX_NAME] = layout.index
+    _warn_without_config(whole)
+    reach("headers written")
+    return [_write_whole(files, directory.path, subdir, n, d) for n, d in whole.items()]
+
+
+def _write_whole(files: OpenFiles, root: str, subdir: str, name: str, data: bytes) -> WholeFile:
+    path = os.path.join(root, subdir, name)
+    make_directories(os.path.dirname(path))
+    file = files.keep(OutputFile(path, create=True))
+    file.write(memoryview(data), 0)
+    files.sync(files.take(path) or file)
+    return WholeFile(f"{subdir}/{name}", len(data), digest_of(data))
+
+
+def _check_space(layout: Layout, directory: StagingDirectory) -> None:
+    # A look ahead only: where space is reserved, that is what counts.
+    needed = sum(file.nbytes for file in layout.files)
+    free = free_bytes(directory.path)
+    if free is not None and free < needed:
+        msg = "there is no space for the export"
+        raise WriteError(
+            msg,
+            phase="plan",
+            path=directory.target,
+            expected=f"{needed} bytes",
+            found=f"{free} bytes free",
+            errno=errno.ENOSPC,
+            hint="free space on the device, or remove old checkpoints; nothing was published",
+        )
+
+
+_is_warned = False
+
+
+def _warn_without_config(names: Mapping[str, bytes]) -> None:
+    global _is_warned  # noqa: PLW0603
+    if CONFIG_NAME in names or _is_warned:
+        return
+    _is_warned = True
+    _log.warning(
+        "the export has no config.json, so transformers cannot load it as a model; pass "
+        "HFExport(assets=(model.config, tokenizer)) or HFExport(like=<base model directory>)"
+    )
+
+
+def step_of(target: str) -> int | None:
+    """Read the training step off a path such as `run/step-100`; for the manifest only."""
+    found = _STEP.search(os.path.basename(target))
+    return int(found[1]) if found else None
+
+
+def share_text(results: Iterable[Sequence[WriteResult]]) -> None:
+    """Make equal descriptors of weights stored once one object: pickle then writes each once.
+
+    Every rank sends its own copies of file names and geometries.
+    """
+    known: dict[str, str] = {}
+    for result in itertools.chain.from_iterable(results):
+        info = result.storage_data
+        if isinstance(info, _StorageInfo) and info.relative_path == NOTICE:
+            texts = info.transform_descriptors or ()
+            info.relative_path = NOTICE
+            info.transform_descriptors = tuple(known.setdefault(one, one) for one in texts)
+
+
+def check_files(
+    directory: StagingDirectory,
+    layout: Layout | None,
+    reports: Sequence[RankReport],
+    subdir: str,
+) -> None:
+    """Check that all files are there and have the sizes that were planned or reported.
+
+    Raises:
+        CoverageError: Naming the file that does not.
+    """
+    sizes = {file.name: file.nbytes for report in reports for file in report.dcp_files}
+    for output in () if layout is None else layout.files:
+        sizes[os.path.join(subdir, output.name)] = output.nbytes
+    for name, nbytes in sizes.items():
+        path = os.path.join(directory.path, name)
+        try:
+            found = f"{os.stat(path).st_size} bytes"
+        except OSError as error:
+            found = errno.errorcode.get(error.errno or 0, str(error))
+        if found != f"{nbytes} bytes":
+            msg = "a file of the checkpoint is not as it was written"
+            raise CoverageError(
+                msg, phase="finish", path=path, expected=f"{nbytes} bytes", found=found
+            )
+
+
+def check_dcp_stands_alone(plan: GlobalPlan, error: ExportError) -> None:
+    """Refuse to publish a DCP half whose weights are in the export that failed.
+
+    Raises:
+        WriteError: If they are.
+    """
+    if plan.once:
+        raise WriteError(
+            "the export failed, and the weights are stored nowhere else",
+            rank=error.rank,
+            phase="finish",
+            path=error.path,
+            found=error.found,
+            errno=error.errno,
+            hint='nothing was published; with weights="both" the DCP half is saved in any case',
+        ) from error
+
+
+def drop_export(directory: StagingDirectory, subdir: str) -> None:
+    """Take the export out of a checkpoint whose DCP half shall be published alone.
+
+    Raises:
+        CommitError: If it cannot be removed, so that nothing may be published.
+    """
+    path = os.path.join(directory.path, subdir)
+    remove_tree(path)
+    if os.path.lexists(path):
+        msg = "the failed export could not be removed, so nothing was published"
+        raise CommitError(msg, phase="finish", path=path)
+
+
+def publish(
+    directory: StagingDirectory,
+    plan: GlobalPlan,
+    reports: Sequence[RankReport],
+    whole_files: Sequence[WholeFile],
+    *,
+    subdir: str,
+    overwrite: bool,
+    attempt: Attempt,
+    error: ExportError | None,
+    extra: Mapping[str, Any],
+) -> None:
+    """Write the manifest, make all names durable, and give the checkpoint its name.
+
+    Raises:
+        CoverageError: If the ranks' reports do not tile the files.
+        StorageError: If the file system does not allow it.
+    """
+    layout = plan.layout if error is None else None
+    reach("before manifest")
+    if layout is not None:
+        check_coverage(layout, reports)
+    check_files(directory, layout, reports, subdir)
+    covered = {file.name for report in reports for file in report.dcp_files}
+    others = [
+        WholeFile(name, *digest_file(os.path.join(directory.path, name)))
+        for name in _plain_files(directory.path)
+        if name not in covered
+    ]
+    manifest = encode_manifest(
+        save_id=directory.save_id,
+        target=directory.target,
+        owner=Owner.me().to_json(),
+        step=step_of(directory.target),
+        subdir=subdir,
+        layout=layout,
+        once=sorted(plan.once),
+        reports=reports,
+        whole_files=[*(whole_files if error is None else ()), *others],
+        seconds={**attempt.seconds, "total": time.monotonic() - attempt.began, **extra},
+        export_error=None if error is None else str(error),
+    )
+    write_file(os.path.join(directory.path, MANIFEST_NAME), manifest)
+    for path in (*_directories(os.path.join(directory.path, subdir)), directory.path):
+        sync_directory(path)
+    reach("before rename")
+    with attempt.committing():
+        directory.publish(overwrite=overwrite)
+        reach("after rename")
+
+
+def _plain_files(path: str) -> list[str]:
+    """Return the files at the top of the checkpoint, without the record of the save."""
+    with os.scandir(path) as entries:
+        return sorted(
+            e.name for e in entries if e.is_file() and not e.name.startswith(".dcp-hf-save")
+        )
+
+
+def _directories(root: str) -> list[str]:
+    return [path for path, _, _ in os.walk(root, topdown=False)]
+
+
+def committed_save_id(target: str) -> str | None:
+    """Return the id of the save that is visible under a path."""
+    try:
+        with open(os.path.join(target, MANIFEST_NAME), "rb") as file:
+            value = json.load(file)
+    except (OSError, ValueError):
+        return None
+    return value.get("save_id") if isinstance(value, dict) else None

@@ -1,0 +1,227 @@
+"""The DCP half: torch's own writer decides names, plan and metadata; the bytes come from the slab.
+
+torch's `FileSystemWriter` clones a tensor whose storage is larger than it, sums every byte for a
+CRC that no reader checks, and drops the errors of its threads. So of that class all is kept but the
+loop that writes a file.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import TYPE_CHECKING, Any
+
+import xxhash
+from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
+from torch.distributed.checkpoint.metadata import StorageMeta
+from torch.distributed.checkpoint.planner import WriteItemType
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from dcp_hf_writer.errors import CoverageError
+from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.formats.encode_torch_archive import tensor_archive
+from dcp_hf_writer.plan.rank_report import DCPFile
+from dcp_hf_writer.save.tensor_source import TensorSource, host_bytes, row_major_bytes
+from dcp_hf_writer.storage.posix_outputs import PIECE_NBYTES, OutputFile
+
+if TYPE_CHECKING:
+    import queue
+    from collections.abc import Callable, Sequence
+
+    import torch
+    from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+
+# Buffers gathered for one system call; three an item.
+_GROUP = 1000
+
+
+class SlabFileSystemWriter(FileSystemWriter):
+    """torch's writer, but for the bytes: no clone, no CRC, one thread whose errors are seen."""
+
+    def __init__(self, path: str, *, checkpoint_id: str) -> None:
+        """Write into `path`; the metadata names `checkpoint_id`, where the files will be."""
+        super().__init__(path, single_file_per_rank=True, sync_files=True, thread_count=1)
+        self._final_id = checkpoint_id
+        self.files: list[DCPFile] = []
+        self.source: TensorSource | None = None
+        self.finish_file: Callable[[OutputFile], None] = _sync_and_close
+        self.check: Callable[[], None] = lambda: None
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Leave the plan as it is: the directory is made by the coordinator, and is new."""
+        return plan
+
+    def storage_meta(self) -> StorageMeta:
+        """Name the place where the checkpoint will be, not the one where it is written."""
+        return StorageMeta(checkpoint_id=self._final_id, save_id=self.save_id)
+
+    def _write_data(
+        self, planner: SavePlanner, file_queue: queue.Queue[tuple[Any, str, list[WriteItem]]]
+    ) -> Future[list[WriteResult]]:
+        results: list[WriteResult] = []
+        source = self.source or TensorSource(planner)
+        while not file_queue.empty():
+            path, name, items = file_queue.get_nowait()
+            file = OutputFile(str(path), create=True)
+            try:
+                results += _FileWriter(file, name, planner, source, self.check).write(
+                    items, self.files
+                )
+            except BaseException:
+                file.discard()
+                raise
+            self.finish_file(file)
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+
+def _sync_and_close(file: OutputFile) -> None:
+    with file:
+        file.sync()
+
+
+class _FileWriter:
+    """Writes the items of one `.distcp` file, one archive after another."""
+
+    def __init__(
+        self,
+        file: OutputFile,
+        name: str,
+        planner: SavePlanner,
+        source: TensorSource,
+        check: Callable[[], None],
+    ) -> None:
+        self._file, self._name = file, name
+        self._planner, self._source, self._check = planner, source, check
+        self._buffers: list[memoryview] = []
+        self._gathered = 0
+        self._written = 0
+        self._position = 0
+        self._rest = xxhash.xxh3_64()
+        self._ranges: list[tuple[int, int, str]] = []
+
+    def write(self, items: Sequence[WriteItem], files: list[DCPFile]) -> list[WriteResult]:
+        blobs = [item for item in items if item.type == WriteItemType.BYTE_IO]
+        tensors = [item for item in items if item.type != WriteItemType.BYTE_IO]
+        results = [self._add_blob(item) for item in blobs]
+        results += [self._add_tensor(item) for item in tensors]
+        self._flush()
+        files.append(
+            DCPFile(self._name, self._position, tuple(self._ranges), self._rest.hexdigest())
+        )
+        return results
+
+    def _add_blob(self, item: WriteItem) -> WriteResult:
+        data = self._planner.resolve_data(item)
+        blob = data.getvalue() if isinstance(data, io.BytesIO) else bytes(data)
+        start = self._position
+        self._add_rest(blob)
+        return self._result(item, start)
+
+    def _add_tensor(self, item: WriteItem) -> WriteResult:
+        self._check()
+        reach("mid dcp")
+        tensor = self._source.tensor(item)
+        # A block of a larger tensor is stored in row-major order, as torch's writer would.
+        kind = tensor if tensor.is_contiguous() else tensor.new_empty(tensor.shape, device="meta")
+        before, after = tensor_archive(kind)
+        start = self._position
+        self._add_rest(before)
+        if tensor.nbytes:
+            began = self._position
+            self._ranges.append((began, tensor.nbytes, self._add_data(item, tensor)))
+        self._add_rest(after)
+        return self._result(item, start)
+
+    def _add_data(self, item: WriteItem, tensor: torch.Tensor) -> str:
+        """Add the data of a tensor; returns its digest."""
+        if tensor.is_contiguous():
+            data = host_bytes(tensor)
+            whole = self._source.digest(item, data)
+            self._add(data)
+            return whole
+        digest = xxhash.xxh3_64()
+        for data in row_major_bytes(tensor):
+            digest.update(data)
+            self._add(data)
+        return str(digest.hexdigest())
+
+    def _add_rest(self, data: bytes) -> None:
+        self._rest.update(data)
+        self._add(memoryview(data))
+
+    def _add(self, data: memoryview) -> None:
+        self._buffers.append(data)
+        self._gathered += data.nbytes
+        self._position += data.nbytes
+        if self._gathered >= PIECE_NBYTES or len(self._buffers) >= _GROUP:
+            self._flush()
+
+    def _flush(self) -> None:
+        self._written = self._file.write_many(self._buffers, self._written)
+        self._buffers, self._gathered = [], 0
+
+    def _result(self, item: WriteItem, start: int) -> WriteResult:
+        length = self._position - start
+        return WriteResult(
+            index=item.index,
+            size_in_bytes=length,
+            storage_data=_StorageInfo(self._name, start, length),
+        )
+
+
+def check_results(items: Sequence[WriteItem], results: Sequence[WriteResult], rank: int) -> None:
+    """Check that a writer reports every item: torch's own drops the errors of its threads.
+
+    Raises:
+        CoverageError: Naming an item that was not written.
+    """
+    missing = {item.index for item in items} - {result.index for result in results}
+    if missing:
+        msg = "the DCP writer did not write all items of its plan"
+        raise CoverageError(
+            msg,
+            rank=rank,
+            phase="write",
+            fqn=min(index.fqn for index in missing),
+            expected=f"{len(items)} items",
+            found=f"{len(missing)} missing",
+            hint="a thread of the writer failed; its error is in the log",
+        )
+
+
+def run_given_writer(
+    writer: StorageWriter,
+    plan: SavePlan,
+    planner: SavePlanner,
+    *,
+    path: str,
+    is_coordinator: bool,
+    rank: int,
+) -> list[WriteResult]:
+    """Let a writer of the user's write the DCP half into the directory of the save.
+
+    Its `prepare_local_plan` runs now, when the directory is known, so what it attaches to the plan
+    does not reach its `prepare_global_plan`; torch's own writers attach nothing.
+    """
+    storage_data = plan.storage_data
+    writer.reset(path)
+    writer.set_up_storage_writer(is_coordinator, rank=rank, use_collectives=True)
+    plan = writer.prepare_local_plan(plan)
+    if plan.storage_data is None:
+        plan = type(plan)(plan.items, storage_data, plan.planner_data, plan.usable)
+    future = writer.write_data(plan, planner)
+    future.wait()
+    results: list[WriteResult] = future.value()
+    return results
+
+
+def digest_file(path: str) -> tuple[int, str]:
+    """Return size and digest of a file."""
+    digest, nbytes = xxhash.xxh3_64(), 0
+    with open(path, "rb") as file:
+        while data := file.read(PIECE_NBYTES):
+            digest.update(data)
+            nbytes += len(data)
+    return nbytes, str(digest.hexdigest())

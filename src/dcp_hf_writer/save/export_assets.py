@@ -1,0 +1,259 @@
+"""The files of an export beside its weights: config, tokenizer, processor, a base model's files."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import os
+import tempfile
+import threading
+import weakref
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from dcp_hf_writer.errors import CheckpointError, ConfigError, ExportError
+from dcp_hf_writer.formats.names_on_disk import CONFIG_NAME, INDEX_SUFFIX
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Mapping
+
+    from dcp_hf_writer.mapping.hf_export import HFExport
+
+CHECKSUMS_NAME = "checksums.json"
+"""What `sglang ... --model-checksum <directory>/checksums.json` is given."""
+
+
+# Weights in any format: the export brings its own.
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
+_WEIGHT_INDEXES = (INDEX_SUFFIX, ".bin.index.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Assets:
+    """What `HFExport.assets` and `HFExport.like` come to."""
+
+    files: Mapping[str, bytes]
+    """Content by path within the export directory."""
+    file_of_key: Mapping[str, str] | None
+    """File of each key in `like`; `None` without `like`."""
+
+
+_cache: weakref.WeakKeyDictionary[HFExport, Assets | CheckpointError] = weakref.WeakKeyDictionary()
+_cache_lock = threading.Lock()
+
+
+def assets_of(export: HFExport) -> Assets:
+    """Return the files of an export, read once per `HFExport` and process.
+
+    Raises:
+        ExportError: If an asset cannot be written by its library, or read.
+        ConfigError: If `assets` or `like` is not what it must be.
+    """
+    with _cache_lock:
+        found = _cache.get(export)
+        if found is None:
+            found = _cache[export] = _read(export)
+    if isinstance(found, CheckpointError):
+        # A copy: the traceback of one that is raised holds what the save holds.
+        rebuild, facts = found.__reduce__()
+        raise rebuild(*facts)
+    return found
+
+
+def _read(export: HFExport) -> Assets | CheckpointError:
+    try:
+        return _render(export)
+    except CheckpointError as error:
+        kept: CheckpointError = error
+    except Exception as error:  # noqa: BLE001 - kept, and raised where all ranks see it
+        msg = "the assets of the export could not be read"
+        kept = ExportError(msg, phase="plan", found=f"{type(error).__name__}: {error}")
+    kept.__cause__ = kept.__context__ = None
+    return kept.with_traceback(None)
+
+
+def preload(export: HFExport) -> None:
+    """Read the files of an export now; an error is kept for `assets_of`."""
+    with contextlib.suppress(CheckpointError):
+        assets_of(export)
+
+
+def known(export: HFExport) -> Assets | CheckpointError | None:
+    """Return what was read for an export, without reading."""
+    with _cache_lock:
+        return _cache.get(export)
+
+
+def preset(export: HFExport, assets: Assets | CheckpointError) -> None:
+    """Use what another process has read for this export."""
+    with _cache_lock:
+        _cache[export] = assets
+
+
+def without_objects(export: HFExport) -> HFExport:
+    """Return the export without its assets, to travel beside what was read of them."""
+    bare = copy.copy(export)
+    object.__setattr__(bare, "assets", ())
+    object.__setattr__(bare, "like", None)
+    return bare
+
+
+def file_of_key_in_like(export: HFExport) -> dict[str, str] | None:
+    """Return the file of each key in `like`, reading nothing else; `None` without `like`.
+
+    Raises:
+        ConfigError: If `like` is not what it must be.
+    """
+    if export.like is None:
+        return None
+    base = Path(export.like)
+    if not base.is_dir():
+        msg = "like must be a model directory"
+        raise ConfigError(msg, path=str(base), expected="a directory", found="none")
+    return _file_of_key(base)
+
+
+def _render(export: HFExport) -> Assets:
+    files: dict[str, bytes] = {}
+    file_of_key = file_of_key_in_like(export)
+    if export.like is not None:
+        files.update(_other_files(Path(export.like)))
+    for asset in _each(export.assets):
+        files.update(_render_one(asset))
+    for name in files:
+        _check_name(name)
+    if CONFIG_NAME in files and export.dtype is not None:
+        files[CONFIG_NAME] = _with_dtype(files[CONFIG_NAME], export.dtype)
+    return Assets(files, file_of_key)
+
+
+def _each(assets: Any) -> Iterator[Any]:
+    if assets is None:
+        return
+    if isinstance(assets, (list, tuple)):
+        for asset in assets:
+            yield from _each(asset)
+    else:
+        yield assets
+
+
+def _render_one(asset: Any) -> dict[str, bytes]:
+    if isinstance(asset, dict):
+        return {str(name): _as_bytes(name, data) for name, data in asset.items()}
+    if isinstance(asset, (str, os.PathLike)):
+        return _read_path(Path(asset))
+    if isinstance(asset, torch.nn.Module) and hasattr(asset, "config"):
+        return _configs_of(asset)
+    if hasattr(asset, "save_pretrained"):
+        return _save_pretrained(asset)
+    msg = "assets must be paths, objects with save_pretrained, or bytes by file name"
+    raise ConfigError(msg, expected="such as (config, tokenizer)", found=type(asset).__name__)
+
+
+def _as_bytes(name: Any, data: Any) -> bytes:
+    if isinstance(data, str):
+        return data.encode()
+    if isinstance(data, (bytes, bytearray, memoryview)):
+        return bytes(data)
+    msg = "an asset given by file name must be bytes or text"
+    raise ConfigError(msg, key=str(name), expected="bytes", found=type(data).__name__)
+
+
+def _read_path(path: Path) -> dict[str, bytes]:
+    try:
+        return _other_files(path) if path.is_dir() else {path.name: path.read_bytes()}
+    except OSError as error:
+        msg = "an asset could not be read"
+        raise ExportError(msg, phase="plan", path=str(path), found=str(error)) from error
+
+
+def _configs_of(model: Any) -> dict[str, bytes]:
+    """Return what `model.save_pretrained` writes beside the weights, without touching the weights.
+
+    Source:
+        transformers, `PreTrainedModel.save_pretrained`: the config names the class, less the
+        prefix that FSDP2 puts before it, and the dtype of the parameters.
+    """
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__.removeprefix("FSDP")]
+    config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    files = _save_pretrained(config)
+    generation = getattr(model, "generation_config", None)
+    if generation is not None and model.can_generate():
+        files.update(_save_pretrained(generation))
+    return files
+
+
+def _save_pretrained(asset: Any) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory(prefix="dcp-hf-assets-") as directory:
+        try:
+            asset.save_pretrained(directory)
+        except Exception as error:
+            msg = f"{type(asset).__name__}.save_pretrained failed"
+            raise ExportError(
+                msg, phase="plan", found=f"{type(error).__name__}: {error}"
+            ) from error
+        return _other_files(Path(directory))
+
+
+def _other_files(base: Path) -> dict[str, bytes]:
+    """Return every file of a directory that is not weights, hidden or in a cache.
+
+    Weights beside those of the export would be loaded with them, or instead; checksums of other
+    weights would not be theirs.
+    """
+    files = {}
+    for path in sorted(base.rglob("*")):
+        name = path.relative_to(base)
+        is_hidden = any(part.startswith(".") for part in name.parts)
+        is_weights = name.name.endswith(_WEIGHTS + _WEIGHT_INDEXES)
+        is_stale = is_weights or name.as_posix() == CHECKSUMS_NAME
+        if path.is_file() and not is_hidden and not is_stale:
+            files[name.as_posix()] = path.read_bytes()
+    return files
+
+
+def _file_of_key(base: Path) -> dict[str, str]:
+    """Return the file of each key of a model directory, from its index or its one file."""
+    indexes = sorted(base.glob("*" + INDEX_SUFFIX))
+    if indexes:
+        try:
+            weight_map = json.loads(indexes[0].read_bytes())["weight_map"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            msg = "the index of `like` cannot be read"
+            raise ConfigError(msg, path=str(indexes[0]), found=repr(error)) from error
+        for name in weight_map.values():
+            _check_name(name)
+        return dict(weight_map)
+    weights = sorted(base.glob("*.safetensors"))
+    if len(weights) != 1:
+        msg = "like has no index and not exactly one safetensors file"
+        raise ConfigError(msg, path=str(base), found=[path.name for path in weights])
+    try:
+        with safe_open(str(weights[0]), framework="pt") as file:
+            return dict.fromkeys(file.keys(), weights[0].name)
+    except (SafetensorError, OSError) as error:
+        msg = "the weights of `like` cannot be read"
+        raise ConfigError(msg, path=str(weights[0]), found=str(error)) from error
+
+
+def _check_name(name: str) -> None:
+    pure = PurePosixPath(name)
+    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
+        msg = "a file of the export must lie within its directory"
+        raise ConfigError(msg, path=name, expected="a relative path without '..'")
+
+
+def _with_dtype(config: bytes, dtype: torch.dtype | str) -> bytes:
+    """Say the dtype of the exported weights in the config, which readers take as their default."""
+    values = json.loads(config)
+    name = str(dtype).removeprefix("torch.")
+    keys = [key for key in ("dtype", "torch_dtype") if key in values] or ["dtype"]
+    for key in keys:
+        values[key] = name
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()

@@ -1,0 +1,209 @@
+"""What the future of a save is given when it fails: errors that name the rank and the cause."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import weakref
+from typing import TYPE_CHECKING, TypeVar
+
+from torch.distributed.checkpoint.api import CheckpointException
+
+from dcp_hf_writer.errors import SaveAbortedError, SaveTimeoutError
+from dcp_hf_writer.save.coordinator import committed_save_id
+from dcp_hf_writer.save.rendezvous import POST_MORTEM_S, Progress, lost_ranks_error
+from dcp_hf_writer.torch_seam.frames import current_save
+from dcp_hf_writer.torch_seam.future_guard import FutureGuard, current_future, own_error
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from dcp_hf_writer.errors import RankLostError
+    from dcp_hf_writer.save.attempt import Attempt
+    from dcp_hf_writer.staging.slab import Lease
+
+_log = logging.getLogger(__name__)
+
+_Answer = TypeVar("_Answer")
+
+
+def guard_save(attempt: Attempt) -> None:
+    """Guard the future of the save that the calling thread runs.
+
+    A synchronous save has none: what it holds is given back when torch's frames of it go, which
+    takes a garbage collection where this rank failed, or when the interpreter ends.
+    """
+    future = current_future()
+    if future is None:
+        save = current_save()
+        if save is not None:
+            weakref.finalize(save, attempt.end)
+        return
+
+    FutureGuard(
+        future,
+        deadline=attempt.deadline,
+        on_deadline=lambda: _at_deadline(attempt),
+        translate=lambda error: _explain(attempt, error),
+        on_end=attempt.end,
+    )
+
+
+def guard_process_save(lease: Lease | None, *, deadline: float, target: str) -> None:
+    """Guard the future of a save that a checkpointer process does; called where it is sent."""
+    future = current_future()
+    if future is None:
+        return
+
+    def at_deadline() -> BaseException:
+        msg = "the checkpointer process did not finish the save by its deadline"
+        return SaveTimeoutError(
+            msg,
+            phase="write",
+            path=target,
+            expected="an answer by the deadline",
+            found=_outcome(target, None),
+            hint="the process may be stuck in the storage; training can go on",
+        )
+
+    FutureGuard(
+        future,
+        deadline=deadline,
+        on_deadline=at_deadline,
+        translate=lambda error: _explain_process(target, error),
+        on_end=lambda: None if lease is None else lease.release(),
+    )
+
+
+# The store and the storage may be what is silent: how long each may take to say what it knows.
+_ASK_S = 2.0
+# At the deadline the other ranks, which began a little later, may take this long to pass it too.
+_SKEW_S = 1.0
+
+_OPEN = "outcome open: the path alone tells whether the checkpoint is there"
+_STORE_IS_SILENT: Sequence[str] = ("the host of the store, mostly rank 0",)
+
+
+def _explain_process(target: str, error: BaseException) -> BaseException:
+    own = own_error(error)
+    if own is not None or not isinstance(error, RuntimeError):
+        return own or error
+    is_dead = "process is dead" in str(error)
+    msg = "the checkpointer process did not finish the save"
+    aborted = SaveAbortedError(
+        msg,
+        phase="write",
+        path=target,
+        found=f"{error}; {_OPEN}",
+        hint="torch does not start that process anew: restart the run, or save in a thread"
+        if is_dead
+        else None,
+    )
+    aborted.__cause__ = error
+    return aborted
+
+
+def _at_deadline(attempt: Attempt) -> BaseException:
+    may_commit = not attempt.give_up()
+    phase = attempt.phase
+    silent = _ask(lambda: _silent_at_deadline(attempt, phase), otherwise=_STORE_IS_SILENT)
+    # A rank that has not reported knows that nobody could commit without it.
+    is_open = may_commit or (not attempt.is_coordinator and phase == "written")
+    outcome = _outcome_of(attempt) if is_open else "not committed"
+    if silent:
+        return _lost(attempt, silent, phase=phase, outcome=outcome)
+    msg = "the deadline of the save passed"
+    return SaveTimeoutError(
+        msg,
+        rank=attempt.rank,
+        phase=phase,
+        path=attempt.target,
+        expected=f"done within {attempt.deadline - attempt.began:.0f} s",
+        found=outcome,
+        hint="raise timeout_s, or find what slows the storage down",
+    )
+
+
+def _explain(attempt: Attempt, error: BaseException) -> BaseException:
+    own = own_error(error)
+    if own is not None:
+        return own
+    if attempt.rendezvous is None or isinstance(error, CheckpointException):
+        return error
+    # A broken collective names an address at best: ask the records who went silent.
+    attempt.give_up()
+    phase = attempt.phase
+    wait_s = min(POST_MORTEM_S, attempt.left_s())
+    silent = _ask(
+        lambda: _silent_after_failure(attempt, wait_s=wait_s),
+        otherwise=_STORE_IS_SILENT,
+        limit_s=wait_s + _ASK_S,
+    )
+    if not silent:
+        return error
+    outcome = _outcome_of(attempt) if phase in {"written", "finish"} else "not committed"
+    lost = _lost(attempt, silent, phase=phase, outcome=outcome)
+    lost.__cause__ = error
+    return lost
+
+
+def _lost(attempt: Attempt, silent: Sequence[str], *, phase: str, outcome: str) -> RankLostError:
+    save_id = attempt.directory.save_id if attempt.directory is not None else None
+    return lost_ranks_error(
+        silent,
+        rank=attempt.rank,
+        phase=phase,
+        target=attempt.target,
+        save_id=save_id,
+        outcome=outcome,
+    )
+
+
+def _silent_at_deadline(attempt: Attempt, phase: str) -> Sequence[str]:
+    if attempt.rendezvous is None:
+        return ()
+    behind = attempt.rendezvous.silent_ranks(Progress(attempt.count, phase, "", 0), wait_s=0.0)
+    # Where all have come equally far, those are silent that do not notice the deadline.
+    return behind or _silent_after_failure(attempt, wait_s=_SKEW_S)
+
+
+def _silent_after_failure(attempt: Attempt, *, wait_s: float) -> Sequence[str]:
+    if attempt.rendezvous is None:
+        return ()
+    attempt.post("failed")
+    mine = Progress(attempt.count, "failed", "", 0)
+    return attempt.rendezvous.silent_ranks(mine, wait_s=wait_s)
+
+
+def _outcome_of(attempt: Attempt) -> str:
+    save_id = attempt.directory.save_id if attempt.directory is not None else None
+    return _ask(lambda: _outcome(attempt.target, save_id), otherwise=_OPEN)
+
+
+def _outcome(target: str, save_id: str | None) -> str:
+    if save_id is not None and committed_save_id(target) == save_id:
+        return "committed: the checkpoint is visible"
+    return _OPEN
+
+
+def _ask(
+    question: Callable[[], _Answer], *, otherwise: _Answer, limit_s: float = _ASK_S
+) -> _Answer:
+    """Return the answer to a question that may hang in the store or the storage."""
+    answers: list[_Answer] = []
+
+    def ask() -> None:
+        try:
+            answers.append(question())
+        except (RuntimeError, TimeoutError) as error:
+            # Errors of the store, as torch raises them, and ours that say so.
+            _log.debug("no answer: %s", error)
+
+    asking = threading.Thread(target=ask, name="dcp-hf-ask", daemon=True)
+    try:
+        asking.start()
+        asking.join(limit_s)
+    except RuntimeError as error:
+        # The interpreter is exiting and starts no threads any more.
+        _log.debug("not asked: %s", error)
+    return answers[0] if answers else otherwise

@@ -1,0 +1,151 @@
+"""The HuggingFace half: a rank's own blocks of the output files, written where they belong."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import xxhash
+
+from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.plan.rank_report import Block
+from dcp_hf_writer.plan.regions import Region, TargetTable, needs_cast
+from dcp_hf_writer.save.tensor_source import TensorSource, chunk_of, digest_of, host_bytes
+from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
+from dcp_hf_writer.tensors.strided_copies import hf_box, hf_loops, runtime_view, split
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from torch.distributed.checkpoint.planner import WriteItem
+
+    from dcp_hf_writer.plan.layout import PartTarget
+    from dcp_hf_writer.storage.posix_outputs import OutputFile
+    from dcp_hf_writer.tensors.boxes import ByteRuns
+
+# Casts and blocks that are not contiguous go through at most this much reused memory: fresh pages
+# cost ten times the copy.
+MAX_BOUNCE_NBYTES = 8 << 20
+
+
+def regions_by_file(
+    items: Iterable[WriteItem], targets: Mapping[str, Sequence[PartTarget]]
+) -> dict[int, list[tuple[WriteItem, Region]]]:
+    """Sort a rank's blocks by output file, ascending within each.
+
+    Args:
+        items: Tensor items that this rank writes.
+        targets: Where the parts of each tensor go, by FQN.
+    """
+    found: dict[int, list[tuple[WriteItem, Region]]] = {}
+    tables: dict[str, TargetTable] = {}
+    for item in items:
+        fqn = item.index.fqn
+        if fqn not in targets:
+            continue
+        # A rank may hold many blocks of one tensor, and write to many others from it.
+        if fqn not in tables:
+            tables[fqn] = TargetTable(targets[fqn])
+        for region in tables[fqn].regions(chunk_of(item)):
+            found.setdefault(region.target.file, []).append((item, region))
+    for blocks in found.values():
+        blocks.sort(key=lambda block: (block[1].target.start, block[1].copy.hf_start))
+    return found
+
+
+def is_interleaved(blocks: Iterable[tuple[WriteItem, Region]]) -> bool:
+    """Whether blocks are runs between those of other ranks, as column shards are."""
+    return any(region.hf_runs().count > 1 for _, region in blocks)
+
+
+def way_of(tensor: torch.Tensor, region: Region) -> Literal["direct", "cast", "strided"]:
+    """Say how a block gets into its file: as it lies in memory, or through the bounce buffer.
+
+    Args:
+        tensor: What the rank holds, on any device.
+        region: A block of it.
+
+    Returns:
+        `"cast"` if the buffer changes the dtype, `"strided"` if it only brings the elements into
+        the order of the file.
+    """
+    if needs_cast(tensor.dtype, region.target):
+        return "cast"
+    return "direct" if runtime_view(tensor, region.copy).is_contiguous() else "strided"
+
+
+class BlockWriter:
+    """Writes blocks of one rank; keeps its bounce buffer from save to save."""
+
+    def __init__(self) -> None:
+        """Start without a buffer."""
+        self._bounce = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self._bounce_nbytes = MAX_BOUNCE_NBYTES
+
+    def write_file(
+        self,
+        file: OutputFile,
+        blocks: Iterable[tuple[WriteItem, Region]],
+        source: TensorSource,
+        *,
+        check: Callable[[], None],
+        bounce_nbytes: int,
+    ) -> list[Block]:
+        """Write this rank's blocks of one output file.
+
+        Args:
+            file: Open for writing, of its final size.
+            blocks: What to write, ascending.
+            source: Resolves items to tensors.
+            check: Called before each block; raises if the save was given up.
+            bounce_nbytes: Size of the buffer for casts and blocks that are not contiguous.
+
+        Returns:
+            One block a region.
+
+        Raises:
+            WriteError: If the file system does not take the bytes.
+        """
+        written = []
+        self._bounce_nbytes = bounce_nbytes
+        for item, region in blocks:
+            check()
+            reach("mid hf")
+            digest = self._write_block(file, item, region, source)
+            box = hf_box(region.copy)
+            extent = hf_loops(region.copy) if box is None else box.sizes
+            written.append(Block(region.target.key, region.copy.hf_start, extent, digest))
+        return written
+
+    def _write_block(
+        self, file: OutputFile, item: WriteItem, region: Region, source: TensorSource
+    ) -> str:
+        tensor = source.tensor(item)
+        if way_of(tensor, region) == "direct":
+            data = host_bytes(runtime_view(tensor, region.copy))
+            _write_runs(file, data, region.hf_runs())
+            is_item = tensor.is_contiguous() and len(data) == tensor.nbytes
+            return source.digest(item, data) if is_item else digest_of(data)
+        digest = xxhash.xxh3_64()
+        dtype = TORCH_BY_NAME[region.target.dtype]
+        for part in split(region.copy, self._bounce_nbytes // dtype.itemsize):
+            view = runtime_view(tensor, part)
+            buffer = self._buffer(dtype, view.shape)
+            buffer.copy_(view)
+            data = host_bytes(buffer)
+            digest.update(data)
+            _write_runs(file, data, Region(region.target, part).hf_runs())
+        return str(digest.hexdigest())
+
+    def _buffer(self, dtype: torch.dtype, sizes: tuple[int, ...]) -> torch.Tensor:
+        if self._bounce.nbytes < self._bounce_nbytes:
+            self._bounce = torch.zeros(self._bounce_nbytes, dtype=torch.uint8, device="cpu")
+        return self._bounce[: math.prod(sizes) * dtype.itemsize].view(dtype).view(sizes)
+
+
+def _write_runs(file: OutputFile, data: memoryview, runs: ByteRuns) -> None:
+    if runs.count == 1:
+        file.write(data, runs.start)
+    else:
+        file.write_runs(data, runs.nbytes, runs.starts())

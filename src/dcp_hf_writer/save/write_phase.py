@@ -1,0 +1,298 @@
+"""What a rank writes: its DCP file and its ranges of the output files, in a rotated order.
+
+The kernel locks a file for each buffered write, so the ranks of a host that walk the same files in
+the same order wait for each other. Each starts elsewhere in the list of its files; the DCP file,
+which is its own, is one of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import WriteItemType
+from torch.distributed.checkpoint.storage import WriteResult
+
+from dcp_hf_writer.errors import (
+    CheckpointError,
+    ExportError,
+    SaveAbortedError,
+    SaveTimeoutError,
+    SlotTimeoutError,
+)
+from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.formats.stored_once_places import NOTICE, encode_stored_once
+from dcp_hf_writer.plan.rank_report import RankReport
+from dcp_hf_writer.plan.regions import TargetTable
+from dcp_hf_writer.plan.stored_once import stored_once
+from dcp_hf_writer.save.dcp_half import (
+    SlabFileSystemWriter,
+    check_results,
+    run_given_writer,
+)
+from dcp_hf_writer.save.hf_half import BlockWriter, is_interleaved, regions_by_file
+from dcp_hf_writer.save.tensor_source import TensorSource, chunk_of
+from dcp_hf_writer.storage.open_outputs import OpenFiles
+from dcp_hf_writer.storage.posix_outputs import OutputFile
+from dcp_hf_writer.tensors.dtypes import ITEMSIZE
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+    from torch.distributed.checkpoint.storage import StorageWriter
+
+    from dcp_hf_writer.plan.global_plan import RankPlan
+    from dcp_hf_writer.plan.regions import Region
+    from dcp_hf_writer.save.attempt import Attempt
+    from dcp_hf_writer.save.commit import StagingDirectory
+    from dcp_hf_writer.storage.write_slots import WriteSlots
+
+_log = logging.getLogger(__name__)
+
+# The FQN of the extra result that carries a rank's report; taken out before DCP sees the results.
+_REPORT_FQN = "\0dcp-hf-report"
+
+# These end the save whichever half they hit; any other error in the export spares the DCP half.
+_FATAL = (SaveAbortedError, SaveTimeoutError, SlotTimeoutError)
+
+# The block writer of the latest save, kept for its buffer; a save beside another makes its own.
+_idle_blocks: list[BlockWriter] = []
+
+
+@dataclass(slots=True)
+class WritePhase:
+    """The write phase of one rank."""
+
+    attempt: Attempt
+    directory: StagingDirectory
+    plan: SavePlan
+    """The final plan; its `storage_data` is what the DCP writer attached."""
+    own: RankPlan
+    planner: SavePlanner
+    dcp_writer: StorageWriter | None
+    """The user's writer for the DCP half; `None` for ours."""
+    slots: WriteSlots
+    subdir: str
+    bounce_nbytes: int
+    """Size of the buffer for casts and blocks that are not contiguous."""
+    blocks: BlockWriter = field(default_factory=BlockWriter, init=False)
+    """Writes blocks for this save and no other at the same time."""
+
+    def run(self) -> list[WriteResult]:
+        """Write everything, make it durable, and report.
+
+        Raises:
+            CheckpointError: If the DCP half failed, or the save was given up. Errors of the export
+                are part of the report instead.
+        """
+        attempt = self.attempt
+        report = RankReport(attempt.rank, socket.gethostname())
+        report.export_error = attempt.export_error
+        files = attempt.files or OpenFiles()
+        attempt.files = files
+        source = TensorSource(self.planner)
+        results: list[WriteResult] = []
+        with contextlib.suppress(IndexError):
+            self.blocks = _idle_blocks.pop()
+        tensors = [i for i in self.plan.items if i.type != WriteItemType.BYTE_IO]
+        work = regions_by_file(tensors, self.own.targets)
+        left_out = self._stored_once(tensors)
+        if left_out:
+            self._leave_out({result.index for result in left_out})
+        shares = self.slots.is_shared_by_halves()
+        reach("before slot")
+        with ExitStack() as held:
+            if shares:
+                self._hold(held, "dcp")
+            jobs = self._jobs(sorted(work))
+            exports = [job for job in jobs if job is not None]
+            settled = set(exports[len(exports) - len(exports) // max(self.own.host_size, 1) :])
+            for job in jobs:
+                with ExitStack() as held_by_half:
+                    if not shares:
+                        self._hold(held_by_half, "dcp" if job is None else "hf")
+                    if job is None:
+                        results = self._write_dcp(files, source, report)
+                    elif report.export_error is None:
+                        # Pages that other ranks fill too would go to the device once for each of
+                        # them. The last files of the rotation are those the others had before.
+                        defer = job not in settled and is_interleaved(work[job])
+                        self._write_export(job, work[job], files, source, report, defer=defer)
+                    if not shares:
+                        files.sync_kept()
+                        self._join(files, report)
+            reach("before fsync")
+            files.sync_kept()
+            with attempt.timed("sync"):
+                self._join(files, report)
+        _idle_blocks[:] = [self.blocks]
+        reach("after fsync")
+        files.close()
+        attempt.files = None
+        report.seconds = dict(attempt.seconds)
+        report.nbytes = {
+            "dcp": sum(result.size_in_bytes for result in results),
+            "hf": report.nbytes.get("hf", 0),
+        }
+        return [*results, *left_out, WriteResult(MetadataIndex(_REPORT_FQN), 0, report)]
+
+    def _stored_once(self, items: Iterable[WriteItem]) -> list[WriteResult]:
+        """Say of each item that the DCP half leaves to the export where its bytes will be."""
+        tables = {fqn: TargetTable(parts) for fqn, parts in self.own.once.items()}
+        paths = [f"{self.subdir}/{name}" for name, _ in self.own.files]
+        results = []
+        for item in items:
+            table = tables.get(item.index.fqn)
+            if table is not None:
+                chunk = chunk_of(item)
+                once = stored_once(chunk, table.near(chunk), paths=paths)
+                info = _StorageInfo(NOTICE, 0, once.nbytes, encode_stored_once(once))
+                results.append(WriteResult(item.index, once.nbytes, info))
+        return results
+
+    def _leave_out(self, indices: set[MetadataIndex]) -> None:
+        kept = [item for item in self.plan.items if item.index not in indices]
+        self.plan = replace(self.plan, items=kept)
+
+    def _jobs(self, files: Sequence[int]) -> list[int | None]:
+        """Return this rank's files, `None` being its DCP file, from where it starts."""
+        jobs: list[int | None] = [None, *files]
+        start = self.own.host_rank * len(jobs) // max(self.own.host_size, 1)
+        return jobs[start:] + jobs[:start]
+
+    def _hold(self, held: ExitStack, half: str) -> None:
+        with self.attempt.timed("slot wait"):
+            held.enter_context(
+                self.slots.hold(
+                    self.directory.path,
+                    "dcp" if half == "dcp" else "hf",
+                    deadline=self.attempt.deadline,
+                )
+            )
+
+    def _join(self, files: OpenFiles, report: RankReport) -> None:
+        export = os.path.join(self.directory.path, self.subdir, "")
+        try:
+            for path, error in files.join(deadline=self.attempt.deadline):
+                if not path.startswith(export) or not isinstance(error, Exception):
+                    raise error
+                if report.export_error is None:
+                    rank = self.attempt.rank
+                    report.export_error = export_error(error, rank=rank, path=path)
+        except CheckpointError as error:
+            error.rank = self.attempt.rank
+            raise
+
+    def _write_dcp(
+        self, files: OpenFiles, source: TensorSource, report: RankReport
+    ) -> list[WriteResult]:
+        attempt = self.attempt
+        with attempt.timed("write dcp"):
+            try:
+                results = (
+                    self._write_own_dcp(files, source, report)
+                    if self.dcp_writer is None
+                    else run_given_writer(
+                        self.dcp_writer,
+                        self.plan,
+                        self.planner,
+                        path=self.directory.path,
+                        is_coordinator=attempt.is_coordinator,
+                        rank=attempt.rank,
+                    )
+                )
+            except CheckpointError as error:
+                error.rank = attempt.rank
+                raise
+            check_results(self.plan.items, results, attempt.rank)
+        return results
+
+    def _write_own_dcp(
+        self, files: OpenFiles, source: TensorSource, report: RankReport
+    ) -> list[WriteResult]:
+        writer = SlabFileSystemWriter(self.directory.path, checkpoint_id=self.directory.target)
+        writer.set_up_storage_writer(
+            self.attempt.is_coordinator, rank=self.attempt.rank, use_collectives=True
+        )
+        writer.source = source
+        writer.finish_file = files.sync
+        writer.check = self.attempt.check
+        future = writer.write_data(self.plan, self.planner)
+        report.dcp_files = writer.files
+        results: list[WriteResult] = future.value()
+        return results
+
+    def _write_export(
+        self,
+        job: int,
+        blocks: Sequence[tuple[WriteItem, Region]],
+        files: OpenFiles,
+        source: TensorSource,
+        report: RankReport,
+        *,
+        defer: bool,
+    ) -> None:
+        name, _ = self.own.files[job]
+        path = os.path.join(self.directory.path, self.subdir, name)
+        with self.attempt.timed("write hf"):
+            try:
+                file = files.take(path) or OutputFile(path, create=False)
+                try:
+                    written = self.blocks.write_file(
+                        file,
+                        blocks,
+                        source,
+                        check=self.attempt.check,
+                        bounce_nbytes=self.bounce_nbytes,
+                    )
+                except BaseException:
+                    file.discard()
+                    raise
+                if defer:
+                    files.keep(file)
+                else:
+                    files.sync(file)
+            except _FATAL:
+                raise
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
+                _log.warning("rank %d could not write %s: %s", self.attempt.rank, path, error)
+                report.export_error = export_error(error, rank=self.attempt.rank, path=path)
+                return
+        report.blocks += written
+        report.nbytes["hf"] = report.nbytes.get("hf", 0) + sum(
+            region.copy.numel * ITEMSIZE[region.target.dtype] for _, region in blocks
+        )
+
+
+def export_error(error: Exception, *, rank: int, path: str) -> ExportError:
+    """Say of the export what failed, for the ranks that did not see it."""
+    msg = "the HuggingFace export could not be written"
+    return ExportError(
+        msg,
+        rank=rank,
+        phase="write",
+        path=path,
+        found=f"{type(error).__name__}: {error}",
+        errno=getattr(error, "errno", None),
+        hint="the DCP half of the checkpoint does not depend on it",
+    )
+
+
+def take_reports(
+    results: Sequence[Sequence[WriteResult]],
+) -> tuple[list[list[WriteResult]], list[RankReport]]:
+    """Part DCP's results from the ranks' reports."""
+    plain: list[list[WriteResult]] = []
+    reports: list[RankReport] = []
+    for rank_results in results:
+        plain.append([r for r in rank_results if r.index.fqn != _REPORT_FQN])
+        reports += [r.storage_data for r in rank_results if r.index.fqn == _REPORT_FQN]
+    return plain, reports

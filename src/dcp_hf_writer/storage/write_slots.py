@@ -1,0 +1,231 @@
+"""Write slots: how many processes of a node write to one file system at a time.
+
+A slot is one lock file of a fixed set; holding its kernel lock admits one writer. The kernel frees
+the lock when the holder dies, however it dies, so there is nothing to clean up after a crash.
+
+Slots limit, they do not protect: a set may for a while admit more writers than it has slots (its
+directory was deleted, jobs use different counts or directories, locks of a shared file system are
+local to a node), and no data depends on it. A slot is never held while waiting for another rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from dcp_hf_writer.errors import ConfigError, SlotTimeoutError
+from dcp_hf_writer.storage.slot_files import (
+    SlotFiles,
+    ensure_given_directory,
+    ensure_private_directory,
+    key_by_device,
+    key_by_mount,
+    record_holder,
+    release,
+    try_lock,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from filelock import BaseFileLock
+
+_logger = logging.getLogger(__name__)
+
+SHARED_ENV = "DCP_HF_WRITER_SLOTS"
+"""Overrides the count of the set that both halves share."""
+HALF_ENV = {"dcp": "DCP_HF_WRITER_DCP_SLOTS", "hf": "DCP_HF_WRITER_HF_SLOTS"}
+"""Gives one half a count, and with it a set, of its own."""
+
+_FIRST_SLEEP_S = 0.001
+# A slot is held for the seconds of a write, so 50 ms more are not felt, and a hundred waiters at
+# this pace do not load the node.
+_LONGEST_SLEEP_S = 0.05
+_LOG_AFTER_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class SlotHold:
+    """What a holder knows of its slot."""
+
+    waited_s: float
+    """Seconds from the call until the slot was held."""
+    index: int | None
+    """Which slot of the set, from 0; `None` where the count is unbounded and nothing is locked."""
+
+
+@dataclass(frozen=True, slots=True)
+class WriteSlots:
+    """A bound on how many processes of a node write to one file system at a time.
+
+    Both halves of a checkpoint, and other jobs of the same user, count against one set of slots
+    for each file system. A process takes part with each thread that holds: two threads, two slots.
+    Jobs with different counts share the lower-numbered slots.
+
+    The environment is read by each `hold`: `DCP_HF_WRITER_SLOTS` overrides `slots`;
+    `DCP_HF_WRITER_DCP_SLOTS` and `DCP_HF_WRITER_HF_SLOTS` give that half a count and a set of its
+    own.
+
+    Thread safety: a frozen value; any thread of any process may call `hold`.
+
+    Raises:
+        ConfigError: If an option is not as described.
+    """
+
+    slots: int = 2
+    """Writers admitted at a time; 0 = unbounded."""
+    per: Literal["node"] = "node"
+    """What the bound is for; `"node"` is the only one there is."""
+    directory: str | None = None
+    """Where the lock files are.
+
+    `None`: a private directory (0700) under the node's temporary directory; file systems are told
+    apart by their device number there. A directory given here must be the user's own and not
+    writable by others. It may lie on a shared file system, which bounds writers across nodes as
+    far as its locks reach; device numbers differ between nodes, so file systems are told apart by
+    their mount point there.
+    """
+    timeout_s: float | None = None
+    """Longest wait for a slot, in seconds; `None`: up to the deadline of the save alone."""
+
+    def __post_init__(self) -> None:
+        """Check each option by itself."""
+        if isinstance(self.slots, bool) or not isinstance(self.slots, int) or self.slots < 0:
+            raise ConfigError("slots must be a whole number >= 0", found=repr(self.slots))
+        if self.per != "node":
+            raise ConfigError("per must be 'node'", found=repr(self.per))
+        if self.directory is not None and not self.directory:
+            raise ConfigError("directory must name a directory", found=repr(self.directory))
+        if self.timeout_s is not None and not self.timeout_s > 0:
+            raise ConfigError("timeout_s must be > 0 seconds", found=repr(self.timeout_s))
+
+    @contextlib.contextmanager
+    def hold(
+        self, target: str, half: Literal["dcp", "hf"], *, deadline: float
+    ) -> Iterator[SlotHold]:
+        """Hold one slot for the body of the `with` statement.
+
+        Every rank calls it before it writes and leaves it after its fsync. One attempt at each
+        slot is made even if the deadline has passed.
+
+        Args:
+            target: Directory that is written to; it need not exist yet.
+            half: Which half of the checkpoint is written.
+            deadline: Value of `time.monotonic` at which waiting ends, if `timeout_s` does not end
+                it before.
+
+        Yields:
+            The slot and how long it was waited for.
+
+        Raises:
+            ConfigError: If a variable of the environment is not a whole number >= 0.
+            SlotTimeoutError: If no slot became free in time; it names who holds them.
+            StorageError: If the lock directory or a lock file cannot be used: it is a symlink, it
+                is not the user's own, others may write to it, or the file system has no locks.
+        """
+        started = time.monotonic()
+        count, own_set = self._resolve(half)
+        if count == 0:
+            yield SlotHold(waited_s=0.0, index=None)
+            return
+        key = key_by_device(target) if self.directory is None else key_by_mount(target)
+        directory = self._ensure_directory()
+        files = SlotFiles(directory, f"{key}-{half}" if own_set else key, count)
+        if self.timeout_s is not None:
+            deadline = min(deadline, started + self.timeout_s)
+        lock, index = self._acquire(files, target, started=started, deadline=deadline)
+        waited_s = time.monotonic() - started
+        try:
+            record_holder(lock.lock_file)
+            yield SlotHold(waited_s=waited_s, index=index)
+        finally:
+            release(lock)
+
+    def is_shared_by_halves(self) -> bool:
+        """Whether one hold admits a process to both halves, as without overrides for one of them.
+
+        Raises:
+            ConfigError: If a variable of the environment is not a whole number >= 0.
+        """
+        return not (self._resolve("dcp")[1] or self._resolve("hf")[1])
+
+    def _resolve(self, half: Literal["dcp", "hf"]) -> tuple[int, bool]:
+        """Return the count for `half` and whether it has a set of its own."""
+        own = _count_from_env(HALF_ENV[half])
+        if own is not None:
+            return own, True
+        shared = _count_from_env(SHARED_ENV)
+        return (self.slots if shared is None else shared), False
+
+    def _ensure_directory(self) -> str:
+        """Return the path of the lock directory, made where it was missing and found safe."""
+        if self.directory is None:
+            return ensure_private_directory()
+        return ensure_given_directory(self.directory)
+
+    def _acquire(
+        self, files: SlotFiles, target: str, *, started: float, deadline: float
+    ) -> tuple[BaseFileLock, int]:
+        """Take the first free slot, waiting until `deadline`.
+
+        Raises:
+            SlotTimeoutError: If none became free.
+            StorageError: If a lock file cannot be used.
+        """
+        sleep_s, is_logged = _FIRST_SLEEP_S, False
+        while True:
+            for index in files.order():
+                lock = try_lock(files.path(index))
+                if lock is not None:
+                    if is_logged:
+                        _logger.info(
+                            "got write slot %d for %s after %.1f s",
+                            index,
+                            target,
+                            time.monotonic() - started,
+                        )
+                    return lock, index
+            now = time.monotonic()
+            if now >= deadline:
+                raise _timeout_error(files, target, waited_s=now - started)
+            if not is_logged and now - started >= _LOG_AFTER_S:
+                is_logged = True
+                _logger.info(
+                    "waiting for one of %d write slots for %s, held by %s",
+                    files.count,
+                    target,
+                    files.holders(),
+                )
+            time.sleep(min(sleep_s, deadline - now))
+            sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
+            # It may have been deleted meanwhile, by a cleaner of the temporary directory.
+            self._ensure_directory()
+
+
+def _count_from_env(name: str) -> int | None:
+    """Return the count that the variable `name` holds, `None` where it is not set.
+
+    Raises:
+        ConfigError: If it is set to anything but a whole number >= 0.
+    """
+    text = os.environ.get(name)
+    if text is None:
+        return None
+    if not (text.isascii() and text.isdigit()):
+        raise ConfigError(f"{name} must be a whole number >= 0", found=repr(text))
+    return int(text)
+
+
+def _timeout_error(files: SlotFiles, target: str, *, waited_s: float) -> SlotTimeoutError:
+    return SlotTimeoutError(
+        f"no write slot became free in {waited_s:.1f} s",
+        phase="write",
+        path=target,
+        expected=f"one of {files.count} slots in {files.directory}",
+        found=f"all held; {files.holders()}",
+        hint="see what those processes wait for, or raise `slots` or the timeout",
+    )

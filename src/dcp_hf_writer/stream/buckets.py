@@ -1,0 +1,264 @@
+"""Which HuggingFace tensors are streamed together, and which ranks hold their elements.
+
+Pure: no tensors, no process group. Every rank computes the same from the same input, so that
+nothing about the plan needs to be sent.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from dcp_hf_writer.errors import SpecError
+from dcp_hf_writer.plan.layout import PartTarget
+from dcp_hf_writer.plan.regions import TargetTable, chunk_regions
+from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
+from dcp_hf_writer.tensors.shards import Block, blocks_of
+from dcp_hf_writer.tensors.strided_copies import Copy
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    import torch
+
+    from dcp_hf_writer.mapping.load_spec import ShardSpec
+    from dcp_hf_writer.tensors.boxes import Shape
+
+# Tensors of a bucket start on multiples of this, as those of CUDA's allocator nearly do: vectorised
+# copies and other processes that map the memory want no less.
+ALIGN_NBYTES = 256
+
+# The layers of a model are alike, and most have several kinds of tensors.
+_KEPT = 256
+
+Cuts = tuple["ShardSpec", ...] | None
+"""How the part of one rank was cut; `None` if another rank sends the same part."""
+
+
+@dataclass(frozen=True, slots=True)
+class Chain:
+    """Process groups over which the parts of a tensor come together, in order of the gathers.
+
+    A member of the chain is a rank's index in each group; members are counted row-major.
+    """
+
+    groups: tuple[int, ...]
+    """Number of each group, as the caller counts them."""
+    sizes: Shape
+    """Number of ranks of each group; at least 2."""
+
+
+LOCAL = Chain((), ())
+"""Each rank holds all of the tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """One runtime tensor, and how the ranks hold it."""
+
+    fqn: str
+    """FQN in the state dict."""
+    shape: Shape
+    """Global shape."""
+    dtype: torch.dtype
+    """Runtime dtype."""
+    chain: Chain
+    """Groups over which its parts come together."""
+    cuts: tuple[tuple[Cuts, ...], ...]
+    """The part of each member of the chain, at each place of the mesh dimension that is preserved.
+
+    One place if it is not sharded along that dimension.
+    """
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Elements of a HuggingFace tensor that one member of a chain holds."""
+
+    member: int
+    """Which one."""
+    copy: Copy
+    """The elements; `start` is within the member's local tensor."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one runtime tensor gives to one HuggingFace tensor."""
+
+    held: Held
+    """The runtime tensor."""
+    pieces: tuple[Piece, ...]
+    """Its elements, each once."""
+
+
+@dataclass(frozen=True, slots=True)
+class HFTensor:
+    """One HuggingFace tensor that is streamed."""
+
+    key: str
+    """Its name."""
+    shape: Shape
+    """Its shape."""
+    dtype: torch.dtype
+    """Its dtype."""
+    home: int | None
+    """The place of the preserved dimension whose ranks yield it; `None` if all ranks do."""
+    parts: tuple[Part, ...]
+    """Where its elements come from."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """HuggingFace tensors that are yielded together."""
+
+    tensors: tuple[HFTensor, ...] = ()
+    """In the order in which they are yielded."""
+    starts: tuple[int, ...] = ()
+    """First byte of each within the memory of the bucket."""
+    nbytes: int = 0
+    """Size of that memory."""
+
+
+def hf_tensors(
+    held: Iterable[Held], targets: Mapping[str, Sequence[PartTarget]], *, preserve: str | None
+) -> list[HFTensor]:
+    """Find where the elements of each HuggingFace tensor are.
+
+    Args:
+        held: The runtime tensors, in state-dict order.
+        targets: What each of them gives to which HuggingFace tensors, by FQN.
+        preserve: Name of the preserved mesh dimension, for messages.
+
+    Returns:
+        The tensors in order of the runtime tensors that they first come from.
+
+    Raises:
+        SpecError: If one of them would lie on several places of the preserved dimension.
+    """
+    found: dict[str, list[tuple[Held, PartTarget, _Spread]]] = {}
+    for one in held:
+        wanted = targets.get(one.fqn, ())
+        spread = _spread(one.shape, one.cuts, tuple(target.copies for target in wanted))
+        for target, where in zip(wanted, spread, strict=True):
+            found.setdefault(target.key, []).append((one, target, where))
+    return [_hf_tensor(key, sources, preserve) for key, sources in found.items()]
+
+
+def fill_buckets(
+    tensors: Iterable[HFTensor], *, place: int | None, limit_nbytes: int
+) -> list[Bucket]:
+    """Fill buckets in order: first what all ranks yield, then what each place keeps to itself.
+
+    Args:
+        tensors: All HuggingFace tensors.
+        place: This rank's index along the preserved dimension; `None` if it is in none.
+        limit_nbytes: Most bytes of a bucket; a larger tensor gets one of its own.
+
+    Returns:
+        As many buckets on every rank; a place that keeps less than others ends with empty ones.
+    """
+    by_home: dict[int | None, list[HFTensor]] = {}
+    for tensor in tensors:
+        by_home.setdefault(tensor.home, []).append(tensor)
+    shared = _filled(by_home.pop(None, []), limit_nbytes)
+    kept = {home: _filled(some, limit_nbytes) for home, some in by_home.items()}
+    longest = max(map(len, kept.values()), default=0)
+    own = [] if place is None else kept.get(place, [])
+    return [*shared, *own, *itertools.repeat(Bucket(), longest - len(own))]
+
+
+def aligned(nbytes: int, to: int = ALIGN_NBYTES) -> int:
+    """Round up to a multiple."""
+    return -(-nbytes // to) * to
+
+
+_Spread = tuple[tuple[int, tuple[Piece, ...]], ...]
+"""The pieces of one HuggingFace tensor, by place, of places that have any."""
+
+
+def _hf_tensor(
+    key: str, sources: list[tuple[Held, PartTarget, _Spread]], preserve: str | None
+) -> HFTensor:
+    target = sources[0][1]
+    homes = {
+        place if len(held.cuts) > 1 else None for held, _, where in sources for place, _ in where
+    }
+    if len(homes) > 1:
+        fqns = [held.fqn for held, _, _ in sources]
+        shown = sorted("every rank" if home is None else f"place {home}" for home in homes)
+        raise SpecError(
+            "a mesh dimension cannot be preserved: it cuts through a HuggingFace tensor",
+            phase="plan",
+            fqn=fqns[0] if len(fqns) == 1 else str(fqns),
+            key=key,
+            expected=f"all of its elements on one place of {preserve!r}",
+            found=f"elements on {', '.join(shown)}",
+            hint="shard that dimension by whole HuggingFace tensors, such as experts, or leave "
+            "preserve out",
+        )
+    parts = tuple(Part(held, pieces) for held, _, where in sources for _, pieces in where if pieces)
+    home = next(iter(homes), None)
+    return HFTensor(key, target.shape, TORCH_BY_NAME[target.dtype], home, parts)
+
+
+@functools.lru_cache(maxsize=_KEPT)
+def _spread(
+    shape: Shape, cuts: tuple[tuple[Cuts, ...], ...], copies: tuple[tuple[Copy, ...], ...]
+) -> tuple[_Spread, ...]:
+    """Find the pieces of each target of a runtime tensor."""
+    numbered = [PartTarget(str(i), 0, 0, "", (), some) for i, some in enumerate(copies)]
+    table = TargetTable(numbered) if numbered else None
+    found: list[dict[int, list[Piece]]] = [{} for _ in copies]
+    for place, members in enumerate(cuts):
+        for member, cut in enumerate(members):
+            for block in () if cut is None else blocks_of(shape, cut):
+                for region in chunk_regions(
+                    block.global_box, () if table is None else table.near(block.global_box)
+                ):
+                    piece = Piece(member, _within_local(region.copy, block))
+                    found[int(region.target.key)].setdefault(place, []).append(piece)
+    return tuple(
+        tuple((place, tuple(pieces)) for place, pieces in where.items()) for where in found
+    )
+
+
+def _within_local(copy: Copy, block: Block) -> Copy:
+    offsets = block.local_box.offsets
+    if not any(offsets):
+        return copy
+    start = tuple(s + o for s, o in zip(copy.start, offsets, strict=True))
+    return Copy(copy.hf_start, start, copy.loops)
+
+
+@dataclass(slots=True)
+class _Filling:
+    tensors: list[HFTensor] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    nbytes: int = 0
+
+    def done(self) -> Bucket:
+        return Bucket(tuple(self.tensors), tuple(self.starts), self.nbytes)
+
+
+def _filled(tensors: Iterable[HFTensor], limit_nbytes: int) -> list[Bucket]:
+    buckets: list[Bucket] = []
+    current = _Filling()
+    for tensor in tensors:
+        start = aligned(current.nbytes)
+        if current.tensors and start + tensor.nbytes > limit_nbytes:
+            buckets.append(current.done())
+            current, start = _Filling(), 0
+        current.tensors.append(tensor)
+        current.starts.append(start)
+        current.nbytes = start + tensor.nbytes
+    if current.tensors:
+        buckets.append(current.done())
+    return buckets

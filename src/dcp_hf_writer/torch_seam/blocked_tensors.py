@@ -1,0 +1,229 @@
+"""Tensors that are several blocks of a larger one, or one that DCP cannot see, as DCP takes them.
+
+DCP plans one chunk for a tensor: of a DTensor the first offset with the whole local size, of a
+plain tensor the whole of it, which it then takes for a replica of the other ranks'. A
+`BlockedTensor` stands for such a tensor while DCP plans, by the hooks that DCP has for DTensor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    MetadataIndex,
+    TensorProperties,
+)
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.mapping.spec_match import match_specs
+from dcp_hf_writer.tensors.boxes import Box, Shape
+from dcp_hf_writer.tensors.shards import (
+    Block,
+    blocks_of,
+    check_no_shard_attributes,
+    local_shape,
+    shards_of,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dcp_hf_writer.mapping.load_spec import LoadSpec
+    from dcp_hf_writer.mapping.model_entry import Path
+    from dcp_hf_writer.mapping.spec_match import Match
+    from dcp_hf_writer.tensors.shards import ShardSpec
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class BlockedTensor:
+    """A local tensor, and the blocks of the whole one that it is made of."""
+
+    local: torch.Tensor
+    """What this rank holds; shares its memory with the state dict."""
+    shape: Shape
+    """Shape of the whole tensor."""
+    blocks: tuple[Block, ...]
+    """Its blocks; one without elements if the whole tensor has none."""
+
+    def part(self, offset: Shape | None) -> torch.Tensor:
+        """Return the block at an offset of the whole tensor, as a view of the local one.
+
+        Raises:
+            PlanningError: If this rank has no such block.
+        """
+        for block in self.blocks:
+            if block.global_box.offsets == offset:
+                return _view(self.local, block.local_box)
+        raise PlanningError(
+            "a rank is asked for a block that it does not hold",
+            expected=[block.global_box.offsets for block in self.blocks],
+            found=offset,
+        )
+
+    def size(self) -> torch.Size:
+        """Return the shape of the whole tensor; DCP compares it with that of the checkpoint."""
+        return torch.Size(self.shape)
+
+    def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
+        """Return one item a block, for a `SavePlan`."""
+        properties = TensorProperties.create_from_tensor(self.local)
+        return [
+            WriteItem(
+                index=MetadataIndex(fqn, chunk.offsets),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(chunk, properties, self.size()),
+            )
+            for chunk in self.__create_chunk_list__()
+        ]
+
+    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
+        """Return one chunk a block, for a `LoadPlan`."""
+        boxes = [block.global_box for block in self.blocks]
+        return [
+            ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in boxes
+        ]
+
+
+def _view(tensor: torch.Tensor, box: Box) -> torch.Tensor:
+    for dim, (offset, size) in enumerate(zip(box.offsets, box.sizes, strict=True)):
+        if size != tensor.shape[dim]:
+            tensor = tensor.narrow(dim, offset, size)
+    return tensor
+
+
+def blocked_tensors(
+    state_dict: Mapping[str, Any],
+    mappings: Mapping[str, Path],
+    specs: Mapping[str, LoadSpec],
+    *,
+    key: str | None,
+) -> dict[str, BlockedTensor]:
+    """Find the tensors of a rank that DCP would plan wrongly, by FQN.
+
+    Those are DTensors that hold several blocks, and tensors that a spec declares to be shards, with
+    what is kept beside them (`spec_match`).
+
+    Args:
+        state_dict: The flat state dict.
+        mappings: Path of each value within the nested state dict; of one not in here, its FQN.
+        specs: Specs by name.
+        key: Entry that holds the model, as `HFExport` takes it.
+
+    Raises:
+        PlanningError: If a tensor is not what its spec or its placements say, or has shard
+            attributes.
+    """
+    tensors = {fqn: value for fqn, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    check_no_shard_attributes(tensors)
+    matches: dict[str, Match] = {}
+    if any(spec.shards for spec in specs.values()):
+        paths = {fqn: tuple(mappings.get(fqn, (fqn,))) for fqn in tensors}
+        matches = match_specs(paths, specs, key=key)
+    placed = {
+        match.spec.name
+        for fqn, match in matches.items()
+        if not match.is_kept_beside and _is_placed(tensors[fqn], match.spec)
+    }
+    found = {}
+    for fqn, value in tensors.items():
+        match = matches.get(fqn)
+        blocked = (
+            _of_declared(fqn, value, match, is_by_hand=match.spec.name not in placed)
+            if match is not None and match.spec.shards
+            else _of_placements(fqn, value)
+        )
+        if blocked is not None:
+            found[fqn] = blocked
+    return found
+
+
+def _is_placed(value: torch.Tensor, spec: LoadSpec) -> bool:
+    """Whether a tensor says itself how it is cut."""
+    return isinstance(value, DTensor) and tuple(value.shape) == spec.global_shape
+
+
+def _of_placements(fqn: str, value: torch.Tensor) -> BlockedTensor | None:
+    # Without strides, nested cuts leave one run of each dimension: DCP gets those right.
+    if not isinstance(value, DTensor) or not any(
+        isinstance(placement, _StridedShard) for placement in value.placements
+    ):
+        return None
+    shards = _placed(fqn, value)
+    if shards is None:
+        return None
+    blocked = _blocked(fqn, value, tuple(value.shape), shards)
+    return blocked if len(blocked.blocks) > 1 else None
+
+
+def _of_declared(
+    fqn: str, value: torch.Tensor, match: Match, *, is_by_hand: bool
+) -> BlockedTensor | None:
+    spec, shards = match.spec, match.spec.shards
+    own = local_shape(spec.global_shape, shards)
+    if _is_placed(value, spec):
+        return _of_placements(fqn, value)
+    if isinstance(value, DTensor):
+        placed = _placed(fqn, value)
+        if placed is None:
+            return None
+        shards = (*shards, *placed)
+    shape = tuple(value.shape)
+    if shape == own:
+        return _blocked(fqn, value, spec.global_shape, shards)
+    # Whole after all, a number of the optimizer, or beside a DTensor that needs no spec.
+    if shape == spec.global_shape or (
+        match.is_kept_beside and (value.numel() <= 1 or not is_by_hand)
+    ):
+        return None
+    hint = "its ShardSpecs must say what this rank holds"
+    if match.is_kept_beside:
+        hint = f"a LoadSpec for {fqn!r} with shards of its own, or none, says what it is"
+    raise PlanningError(
+        "a tensor is not the shard that its spec declares",
+        phase="plan",
+        fqn=fqn,
+        expected=f"shape {list(own)}, of the {list(spec.global_shape)} of {spec.name!r}",
+        found=f"shape {list(value.shape)}",
+        hint=hint,
+    )
+
+
+def _placed(fqn: str, value: DTensor) -> tuple[ShardSpec, ...] | None:
+    """Return how a DTensor is cut; `None` if this rank is not in its mesh."""
+    coordinate = value.device_mesh.get_coordinate()
+    if coordinate is None:
+        return None
+    try:
+        return shards_of(value.placements, value.device_mesh.shape, coordinate)
+    except PlanningError as error:
+        error.fqn = fqn
+        raise
+
+
+def _blocked(
+    fqn: str, value: torch.Tensor, shape: Shape, shards: tuple[ShardSpec, ...]
+) -> BlockedTensor:
+    local = value._local_tensor if isinstance(value, DTensor) else value  # noqa: SLF001
+    described = local_shape(shape, shards)
+    if tuple(local.shape) != described:
+        raise PlanningError(
+            "a rank holds another part of a tensor than its placements say",
+            phase="plan",
+            fqn=fqn,
+            expected=f"a local tensor of shape {list(described)}",
+            found=f"shape {list(local.shape)}",
+            hint="dimensions that are cut twice, by FSDP and TP, must divide evenly",
+        )
+    blocks = blocks_of(shape, shards)
+    if not math.prod(shape):
+        # Every rank plans the same one, as DCP does for replicas: its metadata names the tensor.
+        blocks = (Block(Box((0,) * len(shape), shape), Box((0,) * len(shape), shape)),)
+        local = local.new_empty(shape)
+    return BlockedTensor(local, shape, blocks)

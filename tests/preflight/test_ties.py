@@ -1,0 +1,110 @@
+"""Names that are declared to be tied: left out of the export only where that loses nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
+from dcp_hf_writer.errors import ExportError, WriteError
+from support.ranks import run_ranks
+from support.stock_readers import load_dcp, load_hf
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from support.rank_process import Raised
+
+SHAPE = (6, 4)
+
+
+def embed() -> torch.Tensor:
+    return torch.arange(24.0).reshape(SHAPE)
+
+
+def drifted() -> torch.Tensor:
+    """Equal to the other but for the last row, which the last rank holds."""
+    tensor = embed()
+    tensor[-1] += 1
+    return tensor
+
+
+ALIAS = HFExport(
+    specs=[
+        LoadSpec("embed", "hub.embed", SHAPE),
+        LoadSpec("head", "hub.head", SHAPE, alias_of="hub.embed"),
+    ]
+)
+GIVEN = HFExport(tied={"head": "embed"})
+
+
+@pytest.mark.parametrize("export", [ALIAS, GIVEN], ids=["alias", "given"])
+def test_equal_tensors_are_exported_once(tmp_path: Path, export: HFExport) -> None:
+    state = {"model": {"embed": embed(), "head": embed()}}
+    dcp.save(state, storage_writer=HFDualWriter(tmp_path / "one", export=export), no_dist=True)
+    (key,) = load_hf(tmp_path / "one" / "hf")
+    assert key.endswith("embed")
+
+
+@pytest.mark.parametrize("export", [ALIAS, GIVEN], ids=["alias", "given"])
+def test_other_values_cost_the_export_and_not_the_checkpoint(
+    tmp_path: Path, export: HFExport
+) -> None:
+    state = {"model": {"embed": embed(), "head": drifted()}}
+    future = dcp.async_save(
+        state, storage_writer=HFDualWriter(tmp_path / "one", export=export), no_dist=True
+    )
+    with pytest.raises(ExportError, match=r"model\.head.*'model\.embed'.*fully_shard"):
+        future.result()
+    assert not (tmp_path / "one" / "hf").exists()
+    found = load_dcp(tmp_path / "one", state)
+    assert torch.equal(found["model"]["head"], drifted())
+
+
+def test_tie_that_names_keys_of_the_export_is_compared_as_well(tmp_path: Path) -> None:
+    specs = [LoadSpec("embed", "hub.embed", SHAPE), LoadSpec("head", "hub.head", SHAPE)]
+    export = HFExport(specs=specs, tied={"hub.head": "hub.embed"})
+    state = {"model": {"embed": embed(), "head": drifted()}}
+    future = dcp.async_save(
+        state, storage_writer=HFDualWriter(tmp_path / "one", export=export), no_dist=True
+    )
+    with pytest.raises(ExportError, match=r"model\.head.*'model\.embed'"):
+        future.result()
+
+
+def test_nothing_is_published_when_the_export_alone_would_hold_the_weights(tmp_path: Path) -> None:
+    state = {"model": {"embed": embed(), "head": drifted()}}
+    writer = HFDualWriter(tmp_path / "one", export=ALIAS, weights="once")
+    with pytest.raises(WriteError, match="stored nowhere else"):
+        dcp.async_save(state, storage_writer=writer, no_dist=True).result()
+    assert list(tmp_path.iterdir()) == []
+
+
+def save_sharded(rank: int, world_size: int, path: Path) -> tuple[Raised | None, bool]:
+    from support.rank_process import Raised
+
+    mesh = init_device_mesh("cpu", (world_size,))
+    tensors = {"embed": embed(), "head": drifted()}
+    state: dict[str, Any] = {
+        "model": {name: distribute_tensor(t, mesh, [Shard(0)]) for name, t in tensors.items()}
+    }
+    raised = None
+    try:
+        dcp.async_save(state, storage_writer=HFDualWriter(path, export=ALIAS)).result()
+    except ExportError as error:
+        raised = Raised.of(error)
+    return raised, (path / ".metadata").exists()
+
+
+def test_difference_on_one_rank_is_enough(tmp_path: Path) -> None:
+    # torch hands the error of one to all ranks.
+    for raised, is_committed in run_ranks(save_sharded, 2, tmp_path / "one"):
+        with pytest.raises(ExportError, match="rank 1"):
+            raised.reraise()
+        assert is_committed
+    assert not (tmp_path / "one" / "hf").exists()

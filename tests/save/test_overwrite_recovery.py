@@ -1,0 +1,108 @@
+"""Overwriting where names cannot be exchanged: what a crash between two renames leaves."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from dcp_hf_writer.errors import TargetExistsError
+from dcp_hf_writer.save import commit
+from support.faults import BadCall, check_outcomes, check_storage, hits, note_hit, save
+from support.processes import FreshProcess
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def save_and_die_between_renames(root: Path, number: int) -> None:
+    no_exchange = BadCall(rank=0, name="renameat2", errno=errno.EINVAL, times=10**6)
+    real = os.rename
+
+    def rename_and_die(source: str, target: str, **kwargs: Any) -> None:
+        real(source, target, **kwargs)
+        if ".replaced-" in os.fspath(target):
+            note_hit(root, "died between the renames")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    os.rename = rename_and_die
+    with no_exchange.installed(0, root):
+        save(root, "step-1", number, overwrite=True)
+
+
+def die_between_renames(root: Path) -> None:
+    check_outcomes([save(root, "step-1", 1)], None)
+    with FreshProcess(save_and_die_between_renames, root, 2) as process:
+        assert process.exitcode() == -signal.SIGKILL
+    assert "died between the renames" in hits(root)
+    assert not (root / "step-1").exists()
+
+
+def test_next_save_completes_an_overwrite_that_died_between_its_renames(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    root.mkdir()
+    die_between_renames(root)
+    # The new one was whole when its process died, so it is what the next save finds.
+    check_outcomes([save(root, "step-1", 3)], TargetExistsError)
+    check_storage(root, {"step-1": 2})
+    check_outcomes([save(root, "step-1", 3, overwrite=True)], None)
+    check_storage(root, {"step-1": 3})
+
+
+def test_next_save_undoes_an_overwrite_whose_new_half_is_lost(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    root.mkdir()
+    die_between_renames(root)
+    (staging,) = root.glob(".incomplete-*")
+    shutil.rmtree(staging)
+    check_outcomes([save(root, "step-1", 3)], TargetExistsError)
+    check_storage(root, {"step-1": 1})
+
+
+def test_save_of_another_step_leaves_a_torn_overwrite_alone(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    root.mkdir()
+    die_between_renames(root)
+    check_outcomes([save(root, "step-2", 3)], None)
+    check_storage(root, {"step-2": 3}, may_leave=True)
+    check_outcomes([save(root, "step-1", 4, overwrite=True)], None)
+    check_storage(root, {"step-1": 4, "step-2": 3})
+
+
+def test_recovery_is_what_brings_a_torn_overwrite_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The control: with the rule switched off, what the dead save left stays."""
+    root = tmp_path / "run"
+    root.mkdir()
+    die_between_renames(root)
+    monkeypatch.setattr(commit, "_recover", lambda *_: None)
+    check_outcomes([save(root, "step-1", 3)], None)
+    with pytest.raises(AssertionError, match="left behind"):
+        check_storage(root, {"step-1": 3})
+
+
+def test_listing_of_a_live_neighbour_that_just_commits_does_no_harm(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "run"
+    root.mkdir()
+    real = commit._entries
+
+    def entries(parent: str, prefix: str) -> list[os.DirEntry[str]]:
+        # Another job's directory is listed, and gone when it is looked into.
+        other = os.path.join(parent, f"{prefix}of-another-job")
+        os.mkdir(other)
+        found = real(parent, prefix)
+        os.rmdir(other)
+        note_hit(root, prefix)
+        return found
+
+    monkeypatch.setattr(commit, "_entries", entries)
+    check_outcomes([save(root, "step-1", 1)], None)
+    assert len(hits(root)) == 2
+    check_storage(root, {"step-1": 1})

@@ -1,0 +1,1 @@
+"""What tests share: ranks, faults, models, readers that do not use the package."""
