@@ -27,6 +27,7 @@ from dcp_hf_writer.staging.slab import (
     StagedInfo,
 )
 from dcp_hf_writer.staging.staged_state_dict import StagedStateDict
+from dcp_hf_writer.tensors.shards import SHARD_ATTRIBUTES_HINT, has_shard_attributes
 from dcp_hf_writer.torch_seam.dtensor import local_of, spec_of, with_spec
 
 if TYPE_CHECKING:
@@ -275,6 +276,16 @@ def _leaf(path: Path, value: torch.Tensor) -> _Leaf:
         local = value.to_local()
         if type(local) not in _STAGED_KINDS and hasattr(local, "wait"):
             local = local.wait()
+    if has_shard_attributes(value):
+        msg = "a tensor has shard attributes, which are not supported"
+        raise StagingError(
+            msg,
+            phase="stage",
+            fqn=fqn_of(path),
+            expected="a plain tensor without them, or a DTensor",
+            found=f"a CheckpointableTensor of shape {list(local.shape)}",
+            hint=SHARD_ATTRIBUTES_HINT,
+        )
     is_plain = type(local) in _STAGED_KINDS
     if not is_plain or local.layout is not torch.strided or local.is_meta or local.is_quantized:
         msg = "a value of this kind cannot be staged"
