@@ -100,7 +100,7 @@ def _fault(
     offsets, sizes = _array(offset_rows, len(shape)), _array(size_rows, len(shape))
     outside = ((offsets < 0) | (sizes < 0) | (offsets + sizes > np.array(shape, np.int64))).any(1)
     if outside.any():
-        i = int(outside.argmax())
+        i = int(np.argmax(outside))
         at, size = offsets[i].tolist(), sizes[i].tolist()
         return f"a part at {at} of size {size} reaches outside the tensor"
     volumes = sizes.prod(axis=1)

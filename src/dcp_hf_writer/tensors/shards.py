@@ -16,7 +16,7 @@ from dcp_hf_writer.errors import PlanningError, SpecError
 from dcp_hf_writer.tensors.boxes import Box, Shape
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 _Run = tuple[int, int]
 """Start and extent of consecutive indices of a dimension of the whole tensor."""
@@ -54,6 +54,50 @@ class ShardSpec:
                 phase="plan",
                 expected="0 <= index < count, interleave >= 1, dim >= 0",
                 found=repr(self),
+            )
+
+
+# The fields of torch's `CheckpointableTensor` (torch.distributed.checkpoint.protocol, since 2.14).
+_SHARD_ATTRIBUTES = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
+
+SHARD_ATTRIBUTES_HINT = (
+    "make it a DTensor; or pass tensor.detach(), which has no such attributes, declare it by "
+    "LoadSpec(shards=...), and use HFSavePlanner or HFLoadPlanner"
+)
+"""What to do about a tensor that `has_shard_attributes`."""
+
+
+def has_shard_attributes(tensor: object) -> bool:
+    """Whether a tensor says by attributes which part of a larger one it is.
+
+    torch 2.14 and later plan such a plain tensor as shards, and call it a `CheckpointableTensor`.
+    Older versions take it for the whole tensor. A copy does not have the attributes. A DTensor
+    plans itself, with them or without.
+    """
+    return not hasattr(tensor, "__create_write_items__") and all(
+        hasattr(tensor, name) for name in _SHARD_ATTRIBUTES
+    )
+
+
+def check_no_shard_attributes(tensors: Mapping[str, Any]) -> None:
+    """Refuse tensors that say by attributes which part of a larger one they are.
+
+    Args:
+        tensors: Tensors by FQN.
+
+    Raises:
+        PlanningError: Naming the first of them.
+    """
+    for fqn, tensor in tensors.items():
+        if has_shard_attributes(tensor):
+            raise PlanningError(
+                "a tensor has shard attributes, which are not supported",
+                phase="plan",
+                fqn=fqn,
+                expected="a plain tensor without them, or a DTensor",
+                found=f"a CheckpointableTensor of shape {list(tensor.shape)}, "
+                f"global_shape {tensor.global_shape!r:.100}",
+                hint=SHARD_ATTRIBUTES_HINT,
             )
 
 

@@ -419,7 +419,7 @@ def coverage_fault(parts: Sequence[tuple[Shape, IndexLoops]], shape: Shape) -> s
         for d, indices in enumerate(sets):
             if len(np.unique(indices)) != len(indices):
                 return f"a part visits an index of dim {d} twice"
-            if indices.min() < 0 or indices.max() >= shape[d]:
+            if np.min(indices) < 0 or np.max(indices) >= shape[d]:
                 return f"a part reaches outside the tensor in dim {d}"
     wanted, have = math.prod(shape), sum(math.prod(map(len, sets)) for sets in visited)
     if have != wanted:
@@ -457,7 +457,7 @@ def _cells(
     A cell is one combination of labels, one per dimension.
     """
     atoms = [_atoms([sets[d] for sets in visited], n) for d, n in enumerate(shape)]
-    cells = np.zeros([int(labels.max()) + 1 for labels in atoms], dtype=np.int32)
+    cells = np.zeros([int(np.max(labels)) + 1 for labels in atoms], dtype=np.int32)
     for sets in visited:
         cells[np.ix_(*(np.unique(atoms[d][i]) for d, i in enumerate(sets)))] += 1
     return atoms, cells
