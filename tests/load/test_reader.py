@@ -21,7 +21,7 @@ from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, HFLoadPlanner, L
 from dcp_hf_writer import load_hf as load_hf_directory
 from dcp_hf_writer.errors import ConfigError, MismatchError, ReadError
 from dcp_hf_writer.mapping.load_spec import Piece
-from dcp_hf_writer.storage.input_backends import FsspecFiles
+from dcp_hf_writer.storage.fsspec_inputs import FsspecFiles
 from support.compare import tensor_difference
 from support.small_states import model_of, spoil, state_of
 

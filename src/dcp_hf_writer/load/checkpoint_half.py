@@ -12,7 +12,7 @@ from dcp_hf_writer.formats.parse_dcp_metadata import MAX_METADATA_NBYTES, parse_
 from dcp_hf_writer.load.hf_directory import is_hf_directory, open_hf_directory
 from dcp_hf_writer.load.hf_source import HFSource
 from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
-from dcp_hf_writer.storage.input_backends import open_directory
+from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs
 
 if TYPE_CHECKING:

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch.distributed.checkpoint._traverse import traverse_state_dict_v_2_3
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dcp_hf_writer.errors import PlanningError
-from dcp_hf_writer.mapping.flattening import fqn_of
+from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.tensors.boxes import Box, intersect
 from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
+from dcp_hf_writer.torch_seam.old_names import names_before_2_4
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -26,26 +26,40 @@ if TYPE_CHECKING:
     from dcp_hf_writer.torch_seam.blocked_tensors import BlockedTensor
 
 
-def loaded_values(planner: LoadPlanner | None) -> dict[str, Any]:
-    """Return the flat state dict that a planner loads into; empty if the planner has none."""
+def loaded_values(planner: LoadPlanner, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flat state dict that a planner loads into.
+
+    If the planner does not show it, return the tensors of `given`, by FQN.
+    """
     flat = getattr(planner, "state_dict", None)
     if not isinstance(flat, dict):
-        return {}
+        return {fqn: tensor for fqn, (_, tensor) in flat_tensors(given).items()}
     blocked = getattr(planner, "_blocked", {})
     return {**flat, **blocked}
 
 
-def misfits(planner: LoadPlanner | None, metadata: Metadata) -> tuple[list[str], dict[str, str]]:
+def misfits(
+    planner: LoadPlanner, given: Mapping[str, Any], metadata: Metadata
+) -> tuple[list[str], dict[str, str]]:
     """Compare the state dict of a planner with the metadata of a checkpoint.
+
+    Args:
+        planner: The planner.
+        given: The nested state dict that it was set up with.
+        metadata: Of what is there.
 
     Returns:
         The missing FQNs, none if the planner allows missing ones; and the reason why a tensor does
-        not fit, by FQN.
+        not fit, by FQN. A planner that does not show its state dict may rename: it is left to that
+        planner to find what is missing.
     """
-    wanted, there = loaded_values(planner), metadata.state_dict_metadata
+    wanted, there = loaded_values(planner, given), metadata.state_dict_metadata
     missing = [fqn for fqn in wanted if fqn not in there]
+    is_shown = isinstance(getattr(planner, "state_dict", None), dict)
     if missing and (
-        getattr(planner, "allow_partial_load", False) or _has_old_names(planner, there)
+        not is_shown
+        or getattr(planner, "allow_partial_load", False)
+        or _has_old_names(planner, wanted, there)
     ):
         missing = []
     faults: dict[str, str] = {}
@@ -62,14 +76,12 @@ def misfits(planner: LoadPlanner | None, metadata: Metadata) -> tuple[list[str],
     return missing, faults
 
 
-def _has_old_names(planner: LoadPlanner | None, there: Iterable[str]) -> bool:
+def _has_old_names(planner: LoadPlanner, wanted: Mapping[str, Any], there: Iterable[str]) -> bool:
     """Whether a checkpoint has the FQNs of torch before 2.4, which torch's planner accepts too."""
     nested = getattr(planner, "original_state_dict", None)
     if not isinstance(nested, dict):
         return False
-    names: set[str] = set()
-    traverse_state_dict_v_2_3(nested, lambda path, _: names.add(fqn_of(path)))
-    return bool(names.intersection(set(there) - loaded_values(planner).keys()))
+    return bool(names_before_2_4(nested).intersection(set(there) - wanted.keys()))
 
 
 def plans_alone(planner: LoadPlanner | None) -> bool:
@@ -86,7 +98,8 @@ def has_methods_of(kind: type, one: object, *names: str) -> bool:
 
 def check_blocks(
     plan: LoadPlan,
-    planner: LoadPlanner | None,
+    planner: LoadPlanner,
+    given: Mapping[str, Any],
     specs: Mapping[str, LoadSpec],
     *,
     key: str | None,
@@ -95,12 +108,21 @@ def check_blocks(
 
     A rank may hold several blocks of a tensor. torch's planner plans them as one block.
 
+    Args:
+        plan: What the planner made on this rank.
+        planner: The planner.
+        given: The nested state dict that it was set up with.
+        specs: Specs by name, which declare shards.
+        key: Entry that holds the model, as `HFDualReader` takes it.
+
     Raises:
         PlanningError: If the plan joins blocks; names the tensor, and the planner to use.
     """
     flat, mappings = getattr(planner, "state_dict", None), getattr(planner, "mappings", {})
     if not isinstance(flat, dict):
-        return
+        tensors = flat_tensors(given)
+        flat = {fqn: tensor for fqn, (_, tensor) in tensors.items()}
+        mappings = {fqn: path for fqn, (path, _) in tensors.items()}
     items: dict[str, list[ReadItem]] = {}
     for item in plan.items:
         items.setdefault(item.dest_index.fqn, []).append(item)

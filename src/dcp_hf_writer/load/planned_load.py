@@ -68,8 +68,12 @@ class Load(ABC):
         self._place, self._inputs, self._options = place, inputs, options
 
     @abstractmethod
-    def check(self, planner: LoadPlanner | None) -> None:
+    def check(self, planner: LoadPlanner, given: Mapping[str, Any]) -> None:
         """Check that the checkpoint holds everything that the planner loads, in a form that fits.
+
+        Args:
+            planner: Planner of the load.
+            given: The nested state dict that it was set up with.
 
         Raises:
             MismatchError: If it does not; lists everything that is missing or does not fit.
@@ -151,9 +155,9 @@ class DCPLoad(Load):
         self.metadata.storage_meta.load_id = str(uuid.uuid4())
         self._source = DCPSource(self._inputs, self.metadata)
 
-    def check(self, planner: LoadPlanner | None) -> None:
+    def check(self, planner: LoadPlanner, given: Mapping[str, Any]) -> None:
         """Check that what is loaded is there; see `Load.check`."""
-        missing, faults = misfits(planner, self.metadata)
+        missing, faults = misfits(planner, given, self.metadata)
         if missing or faults:
             mismatched = (f"{fqn} ({fault})" for fqn, fault in faults.items())
             Findings(tuple(missing), tuple(mismatched)).refuse(self._place.files.path)
@@ -237,10 +241,10 @@ class HFLoad(Load):
         chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
         return TensorStorageMetadata(TensorProperties(dtype), size, [chunk])
 
-    def check(self, planner: LoadPlanner | None) -> None:
+    def check(self, planner: LoadPlanner, given: Mapping[str, Any]) -> None:
         """Check that what is loaded is there; see `Load.check`."""
-        missing, faults = misfits(planner, self.metadata)
-        values = loaded_values(planner)
+        missing, faults = misfits(planner, given, self.metadata)
+        values = loaded_values(planner, given)
         for fqn, value in values.items():
             if isinstance(value, torch.Tensor) and fqn in self._name_of and fqn not in faults:
                 fault = self._source.fault(self._name_of[fqn], tuple(value.shape), value.dtype)

@@ -159,4 +159,5 @@ def _gather(buffer: torch.Tensor, gather: Gather, group: ProcessGroup) -> None:
         if nbytes
     ]
     for work in works:
+        assert work is not None  # torch returns None only on ranks outside the group
         work.wait()

@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
+from dcp_hf_writer.tensors.shards import check_no_shard_attributes
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -63,12 +64,14 @@ def model_tensors(
 
     Raises:
         ModelKeyError: If it is not clear which entry holds the model.
-        PlanningError: If two tensors have one FQN.
+        PlanningError: If two tensors have one FQN, or one has shard attributes.
     """
     tensors = flat_tensors(state_dict)
     paths = {fqn: path for fqn, (path, _) in tensors.items()}
     names = names_in_model(paths, model_prefix(paths, key=key))
-    return {fqn: tensors[fqn][1] for fqn in names}, names
+    found = {fqn: tensors[fqn][1] for fqn in names}
+    check_no_shard_attributes(found)
+    return found, names
 
 
 def is_by_hand(value: torch.Tensor, spec: LoadSpec) -> bool:
