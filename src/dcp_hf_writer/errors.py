@@ -7,6 +7,7 @@
     │   ├── SpecError                          a LoadSpec does not fit its tensor
     │   ├── LayoutError                        safetensors cannot hold a name, dtype or size
     │   └── MismatchError                      a checkpoint does not fit the state dict to load into
+    ├── UnsupportedTorchError (RuntimeError)   a check cannot run with this version of torch
     ├── StagingError (RuntimeError)            copying to host memory failed
     │   └── StagingBusyError                   an earlier save is still running
     ├── StorageError (OSError)                 the storage refused an operation
@@ -131,6 +132,10 @@ class LayoutError(PlanningError):
 
 class MismatchError(PlanningError):
     """A checkpoint does not fit the state dict to load into; nothing was loaded."""
+
+
+class UnsupportedTorchError(CheckpointError, RuntimeError):
+    """A check cannot run with this version of torch; nothing was published or loaded."""
 
 
 class StagingError(CheckpointError, RuntimeError):

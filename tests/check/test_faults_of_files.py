@@ -358,7 +358,9 @@ def _hook(event: str, arguments: tuple[Any, ...]) -> None:
     if not OPENED.is_on:
         return
     if event == "open" and isinstance(arguments[0], (str, bytes)):
-        OPENED.paths.append(os.fsdecode(arguments[0]))
+        # Python 3.13 looks for a file of this name when it parses the lines of a traceback.
+        if arguments[0] != "<unknown>":
+            OPENED.paths.append(os.fsdecode(arguments[0]))
     elif event in {"os.system", "subprocess.Popen", "exec", "pickle.find_class"}:
         OPENED.paths.append(f"{event}: {arguments}")
 

@@ -42,6 +42,7 @@ from dcp_hf_writer.save.coordinator import (
     step_of,
 )
 from dcp_hf_writer.save.export_assets import Assets
+from dcp_hf_writer.save.save_context import SaveContext
 from dcp_hf_writer.save.save_owner import is_over_here, new_save_id
 from dcp_hf_writer.storage.posix_outputs import COHERENT
 from dcp_hf_writer.tensors.boxes import whole
@@ -154,7 +155,7 @@ def test_step_is_read_off_the_end_of_the_name(target: str, step: int | None) -> 
 @contextlib.contextmanager
 def made(target: Path) -> Iterator[tuple[Attempt, Path]]:
     """Make the directory of a save, and end the save with the block."""
-    attempt = Attempt(str(target), deadline=time.monotonic() + 60, staged=None, lease=None)
+    attempt = Attempt(SaveContext(str(target), time.monotonic() + 60))
     directory = StagingDirectory(str(target), new_save_id())
     make_directory(directory, overwrite=False, attempt=attempt)
     try:

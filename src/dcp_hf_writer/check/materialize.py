@@ -29,7 +29,7 @@ from dcp_hf_writer.preflight import writer_options
 from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.save_owner import Owner, new_save_id
 from dcp_hf_writer.save.tensor_source import host_bytes
-from dcp_hf_writer.storage.input_backends import open_directory
+from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs
 from dcp_hf_writer.storage.posix_outputs import OutputFile, sync_directory, write_file
 

@@ -16,8 +16,7 @@ from dcp_hf_writer.errors import CheckpointError, ConfigError, CorruptCheckpoint
 from dcp_hf_writer.formats.names_on_disk import INDEX_NAME, MANIFEST_NAME, METADATA_NAME, SUFFIX
 from dcp_hf_writer.formats.parse_dcp_metadata import MAX_METADATA_NBYTES, parse_metadata
 from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
-from dcp_hf_writer.storage.input_backends import open_directory
-from dcp_hf_writer.storage.listing import list_tree
+from dcp_hf_writer.storage.open_directory import open_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -148,7 +147,7 @@ def verify(
         ConfigError: If an argument is invalid.
     """
     began = time.monotonic()
-    check = _Check(open_directory(path, storage_options), path, storage_options)
+    check = _Check(open_directory(path, storage_options))
     if threads is not None and (not isinstance(threads, int) or threads < 1):
         raise ConfigError("threads must be a positive integer or None", found=repr(threads))
     threads = threads or min(os.cpu_count() or 1, check.files.readers)
@@ -159,14 +158,8 @@ def verify(
 class _Check:
     """One run of `verify`: the files, what manifest and metadata say of them, and the problems."""
 
-    def __init__(
-        self,
-        files: InputFiles,
-        path: str | os.PathLike[str],
-        storage_options: Mapping[str, Any] | None,
-    ) -> None:
+    def __init__(self, files: InputFiles) -> None:
         self.files = files
-        self._path, self._storage_options = path, storage_options
         self._sizes: dict[str, int] = {}
         self._manifest: Manifest | None = None
         self._metadata: Metadata | None = None
@@ -178,7 +171,7 @@ class _Check:
 
     def run(self, progress: Callable[[int, int], None], threads: int) -> None:
         try:
-            self._sizes = list_tree(self._path, self._storage_options)
+            self._sizes = self.files.tree()
         except CheckpointError as error:
             self._problems.append(Problem.of(error, ""))
             return

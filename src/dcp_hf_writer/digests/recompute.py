@@ -20,7 +20,6 @@ from dcp_hf_writer.digests.digest_sweep import (
 )
 from dcp_hf_writer.digests.problems import Problem
 from dcp_hf_writer.errors import CheckpointError
-from dcp_hf_writer.storage.input_backends import LocalFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -34,8 +33,8 @@ if TYPE_CHECKING:
 # a file does not matter.
 _JOB_NBYTES = 64 << 20
 
-# Over a network, a request costs more time than a window that fits in cache saves.
-_REMOTE_WINDOW_NBYTES = 16 << 20
+# If each read is a request, the request costs more time than a window that fits in cache saves.
+_LARGE_WINDOW_NBYTES = 16 << 20
 
 _POLL_S = 0.1
 
@@ -157,9 +156,9 @@ class Recomputation:
             Digests that differ, tensors whose blocks do not cover each byte once, and files that
             cannot be read.
         """
-        is_local = isinstance(self._files, LocalFiles)
+        window = _LARGE_WINDOW_NBYTES if self._files.prefers_large_reads else WINDOW_NBYTES
         for _ in range(self._threads):
-            self._sweeps.put(Sweep(WINDOW_NBYTES if is_local else _REMOTE_WINDOW_NBYTES))
+            self._sweeps.put(Sweep(window))
         with ThreadPoolExecutor(self._threads, thread_name_prefix="dcp-hf-verify") as pool:
             futures = [pool.submit(self._do, job) for job in self._jobs]
             try:

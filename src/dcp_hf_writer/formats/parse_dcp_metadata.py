@@ -3,6 +3,9 @@
 torch reads this file with `pickle.load`, which runs whatever code the file names. Here,
 `restricted_unpickle` builds the objects. This module then checks everything that DCP's planners
 rely on, before any other code sees the objects.
+
+A newer torch may add fields to its classes, as torch 2.15 added `TensorProperties.strides`. Such
+fields are kept if they are plain. An unknown class is refused.
 """
 
 from __future__ import annotations
@@ -69,12 +72,14 @@ def parse_metadata(data: bytes, *, path: str) -> Metadata:
         CorruptCheckpointError: If `data` holds anything else than the metadata of a checkpoint: an
             unexpected class, code, a chunk outside its tensor, an impossible size.
     """
-    found = unpickle(data, _ADMITTED, path=path)
+    unknown: list[object] = []
+    found = unpickle(data, _ADMITTED, path=path, unknown=unknown)
     if type(found) is not Metadata:
         _refuse(path, "is not a Metadata object", found=type(found).__name__)
     _check_tensors(found.state_dict_metadata, path)
     _check_storage(found.storage_data, path)
-    _check_plain(found.planner_data, path)
+    _check_plain(found.planner_data, "planner data", path)
+    _check_plain(unknown, "a field that this package does not know", path, also=_OF_TORCH)
     if type(found.storage_meta) not in {StorageMeta, type(None)}:
         _refuse(
             path, "has a storage_meta of the wrong type", found=type(found.storage_meta).__name__
@@ -127,8 +132,10 @@ def _check_storage(storage: object, path: str) -> None:
     storage.update(once)
 
 
-def _check_plain(value: object, path: str) -> None:
-    """Check that planner data is plain, and not nested so deeply that recursion overflows."""
+def _check_plain(
+    value: object, what: str, path: str, *, also: frozenset[type] = frozenset()
+) -> None:
+    """Check that a value is plain, and not nested so deeply that recursion overflows."""
     level = [value]
     for _ in range(_MAX_DEPTH):
         below: list[object] = []
@@ -137,13 +144,13 @@ def _check_plain(value: object, path: str) -> None:
                 below.extend(one.values())
             elif isinstance(one, (list, tuple)):
                 below.extend(one)
-            elif type(one) not in _PLAIN:
-                _refuse(path, "has planner data that is not plain", found=type(one).__name__)
+            elif type(one) not in _PLAIN and type(one) not in also:
+                _refuse(path, f"has {what} that is not plain", found=type(one).__name__)
         # A list may contain itself or occur in many places, so visit each object once per level.
         level = list({id(one): one for one in below}.values())
         if not level:
             return
-    _refuse(path, "has planner data that is nested too deeply", found=f"over {_MAX_DEPTH} levels")
+    _refuse(path, f"has {what} that is nested too deeply", found=f"over {_MAX_DEPTH} levels")
 
 
 def _shown(value: object) -> str:
@@ -153,6 +160,14 @@ def _shown(value: object) -> str:
 
 _PLAIN = frozenset({str, int, float, bool, bytes, type(None)})
 
+# Other types that a new field may hold. `unpickle` has checked each object of these types.
+_OF_TORCH = frozenset(
+    {
+        *(torch.dtype, torch.layout, _MEM_FORMAT_ENCODING, ChunkStorageMetadata, MetadataIndex),
+        *(StorageMeta, TensorProperties),
+    }
+)
+
 
 def _refuse(path: str, problem: str, *, found: object = None, fqn: str | None = None) -> NoReturn:
     raise CorruptCheckpointError(
@@ -161,35 +176,65 @@ def _refuse(path: str, problem: str, *, found: object = None, fqn: str | None = 
 
 
 def _building(
-    required: Mapping[str, tuple[type, ...]], optional: Mapping[str, tuple[type, ...]]
-) -> Callable[[Any, Any], None]:
-    """Return a function that sets attributes of these names and types, and refuses others."""
+    required: Mapping[str, tuple[type, ...]],
+    optional: Mapping[str, tuple[type, ...]],
+    *,
+    is_key: bool = False,
+) -> Callable[[Any, Any], object]:
+    """Return a function that sets attributes of these names and types.
+
+    The function returns the values of all other attributes, or `None` if there are none. In a dict
+    key, these must be plain scalars, because a newer torch may hash them.
+    """
     known = {**required, **optional}
     needed = required.keys()
 
-    def build(target: Any, state: Any) -> None:
+    def build(target: Any, state: Any) -> object:
         if type(state) is not dict or target.__dict__ or not needed <= state.keys():
             msg = f"a {type(target).__name__} with a state of {_shown(state)}"
             raise ValueError(msg)
+        unknown: list[object] = []
         for name, value in state.items():
-            if type(value) not in known.get(name, ()):
+            kinds = known.get(name)
+            if kinds is None and _is_field(name) and not (is_key and type(value) not in _PLAIN):
+                unknown.append(value)
+            elif kinds is None or type(value) not in kinds:
                 msg = f"a {type(target).__name__} with {_shown(name)} {_shown(value)}"
                 raise TypeError(msg)
         target.__dict__.update(state)
+        return unknown or None
 
     return build
 
 
-def _build_properties(target: Any, state: Any) -> None:
+def _is_field(name: object) -> bool:
+    return type(name) is str and name.isidentifier() and not name.startswith("__")
+
+
+# Types of the fields of a pickled `TensorProperties` since torch 2.0, in order; 2.15 adds `strides`.
+_PROPERTIES = (torch.dtype, torch.layout, bool, _MEM_FORMAT_ENCODING, bool)
+
+# Number of fields that this version of torch has; its `__setstate__` refuses more.
+_PROPERTIES_TAKEN = len(TensorProperties(torch.float32).__getstate__())
+
+
+def _build_properties(target: Any, state: Any) -> object:
     if target.__dict__:
         msg = "TensorProperties with two states"
         raise ValueError(msg)
-    dtype, layout, requires_grad, memory_format, pin_memory = state
-    found = (type(dtype), type(layout), type(requires_grad), type(memory_format), type(pin_memory))
-    if found != (torch.dtype, torch.layout, bool, _MEM_FORMAT_ENCODING, bool):
-        msg = f"TensorProperties with fields of types {', '.join(kind.__name__ for kind in found)}"
+    if type(state) is not tuple or tuple(map(type, state[: len(_PROPERTIES)])) != _PROPERTIES:
+        msg = f"TensorProperties with a state of {_kinds(state)}"
         raise TypeError(msg)
-    target.__setstate__(state)
+    target.__setstate__(state[:_PROPERTIES_TAKEN])
+    return state[len(_PROPERTIES) :] or None
+
+
+def _kinds(state: Any) -> str:
+    return (
+        ", ".join(type(one).__name__ for one in state[:8])
+        if type(state) is tuple
+        else "something other than a tuple"
+    )
 
 
 def _size(value: Any) -> torch.Size:
@@ -211,11 +256,12 @@ _build_info_state = _building(
 )
 
 
-def _build_info(target: Any, state: Any) -> None:
-    _build_info_state(target, state)
+def _build_info(target: Any, state: Any) -> object:
+    unknown = _build_info_state(target, state)
     if not _count(state["offset"]) or not _count(state["length"]):
         msg = f"an item at {_shown(state['offset'])} of length {_shown(state['length'])}"
         raise ValueError(msg)
+    return unknown
 
 
 def _building_slots(kind: type, check: Callable[[Any], bool]) -> Callable[[Any, Any], None]:
@@ -318,7 +364,11 @@ _ADMITTED: Mapping[tuple[str, str], Admitted] = {
     ),
     (_METADATA, "MetadataIndex"): Class(
         MetadataIndex,
-        _building({"fqn": (str,)}, {"offset": (torch.Size, _NONE), "index": (int, _NONE)}),
+        _building(
+            {"fqn": (str,)},
+            {"offset": (torch.Size, _NONE), "index": (int, _NONE)},
+            is_key=True,
+        ),
         is_key=True,
     ),
     (_METADATA, "StorageMeta"): Class(

@@ -42,8 +42,11 @@ class Class:
 
     kind: type
     """The class to create; its constructor is not called."""
-    build: Callable[[Any, Any], None]
-    """Sets the state of an object, once; raises `TypeError` or `ValueError` to refuse it."""
+    build: Callable[[Any, Any], object]
+    """Sets the state of an object, once; raises `TypeError` or `ValueError` to refuse it.
+
+    Returns the values of fields that it does not know, or `None` if it knows all of them.
+    """
     is_key: bool = False
     """Whether objects may be dict keys; if so, they must hash fast, whatever their state."""
     has_state: bool = True
@@ -63,6 +66,7 @@ def unpickle(
     *,
     path: str,
     persistent: Callable[[Any], Any] | None = None,
+    unknown: list[Any] | None = None,
 ) -> Any:
     """Build the value that a pickle describes, without running foreign code.
 
@@ -71,6 +75,7 @@ def unpickle(
         admitted: The globals that the stream may use, by module and name.
         path: The file, for error messages.
         persistent: Resolves persistent ids; `None` refuses them.
+        unknown: Receives what the `build` functions return, except `None`.
 
     Returns:
         The value: `None`, bool, int, float, str, bytes, list, tuple, dict, an object of an admitted
@@ -83,18 +88,23 @@ def unpickle(
             admitted; the error names it.
     """
     try:
-        return _Machine(data, admitted, persistent).run()
+        machine = _Machine(data, admitted, persistent)
+        found = machine.run()
     except _RefusedError as error:
-        found: object = error
+        problem: object = error
     except (LookupError, struct.error, UnicodeDecodeError):
-        found = "a truncated stream, or data that is not a pickle"
+        problem = "a truncated stream, or data that is not a pickle"
     except (TypeError, ValueError, AttributeError) as error:
-        found = f"values that do not fit: {str(error)[:200]}"
+        problem = f"values that do not fit: {str(error)[:200]}"
+    else:
+        if unknown is not None:
+            unknown.extend(machine.unknown)
+        return found
     raise CorruptCheckpointError(
         "a pickle contains something that is not allowed",
         phase="read",
         path=path,
-        found=found,
+        found=problem,
         hint="nothing in it was run; load it by other means only if you trust who wrote it",
     )
 
@@ -126,6 +136,7 @@ class _Machine:
         self.marks: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.unbuilt: dict[int, Any] = {}
+        self.unknown: list[Any] = []
         self._admitted = admitted
         self._persistent = persistent
         kinds = (one for one in admitted.values() if isinstance(one, Class))
@@ -244,7 +255,9 @@ class _Machine:
         made = self._class_of.get(type(target))
         if made is None:
             raise _RefusedError(f"a state for a {type(target).__name__}")
-        made.build(target, state)
+        unknown = made.build(target, state)
+        if unknown is not None:
+            self.unknown.append(unknown)
         self.unbuilt.pop(id(target), None)
 
     def set_items(self, values: list[Any]) -> None:

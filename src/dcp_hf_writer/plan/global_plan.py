@@ -39,6 +39,8 @@ class LocalFacts:
     """Groups of FQNs whose tensors are the same memory."""
     samples: bytes = b""
     """Of the tensors that may pass for replicas, as `hand_sharded` compares them."""
+    stamp: str = ""
+    """Unique to this rank and save: with plan caching DCP shows the facts of an earlier save."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,14 +15,12 @@ from torch.distributed.tensor import DTensor
 from dcp_hf_writer.errors import ExportError
 from dcp_hf_writer.mapping.spec_match import model_names
 from dcp_hf_writer.mapping.tied_names import declared_ties
-from dcp_hf_writer.torch_seam.frames import planned_paths, planned_state_dict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch.distributed.checkpoint.planner import SavePlanner
-
     from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.torch_seam.frames import Planned
 
 
 HOW_TO_TIE = (
@@ -32,12 +30,12 @@ HOW_TO_TIE = (
 
 
 def untrue_tie(
-    planner: SavePlanner | None, export: HFExport, memory: Mapping[str, int], *, rank: int
+    planned: Planned, export: HFExport, memory: Mapping[str, int], *, rank: int
 ) -> ExportError | None:
     """Compare tensors that are declared to be tied, where they are not one memory.
 
     Args:
-        planner: Planner of the save; nothing can be compared if it does not show its state dict.
+        planned: What is planned on this rank.
         export: Options of the export.
         memory: Number of the memory of each tensor, by FQN.
         rank: This rank.
@@ -45,10 +43,9 @@ def untrue_tie(
     Returns:
         What is wrong, if two of them have different bytes on this rank.
     """
-    state_dict = planned_state_dict(planner)
+    state_dict, paths = planned.state_dict, planned.paths
     if not any(declared_ties(export, ())) or not state_dict:
         return None
-    paths = planned_paths(planner)
     tensors = {
         fqn: paths.get(fqn, (fqn,)) for fqn, v in state_dict.items() if isinstance(v, torch.Tensor)
     }

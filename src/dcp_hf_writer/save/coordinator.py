@@ -32,7 +32,6 @@ from dcp_hf_writer.save.export_assets import CHECKSUMS_NAME
 from dcp_hf_writer.save.save_owner import Owner
 from dcp_hf_writer.save.tensor_source import digest_of
 from dcp_hf_writer.save.write_phase import export_error
-from dcp_hf_writer.storage.open_outputs import OpenFiles
 from dcp_hf_writer.storage.posix_outputs import (
     COHERENT,
     OutputFile,
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
     from dcp_hf_writer.save.export_assets import Assets
+    from dcp_hf_writer.storage.open_outputs import OpenFiles
 
 _log = logging.getLogger(__name__)
 
@@ -106,9 +106,9 @@ def make_directory(directory: StagingDirectory, *, overwrite: bool, attempt: Att
     Raises:
         StorageError: If the target exists, or the file system does not allow it.
     """
-    files = attempt.files = OpenFiles()
+    files = attempt.open_files()
     record = files.keep(directory.create(overwrite=overwrite))
-    attempt.directory = directory
+    attempt.work_in(directory)
     reach("directory made")
     files.sync(files.take(record.path) or record)
 
@@ -131,12 +131,13 @@ def make_export(
         path=attempt.target,
     )
     try:
-        attempt.whole_files = prepare_export(directory, plan.layout, assets, files, subdir=subdir)
+        whole = prepare_export(directory, plan.layout, assets, files, subdir=subdir)
+        attempt.add_whole_files(*whole)
     except WriteError as error:
         path = os.path.join(directory.path, subdir)
         files.discard_below(path)
         drop_export(directory, subdir)
-        attempt.export_error = export_error(error, rank=attempt.rank, path=path)
+        attempt.leave_out_export(export_error(error, rank=attempt.rank, path=path))
         return False
     return True
 
@@ -326,7 +327,7 @@ def publish(
         once=sorted(plan.once),
         reports=reports,
         whole_files=[*(whole_files if error is None else ()), *others],
-        seconds={**attempt.seconds, "total": time.monotonic() - attempt.began, **extra},
+        seconds={**attempt.seconds, "total": time.monotonic() - attempt.context.began, **extra},
         export_error=None if error is None else str(error),
     )
     write_file(os.path.join(directory.path, MANIFEST_NAME), manifest)

@@ -39,7 +39,6 @@ from dcp_hf_writer.save.dcp_half import (
 )
 from dcp_hf_writer.save.hf_half import BlockWriter, is_interleaved, regions_by_file
 from dcp_hf_writer.save.tensor_source import TensorSource, chunk_of
-from dcp_hf_writer.storage.open_outputs import OpenFiles
 from dcp_hf_writer.storage.posix_outputs import OutputFile
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 
@@ -53,6 +52,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.regions import Region
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
+    from dcp_hf_writer.storage.open_outputs import OpenFiles
     from dcp_hf_writer.storage.write_slots import WriteSlots
 
 _log = logging.getLogger(__name__)
@@ -96,8 +96,8 @@ class WritePhase:
         attempt = self.attempt
         report = RankReport(attempt.rank, socket.gethostname())
         report.export_error = attempt.export_error
-        files = attempt.files or OpenFiles()
-        attempt.files = files
+        report.stamp, report.samples = attempt.sent.stamp, attempt.sent.withheld_samples
+        files = attempt.open_files()
         source = TensorSource(self.planner)
         results: list[WriteResult] = []
         with contextlib.suppress(IndexError):
@@ -135,8 +135,7 @@ class WritePhase:
                 self._join(files, report)
         _idle_blocks[:] = [self.blocks]
         reach("after fsync")
-        files.close()
-        attempt.files = None
+        attempt.close_files()
         report.seconds = dict(attempt.seconds)
         report.nbytes = {
             "dcp": sum(result.size_in_bytes for result in results),
@@ -174,14 +173,14 @@ class WritePhase:
                 self.slots.hold(
                     self.directory.path,
                     "dcp" if half == "dcp" else "hf",
-                    deadline=self.attempt.deadline,
+                    deadline=self.attempt.context.deadline,
                 )
             )
 
     def _join(self, files: OpenFiles, report: RankReport) -> None:
         export = os.path.join(self.directory.path, self.subdir, "")
         try:
-            for path, error in files.join(deadline=self.attempt.deadline):
+            for path, error in files.join(deadline=self.attempt.context.deadline):
                 if not path.startswith(export) or not isinstance(error, Exception):
                     raise error
                 if report.export_error is None:
@@ -205,7 +204,7 @@ class WritePhase:
                         self.plan,
                         self.planner,
                         path=self.directory.path,
-                        is_coordinator=attempt.is_coordinator,
+                        is_coordinator=attempt.member.is_coordinator,
                         rank=attempt.rank,
                     )
                 )
@@ -220,7 +219,7 @@ class WritePhase:
     ) -> list[WriteResult]:
         writer = SlabFileSystemWriter(self.directory.path, checkpoint_id=self.directory.target)
         writer.set_up_storage_writer(
-            self.attempt.is_coordinator, rank=self.attempt.rank, use_collectives=True
+            self.attempt.member.is_coordinator, rank=self.attempt.rank, use_collectives=True
         )
         writer.source = source
         writer.finish_file = files.sync

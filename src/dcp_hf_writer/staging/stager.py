@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from dcp_hf_writer.errors import CheckpointError, StagingError
+from dcp_hf_writer.errors import StagingError
 from dcp_hf_writer.mapping.flattening import fqn_of, walk_tensors
 from dcp_hf_writer.staging.memory_identity import memory_identity
-from dcp_hf_writer.staging.slab import ALIGN_NBYTES, Lease, Slab, SlabPool
+from dcp_hf_writer.staging.slab import (
+    ALIGN_NBYTES,
+    SLABS,
+    Handover,
+    Lease,
+    Slab,
+    SlabPool,
+    StagedInfo,
+)
+from dcp_hf_writer.staging.staged_state_dict import StagedStateDict
+from dcp_hf_writer.tensors.shards import SHARD_ATTRIBUTES_HINT, has_shard_attributes
+from dcp_hf_writer.torch_seam.dtensor import local_of, spec_of, with_spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -33,23 +42,8 @@ EAGER_NBYTES = 1 << 20
 StagingMode = Literal["blocking", "overlap"]
 
 
-@dataclass(frozen=True)
-class StagedInfo:
-    """What staging found out about a state dict; travels with the save."""
-
-    memory: dict[str, int]
-    """Number of the memory of each tensor, by FQN; equal for tied ones, absent if empty here."""
-    nbytes: int
-    """Bytes copied."""
-    waited_s: float
-    """Seconds spent waiting for the slab, within the stall."""
-    stall_s: float
-    """Seconds for which the caller was held up, waiting included."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Leaf:
-    """A tensor found in the state dict, with where its copy goes."""
+class _Leaf(NamedTuple):
+    """A tensor found in the state dict. A tuple, since a save makes one for each tensor."""
 
     path: Path
     tensor: torch.Tensor
@@ -62,10 +56,10 @@ class _Leaf:
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        spec = self.tensor._spec if isinstance(self.tensor, DTensor) else None  # noqa: SLF001
+        spec = spec_of(self.tensor)
         local = self.local
         placed = None if spec is None else (id(spec.mesh), spec.placements, spec.shape)
-        return (self.path, tuple(local.shape), local.dtype, placed)
+        return (self.path, local.shape, local.dtype, placed)
 
 
 @dataclass(eq=False)
@@ -82,89 +76,10 @@ class _Program:
     memory: dict[str, int]
     """As `StagedInfo.memory`."""
     nbytes: int
+    offsets: dict[int, tuple[int, torch.Tensor]]
+    """As `StagedStateDict.offsets`."""
     meshes: list[Any] = field(default_factory=list)
     """Keeps the meshes alive whose ids are in the signature."""
-
-
-@dataclass(frozen=True, slots=True)
-class Handover:
-    """What staging leaves for the save that follows it; travels with the staged state dict."""
-
-    deadline: float
-    """`time.monotonic()` by which the save must be done; one clock for the processes of a host."""
-    info: StagedInfo | None = None
-    """What staging found out."""
-    error: CheckpointError | None = None
-    """Why staging failed."""
-
-
-class StagedStateDict(dict[str, Any]):
-    """A state dict whose tensors lie in the slab.
-
-    Sent to another process it travels as the slab's descriptor and offsets, whatever the number of
-    tensors; torch would open one descriptor for each.
-    """
-
-    handover: Handover | None = None
-    """For the save of it; set before it is handed to one."""
-    lease: Lease | None = None
-    """Of the slab; `None` if nothing could be staged, and in a checkpointer process."""
-    offsets: Mapping[int, tuple[int, torch.Tensor]] = MappingProxyType({})
-    """Place in the slab of each tensor, by `id`, with the tensor itself."""
-    on_send: Callable[[], None] = staticmethod(lambda: None)
-    """Called by the thread that sends it to a checkpointer process."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Pickled by the thread that waits for the checkpointer process: its end is the save's end.
-        self.on_send()
-        if self.lease is None:
-            return _rebuild_staged, (None, b"", self.handover)
-        self.lease.bind(threading.current_thread())
-        buffer = io.BytesIO()
-        _SlabPickler(buffer, self.offsets).dump(dict(self))
-        return _rebuild_staged, (self.lease.slab, buffer.getvalue(), self.handover)
-
-
-class _SlabPickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, offsets: Mapping[int, tuple[int, torch.Tensor]]) -> None:
-        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self._offsets = offsets
-
-    def persistent_id(self, obj: Any) -> Any:
-        """Send a slab tensor as its place in the slab."""
-        found = self._offsets.get(id(obj))
-        if found is None:
-            return None
-        offset, local = found
-        spec = obj._spec if isinstance(obj, DTensor) else None  # noqa: SLF001
-        return offset, local.dtype, tuple(local.shape), spec
-
-
-class _SlabUnpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, slab: Slab) -> None:
-        super().__init__(file)
-        self._slab = slab
-
-    def persistent_load(self, pid: Any) -> Any:
-        """Map a slab tensor."""
-        offset, dtype, shape, spec = pid
-        return _wrap(self._slab.tensor(offset, dtype, shape), spec)
-
-
-def _rebuild_staged(
-    slab: Slab | None, payload: bytes, handover: Handover | None
-) -> StagedStateDict:
-    staged = StagedStateDict()
-    staged.handover = handover
-    if slab is not None:
-        # Sent by our own parent over its pipe, as every other argument of the save.
-        staged.update(_SlabUnpickler(io.BytesIO(payload), slab).load())
-    return staged
-
-
-def _wrap(local: torch.Tensor, spec: Any) -> torch.Tensor:
-    # The constructor, since `DTensor.from_local` moves the local tensor back to the mesh's device.
-    return local if spec is None else DTensor(local, spec, requires_grad=False)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -193,9 +108,9 @@ class Staged:
 class Stager:
     """Copies state dicts of this process into its slab; one save at a time."""
 
-    def __init__(self) -> None:
-        """Start without memory."""
-        self._pool = SlabPool()
+    def __init__(self, pool: SlabPool | None = None) -> None:
+        """Start without memory; with a pool of its own unless one is given."""
+        self._pool = SlabPool() if pool is None else pool
         self._program: _Program | None = None
         self._executor: ThreadPoolExecutor | None = None
         self._streams: dict[int, Any] = {}
@@ -220,9 +135,11 @@ class Stager:
             StagingError: If a value cannot be staged, memory cannot be had, or the slab stays busy.
         """
         began = time.monotonic()
-        leaves = [
-            _leaf(path, tensor) for path, tensor in walk_tensors(state_dict, into_tuples=True)
-        ]
+        # Once for all tensors: each switch of the mode costs as much as finding one of them.
+        with torch.no_grad():
+            leaves = [
+                _leaf(path, tensor) for path, tensor in walk_tensors(state_dict, into_tuples=True)
+            ]
         aliases = _aliases(leaves)
         signature = (tuple(leaf.signature for leaf in leaves), tuple(aliases))
         nbytes = _slab_nbytes(leaves, aliases)
@@ -232,7 +149,7 @@ class Stager:
         try:
             program = self._program_for(leaves, aliases, signature, lease.slab)
             staged = StagedStateDict(_replace(state_dict, iter(program.staged)))
-            staged.lease, staged.offsets = lease, _offsets(program, lease.slab)
+            staged.offsets = program.offsets
             copies = self._copy(leaves, program, mode)
         except BaseException:
             lease.release()
@@ -244,7 +161,24 @@ class Stager:
             waited_s=waited_s,
             stall_s=time.monotonic() - began,
         )
+        staged.lease, lease.handover = lease, Handover(deadline, info)
         return Staged(staged, info, lease, copies)
+
+    def handover_of(self, state_dict: Mapping[str, Any]) -> tuple[Handover | None, Lease | None]:
+        """Return what staging left for the save of a state dict, and the lease of its memory.
+
+        Whatever stood between staging and the save: tensors that lie in the slab were staged.
+
+        Returns:
+            As `SlabPool.handover_over`.
+
+        Raises:
+            StagingError: If they lie there and nothing is left for the save.
+        """
+        tensors = (local_of(one) for _, one in walk_tensors(state_dict, into_tuples=True))
+        return self._pool.handover_over(
+            tensor.data_ptr() for tensor in tensors if type(tensor) in _STAGED_KINDS
+        )
 
     def warm_up(self, state_dict: dict[str, Any], *, deadline: float) -> int:
         """Allocate and fault in the slab for a state dict; returns its bytes."""
@@ -265,16 +199,15 @@ class Stager:
         return program
 
     def _copy(self, leaves: list[_Leaf], program: _Program, mode: StagingMode) -> Copies | None:
-        pairs = [
-            (program.locals_[i], leaves[i].local.detach(), nbytes) for i, nbytes in program.copies
-        ]
+        pairs = [(program.locals_[i], leaves[i].local, nbytes) for i, nbytes in program.copies]
         if mode == "blocking":
             self._copy_now(pairs)
             return None
         events = self._copy_small([pair for pair in pairs if pair[2] < EAGER_NBYTES])
         large = [pair for pair in pairs if pair[2] >= EAGER_NBYTES]
         events += self._enqueue_cuda([pair for pair in large if pair[1].is_cuda])
-        on_host = [pair for pair in large if not pair[1].is_cuda]
+        # Detached, as the trainer may give a parameter other memory before the copy begins.
+        on_host = [(to, tensor.detach(), n) for to, tensor, n in large if not tensor.is_cuda]
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="dcp-hf-staging")
         host_copied = threading.Event()
@@ -327,18 +260,33 @@ class Stager:
         return events
 
 
+STAGER = Stager(SLABS)
+"""The stager of this process, which all of its writers share: a process has one slab."""
+
+_STAGED_KINDS = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+
 _Pair = tuple[torch.Tensor, torch.Tensor, int]
 """Target in the slab, source, bytes."""
 
 
 def _leaf(path: Path, value: torch.Tensor) -> _Leaf:
+    """Check a tensor; called without grad mode, or `to_local` would make a node of autograd."""
     local = value
     if isinstance(value, DTensor):
-        with torch.no_grad():
-            local = value.to_local()
-        if hasattr(local, "wait"):
+        local = value.to_local()
+        if type(local) not in _STAGED_KINDS and hasattr(local, "wait"):
             local = local.wait()
-    is_plain = type(local) in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
+    if has_shard_attributes(value):
+        msg = "a tensor has shard attributes, which are not supported"
+        raise StagingError(
+            msg,
+            phase="stage",
+            fqn=fqn_of(path),
+            expected="a plain tensor without them, or a DTensor",
+            found=f"a CheckpointableTensor of shape {list(local.shape)}",
+            hint=SHARD_ATTRIBUTES_HINT,
+        )
+    is_plain = type(local) in _STAGED_KINDS
     if not is_plain or local.layout is not torch.strided or local.is_meta or local.is_quantized:
         msg = "a value of this kind cannot be staged"
         raise StagingError(
@@ -354,10 +302,13 @@ def _leaf(path: Path, value: torch.Tensor) -> _Leaf:
 
 def _aliases(leaves: list[_Leaf]) -> list[int]:
     """Return, for each leaf, the first leaf that is the same memory; itself for most."""
+    addresses = [leaf.local.data_ptr() for leaf in leaves]
+    count = Counter(addresses)
     seen: dict[tuple[Any, ...], int] = {}
     aliases = []
-    for i, leaf in enumerate(leaves):
-        identity = memory_identity(leaf.tensor)
+    for i, (leaf, address) in enumerate(zip(leaves, addresses, strict=True)):
+        # Most addresses occur once, and naming the memory takes longer than counting them.
+        identity = memory_identity(leaf.tensor) if count[address] > 1 else None
         aliases.append(i if identity is None else seen.setdefault(identity, i))
     return aliases
 
@@ -385,22 +336,25 @@ def _build_program(
             position += _aligned(leaf.local.nbytes)
         else:
             local = locals_[aliases[i]]
-        spec = leaf.tensor._spec if isinstance(leaf.tensor, DTensor) else None  # noqa: SLF001
+        spec = spec_of(leaf.tensor)
         locals_.append(local)
         # An object of its own for each leaf: the table of offsets goes by identity.
-        staged.append(local.view(local.shape) if spec is None else _wrap(local, spec))
+        staged.append(local.view(local.shape) if spec is None else with_spec(local, spec))
         if spec is not None:
             meshes.append(spec.mesh)
     memory = {leaf.fqn: aliases[i] for i, leaf in enumerate(leaves) if leaf.local.numel()}
     nbytes = sum(n for _, n in copies)
-    return _Program(signature, staged, locals_, copies, memory, nbytes, meshes)
+    offsets = _offsets(staged, locals_, slab)
+    return _Program(signature, staged, locals_, copies, memory, nbytes, offsets, meshes)
 
 
-def _offsets(program: _Program, slab: Slab) -> dict[int, tuple[int, torch.Tensor]]:
+def _offsets(
+    staged: list[Any], locals_: list[torch.Tensor], slab: Slab
+) -> dict[int, tuple[int, torch.Tensor]]:
     base = slab.tensor(0, torch.uint8, (1,)).data_ptr()
     return {
         id(obj): (local.data_ptr() - base, local)
-        for obj, local in zip(program.staged, program.locals_, strict=True)
+        for obj, local in zip(staged, locals_, strict=True)
         if local.numel()
     }
 
@@ -446,13 +400,3 @@ def wait_before_step(optimizer: torch.optim.Optimizer, current: Callable[[], Cop
             torch.cuda.current_stream(event.device).wait_event(event)
 
     return optimizer.register_step_pre_hook(hook)
-
-
-def staging_error(error: BaseException) -> CheckpointError:
-    """Return an error of staging as one of ours, which can be sent to the other ranks."""
-    if isinstance(error, CheckpointError):
-        return error
-    msg = "the state dict could not be staged"
-    staging = StagingError(msg, phase="stage", found=f"{type(error).__name__}: {error}")
-    staging.__cause__ = error
-    return staging
