@@ -7,7 +7,7 @@
     │   ├── SpecError                          a LoadSpec does not fit its tensor
     │   ├── LayoutError                        safetensors cannot hold a name, dtype or size
     │   └── MismatchError                      a checkpoint does not fit the state dict to load into
-    ├── UnsupportedTorchError (RuntimeError)   a check cannot be made with this torch; refused
+    ├── UnsupportedTorchError (RuntimeError)   a check cannot run with this version of torch
     ├── StagingError (RuntimeError)            copying to host memory failed
     │   └── StagingBusyError                   an earlier save is still running
     ├── StorageError (OSError)                 the storage refused an operation
@@ -135,7 +135,7 @@ class MismatchError(PlanningError):
 
 
 class UnsupportedTorchError(CheckpointError, RuntimeError):
-    """A check cannot be made with this torch; nothing was published or loaded."""
+    """A check cannot run with this version of torch; nothing was published or loaded."""
 
 
 class StagingError(CheckpointError, RuntimeError):

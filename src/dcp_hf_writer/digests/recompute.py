@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 # a file does not matter.
 _JOB_NBYTES = 64 << 20
 
-# Where each read is a request, the request costs more time than a window that fits in cache saves.
+# If each read is a request, the request costs more time than a window that fits in cache saves.
 _LARGE_WINDOW_NBYTES = 16 << 20
 
 _POLL_S = 0.1

@@ -160,7 +160,7 @@ def _shown(value: object) -> str:
 
 _PLAIN = frozenset({str, int, float, bool, bytes, type(None)})
 
-# What else a new field may hold; each object of these was checked when it was made.
+# Other types that a new field may hold. `unpickle` has checked each object of these types.
 _OF_TORCH = frozenset(
     {
         *(torch.dtype, torch.layout, _MEM_FORMAT_ENCODING, ChunkStorageMetadata, MetadataIndex),
@@ -183,8 +183,8 @@ def _building(
 ) -> Callable[[Any, Any], object]:
     """Return a function that sets attributes of these names and types.
 
-    The function returns the values of all other attributes, or `None` if there are none. Those of
-    a key must be single values, because a newer torch may hash them.
+    The function returns the values of all other attributes, or `None` if there are none. In a dict
+    key, these must be plain scalars, because a newer torch may hash them.
     """
     known = {**required, **optional}
     needed = required.keys()
@@ -211,10 +211,10 @@ def _is_field(name: object) -> bool:
     return type(name) is str and name.isidentifier() and not name.startswith("__")
 
 
-# What `TensorProperties` has pickled since torch 2.0, in this order; 2.15 added `strides`.
+# Types of the fields of a pickled `TensorProperties` since torch 2.0, in order; 2.15 adds `strides`.
 _PROPERTIES = (torch.dtype, torch.layout, bool, _MEM_FORMAT_ENCODING, bool)
 
-# Values that this torch's own class takes; one more would be refused by its `__setstate__`.
+# Number of fields that this version of torch has; its `__setstate__` refuses more.
 _PROPERTIES_TAKEN = len(TensorProperties(torch.float32).__getstate__())
 
 
@@ -231,7 +231,9 @@ def _build_properties(target: Any, state: Any) -> object:
 
 def _kinds(state: Any) -> str:
     return (
-        ", ".join(type(one).__name__ for one in state[:8]) if type(state) is tuple else "no tuple"
+        ", ".join(type(one).__name__ for one in state[:8])
+        if type(state) is tuple
+        else "something other than a tuple"
     )
 
 
