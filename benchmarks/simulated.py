@@ -40,5 +40,5 @@ def rank_plan(rank: int, paths: Mapping[str, tuple[str, ...]], shards: Iterable[
         for fqn, offsets, sizes, shape in shards
     ]
     host = f"host{rank // RANKS_A_HOST}"
-    facts = LocalFacts(host, host, tuple(paths) if rank == 0 else None, ())
+    facts = LocalFacts(host, tuple(paths) if rank == 0 else None, ())
     return SavePlan(items, storage_data=facts, planner_data=paths)

@@ -196,3 +196,34 @@ def test_check_sees_what_it_forbids() -> None:
     }
     assert order_of("errors") < order_of("tensors.boxes") < order_of("save.commit")
     assert order_of("save.commit") < order_of("writer") < order_of("")
+
+
+@pytest.mark.parametrize("name", [one for one in module_names() if one != "save.attempt"])
+def test_nothing_of_an_attempt_is_set_from_outside(name: str) -> None:
+    targets = (
+        target
+        for node in ast.walk(tree_of(name))
+        if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign))
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+    )
+    found = [ast.unparse(inner) for target in targets for inner in ast.walk(target)]
+    assert [text for text in found if text.startswith(("attempt.", "self.attempt."))] == []
+
+
+# Where the folders before the seam hold what torch writes, or call it.
+PRIVATE_ELSEWHERE = {
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.serialization._save",
+}
+
+
+@pytest.mark.parametrize("name", [one for one in module_names() if folder_of(one) != "torch_seam"])
+def test_private_names_of_torch_are_imported_in_the_seam_alone(name: str) -> None:
+    private = {
+        one
+        for one in imports_of(name, with_types=False)
+        if one.startswith(("torch.", "concurrent."))
+        and any(part.startswith("_") for part in one.split("."))
+    }
+    assert private <= PRIVATE_ELSEWHERE

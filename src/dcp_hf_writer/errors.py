@@ -7,6 +7,7 @@
     │   ├── SpecError                          a LoadSpec does not fit its tensor
     │   ├── LayoutError                        names, dtypes or sizes that the format cannot hold
     │   └── MismatchError                      a checkpoint does not fit what it is loaded into
+    ├── UnsupportedTorchError (RuntimeError)   torch does not give what a check needs; refused
     ├── StagingError (RuntimeError)            the host copy could not be taken
     │   └── StagingBusyError                   an earlier save still uses the memory for it
     ├── StorageError (OSError)                 the storage refused an operation
@@ -19,7 +20,6 @@
     ├── CoverageError (RuntimeError)           reported bytes do not tile the files
     ├── CorruptCheckpointError (ValueError)    what is stored is damaged, or not what it says it is
     ├── PickledObjectError (ValueError)        a stored object cannot be loaded without running code
-    ├── StoredOnceError (RuntimeError)         torch's own reader met weights that only ours reads
     ├── SlotTimeoutError (TimeoutError)        no write slot became free in time
     ├── SaveTimeoutError (TimeoutError)        the deadline of the save passed
     │   └── RankLostError                      one or more ranks did not answer
@@ -131,6 +131,10 @@ class MismatchError(PlanningError):
     """A checkpoint does not fit the state dict that it is loaded into; nothing was read."""
 
 
+class UnsupportedTorchError(CheckpointError, RuntimeError):
+    """This torch does not give what a check needs; nothing was published, or loaded."""
+
+
 class StagingError(CheckpointError, RuntimeError):
     """The host copy of the state dict could not be taken."""
 
@@ -177,10 +181,6 @@ class CorruptCheckpointError(CheckpointError, ValueError):
 
 class PickledObjectError(CheckpointError, ValueError):
     """A stored object cannot be loaded without running code that the checkpoint names."""
-
-
-class StoredOnceError(CheckpointError, RuntimeError):
-    """torch's own reader met weights that are stored once, which only `HFDualReader` can read."""
 
 
 class SlotTimeoutError(CheckpointError, TimeoutError):

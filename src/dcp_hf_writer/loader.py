@@ -15,7 +15,7 @@ from dcp_hf_writer.load.checkpoint_half import find_place, open_hf_source
 from dcp_hf_writer.load.exchange import Reading
 from dcp_hf_writer.load.hf_blocks import load_blocks
 from dcp_hf_writer.load.hf_source import Block, Findings, HFSource
-from dcp_hf_writer.load.mismatches import flat_tensors
+from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.hf_export import specs_by_name
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
 from dcp_hf_writer.staging.memory_identity import memory_identity

@@ -18,7 +18,7 @@ from dcp_hf_writer.load.mismatches import check_blocks, has_methods_of, plans_al
 from dcp_hf_writer.load.planned_load import DCPLoad, HFLoad, Load, LoadOptions
 from dcp_hf_writer.mapping.hf_export import specs_by_name
 from dcp_hf_writer.preflight.writer_options import one_of
-from dcp_hf_writer.torch_seam.frames import current_load_planner, loaded_state_dict
+from dcp_hf_writer.torch_seam.frames import TorchLoad, find_load, other_planner, unknown_load
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -141,11 +141,11 @@ class HFDualReader(StorageReader):
         """
         self._forget()
         rank = kwargs.get("rank")
-        planner, state_dict = current_load_planner(), loaded_state_dict()
+        torch_load = self._thread.torch_load = find_load()
         try:
-            load = self._begin(state_dict, rank)
+            load = self._begin(None if torch_load is None else torch_load.given, rank)
         except CheckpointError as error:
-            if planner is None or (rank is None and self._has_rank_metadata()):
+            if torch_load is None or (rank is None and self._has_rank_metadata()):
                 raise
             self._thread.failed = error
             return Metadata({}, planner_data={}, storage_data={})
@@ -173,13 +173,14 @@ class HFDualReader(StorageReader):
         """Check that all that is loaded is there.
 
         Raises:
+            UnsupportedTorchError: If the load, or its planner, cannot be found.
             MismatchError: Listing all that is not, or is something else.
             CheckpointError: What `read_metadata` found wrong.
         """
         failed = getattr(self._thread, "failed", None)
         if failed is not None:
             raise failed
-        self._current().check(current_load_planner())
+        self._current().check(self._torch_load().planner, self._torch_load().given)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Check that blocks are planned as what they are.
@@ -192,8 +193,8 @@ class HFDualReader(StorageReader):
         Raises:
             PlanningError: If a rank holds several blocks of a tensor that are planned as one.
         """
-        planner = current_load_planner()
-        check_blocks(plan, planner, self._options.specs, key=self._options.key)
+        planner, given = self._torch_load().planner, self._torch_load().given
+        check_blocks(plan, planner, given, self._options.specs, key=self._options.key)
         steps = ("prepare_local_plan", "prepare_global_plan", "read_data")
         if not plans_alone(planner) or not has_methods_of(HFDualReader, self, *steps):
             return plan
@@ -210,6 +211,8 @@ class HFDualReader(StorageReader):
         Raises:
             CheckpointError: If something cannot be read, or may not be.
         """
+        if self._torch_load().planner is not planner:
+            raise other_planner("load")
         items = getattr(self._thread, "items", None)
         if items is not None:
             plan = replace(plan, items=items)
@@ -230,9 +233,16 @@ class HFDualReader(StorageReader):
             )
         return load
 
+    def _torch_load(self) -> TorchLoad:
+        found: TorchLoad | None = getattr(self._thread, "torch_load", None)
+        if found is None:
+            raise unknown_load()
+        return found
+
     def _forget(self) -> None:
         load: Load | None = getattr(self._thread, "load", None)
         self._thread.load = self._thread.failed = self._thread.items = None
+        self._thread.torch_load = None
         if load is not None:
             load.close()
 

@@ -20,31 +20,32 @@ from dcp_hf_writer.errors import (
     PlanningError,
     SaveAbortedError,
     SaveTimeoutError,
-    StagingError,
 )
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.plan import global_plan
 from dcp_hf_writer.plan.global_plan import RankPlan
 from dcp_hf_writer.preflight import writer_options
+from dcp_hf_writer.preflight.drifted_ties import untrue_tie
 from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
-from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts, note_memory
+from dcp_hf_writer.preflight.rank_facts import check_facts, check_reported_facts, local_facts
 from dcp_hf_writer.save import coordinator, export_assets
 from dcp_hf_writer.save.async_stager import SlabStager
-from dcp_hf_writer.save.attempt import Attempt, register
+from dcp_hf_writer.save.begin_save import begin_save
+from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
 from dcp_hf_writer.save.checksums import add_checksums
 from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
-from dcp_hf_writer.save.failure_explanations import guard_save
-from dcp_hf_writer.save.hf_half import MAX_BOUNCE_NBYTES
 from dcp_hf_writer.save.joined_save import planned_directory
-from dcp_hf_writer.save.rendezvous import Announcement, next_count, rendezvous_of
+from dcp_hf_writer.save.rendezvous import MEETING, Announcement
+from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
 from dcp_hf_writer.save.save_owner import new_save_id
 from dcp_hf_writer.save.write_phase import WritePhase, export_error, take_reports
+from dcp_hf_writer.staging.staged_state_dict import refuse_failed
 from dcp_hf_writer.storage.posix_outputs import write_errors
 from dcp_hf_writer.storage.write_slots import WriteSlots
-from dcp_hf_writer.torch_seam import plan_cache
-from dcp_hf_writer.torch_seam.frames import current_planner, current_staged, gathered_plans
+from dcp_hf_writer.torch_seam.frames import Planned, find_save, other_planner
+from dcp_hf_writer.torch_seam.plan_cache import PLAN_CACHE, is_from_cache, whole_plans
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
     from dcp_hf_writer.preflight.explanation import Explanation
+    from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.staging.stager import StagingMode
 
 _log = logging.getLogger(__name__)
@@ -148,9 +150,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 self.path = writer_options.local_path(checkpoint_id)
         except CheckpointError:
             # No attempt will give the staged copy back, as there will be none.
-            staged = current_staged()
-            if staged is not None and staged.lease is not None:
-                staged.lease.release()
+            self._give_back_staged()
             raise
 
     @property
@@ -170,32 +170,14 @@ class HFDualWriter(StorageWriter, SlabStager):
     def storage_meta(self) -> StorageMeta:
         """Begin a save; torch calls this first, in the thread that runs it."""
         self._wait_for_earlier_save()
-        staged = current_staged()
-        handover = None if staged is None else staged.handover
-        lease = None if staged is None else staged.lease
-        if lease is not None and not lease.is_active:
-            msg = "the staged copy was given back before its save began"
-            raise StagingError(msg, path=self.path, hint="save what async_save staged, once")
-        attempt = Attempt(
-            self.path,
-            deadline=time.monotonic() + self.timeout_s if handover is None else handover.deadline,
-            staged=None if handover is None else handover.info,
-            lease=lease,
+        self._attempt = attempt = begin_save(
+            self.path, timeout_s=self.timeout_s, give_back=self._give_back_staged
         )
-        attempt.staging_error = None if handover is None else handover.error
-        if lease is not None:
-            lease.bind(attempt.thread)
-        if attempt.staged is not None:
-            attempt.seconds["stage"] = attempt.staged.stall_s
-            attempt.seconds["stage wait"] = attempt.staged.waited_s
-        register(attempt)
-        self._attempt = attempt
-        guard_save(attempt)
         return StorageMeta(checkpoint_id=attempt.target)
 
     def _wait_for_earlier_save(self) -> None:
         earlier = self._attempt
-        if earlier is not None and earlier.thread is not threading.current_thread():
+        if earlier is not None and earlier.context.thread is not threading.current_thread():
             earlier.wait_until_over()
 
     def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **kwargs: Any) -> None:  # noqa: FBT001 - torch's
@@ -204,23 +186,22 @@ class HFDualWriter(StorageWriter, SlabStager):
         Raises:
             ConfigError: If the save is asked to do without collectives.
         """
-        if not kwargs.get("use_collectives", True):
-            msg = "use_collectives=False is not supported"
-            raise ConfigError(
-                msg,
-                phase="plan",
-                expected="one coordinated plan, which the offsets in the files follow from",
-                hint="drop use_collectives=False; a rank alone saves with no_dist=True",
-            )
+        writer_options.check_collectives(is_used=kwargs.get("use_collectives", True))
         attempt = self._current()
-        attempt.is_coordinator = is_coordinator
-        attempt.rank = int(kwargs.get("rank", 0))
-        if attempt.staging_error is not None:
-            raise attempt.staging_error
-        attempt.rendezvous = rendezvous_of(self.process_group)
-        attempt.count = next_count()
-        attempt.post("plan")
-        plan_cache.begin_plan(note_memory(attempt, current_planner()))
+        if attempt.context.refusal is not None:
+            attempt.end()
+            raise attempt.context.refusal
+        save = find_save()
+        view = RankView.of(Planned.of(save.planner, save.given), attempt.context.staged)
+        attempt.see(view)
+        member = Membership(
+            rank=int(kwargs.get("rank", 0)),
+            is_coordinator=is_coordinator,
+            rendezvous=MEETING.rendezvous_of(self.process_group),
+            count=MEETING.next_count(),
+        )
+        attempt.enter(member)
+        PLAN_CACHE.begin_plan(view.tied())
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Attach to DCP's plan what only this rank knows.
@@ -228,13 +209,23 @@ class HFDualWriter(StorageWriter, SlabStager):
         Raises:
             PlanningError: If the plan leaves out what this rank holds, so that DCP would lose it.
         """
+        attempt = self._current()
+        refuse_failed(item.index.fqn for item in plan.items)
+        PLAN_CACHE.check_sent(plan)
         facts = local_facts(
             plan,
-            current_planner(),
-            attempt=self._current(),
+            attempt.view,
+            target=attempt.target,
+            is_coordinator=attempt.member.is_coordinator,
             export=self.export,
             group=self.process_group,
         )
+        if self.export is not None:
+            view = attempt.view
+            error = untrue_tie(view.planned, self.export, view.memory, rank=attempt.rank)
+            if error is not None:
+                attempt.leave_out_export(error)
+        attempt.send(SentFacts(facts.stamp, None if plan.usable else facts.samples))
         reach("local plan")
         return replace(plan, storage_data=facts)
 
@@ -248,11 +239,12 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt = self._current()
         attempt.check()
         if len(plans) == 1:
-            attempt.rendezvous = None
-        attempt.world_size = len(plans)
+            attempt.save_alone()
         export, assets = self._export_of(attempt)
-        whole = plan_cache.whole_plans(plans, current_planner())
-        check_facts(gathered_plans() or plans, whole)
+        whole = whole_plans(plans, attempt.view.planned.planner)
+        is_cached = is_from_cache(whole)
+        if not is_cached:
+            check_facts(whole)
         known, result = self._plan(whole, export, assets)
         if known.layout is not None and export is not None and assets is not None:
             coordinator.check_names(known.layout, assets, export)
@@ -268,10 +260,11 @@ class HFDualWriter(StorageWriter, SlabStager):
                 raise
         if not is_ready:
             known, result = self._plan(whole, None, None)
-        attempt.global_plan = known
-        if attempt.rendezvous is not None:
-            announcement = Announcement(directory.save_id, known.plan_id, len(plans), attempt.count)
-            attempt.rendezvous.announce(attempt.target, announcement)
+        attempt.plan(known, are_facts_checked=not is_cached)
+        member = attempt.member
+        if member.rendezvous is not None:
+            announcement = Announcement(directory.save_id, known.plan_id, len(plans), member.count)
+            member.rendezvous.announce(attempt.target, announcement)
         return plans if result is None else result
 
     def _plan(
@@ -282,7 +275,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             file_of_key = None if assets is None else assets.file_of_key
             options = global_plan.options_fingerprint(export, file_of_key)
             options += f" {type(self.dcp_writer).__qualname__} {self.weights}"
-            known = plan_cache.delivered(whole, options)
+            known = PLAN_CACHE.delivered(whole, options)
             if known is not None:
                 return known, None
             known = global_plan.plan_globally(
@@ -300,7 +293,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         try:
             return self.export, export_assets.assets_of(self.export)
         except ExportError as error:
-            attempt.export_error = error
+            attempt.leave_out_export(error)
             return None, None
 
     def _prepare_dcp(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -317,6 +310,8 @@ class HFDualWriter(StorageWriter, SlabStager):
             CheckpointError: If the DCP half failed on this rank, or the save was given up.
         """
         attempt = self._current()
+        if attempt.view.planned.planner is not planner:
+            raise other_planner("save", rank=attempt.rank)
         own = plan.storage_data
         if not isinstance(own, RankPlan):
             msg = "DCP handed out a plan that HFDualWriter did not make"
@@ -327,12 +322,12 @@ class HFDualWriter(StorageWriter, SlabStager):
                 found=type(own).__name__,
                 hint="with enable_plan_caching, use a planner that no other writer has used",
             )
-        attempt.seconds.setdefault("plan", time.monotonic() - attempt.began)
+        attempt.seconds.setdefault("plan", time.monotonic() - attempt.context.began)
         try:
             directory = planned_directory(attempt, own)
             attempt.post("write")
             directory.check_visible(rank=attempt.rank)
-            global_plan.check_tied(own.tied, attempt.memory, rank=attempt.rank)
+            global_plan.check_tied(own.tied, attempt.view.memory, rank=attempt.rank)
             results = WritePhase(
                 attempt=attempt,
                 directory=directory,
@@ -342,14 +337,14 @@ class HFDualWriter(StorageWriter, SlabStager):
                 dcp_writer=self.dcp_writer,
                 slots=self.slots,
                 subdir=self._subdir,
-                bounce_nbytes=min(MAX_BOUNCE_NBYTES, self.host_budget_bytes // 4),
+                bounce_nbytes=bounce_nbytes_of(self.host_budget_bytes),
             ).run()
-            plan_cache.settle_plan(attempt.global_plan)
+            PLAN_CACHE.settle_plan(attempt.global_plan)
             attempt.check()
             reach("before report")
         except BaseException:
             attempt.post("failed")
-            if attempt.rendezvous is None:
+            if attempt.member.rendezvous is None:
                 attempt.end()
             raise
         attempt.post("written")
@@ -366,7 +361,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             ExportError: If the DCP half was committed and the export failed.
         """
         attempt = self._current()
-        attempt.phase = "finish"
+        attempt.begin_finish()
         plan, directory = self._planned(attempt), attempt.directory
         if directory is None:
             msg = "the save was not prepared"
@@ -375,6 +370,8 @@ class HFDualWriter(StorageWriter, SlabStager):
         try:
             attempt.check()
             plain, reports = take_reports(results)
+            if not attempt.are_facts_checked:
+                check_reported_facts(plan.plans, reports)
             errors = [r.export_error for r in reports if r.export_error is not None]
             error = attempt.export_error or (errors[0] if errors else None)
             if error is None:
@@ -417,7 +414,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         except OSError as error:
             path = os.path.join(directory.path, self._subdir)
             return export_error(error, rank=attempt.rank, path=path)
-        attempt.whole_files.append(file)
+        attempt.add_whole_files(file)
         return None
 
     def _finish_dcp(
@@ -432,6 +429,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             writer = SlabFileSystemWriter(directory.path, checkpoint_id=directory.target)
             writer.set_up_storage_writer(True, rank=attempt.rank, use_collectives=True)
         with attempt.timed("metadata"), write_errors(directory.path):
+            coordinator.share_text(results)
             writer.finish(metadata, results)
 
     def explain(
@@ -485,7 +483,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         if self.export is not None and read is not None:
             state["_assets"] = read
             state["export"] = export_assets.without_objects(self.export)
-        for name in ("process_group", "_copies", "_attempt"):
+        for name in ("process_group", "_copies", "_lease", "_attempt"):
             state[name] = None
         return state
 

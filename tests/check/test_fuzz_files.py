@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, verify
 from dcp_hf_writer.errors import CheckpointError, CorruptCheckpointError
 from dcp_hf_writer.formats.parse_dcp_metadata import parse_metadata
+from support import once_forms
 from support.audit import MANIFEST_NAME
 from support.checkpoints import encoded, sign
 from support.compare import INDEX_NAME, tensor_difference
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
 
 STEP = 3
 TARGETS = ("manifest", "header", "index", "metadata", "data")
+# Of a checkpoint whose weights are stored once, in the forms that its metadata has had.
+ONCE = tuple(once_forms.FORMS)
 
 # One example takes about 20 ms; a busy machine may take long.
 DEADLINE = timedelta(seconds=20)
@@ -58,6 +61,24 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     writer = HFDualWriter(directory, export=export)
     dcp.async_save(state_of(STEP), storage_writer=writer, no_dist=True).result()
     return directory
+
+
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Return a checkpoint whose weights are stored once, in each form."""
+    root = tmp_path_factory.mktemp("fuzz once")
+    export = HFExport(max_shard_size=150, assets={"config.json": b"{}"})
+    writer = HFDualWriter(root / "saved", export=export, weights="once")
+    dcp.async_save(state_of(STEP), storage_writer=writer, no_dist=True).result()
+    metadata = parse_metadata((root / "saved" / ".metadata").read_bytes(), path=".metadata")
+    for form in ONCE:
+        shutil.copytree(root / "saved", root / form)
+        data = once_forms.dumps(once_forms.in_form(form, metadata))
+        (root / form / ".metadata").write_bytes(data)
+        sign(root / form, ".metadata")
+        assert verify(root / form).ok
+        assert load(root / form, "dcp", is_verified=True) is None
+    return {form: root / form for form in ONCE}
 
 
 # -- what is spoiled -------------------------------------------------------------------------------
@@ -239,6 +260,20 @@ def test_spoiled_file_is_refused_or_read(
     run()
 
 
+@pytest.mark.parametrize("form", ONCE)
+def test_spoiled_metadata_of_weights_stored_once_is_refused_or_read(
+    saved_once: dict[str, Path], tmp_path_factory: pytest.TempPathFactory, form: str
+) -> None:
+    work = tmp_path_factory.mktemp("work")
+
+    @settings(max_examples=100, deadline=DEADLINE, suppress_health_check=CHECKS)
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        check_example(data, saved_once[form], work, "metadata")
+
+    run()
+
+
 # -- what fuzzing has found ------------------------------------------------------------------------
 
 
@@ -273,14 +308,18 @@ def check_stream(data: bytes) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_ten_thousand_spoiled_files_are_refused_or_read(
-    saved: Path, tmp_path_factory: pytest.TempPathFactory
+    saved: Path, saved_once: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     work = tmp_path_factory.mktemp("work")
 
     @settings(max_examples=10_000, deadline=DEADLINE, suppress_health_check=CHECKS, database=None)
     @given(st.data())
     def run(data: st.DataObject) -> None:
-        check_example(data, saved, work, data.draw(st.sampled_from(TARGETS)))
+        target = data.draw(st.sampled_from(TARGETS + ONCE))
+        if target in ONCE:
+            check_example(data, saved_once[target], work, "metadata")
+        else:
+            check_example(data, saved, work, target)
 
     run()
 

@@ -30,10 +30,10 @@ from torch.distributed.checkpoint.metadata import (
 
 from dcp_hf_writer import HFDualWriter
 from dcp_hf_writer.errors import CorruptCheckpointError
+from dcp_hf_writer.formats import stored_once_places
 from dcp_hf_writer.formats.parse_dcp_metadata import parse_metadata
 from dcp_hf_writer.formats.restricted_unpickle import unpickle
-from dcp_hf_writer.plan.stored_once import StoredOnce, StoredPart
-from dcp_hf_writer.tensors.strided_copies import Copy, Loop
+from support.once_forms import Copy, Loop, StoredOnce, StoredPart, dumps, pickled_once
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -76,13 +76,13 @@ def test_metadata_is_read_as_pickle_reads_it(protocol: int) -> None:
     assert parse(pickle.dumps(wanted, protocol)) == wanted
 
 
-def test_weights_stored_once_are_read_as_pickle_reads_them() -> None:
+def test_weights_stored_once_by_earlier_versions_are_read_as_pickle_reads_them() -> None:
     copy = Copy((0, 1), (0, 0), (Loop(2, 0, 1, 0, 1), Loop(2, 1, 2, 1, 1)))
     part = StoredPart("hf/model.safetensors", "w", 80, "BF16", (2, 4), (copy,))
     once = StoredOnce((part,))
     wanted = metadata(storage_data={MetadataIndex("model.w", (0, 0)): once})
-    (found,) = (parse(pickle.dumps(wanted)).storage_data or {}).values()
-    assert found == once
+    (found,) = (parse(dumps(wanted)).storage_data or {}).values()
+    assert pickled_once(found) == once
 
 
 def test_every_field_of_what_torch_writes_is_read(tmp_path: Path) -> None:
@@ -296,7 +296,22 @@ def changed(**changes: Any) -> Metadata:
     return metadata(**changes)
 
 
+GEOMETRY = '["F32",[2],[[[0],[0],[[2,0,1,0,1]]]]]'
+
+
+def texts(*descriptors: Any, first: Any = stored_once_places.FORMAT) -> Any:
+    """Return the storage data of a chunk that is stored once, from text that may be wrong."""
+    return _StorageInfo(stored_once_places.NOTICE, 0, 8, (first, *descriptors))
+
+
 BAD_METADATA = {
+    "places by descriptors that are no text": {
+        "storage_data": {MetadataIndex("w"): texts("f", "w", 0, GEOMETRY)}
+    },
+    "places by too few descriptors": {"storage_data": {MetadataIndex("w"): texts("f", "w", "0")}},
+    "places in a newer form": {
+        "storage_data": {MetadataIndex("w"): texts(first="stored-once@dcp_hf_writer/2")}
+    },
     "chunk beyond its tensor": {"state_dict_metadata": {"w": tensor((4,), ((2,), (3,)))}},
     "chunk of other dimensions": {"state_dict_metadata": {"w": tensor((4,), ((0, 0), (4, 1)))}},
     "tensor of 2^63 bytes": {"state_dict_metadata": {"w": tensor((1 << 31, 1 << 32))}},
@@ -353,7 +368,7 @@ BAD_METADATA = {
 @pytest.mark.parametrize("name", BAD_METADATA)
 def test_metadata_that_cannot_be_is_refused(name: str) -> None:
     with pytest.raises(CorruptCheckpointError) as caught:
-        parse(pickle.dumps(metadata(**BAD_METADATA[name])))
+        parse(dumps(metadata(**BAD_METADATA[name])))
     assert "/ckpt/.metadata" in str(caught.value)
 
 
@@ -400,7 +415,10 @@ def test_fuzzed_metadata_is_read_or_refused(count: int) -> None:
     seeds = [
         pickle.dumps(metadata(), 2),
         pickle.dumps(metadata(), 4),
-        pickle.dumps(metadata(storage_data={MetadataIndex("w"): once}), 4),
+        dumps(metadata(storage_data={MetadataIndex("w"): once}), 4),
+        pickle.dumps(
+            metadata(storage_data={MetadataIndex("w"): texts("f", "w", "0", GEOMETRY)}), 4
+        ),
     ]
     refused = 0
     for n in range(count):

@@ -17,7 +17,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dcp_hf_writer import HFDualReader, HFDualWriter, load_hf
+from dcp_hf_writer import HFDualReader, HFDualWriter, load_hf, verify
 from dcp_hf_writer.errors import (
     CheckpointError,
     CorruptCheckpointError,
@@ -25,8 +25,9 @@ from dcp_hf_writer.errors import (
     PickledObjectError,
     ReadError,
 )
-from dcp_hf_writer.plan.stored_once import StoredOnce
+from dcp_hf_writer.formats.parse_dcp_metadata import parse_metadata
 from dcp_hf_writer.tensors.strided_copies import Copy
+from support import once_forms
 from support.small_states import spoil, state_of
 
 if TYPE_CHECKING:
@@ -317,6 +318,25 @@ def test_what_is_no_file_is_refused_at_once(made: Callable[..., Path], kind: str
         load(path)
 
 
+@pytest.mark.parametrize("name", ["many", "nested"])
+def test_descriptors_without_end_are_refused_at_once(made: Callable[..., Path], name: str) -> None:
+    path = made()
+    nested: Any = ()
+    for _ in range(60):
+        nested = (nested, nested)
+    descriptors = {"many": ("x" * 100,) * 100_000, "nested": (nested,)}[name]
+
+    def change(metadata: Any) -> None:
+        for index, info in metadata.storage_data.items():
+            metadata.storage_data[index] = replace(info, transform_descriptors=descriptors)
+
+    change_metadata(path, change)
+    with pytest.raises(CorruptCheckpointError) as caught:
+        load(path)
+    assert len(str(caught.value)) < 2000
+    assert len(str(verify(path))) < 100_000
+
+
 def of_embed(metadata: Any) -> tuple[MetadataIndex, Any]:
     return next(one for one in metadata.storage_data.items() if one[0].fqn == "model.embed")
 
@@ -427,27 +447,35 @@ def test_strange_archive_is_read_by_torch_or_refused(tmp_path: Path, name: str) 
         load(tmp_path / "x", target)
 
 
-@pytest.mark.parametrize("change", ["beyond", "missing", "outside", "climbing"])
+@pytest.mark.parametrize("form", once_forms.FORMS)
+@pytest.mark.parametrize("change", ["none", "beyond", "missing", "outside", "climbing", "absolute"])
 def test_weights_stored_once_in_places_that_cannot_be_are_refused(
-    made: Callable[..., Path], change: str
+    made: Callable[..., Path], change: str, form: str
 ) -> None:
     path = made(weights="once")
-
-    def move(metadata: Any) -> None:
-        index, once = of_embed(metadata)
-        (part,) = once.parts
-        (copy,) = part.copies
-        parts = {
-            "beyond": replace(part, start=part.start + (1 << 40)),
-            "missing": replace(part, copies=()),
-            "outside": replace(part, copies=(Copy(copy.hf_start, (1, 0), copy.loops),)),
-            "climbing": replace(part, path="../outside.safetensors"),
-        }
-        metadata.storage_data[index] = StoredOnce((parts[change],))
-
-    change_metadata(path, move)
+    file = path / ".metadata"
+    metadata = parse_metadata(file.read_bytes(), path=str(file))
+    index, once = of_embed(metadata)
+    (part,) = once.parts
+    (copy,) = part.copies
+    outside_of_chunk = Copy(copy.hf_start, (1, 0), copy.loops)
+    other = shutil.copy(path / part.path, path.parent / "outside.safetensors")
+    parts = {
+        "none": part,
+        "beyond": replace(part, start=part.start + (1 << 40)),
+        "missing": replace(part, copies=()),
+        "outside": replace(part, copies=(outside_of_chunk,)),
+        "climbing": replace(part, path="../outside.safetensors"),
+        "absolute": replace(part, path=str(other)),
+    }
+    metadata.storage_data[index] = replace(once, parts=(parts[change],))
+    file.write_bytes(once_forms.dumps(once_forms.in_form(form, metadata)))
+    if change == "none":
+        load(path)
+        return
     with pytest.raises((CorruptCheckpointError, ReadError)):
         load(path)
+    assert not verify(path).ok
 
 
 def test_target_of_another_shape_than_planned_is_refused(made: Callable[..., Path]) -> None:

@@ -69,7 +69,7 @@ def plan_of(
 ) -> SavePlan:
     """Make the plan of one rank; FQNs are paths, split at their first dot."""
     paths = {item.index.fqn: tuple(item.index.fqn.split(".", 1)) for item in items}
-    facts = LocalFacts(host, host, None if order is None else tuple(order), tuple(tied))
+    facts = LocalFacts(host, None if order is None else tuple(order), tuple(tied))
     return SavePlan(list(items), storage_data=facts, planner_data=paths)
 
 
@@ -153,10 +153,15 @@ def test_plan_of_another_writer_is_refused() -> None:
         ([[], [("model.a", "model.b")]], {"b": "a"}),
         ([[("model.a", "model.b", "model.c")]], {"b": "a", "c": "a"}),
         ([[("model.a", "model.b")], [("model.b", "model.c")]], {"b": "a", "c": "a"}),
+        ([[("model.a", "model.c")], [("model.b", "model.c")]], {"b": "a", "c": "a"}),
+        ([[("model.b", "model.c")], [("model.a", "model.c")]], {"b": "a", "c": "a"}),
         ([[("optim.x", "model.a")]], {}),
         ([[("optim.x", "model.b", "model.c")]], {"c": "b"}),
     ],
-    ids=["pair", "other order", "other rank", "three", "two ranks", "no model", "beside model"],
+    ids=[
+        *("pair", "other order", "other rank", "three", "two ranks", "last in both", "last first"),
+        *("no model", "beside model"),
+    ],
 )
 def test_first_name_of_tied_tensors_is_kept(
     found: list[list[tuple[str, ...]]], dropped: dict[str, str]
@@ -171,7 +176,40 @@ def test_first_name_of_tied_tensors_is_kept(
     assert plan.layout is not None
     assert plan.layout.tied == dropped
     assert keys_in_order(plan) == sorted({"a", "b", "c"} - dropped.keys())
-    assert dict(plan.tied) == {f"model.{a}": f"model.{b}" for a, b in dropped.items()}
+    same = {name for pair in dropped.items() for name in pair}
+    assert plan.tied == ((tuple(f"model.{name}" for name in sorted(same)),) if same else ())
+
+
+def test_tie_is_stored_once_though_an_alias_keeps_its_last_name() -> None:
+    items = [write_item(f"model.{name}", (2,)) for name in "abc"]
+    specs = [LoadSpec("c", "hub.c", (2,)), LoadSpec("b", "hub.b", (2,), alias_of="hub.c")]
+    plans = [plan_of(items, tied=[("model.a", "model.b", "model.c")])]
+    export = HFExport(specs=specs)
+    plan = plan_globally(plans, export, options="options", file_of_key=None, once=True)
+    assert keys_in_order(plan) == ["hub.c"]
+    assert set(plan.once) == {"model.a", "model.b", "model.c"}
+
+
+def test_tensor_is_stored_once_by_its_own_key_where_ties_are_given() -> None:
+    items = [write_item("model.a", (2,)), write_item("model.b", (2,))]
+    plans = [plan_of(items, tied=[("model.a", "model.b")])]
+    export = HFExport(tied={})
+    plan = plan_globally(plans, export, options="options", file_of_key=None, once=True)
+    assert {fqn: [part.key for part in parts] for fqn, parts in plan.once.items()} == {
+        "model.a": ["a"],
+        "model.b": ["b"],
+    }
+    # Nothing leans on the tie, so that it need not hold on every rank.
+    assert plan.tied == ()
+
+
+def test_tie_that_was_found_is_checked_where_a_dropped_tensor_is_stored_by_it() -> None:
+    items = [write_item("model.a", (2,)), write_item("model.b", (2,))]
+    plans = [plan_of(items, tied=[("model.a", "model.b")])]
+    export = HFExport(tied={"b": "a"})
+    plan = plan_globally(plans, export, options="options", file_of_key=None, once=True)
+    assert set(plan.once) == {"model.a", "model.b"}
+    assert plan.tied == (("model.a", "model.b"),)
 
 
 def test_ties_that_are_given_are_not_checked_against_memory() -> None:
@@ -183,18 +221,26 @@ def test_ties_that_are_given_are_not_checked_against_memory() -> None:
 
 @pytest.mark.parametrize(
     ("memory", "is_right"),
-    [({"a": 1, "b": 1}, True), ({"a": 1}, True), ({}, True), ({"a": 1, "b": 2}, False)],
-    ids=["same", "nothing of one", "nothing", "different"],
+    [
+        ({"a": 1, "b": 1}, True),
+        ({"a": 1}, True),
+        ({}, True),
+        ({"a": 1, "b": 2}, False),
+        # Neither is the one that is kept.
+        ({"b": 1, "c": 2}, False),
+    ],
+    ids=["same", "nothing of one", "nothing", "different", "two that are left out"],
 )
 def test_tie_is_refused_on_a_rank_whose_memory_says_otherwise(
     memory: dict[str, int], *, is_right: bool
 ) -> None:
     if is_right:
-        check_tied([("b", "a")], memory, rank=3)
+        check_tied([("a", "b", "c")], memory, rank=3)
         return
     with pytest.raises(LayoutError, match="on some ranks only") as caught:
-        check_tied([("b", "a")], memory, rank=3)
-    assert (caught.value.rank, caught.value.fqn) == (3, "b")
+        check_tied([("a", "b", "c")], memory, rank=3)
+    assert (caught.value.rank, caught.value.phase) == (3, "write")
+    assert caught.value.fqn == list(memory)[1]
 
 
 # What each rank gets
@@ -211,7 +257,6 @@ def test_ranks_get_their_own_targets_and_their_place_on_their_host() -> None:
     found = [one.storage_data for one in prepared(plan)]
     assert [set(one.targets) for one in found] == [{"model.a"}, {"model.b"}, set(), set()]
     assert [(one.host_rank, one.host_size) for one in found] == [(0, 3), (0, 1), (1, 3), (2, 3)]
-    assert {one.world_size for one in found} == {4}
     assert {one.plan_id for one in found} == {plan.plan_id}
     assert [one.dcp for one in found] == [f"prefix {i}" for i in range(4)]
     assert plan.layout is not None

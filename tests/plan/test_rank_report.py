@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from dcp_hf_writer import HFExport, LoadSpec
 from dcp_hf_writer.errors import CoverageError, ExportError
-from dcp_hf_writer.plan.layout import RuntimeTensor, plan_layout
+from dcp_hf_writer.plan.assign_keys import RuntimeTensor
+from dcp_hf_writer.plan.layout import plan_layout
 from dcp_hf_writer.plan.rank_report import Block, DCPFile, RankReport, check_coverage
 from dcp_hf_writer.tensors.boxes import Box, whole
 from support.partitions import partitions_of
@@ -26,7 +27,7 @@ SHAPE = (6, 4)
 def layout_of(*names: str) -> Layout:
     tensors = [RuntimeTensor(name, name, SHAPE, torch.float32, (whole(SHAPE),)) for name in names]
     specs = [LoadSpec("qkv", ["q", "k", "v"], SHAPE)] if "qkv" in names else []
-    return plan_layout(tensors, HFExport(specs=specs), tied={})
+    return plan_layout(tensors, HFExport(specs=specs), tied=())
 
 
 def block(key: str, box: Box) -> Block:

@@ -22,6 +22,7 @@ from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.preflight import hand_sharded
 from dcp_hf_writer.preflight.hand_sharded import check_samples, samples_of
 from dcp_hf_writer.tensors.shards import ShardSpec
+from dcp_hf_writer.torch_seam.frames import Planned
 from dcp_hf_writer.torch_seam.planners import HFSavePlanner
 from support.expert_layouts import LAYOUTS, specs_of, state_of
 from support.rank_process import Raised
@@ -248,10 +249,20 @@ def planner_of(model: dict[str, Any]) -> DefaultSavePlanner:
     return planner
 
 
+def planned(planner: DefaultSavePlanner) -> Planned:
+    return Planned.of(planner, {})
+
+
+def planned_of(model: dict[str, Any]) -> Planned:
+    return planned(planner_of(model))
+
+
 def compared(*models: dict[str, Any]) -> None:
     """Compare models as those of ranks."""
     planners = [planner_of(model) for model in models]
-    samples = [samples_of(planner, key=None, world_size=len(models)) for planner in planners]
+    samples = [
+        samples_of(planned(planner), key=None, world_size=len(models)) for planner in planners
+    ]
     check_samples(samples, [planner.create_local_plan() for planner in planners])
 
 
@@ -318,9 +329,9 @@ def test_one_tensor_among_many_is_found() -> None:
 def test_a_sample_is_bounded_and_of_the_same_tensors_on_every_rank() -> None:
     count = hand_sharded._MAX_TENSORS + 500
     names = [f"x{i}" for i in range(count)]
-    one = samples_of(planner_of({n: torch.ones(2, 2) for n in names}), key=None, world_size=2)
+    one = samples_of(planned_of({n: torch.ones(2, 2) for n in names}), key=None, world_size=2)
     other = samples_of(
-        planner_of({n: torch.ones(2, 2) for n in reversed(names)}), key=None, world_size=2
+        planned_of({n: torch.ones(2, 2) for n in reversed(names)}), key=None, world_size=2
     )
     assert one == other
     assert len(one) == hand_sharded._MAX_TENSORS * hand_sharded._ROW.itemsize
@@ -329,12 +340,11 @@ def test_a_sample_is_bounded_and_of_the_same_tensors_on_every_rank() -> None:
 
 def test_nothing_is_sampled_where_nothing_can_differ() -> None:
     planner = planner_of({"x": torch.ones(2, 2)})
-    assert samples_of(planner, key=None, world_size=1) == b""
-    assert samples_of(None, key=None, world_size=2) == b""
+    assert samples_of(planned(planner), key=None, world_size=1) == b""
     declared = HFSavePlanner()
     declared.set_up_planner({"model": {"x": torch.ones(2, 2)}})
-    assert samples_of(declared, key=None, world_size=2) == b""
-    assert samples_of(planner_of({"x": torch.ones(4)}), key=None, world_size=2) == b""
+    assert samples_of(planned(declared), key=None, world_size=2) == b""
+    assert samples_of(planned_of({"x": torch.ones(4)}), key=None, world_size=2) == b""
 
 
 def test_entries_that_are_no_model_are_compared_when_no_model_is_known() -> None:
@@ -342,5 +352,7 @@ def test_entries_that_are_no_model_are_compared_when_no_model_is_known() -> None
     for state in ({"actor": {"x": tensor("x", 3, 3)}, "critic": {"y": tensor("y", 3, 3)}},):
         planner = DefaultSavePlanner()
         planner.set_up_planner({**state, "optim": {"z": tensor("z", 3, 3)}})
-        rows = np.frombuffer(samples_of(planner, key=None, world_size=2), hand_sharded._ROW)
+        rows = np.frombuffer(
+            samples_of(planned(planner), key=None, world_size=2), hand_sharded._ROW
+        )
         assert len(rows) == 2

@@ -66,6 +66,17 @@ def test_other_values_cost_the_export_and_not_the_checkpoint(
     assert torch.equal(found["model"]["head"], drifted())
 
 
+def test_tie_that_names_keys_of_the_export_is_compared_as_well(tmp_path: Path) -> None:
+    specs = [LoadSpec("embed", "hub.embed", SHAPE), LoadSpec("head", "hub.head", SHAPE)]
+    export = HFExport(specs=specs, tied={"hub.head": "hub.embed"})
+    state = {"model": {"embed": embed(), "head": drifted()}}
+    future = dcp.async_save(
+        state, storage_writer=HFDualWriter(tmp_path / "one", export=export), no_dist=True
+    )
+    with pytest.raises(ExportError, match=r"model\.head.*'model\.embed'"):
+        future.result()
+
+
 def test_nothing_is_published_when_the_export_alone_would_hold_the_weights(tmp_path: Path) -> None:
     state = {"model": {"embed": embed(), "head": drifted()}}
     writer = HFDualWriter(tmp_path / "one", export=ALIAS, weights="once")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from dcp_hf_writer.errors import CommitError, NodeLocalPathError, TargetExistsError, WriteError
+from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
 from dcp_hf_writer.save import commit
-from dcp_hf_writer.save.commit import MANIFEST_NAME, StagingDirectory, check_target
+from dcp_hf_writer.save.commit import StagingDirectory, check_target
 from dcp_hf_writer.save.save_owner import Owner, is_over_here, new_save_id
 from dcp_hf_writer.storage.linux_calls import UnsupportedCallError
 

@@ -25,7 +25,8 @@ from dcp_hf_writer.errors import (
     TargetExistsError,
     WriteError,
 )
-from dcp_hf_writer.plan.layout import Layout, RuntimeTensor, plan_layout
+from dcp_hf_writer.plan.assign_keys import RuntimeTensor
+from dcp_hf_writer.plan.layout import Layout, plan_layout
 from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
 from dcp_hf_writer.save import coordinator, save_owner
 from dcp_hf_writer.save.attempt import Attempt
@@ -41,6 +42,7 @@ from dcp_hf_writer.save.coordinator import (
     step_of,
 )
 from dcp_hf_writer.save.export_assets import Assets
+from dcp_hf_writer.save.save_context import SaveContext
 from dcp_hf_writer.save.save_owner import is_over_here, new_save_id
 from dcp_hf_writer.storage.posix_outputs import COHERENT
 from dcp_hf_writer.tensors.boxes import whole
@@ -116,7 +118,7 @@ def test_save_from_several_hosts_is_refused_on_every_rank_and_names_the_way_out(
 
 def layout_of(*names: str, **options: Any) -> Layout:
     tensors = [RuntimeTensor(name, name, (10,), torch.float32, (whole((10,)),)) for name in names]
-    return plan_layout(tensors, HFExport(**options), tied={})
+    return plan_layout(tensors, HFExport(**options), tied=())
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
@@ -153,7 +155,7 @@ def test_step_is_read_off_the_end_of_the_name(target: str, step: int | None) -> 
 @contextlib.contextmanager
 def made(target: Path) -> Iterator[tuple[Attempt, Path]]:
     """Make the directory of a save, and end the save with the block."""
-    attempt = Attempt(str(target), deadline=time.monotonic() + 60, staged=None, lease=None)
+    attempt = Attempt(SaveContext(str(target), time.monotonic() + 60))
     directory = StagingDirectory(str(target), new_save_id())
     make_directory(directory, overwrite=False, attempt=attempt)
     try:

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from dcp_hf_writer import HFDualWriter, HFExport, failpoints
 from dcp_hf_writer.errors import CommitError, ConfigError, StagingError, WriteError
+from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
 from dcp_hf_writer.save import commit
-from dcp_hf_writer.save.commit import MANIFEST_NAME, StagingDirectory
+from dcp_hf_writer.save.commit import StagingDirectory
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

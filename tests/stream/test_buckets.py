@@ -17,7 +17,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from dcp_hf_writer import HFExport, LoadSpec
 from dcp_hf_writer.errors import SpecError
 from dcp_hf_writer.mapping.load_spec import Piece, ShardSpec
-from dcp_hf_writer.plan.layout import RuntimeTensor, plan_layout
+from dcp_hf_writer.plan.assign_keys import RuntimeTensor
+from dcp_hf_writer.plan.layout import plan_layout
 from dcp_hf_writer.stream.buckets import LOCAL, Bucket, Chain, Held, fill_buckets, hf_tensors
 from dcp_hf_writer.stream.gather_steps import Gather, plan_steps, wire_dtype
 from dcp_hf_writer.stream.held_shards import _cuts
@@ -214,7 +215,7 @@ class Stream:
             for w in self.weights
         ]
         export = HFExport(specs=[w.spec for w in self.weights], dtype=self.dtype)
-        layout = plan_layout(tensors, export, tied={})
+        layout = plan_layout(tensors, export, tied=())
         held = [w.held(self.kept if w.mesh == self.meshes[0] else None) for w in self.weights]
         found = hf_tensors(held, layout.targets, preserve="kept")
         place = None if self.kept is None else self.meshes[0].coordinate(rank)[self.kept]
@@ -579,7 +580,7 @@ def moves_of(stream: Stream) -> tuple[Move, ...]:
 def test_tensor_without_elements_is_yielded() -> None:
     held = Held("none", (0, 5), torch.float32, LOCAL, (((),),))
     runtime = RuntimeTensor("none", "none", (0, 5), torch.float32, (whole((0, 5)),))
-    layout = plan_layout([runtime], HFExport(), tied={})
+    layout = plan_layout([runtime], HFExport(), tied=())
     tensors = hf_tensors([held], layout.targets, preserve=None)
     (bucket,) = fill_buckets(tensors, place=None, limit_nbytes=10)
     assert [(one.key, one.shape, one.nbytes) for one in bucket.tensors] == [("none", (0, 5), 0)]

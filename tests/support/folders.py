@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "dcp_hf_writer"
 DESIGN = ROOT / "docs" / "design.md"
 
-LEAVES = ("errors", "failpoints")
+LEAVES = ("errors", "excerpts", "failpoints")
 """Modules at the top that every other may import; they import none."""
 
 FOLDERS = (
-    *("tensors", "mapping", "formats", "storage", "plan", "digests", "staging", "torch_seam"),
+    *("tensors", "mapping", "formats", "storage", "plan", "digests", "torch_seam", "staging"),
     *("save", "preflight", "load", "stream", "check", "integrations"),
 )
 """A module may import from its own folder and from those before it."""

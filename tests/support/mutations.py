@@ -6,11 +6,14 @@ import json
 import pickle
 import pickletools
 import struct
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import MetadataIndex
+
+from support import once_forms
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -120,11 +123,11 @@ def _is_cyclic(value: Any) -> bool:
 @st.composite
 def spoiled_metadata(draw: st.DrawFn, content: bytes) -> bytes:
     """Draw a pickle of DCP's metadata like another one, but for a few places of its objects."""
-    metadata: Metadata = pickle.loads(content)
+    metadata: Metadata = once_forms.loads(content)
     for _ in range(draw(st.integers(1, 3))):
         act = draw(st.sampled_from(_ACTS))
         act(draw, metadata)
-    data = pickle.dumps(metadata, protocol=draw(st.integers(0, pickle.HIGHEST_PROTOCOL)))
+    data = once_forms.dumps(metadata, draw(st.integers(0, pickle.HIGHEST_PROTOCOL)))
     return draw(spoiled_bytes(data)) if draw(st.booleans()) else data
 
 
@@ -140,6 +143,43 @@ def _move(draw: st.DrawFn, metadata: Metadata) -> None:
     if hasattr(info, "__dict__"):
         name = draw(st.sampled_from(["relative_path", "offset", "length", "transform_descriptors"]))
         object.__setattr__(info, name, draw(VALUES))
+
+
+def _once(draw: st.DrawFn, metadata: Metadata) -> None:
+    """Change what says where weights are that are stored once, in either form."""
+    storage = metadata.storage_data
+    places = storage.items() if isinstance(storage, dict) else ()
+    plain = [i for i, one in places if isinstance(_texts_of(one), tuple)]
+    pickled = [i for i, one in places if isinstance(one, once_forms.StoredOnce) and one.parts]
+    if plain:
+        info = storage[draw(st.sampled_from(sorted(plain, key=str)))]
+        texts = list(info.transform_descriptors)
+        at = draw(st.sampled_from(range(len(texts))))
+        texts[at] = draw(_spoiled_text(texts[at]))
+        info.transform_descriptors = draw(st.sampled_from([tuple, list]))(texts)
+    elif pickled:
+        index = draw(st.sampled_from(sorted(pickled, key=str)))
+        part = draw(st.sampled_from(storage[index].parts))
+        name = draw(st.sampled_from([field.name for field in fields(part)]))
+        value = draw(VALUES | st.lists(VALUES, max_size=2).map(tuple))
+        storage[index] = once_forms.StoredOnce((replace(part, **{name: value}),))
+
+
+def _texts_of(info: Any) -> Any:
+    return getattr(info, "transform_descriptors", None) or None
+
+
+@st.composite
+def _spoiled_text(draw: st.DrawFn, text: Any) -> Any:
+    kind = draw(st.sampled_from(["value", "text", "bytes", "json"]))
+    if kind == "value" or not isinstance(text, str):
+        return draw(VALUES)
+    if kind == "text":
+        return draw(st.sampled_from([*PATHS, *NAMES, "-1", "1" * 5000, "[" * 5000]))
+    if kind == "json" and text.startswith("["):
+        return json.dumps(draw(spoiled_json(json.loads(text))))
+    data = draw(spoiled_bytes(text.encode(errors="surrogatepass")))
+    return data.decode(errors="replace")
 
 
 def _lose(draw: st.DrawFn, metadata: Metadata) -> None:
@@ -201,7 +241,7 @@ def _index(draw: st.DrawFn, metadata: Metadata) -> None:
 
 
 _ACTS: tuple[Callable[[st.DrawFn, Metadata], None], ...] = (
-    *(_move, _lose, _reshape, _retype, _replan, _rename, _index),
+    *(_move, _once, _lose, _reshape, _retype, _replan, _rename, _index),
 )
 
 _GLOBALS = (

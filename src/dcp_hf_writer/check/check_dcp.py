@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from dcp_hf_writer.digests.problems import Problem
+from dcp_hf_writer.formats.names_on_disk import METADATA_NAME
+from dcp_hf_writer.formats.stored_once_places import StoredOnce
 from dcp_hf_writer.plan.parse_manifest import is_relative_name
-from dcp_hf_writer.plan.stored_once import StoredOnce
 from dcp_hf_writer.tensors.boxes import BoxTable, tiling_fault
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.tensors.boxes import Shape
 
-METADATA_NAME = ".metadata"
 
 # More cells than this for the blocks of a tensor, and it is not cut as any mesh cuts it: looking at
 # each would take memory without end.

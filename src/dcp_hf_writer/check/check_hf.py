@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.digests.problems import Problem
 from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.formats.names_on_disk import INDEX_NAME, SINGLE_NAME, SUFFIX
 from dcp_hf_writer.formats.strict_json import shortened
-from dcp_hf_writer.load.hf_directory import MAX_INDEX_NBYTES, SUFFIX, parse_index, read_header
-from dcp_hf_writer.plan.layout import INDEX_NAME, SINGLE_NAME
+from dcp_hf_writer.load.hf_directory import MAX_INDEX_NBYTES, parse_index, read_header
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

@@ -17,16 +17,16 @@ from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from dcp_hf_writer.formats.encode_torch_archive import tensor_archive
-from dcp_hf_writer.formats.parse_dcp_metadata import METADATA_NAME
+from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
+from dcp_hf_writer.formats.stored_once_places import StoredOnce
 from dcp_hf_writer.load.checkpoint_half import read_dcp_metadata
 from dcp_hf_writer.load.dcp_source import DCPSource, Wanted
 from dcp_hf_writer.load.read_phase import run_reads
 from dcp_hf_writer.load.read_plan import plan_reads
 from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
 from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
-from dcp_hf_writer.plan.stored_once import StoredOnce
 from dcp_hf_writer.preflight import writer_options
-from dcp_hf_writer.save.commit import MANIFEST_NAME, StagingDirectory
+from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.save_owner import Owner, new_save_id
 from dcp_hf_writer.save.tensor_source import host_bytes
 from dcp_hf_writer.storage.open_directory import open_directory

@@ -7,21 +7,15 @@ import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from dcp_hf_writer.check.check_dcp import (
-    METADATA_NAME,
-    dcp_problems,
-    fqn_at,
-    items_by_file,
-)
+from dcp_hf_writer.check.check_dcp import dcp_problems, fqn_at, items_by_file
 from dcp_hf_writer.check.check_hf import DirectoryCheck, export_problems
 from dcp_hf_writer.check.progress_line import progress_of
-from dcp_hf_writer.digests.problems import Problem
+from dcp_hf_writer.digests.problems import Problem, first_of
 from dcp_hf_writer.digests.recompute import Recomputation, jobs_of
 from dcp_hf_writer.errors import CheckpointError, ConfigError, CorruptCheckpointError
+from dcp_hf_writer.formats.names_on_disk import INDEX_NAME, MANIFEST_NAME, METADATA_NAME, SUFFIX
 from dcp_hf_writer.formats.parse_dcp_metadata import MAX_METADATA_NBYTES, parse_metadata
-from dcp_hf_writer.load.hf_directory import SUFFIX
-from dcp_hf_writer.plan.layout import INDEX_NAME
-from dcp_hf_writer.plan.parse_manifest import MANIFEST_NAME, MAX_MANIFEST_NBYTES, parse_manifest
+from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
 from dcp_hf_writer.storage.open_directory import open_directory
 
 if TYPE_CHECKING:
@@ -75,14 +69,14 @@ class VerifyReport:
         """
         if not self.problems:
             return
-        first, others = self.problems[0], len(self.problems) - 1
+        first = self.problems[0]
         raise CorruptCheckpointError(
             "the checkpoint is not what it says it is",
             phase="read",
             path=f"{self.path}/{first.file}" if first.file else self.path,
             key=first.key,
             fqn=first.fqn,
-            found=str(first) + (f" (and {others} more problems)" if others else ""),
+            found=first_of(self.problems),
             hint="verify(path) lists everything that is wrong with it",
         )
 

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 from dcp_hf_writer.formats.strict_json import shortened
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dcp_hf_writer.errors import CheckpointError
 
 
@@ -72,3 +74,9 @@ class Problem:
         if self.found is not None:
             text += f"; found {self.found}"
         return text + (f"; {self.hint}" if self.hint else "")
+
+
+def first_of(problems: Sequence[Problem]) -> str:
+    """Return the first problem as text, with the number of the others."""
+    others = len(problems) - 1
+    return str(problems[0]) + (f" (and {others} more problems)" if others else "")

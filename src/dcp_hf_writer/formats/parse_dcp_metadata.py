@@ -26,15 +26,21 @@ from torch.distributed.checkpoint.metadata import (
 
 from dcp_hf_writer.errors import CorruptCheckpointError
 from dcp_hf_writer.formats.restricted_unpickle import Admitted, Class, Constant, Function, unpickle
+from dcp_hf_writer.formats.stored_once_places import (
+    StoredOnce,
+    StoredOnceDecoder,
+    StoredPart,
+    is_copy,
+    is_loop,
+    is_once,
+    is_part,
+)
 from dcp_hf_writer.formats.strict_json import shortened
-from dcp_hf_writer.plan.stored_once import StoredOnce, StoredPart
-from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 from dcp_hf_writer.tensors.strided_copies import Copy, Loop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
-METADATA_NAME = ".metadata"
 
 # A hundred bytes a chunk: ten million of them; a file that claims more is not read.
 MAX_METADATA_NBYTES = 1 << 30
@@ -54,8 +60,8 @@ def parse_metadata(data: bytes, *, path: str) -> Metadata:
         path: Where they come from, for errors.
 
     Returns:
-        What torch's own reader would return for a checkpoint that torch wrote, but for
-        `storage_meta.checkpoint_id`, which is text.
+        What torch's own reader would return, with two differences: `storage_meta.checkpoint_id`
+        is text, and the storage data of what is stored once is a `StoredOnce`.
 
     Raises:
         CorruptCheckpointError: If it says anything but the metadata of a checkpoint: another
@@ -104,10 +110,17 @@ def _tensor_fault(tensor: TensorStorageMetadata) -> str | None:
 def _check_storage(storage: object, path: str) -> None:
     if type(storage) is not dict:
         _refuse(path, "does not say where tensors are", found=type(storage).__name__)
+    decoder = StoredOnceDecoder(path)
+    once: dict[MetadataIndex, StoredOnce] = {}
     for index, info in storage.items():
         if type(index) is not MetadataIndex or type(info) not in {_StorageInfo, StoredOnce}:
             found = f"{type(index).__name__}: {type(info).__name__}"
             _refuse(path, "says in an unknown way where a tensor is", found=found)
+        descriptors = getattr(info, "transform_descriptors", None)
+        where = decoder.decode(descriptors) if descriptors else None
+        if where is not None:
+            once[index] = where
+    storage.update(once)
 
 
 def _check_plain(value: object, path: str) -> None:
@@ -218,49 +231,6 @@ def _building_slots(kind: type, check: Callable[[Any], bool]) -> Callable[[Any, 
     return build
 
 
-def _are(kind: type, values: object) -> bool:
-    return type(values) is tuple and all(type(one) is kind for one in values)
-
-
-def _are_counts(values: object) -> bool:
-    return type(values) is tuple and all(map(_count, values))
-
-
-def _is_loop(loop: Loop) -> bool:
-    steps = (loop.extent - 1, loop.hf_step - 1, loop.step - 1)
-    return _are_counts(steps) and _are_counts((loop.hf_dim, loop.dim))
-
-
-def _is_copy(copy: Copy) -> bool:
-    return (
-        _are_counts(copy.hf_start)
-        and _are_counts(copy.start)
-        and _are(Loop, copy.loops)
-        and all(n.hf_dim < len(copy.hf_start) and n.dim < len(copy.start) for n in copy.loops)
-    )
-
-
-def _is_part(part: StoredPart) -> bool:
-    return (
-        type(part.path) is str
-        and type(part.key) is str
-        and type(part.dtype) is str
-        and part.dtype in ITEMSIZE
-        and _count(part.start)
-        and _are_counts(part.shape)
-        and math.prod(part.shape) * ITEMSIZE[part.dtype] < _MAX_NBYTES
-        and _are(Copy, part.copies)
-        and all(_is_within(copy, part.shape) for copy in part.copies)
-    )
-
-
-def _is_within(copy: Copy, shape: tuple[int, ...]) -> bool:
-    last = list(copy.hf_start)
-    for loop in copy.loops:
-        last[loop.hf_dim] += (loop.extent - 1) * loop.hf_step
-    return len(last) == len(shape) and all(i < n for i, n in zip(last, shape, strict=True))
-
-
 def _path(*parts: Any) -> str:
     if not all(type(part) is str for part in parts):
         msg = "a path of what is no text"
@@ -360,13 +330,14 @@ _ADMITTED: Mapping[tuple[str, str], Admitted] = {
         ),
     ),
     (_FILE_SYSTEM, "_StorageInfo"): Class(_StorageInfo, _build_info),
+    # Earlier versions pickled their own objects for weights stored once, under these names.
     **{
-        (kind.__module__, kind.__name__): Class(kind, _building_slots(kind, check))
-        for kind, check in (
-            (StoredOnce, lambda once: _are(StoredPart, once.parts)),
-            (StoredPart, _is_part),
-            (Copy, _is_copy),
-            (Loop, _is_loop),
+        (f"dcp_hf_writer.{module}", kind.__name__): Class(kind, _building_slots(kind, check))
+        for module, kind, check in (
+            ("_once", StoredOnce, is_once),
+            ("_once", StoredPart, is_part),
+            ("_copies", Copy, is_copy),
+            ("_copies", Loop, is_loop),
         )
     },
 }

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import ConfigError, SpecError
+from dcp_hf_writer.excerpts import some_of
+from dcp_hf_writer.formats.names_on_disk import INDEX_NAME
 from dcp_hf_writer.formats.parse_safetensors_header import (
     LENGTH_NBYTES,
     header_nbytes,
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from dcp_hf_writer.mapping.specs_from_function import HFSide
     from dcp_hf_writer.tensors.boxes import Shape
 
-_INDEX = "model.safetensors.index.json"
 _FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
 
 # What quantised checkpoints append to the name of a tensor, for its values and their scales.
@@ -106,7 +107,7 @@ def read_base(base: str | os.PathLike[str]) -> dict[str, BaseTensor]:
 
 
 def _files_of(directory: Path) -> list[str]:
-    index = directory / _INDEX
+    index = directory / INDEX_NAME
     if not index.exists():
         return sorted(path.name for path in directory.glob("*.safetensors"))
     try:
@@ -317,5 +318,4 @@ def _absent(
 
 
 def _some(keys: list[str]) -> str:
-    more = len(keys) - _MANY
-    return ", ".join(keys[:_MANY]) + (f" and {more} more" if more > 0 else "")
+    return some_of(keys, most=_MANY)

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer.errors import ConfigError
 from dcp_hf_writer.integrations.unsharded_twin import listed
 from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.mapping.specs_from_function import derive
+from dcp_hf_writer.torch_seam.dtensor import local_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -89,7 +89,7 @@ def _aliases(
 
 def _memory(tensor: torch.Tensor) -> tuple[object, ...] | None:
     """Return what tied tensors have in common; `None` for one without memory here."""
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # noqa: SLF001 - no wait
+    local = local_of(tensor)
     if local.is_meta or not local.numel():
         return None
     return local.device, local.data_ptr(), tuple(local.shape), tuple(tensor.shape)

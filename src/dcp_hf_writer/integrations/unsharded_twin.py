@@ -15,6 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from dcp_hf_writer.errors import ConfigError, SpecError
+from dcp_hf_writer.excerpts import some_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -141,5 +142,4 @@ def parted_names(model: Any, tied: Mapping[str, str]) -> list[str]:
 
 def listed(names: list[str]) -> str:
     """Return names for an error, not all of them if there are many."""
-    more = len(names) - _MANY
-    return ", ".join(map(repr, names[:_MANY])) + (f" and {more} more" if more > 0 else "")
+    return some_of(map(repr, names), most=_MANY)

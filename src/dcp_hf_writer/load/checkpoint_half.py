@@ -7,14 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_hf_writer.errors import ReadError
-from dcp_hf_writer.formats.parse_dcp_metadata import (
-    MAX_METADATA_NBYTES,
-    METADATA_NAME,
-    parse_metadata,
-)
-from dcp_hf_writer.load.hf_directory import SUFFIX, is_hf_directory, open_hf_directory
+from dcp_hf_writer.formats.names_on_disk import INDEX_SUFFIX, MANIFEST_NAME, METADATA_NAME, SUFFIX
+from dcp_hf_writer.formats.parse_dcp_metadata import MAX_METADATA_NBYTES, parse_metadata
+from dcp_hf_writer.load.hf_directory import is_hf_directory, open_hf_directory
 from dcp_hf_writer.load.hf_source import HFSource
-from dcp_hf_writer.plan.parse_manifest import MANIFEST_NAME, MAX_MANIFEST_NBYTES, parse_manifest
+from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs
 
@@ -72,11 +69,7 @@ def find_place(
         CorruptCheckpointError: If the manifest is damaged.
     """
     text = os.fspath(path)
-    if (
-        source != "dcp"
-        and isinstance(text, str)
-        and text.endswith((SUFFIX, f"{SUFFIX}.index.json"))
-    ):
+    if source != "dcp" and isinstance(text, str) and text.endswith((SUFFIX, INDEX_SUFFIX)):
         directory, _, name = text.rpartition("/")
         return Place(open_directory(directory or ".", storage_options), "", name)
     files = open_directory(path, storage_options)

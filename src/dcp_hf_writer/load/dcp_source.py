@@ -18,9 +18,10 @@ from dcp_hf_writer.formats.parse_torch_archive import (
     UnusualArchiveError,
     find_tensor,
 )
+from dcp_hf_writer.formats.stored_once_places import StoredOnce
+from dcp_hf_writer.formats.strict_json import shortened
 from dcp_hf_writer.load.read_phase import is_direct
 from dcp_hf_writer.load.read_plan import Expected, Fetch, fetch_of_copy
-from dcp_hf_writer.plan.stored_once import StoredOnce
 from dcp_hf_writer.tensors.boxes import Box
 from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
 from dcp_hf_writer.tensors.strided_copies import clip, strides_of
@@ -275,7 +276,7 @@ class DCPSource:
                 phase="read",
                 path=where.relative_path,
                 fqn=index.fqn,
-                found=list(where.transform_descriptors),
+                found=shortened(list(where.transform_descriptors)),
                 hint="load it with torch's FileSystemReader and the same extensions",
             )
         with self._inputs.use(where.relative_path) as file:

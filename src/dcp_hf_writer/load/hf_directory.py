@@ -11,6 +11,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from dcp_hf_writer.errors import CorruptCheckpointError, ReadError
+from dcp_hf_writer.excerpts import some_of
+from dcp_hf_writer.formats.names_on_disk import (
+    CONFIG_NAME,
+    INDEX_NAME,
+    INDEX_SUFFIX,
+    SINGLE_NAME,
+    SUFFIX,
+)
 from dcp_hf_writer.formats.parse_safetensors_header import (
     LENGTH_NBYTES,
     header_nbytes,
@@ -18,7 +26,6 @@ from dcp_hf_writer.formats.parse_safetensors_header import (
 )
 from dcp_hf_writer.formats.quantized_checkpoints import logical_tensors
 from dcp_hf_writer.formats.strict_json import is_text, parse_json, shortened
-from dcp_hf_writer.plan.layout import INDEX_NAME, SINGLE_NAME
 from dcp_hf_writer.plan.parse_manifest import is_relative_name
 
 if TYPE_CHECKING:
@@ -29,9 +36,6 @@ if TYPE_CHECKING:
     from dcp_hf_writer.storage.input_contract import InputFile
     from dcp_hf_writer.storage.open_inputs import OpenInputs
 
-SUFFIX = ".safetensors"
-_INDEX_SUFFIX = ".safetensors.index.json"
-_CONFIG_NAME = "config.json"
 
 MAX_INDEX_NBYTES = 256 << 20
 _MAX_CONFIG_NBYTES = 16 << 20
@@ -79,7 +83,7 @@ class HFDirectory:
 
 def is_hf_directory(names: Collection[str]) -> bool:
     """Whether file names are those of a directory with weights."""
-    return any(name.endswith((SUFFIX, _INDEX_SUFFIX)) for name in names)
+    return any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in names)
 
 
 def open_hf_directory(inputs: OpenInputs, *, only: str | None = None) -> HFDirectory:
@@ -120,7 +124,7 @@ def _headers(inputs: OpenInputs, files: Sequence[str]) -> dict[str, FileHeader]:
 
 def _weights(names: Sequence[str], path: str) -> tuple[str | None, list[str]]:
     """Return the index, or the files of weights where there is none."""
-    indices = [name for name in names if name.endswith(_INDEX_SUFFIX)]
+    indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if INDEX_NAME in indices or len(indices) == 1:
         return (INDEX_NAME if INDEX_NAME in indices else indices[0]), []
     files = [name for name in names if name.endswith(SUFFIX)]
@@ -139,7 +143,7 @@ def _weights(names: Sequence[str], path: str) -> tuple[str | None, list[str]]:
             path,
             "several files of weights, and nothing that says which belong together",
             expected=INDEX_NAME,
-            found=files[:_MANY],
+            found=some_of(map(repr, files), most=_MANY),
             hint="pass the path of the one file, or of an index, that is meant",
         )
     return None, files
@@ -203,7 +207,7 @@ def _check_there(files: Sequence[str], names: Sequence[str], path: str) -> None:
             path,
             "files that the index names are missing",
             expected=f"{len(files)} files",
-            found=f"{len(missing)} missing: {missing[:_MANY]}",
+            found=f"{len(missing)} missing: {some_of(map(repr, missing), most=_MANY)}",
         )
 
 
@@ -261,18 +265,18 @@ def _files_of_keys(
             f"{inputs.files.path}/{indexed[lost[0]]}",
             "tensors are not in the files that the index names",
             key=lost[0],
-            found=f"{len(lost)} missing: {[shortened(key) for key in lost[:_MANY]]}",
+            found=f"{len(lost)} missing: {some_of(map(shortened, lost), most=_MANY)}",
         )
     return {**found, **indexed}
 
 
 def _read_config(inputs: OpenInputs, names: Collection[str]) -> Mapping[str, Any] | None:
-    if _CONFIG_NAME not in names:
+    if CONFIG_NAME not in names:
         return None
-    data = inputs.files.read_whole(_CONFIG_NAME, max_nbytes=_MAX_CONFIG_NBYTES)
-    found = parse_json(data, path=f"{inputs.files.path}/{_CONFIG_NAME}")
+    data = inputs.files.read_whole(CONFIG_NAME, max_nbytes=_MAX_CONFIG_NBYTES)
+    found = parse_json(data, path=f"{inputs.files.path}/{CONFIG_NAME}")
     if not isinstance(found, dict):
-        _refuse(f"{inputs.files.path}/{_CONFIG_NAME}", "a config is no object", found=type(found))
+        _refuse(f"{inputs.files.path}/{CONFIG_NAME}", "a config is no object", found=type(found))
     return found
 
 

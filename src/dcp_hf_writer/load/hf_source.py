@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dcp_hf_writer.errors import MismatchError
+from dcp_hf_writer.excerpts import some_of
 from dcp_hf_writer.formats.strict_json import shortened
 from dcp_hf_writer.load.read_phase import is_direct
 from dcp_hf_writer.load.read_plan import Fetch, fetch_of_box, fetch_of_copy
@@ -311,6 +312,4 @@ def can_cast(stored: torch.dtype, wanted: torch.dtype) -> bool:
 
 
 def _some(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    more = len(ordered) - _MANY
-    return "; ".join(ordered[:_MANY]) + (f" and {more} more" if more > 0 else "")
+    return some_of(sorted(names), most=_MANY, separator="; ")

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch.distributed.checkpoint._traverse import traverse_state_dict_v_2_3
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.tensors.boxes import Box, intersect
 from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
+from dcp_hf_writer.torch_seam.old_names import names_before_2_4
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -23,54 +23,39 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
     from dcp_hf_writer.mapping.load_spec import LoadSpec
-    from dcp_hf_writer.mapping.model_entry import Path
     from dcp_hf_writer.torch_seam.blocked_tensors import BlockedTensor
 
 
-def flat_tensors(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, torch.Tensor]]:
-    """Return the tensors of a nested state dict, with their paths, by the FQN that DCP gives them.
-
-    torch's `flatten_state_dict` looks at a variable of its module that planners of other threads
-    may have changed for a moment.
-    """
-    found: dict[str, tuple[Path, torch.Tensor]] = {}
-    _visit(state_dict, (), found)
-    return found
-
-
-def _visit(value: Any, path: Path, found: dict[str, tuple[Path, torch.Tensor]]) -> None:
-    # Mappings and lists are what DCP looks into.
-    entries: Iterable[tuple[str | int, Any]] = ()
-    if isinstance(value, torch.Tensor):
-        found[".".join(map(str, path))] = (path, value)
-    elif isinstance(value, dict):
-        entries = value.items()
-    elif isinstance(value, list):
-        entries = enumerate(value)
-    for key, inner in entries:
-        _visit(inner, (*path, key), found)
-
-
-def loaded_values(planner: LoadPlanner | None) -> dict[str, Any]:
-    """Return what a planner loads, flat; empty if it does not show that."""
+def loaded_values(planner: LoadPlanner, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a planner loads, flat; of one that does not show it, the tensors it was given."""
     flat = getattr(planner, "state_dict", None)
     if not isinstance(flat, dict):
-        return {}
+        return {fqn: tensor for fqn, (_, tensor) in flat_tensors(given).items()}
     blocked = getattr(planner, "_blocked", {})
     return {**flat, **blocked}
 
 
-def misfits(planner: LoadPlanner | None, metadata: Metadata) -> tuple[list[str], dict[str, str]]:
+def misfits(
+    planner: LoadPlanner, given: Mapping[str, Any], metadata: Metadata
+) -> tuple[list[str], dict[str, str]]:
     """Compare what a planner loads with what is there.
+
+    Args:
+        planner: The planner.
+        given: The nested state dict that it was set up with.
+        metadata: Of what is there.
 
     Returns:
         FQNs that are missing, unless the planner does without them; and why others do not fit, by
-        FQN.
+        FQN. Names that only a planner of the user knows are left to it.
     """
-    wanted, there = loaded_values(planner), metadata.state_dict_metadata
+    wanted, there = loaded_values(planner, given), metadata.state_dict_metadata
     missing = [fqn for fqn in wanted if fqn not in there]
+    is_shown = isinstance(getattr(planner, "state_dict", None), dict)
     if missing and (
-        getattr(planner, "allow_partial_load", False) or _has_old_names(planner, there)
+        not is_shown
+        or getattr(planner, "allow_partial_load", False)
+        or _has_old_names(planner, wanted, there)
     ):
         missing = []
     faults: dict[str, str] = {}
@@ -86,14 +71,12 @@ def misfits(planner: LoadPlanner | None, metadata: Metadata) -> tuple[list[str],
     return missing, faults
 
 
-def _has_old_names(planner: LoadPlanner | None, there: Iterable[str]) -> bool:
+def _has_old_names(planner: LoadPlanner, wanted: Mapping[str, Any], there: Iterable[str]) -> bool:
     """Whether a checkpoint is of torch before 2.4, which torch's planner then finds out too."""
     nested = getattr(planner, "original_state_dict", None)
     if not isinstance(nested, dict):
         return False
-    names: set[str] = set()
-    traverse_state_dict_v_2_3(nested, lambda path, _: names.add(".".join(map(str, path))))
-    return bool(names.intersection(set(there) - loaded_values(planner).keys()))
+    return bool(names_before_2_4(nested).intersection(set(there) - wanted.keys()))
 
 
 def plans_alone(planner: LoadPlanner | None) -> bool:
@@ -110,19 +93,29 @@ def has_methods_of(kind: type, one: object, *names: str) -> bool:
 
 def check_blocks(
     plan: LoadPlan,
-    planner: LoadPlanner | None,
+    planner: LoadPlanner,
+    given: Mapping[str, Any],
     specs: Mapping[str, LoadSpec],
     *,
     key: str | None,
 ) -> None:
     """Check that tensors of several blocks are planned as such: torch's planner takes them for one.
 
+    Args:
+        plan: What the planner made on this rank.
+        planner: The planner.
+        given: The nested state dict that it was set up with.
+        specs: Specs by name, which declare shards.
+        key: Entry that holds the model, as `HFDualReader` takes it.
+
     Raises:
         PlanningError: Naming the tensor, and the planner to use.
     """
     flat, mappings = getattr(planner, "state_dict", None), getattr(planner, "mappings", {})
     if not isinstance(flat, dict):
-        return
+        tensors = flat_tensors(given)
+        flat = {fqn: tensor for fqn, (_, tensor) in tensors.items()}
+        mappings = {fqn: path for fqn, (path, _) in tensors.items()}
     items: dict[str, list[ReadItem]] = {}
     for item in plan.items:
         items.setdefault(item.dest_index.fqn, []).append(item)

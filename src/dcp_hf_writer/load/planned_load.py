@@ -18,16 +18,17 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadItemType
 
 from dcp_hf_writer.errors import MismatchError
-from dcp_hf_writer.formats.parse_dcp_metadata import METADATA_NAME
+from dcp_hf_writer.formats.names_on_disk import METADATA_NAME
 from dcp_hf_writer.load.checkpoint_half import open_hf_source, read_dcp_metadata
 from dcp_hf_writer.load.dcp_source import DCPSource, Wanted
 from dcp_hf_writer.load.exchange import Reading
 from dcp_hf_writer.load.hf_blocks import load_blocks
 from dcp_hf_writer.load.hf_source import Block, Findings
-from dcp_hf_writer.load.mismatches import flat_tensors, loaded_values, misfits
+from dcp_hf_writer.load.mismatches import loaded_values, misfits
 from dcp_hf_writer.load.read_phase import run_reads
 from dcp_hf_writer.load.read_plan import plan_reads
 from dcp_hf_writer.load.verify_ranges import verify_ranges
+from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
 from dcp_hf_writer.staging.memory_identity import memory_identity
 from dcp_hf_writer.storage.open_inputs import OpenInputs
@@ -67,8 +68,12 @@ class Load(ABC):
         self._place, self._inputs, self._options = place, inputs, options
 
     @abstractmethod
-    def check(self, planner: LoadPlanner | None) -> None:
+    def check(self, planner: LoadPlanner, given: Mapping[str, Any]) -> None:
         """Check that what is loaded is there.
+
+        Args:
+            planner: Planner of the load.
+            given: The nested state dict that it was set up with.
 
         Raises:
             MismatchError: Listing everything that is not, or is something else.
@@ -149,9 +154,9 @@ class DCPLoad(Load):
         self.metadata.storage_meta.load_id = str(uuid.uuid4())
         self._source = DCPSource(self._inputs, self.metadata)
 
-    def check(self, planner: LoadPlanner | None) -> None:
+    def check(self, planner: LoadPlanner, given: Mapping[str, Any]) -> None:
         """Check that what is loaded is there; see `Load.check`."""
-        missing, faults = misfits(planner, self.metadata)
+        missing, faults = misfits(planner, given, self.metadata)
         if missing or faults:
             mismatched = (f"{fqn} ({fault})" for fqn, fault in faults.items())
             Findings(tuple(missing), tuple(mismatched)).refuse(self._place.files.path)
@@ -234,10 +239,10 @@ class HFLoad(Load):
         chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
         return TensorStorageMetadata(TensorProperties(dtype), size, [chunk])
 
-    def check(self, planner: LoadPlanner | None) -> None:
+    def check(self, planner: LoadPlanner, given: Mapping[str, Any]) -> None:
         """Check that what is loaded is there; see `Load.check`."""
-        missing, faults = misfits(planner, self.metadata)
-        values = loaded_values(planner)
+        missing, faults = misfits(planner, given, self.metadata)
+        values = loaded_values(planner, given)
         for fqn, value in values.items():
             if isinstance(value, torch.Tensor) and fqn in self._name_of and fqn not in faults:
                 fault = self._source.fault(self._name_of[fqn], tuple(value.shape), value.dtype)

@@ -11,7 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.digests.digest_sweep import Digest, Span, contiguous, extent_of
-from dcp_hf_writer.digests.problems import Problem
+from dcp_hf_writer.digests.problems import Problem, first_of
 from dcp_hf_writer.digests.recompute import Job, Recomputation
 from dcp_hf_writer.errors import CorruptCheckpointError
 from dcp_hf_writer.load.read_plan import span_of
@@ -73,8 +73,7 @@ def verify_ranges(
             phase="read",
             path=f"{place.files.path}/{problems[0].file}",
             key=problems[0].key,
-            found=str(problems[0])
-            + (f" (and {len(problems) - 1} more problems)" if len(problems) > 1 else ""),
+            found=first_of(problems),
             hint="verify(path) lists all that is wrong with a checkpoint; load an earlier one",
         )
 

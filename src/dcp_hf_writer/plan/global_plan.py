@@ -7,15 +7,17 @@ import uuid
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer.errors import LayoutError, PlanningError
+from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
-from dcp_hf_writer.plan.layout import Layout, PartTarget, RuntimeTensor, plan_layout
+from dcp_hf_writer.mapping.tied_names import shared_groups, tie_fault
+from dcp_hf_writer.plan.assign_keys import RuntimeTensor
+from dcp_hf_writer.plan.layout import Layout, PartTarget, plan_layout
 from dcp_hf_writer.plan.regions import TargetTable
 from dcp_hf_writer.plan.stored_once import targets_stored_once
 from dcp_hf_writer.tensors.boxes import BoxTable, Shape
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData
 
@@ -31,14 +33,14 @@ class LocalFacts:
 
     host: str
     """Id of its kernel instance."""
-    host_name: str
-    """Name of its host."""
     order: tuple[str, ...] | None
     """FQNs in state-dict order, from the coordinator; `None` from the others."""
     tied: tuple[tuple[str, ...], ...]
     """Groups of FQNs whose tensors are the same memory."""
     samples: bytes = b""
     """Of the tensors that may pass for replicas, as `hand_sharded` compares them."""
+    stamp: str = ""
+    """Unique to this rank and save: with plan caching DCP shows the facts of an earlier save."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,6 @@ class RankPlan:
     """`storage_data` of the DCP writer."""
     plan_id: str
     """Of the global plan; the coordinator announces the one that it works from."""
-    world_size: int
-    """Number of ranks that take part."""
     host_rank: int
     """Index among the ranks of the same host."""
     host_size: int
@@ -64,8 +64,8 @@ class RankPlan:
     """Where the parts of each tensor go that this rank writes, by FQN."""
     once: Mapping[str, tuple[PartTarget, ...]]
     """Where tensors are that the DCP half leaves to the export, by FQN; as `targets`, and tied."""
-    tied: tuple[tuple[str, str], ...]
-    """`(dropped, kept)` FQNs that were taken for tied because some rank found them to be."""
+    tied: tuple[tuple[str, ...], ...]
+    """Groups of FQNs that are taken for one tensor because ranks found them to be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +102,8 @@ class GlobalPlan:
     """Every tensor of the plans, by FQN; empty without an export."""
     once: Mapping[str, tuple[PartTarget, ...]]
     """Where tensors are that the DCP half leaves to the export, by FQN."""
-    tied: tuple[tuple[str, str], ...]
-    """`(dropped, kept)` FQNs."""
+    tied: tuple[tuple[str, ...], ...]
+    """Groups of FQNs that are taken for one tensor because ranks found them to be."""
 
 
 def plan_globally(
@@ -131,13 +131,11 @@ def plan_globally(
     if export is None:
         return GlobalPlan(plans, None, uuid.uuid4().hex, options, hosts, {}, {}, ())
     planned = _planned_tensors(plans)
-    tensors, fqn_of_name = _runtime_tensors(planned, facts, export.key)
-    name_of_fqn = {fqn: name for name, fqn in fqn_of_name.items()}
-    tied = _tied_names(facts, name_of_fqn)
-    layout = plan_layout(tensors, export, tied=tied, file_of_key=file_of_key)
-    # Ties that are given are taken as given; only those found save a second copy.
-    found = tied if once or export.tied is None else {}
-    pairs = {fqn_of_name[drop]: fqn_of_name[keep] for drop, keep in found.items()}
+    tensors = _runtime_tensors(planned, facts, export.key)
+    found = (group for fact in facts for group in fact.tied)
+    shared = shared_groups(found, (tensor.fqn for tensor in tensors))
+    layout = plan_layout(tensors, export, tied=shared, file_of_key=file_of_key)
+    stored = targets_stored_once(tensors, layout.targets, shared) if once else {}
     return GlobalPlan(
         plans=plans,
         layout=layout,
@@ -145,8 +143,8 @@ def plan_globally(
         options=options,
         hosts=hosts,
         tensors=planned,
-        once=targets_stored_once(tensors, layout.targets, pairs) if once else {},
-        tied=tuple(pairs.items()),
+        once=stored,
+        tied=_checked_groups(shared, export, layout, stored.keys()),
     )
 
 
@@ -169,7 +167,6 @@ def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
         data = RankPlan(
             dcp=prepared.storage_data,
             plan_id=plan.plan_id,
-            world_size=len(plan.plans),
             host_rank=host_rank,
             host_size=sizes[host],
             files=files,
@@ -248,14 +245,14 @@ def _planned_tensors(plans: Iterable[SavePlan]) -> dict[str, PlannedTensor]:
 
 def _runtime_tensors(
     planned: Mapping[str, PlannedTensor], facts: Sequence[LocalFacts], key: str | None
-) -> tuple[list[RuntimeTensor], dict[str, str]]:
-    """Return the model's tensors, in state-dict order, and the FQN of each name in the model."""
+) -> list[RuntimeTensor]:
+    """Return the model's tensors, in state-dict order."""
     order = next((fact.order for fact in facts if fact.order is not None), ())
     ranked = {fqn: i for i, fqn in enumerate(order)}
     fqns = sorted(planned, key=lambda fqn: ranked.get(fqn, len(ranked)))
     paths = {fqn: planned[fqn].path for fqn in fqns}
     names = names_in_model(paths, model_prefix(paths, key=key))
-    tensors = [
+    return [
         RuntimeTensor(
             fqn=fqn,
             name=name,
@@ -265,47 +262,27 @@ def _runtime_tensors(
         )
         for fqn, name in names.items()
     ]
-    return tensors, {name: fqn for fqn, name in names.items()}
 
 
-def _tied_names(facts: Iterable[LocalFacts], names: Mapping[str, str]) -> dict[str, str]:
-    """Join the groups that ranks found; the first name in state-dict order is kept.
-
-    A rank that holds no element of a tensor cannot tell, so any rank's finding counts here, and
-    each rank checks the result against its own memory before it writes.
-    """
-    order = {fqn: i for i, fqn in enumerate(names)}
-    tied: dict[str, str] = {}
-    for fact in facts:
-        for group in fact.tied:
-            members = sorted((fqn for fqn in group if fqn in order), key=order.__getitem__)
-            for fqn in members[1:]:
-                tied.setdefault(names[fqn], names[members[0]])
-    # A chain a -> b -> c, found in two halves by two ranks, ends at its last name.
-    ends: dict[str, str] = {}
-    for drop, keep in tied.items():
-        last = keep
-        while last in tied:
-            last = tied[last]
-        ends[drop] = last
-    return ends
+def _checked_groups(
+    shared: Iterable[tuple[str, ...]], export: HFExport, plan: Layout, once: Collection[str]
+) -> tuple[tuple[str, ...], ...]:
+    """Return the groups by which something is stored once only, in the export or altogether."""
+    # Ties that are given are taken as given: those found then save no more than a second copy in
+    # the DCP half.
+    if export.tied is None:
+        return tuple(shared)
+    leaning = once - plan.targets.keys()
+    return tuple(group for group in shared if not leaning.isdisjoint(group))
 
 
-def check_tied(tied: Iterable[tuple[str, str]], memory: Mapping[str, int], *, rank: int) -> None:
-    """Check that tensors which some rank found tied are not two different ones here.
+def check_tied(shared: Iterable[tuple[str, ...]], memory: Mapping[str, int], *, rank: int) -> None:
+    """Check that tensors which some rank found tied are not different ones here.
 
     Raises:
         LayoutError: If they are, so that leaving one out would lose data.
     """
-    for drop, keep in tied:
-        if drop in memory and keep in memory and memory[drop] != memory[keep]:
-            msg = "tensors share their memory on some ranks only"
-            raise LayoutError(
-                msg,
-                rank=rank,
-                phase="write",
-                fqn=drop,
-                expected=f"the memory of {keep!r}, as on another rank",
-                found="memory of its own",
-                hint="pass HFExport(tied={...}), with {} for tensors that are not tied",
-            )
+    fault = tie_fault(shared, memory, phase="write")
+    if fault is not None:
+        fault.rank = rank
+        raise fault

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import xxhash
 
 from dcp_hf_writer.errors import CorruptCheckpointError
+from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
 from dcp_hf_writer.formats.strict_json import is_count, is_text, parse_json, shortened
 from dcp_hf_writer.plan.encode_manifest import FORMAT_VERSION, WholeFile
 from dcp_hf_writer.plan.parse_manifest_blocks import Places
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from dcp_hf_writer.tensors.boxes import Shape
     from dcp_hf_writer.tensors.strided_copies import IndexLoops
 
-MANIFEST_NAME = "dcp-hf.json"
 
 MAX_MANIFEST_NBYTES = 512 << 20
 """Larger ones are refused before they are read; a block takes about 60 bytes."""

@@ -67,6 +67,10 @@ class RankReport:
     """Bytes written by half: `dcp`, `hf`."""
     export_error: ExportError | None = None
     """Why this rank could not write its part of the export."""
+    stamp: str = ""
+    """Of the `LocalFacts` of this save."""
+    samples: bytes | None = None
+    """Those of the `LocalFacts`, if DCP's plan cache has kept them from the coordinator."""
 
 
 def check_coverage(layout: Layout, reports: Sequence[RankReport]) -> None:

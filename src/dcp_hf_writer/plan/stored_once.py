@@ -1,4 +1,4 @@
-"""Weights that are stored once: which they are, and how the DCP metadata points to them.
+"""Weights that are stored once: which they are, and where.
 
 Pure.
 """
@@ -6,10 +6,9 @@ Pure.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
-from dcp_hf_writer.errors import StoredOnceError
+from dcp_hf_writer.formats.stored_once_places import StoredOnce, StoredPart
 from dcp_hf_writer.plan.regions import chunk_regions, needs_cast
 from dcp_hf_writer.tensors.boxes import Box, Shape, tiling_fault
 from dcp_hf_writer.tensors.strided_copies import Copy, coverage_fault, runtime_box, runtime_loops
@@ -17,70 +16,34 @@ from dcp_hf_writer.tensors.strided_copies import Copy, coverage_fault, runtime_b
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from dcp_hf_writer.plan.layout import PartTarget, RuntimeTensor
-
-
-@dataclass(frozen=True, slots=True)
-class StoredPart:
-    """Elements of a chunk that lie in one safetensors file."""
-
-    path: str
-    """File, as a path within the checkpoint."""
-    key: str
-    """HuggingFace name of the tensor that they are part of."""
-    start: int
-    """Offset of that tensor's first byte in the file."""
-    dtype: str
-    """safetensors dtype."""
-    shape: Shape
-    """Shape of that tensor."""
-    copies: tuple[Copy, ...]
-    """Where the elements stand there; `start` is within the chunk."""
-
-
-@dataclass(frozen=True, slots=True)
-class StoredOnce:
-    """Where a chunk is that no `.distcp` file holds; stands in DCP's metadata as storage data."""
-
-    parts: tuple[StoredPart, ...]
-    """Parts that together are the chunk, each element once."""
-
-    @property
-    def relative_path(self) -> NoReturn:
-        """Tell torch's own reader, which asks for this first, that it cannot read these weights.
-
-        Raises:
-            StoredOnceError: Always.
-        """
-        raise StoredOnceError(
-            "these weights are stored once, in safetensors files that DCP's own reader cannot read",
-            phase="read",
-            path=self.parts[0].path if self.parts else None,
-            key=self.parts[0].key if self.parts else None,
-            hint="load with dcp.load(..., storage_reader=HFDualReader(path)), or write a plain "
-            "checkpoint with dcp_hf_writer.materialize(path, target)",
-        )
+    from dcp_hf_writer.plan.assign_keys import RuntimeTensor
+    from dcp_hf_writer.plan.layout import PartTarget
 
 
 def targets_stored_once(
     tensors: Iterable[RuntimeTensor],
     targets: Mapping[str, Sequence[PartTarget]],
-    tied: Mapping[str, str],
+    shared: Iterable[Sequence[str]],
 ) -> dict[str, tuple[PartTarget, ...]]:
     """Find the runtime tensors whose every element is in the export, bit for bit.
 
     Args:
         tensors: Tensors of the model's entry.
         targets: Where the elements of each go, by FQN.
-        tied: `{dropped: kept}` FQNs.
+        shared: Groups of FQNs that share their memory.
 
     Returns:
-        The targets of each such tensor, by FQN; a dropped one has those of the kept one.
+        The targets of each such tensor, by FQN; one that is not exported has those of a tensor that
+        shares its memory and is.
     """
+    kept_of: dict[str, str] = {}
+    for group in shared:
+        exported = [fqn for fqn in group if fqn in targets]
+        kept_of |= {fqn: exported[0] for fqn in group if exported and fqn not in targets}
     by_fqn = {tensor.fqn: tensor for tensor in tensors}
     found: dict[str, tuple[PartTarget, ...]] = {}
     for fqn, tensor in by_fqn.items():
-        kept = by_fqn.get(tied.get(fqn, fqn), tensor)
+        kept = by_fqn[kept_of.get(fqn, fqn)]
         parts = tuple(targets.get(kept.fqn, ()))
         is_same = (tensor.shape, tensor.dtype) == (kept.shape, kept.dtype)
         if is_same and not any(needs_cast(tensor.dtype, part) for part in parts):
@@ -101,16 +64,13 @@ def is_whole(copies: Sequence[Copy], shape: Shape) -> bool:
     return coverage_fault([(copy.start, runtime_loops(copy)) for copy in copies], shape) is None
 
 
-def stored_once(
-    chunk: Box, targets: Iterable[PartTarget], *, files: Sequence[str], subdir: str
-) -> StoredOnce:
+def stored_once(chunk: Box, targets: Iterable[PartTarget], *, paths: Sequence[str]) -> StoredOnce:
     """Say where the bytes of a chunk are.
 
     Args:
         chunk: The chunk, in indices of the runtime tensor.
         targets: Targets of that tensor.
-        files: Name of each output file.
-        subdir: Directory of the export within the checkpoint.
+        paths: Each output file, as a path within the checkpoint.
     """
     copies: dict[str, list[Copy]] = {}
     by_key: dict[str, PartTarget] = {}
@@ -120,7 +80,7 @@ def stored_once(
     return StoredOnce(
         tuple(
             StoredPart(
-                f"{subdir}/{files[target.file]}",
+                paths[target.file],
                 key,
                 target.start,
                 target.dtype,

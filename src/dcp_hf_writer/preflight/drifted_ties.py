@@ -14,14 +14,13 @@ from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer.errors import ExportError
 from dcp_hf_writer.mapping.spec_match import model_names
-from dcp_hf_writer.torch_seam.frames import planned_paths, planned_state_dict
+from dcp_hf_writer.mapping.tied_names import declared_ties
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
-
-    from torch.distributed.checkpoint.planner import SavePlanner
+    from collections.abc import Mapping
 
     from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.torch_seam.frames import Planned
 
 
 HOW_TO_TIE = (
@@ -31,12 +30,12 @@ HOW_TO_TIE = (
 
 
 def untrue_tie(
-    planner: SavePlanner | None, export: HFExport, memory: Mapping[str, int], *, rank: int
+    planned: Planned, export: HFExport, memory: Mapping[str, int], *, rank: int
 ) -> ExportError | None:
     """Compare tensors that are declared to be tied, where they are not one memory.
 
     Args:
-        planner: Planner of the save; nothing can be compared if it does not show its state dict.
+        planned: What is planned on this rank.
         export: Options of the export.
         memory: Number of the memory of each tensor, by FQN.
         rank: This rank.
@@ -44,10 +43,9 @@ def untrue_tie(
     Returns:
         What is wrong, if two of them have different bytes on this rank.
     """
-    state_dict = planned_state_dict(planner)
-    if not any(_declared(export)) or not state_dict:
+    state_dict, paths = planned.state_dict, planned.paths
+    if not any(declared_ties(export, ())) or not state_dict:
         return None
-    paths = planned_paths(planner)
     tensors = {
         fqn: paths.get(fqn, (fqn,)) for fqn, v in state_dict.items() if isinstance(v, torch.Tensor)
     }
@@ -83,27 +81,13 @@ def drifted_tie(
         FQN of the one that would be left out, and of the one that would be kept.
     """
     fqn_of = {name: fqn for fqn, name in names.items()}
-    for drop, keep in dict(_declared(export)).items():
+    for drop, keep in dict(declared_ties(export, fqn_of)).items():
         one, other = fqn_of.get(drop), fqn_of.get(keep)
         if one is None or other is None or memory.get(one) == memory.get(other) is not None:
             continue
         if _differ(tensors[one], tensors[other]):
             return one, other
     return None
-
-
-def _declared(export: HFExport) -> Iterator[tuple[str, str]]:
-    """Yield runtime names that are declared to be tied: the one left out, and the one kept."""
-    runtime = {
-        spec.hf_keys[0]: spec.name
-        for spec in export.spec_by_fqn.values()
-        if len(spec.hf_keys) == 1 and spec.alias_of is None
-    }
-    for spec in export.spec_by_fqn.values():
-        if spec.alias_of is not None:
-            yield spec.name, runtime.get(spec.alias_of, spec.alias_of)
-    for drop, keep in (export.tied or {}).items():
-        yield drop, runtime.get(keep, keep)
 
 
 def _differ(one: Any, other: Any) -> bool:

@@ -16,24 +16,27 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import WriteItemType
-from torch.distributed.checkpoint.utils import _DistWrapper
 
 from dcp_hf_writer.digests.digest_sweep import extent_of
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.formats.names_on_disk import INDEX_NAME
 from dcp_hf_writer.mapping.model_entry import model_prefix
 from dcp_hf_writer.plan.global_plan import GlobalPlan, RankPlan, plan_globally, rank_plans
-from dcp_hf_writer.plan.layout import INDEX_NAME
+from dcp_hf_writer.preflight.drifted_ties import untrue_tie
 from dcp_hf_writer.preflight.explanation import Explanation
 from dcp_hf_writer.preflight.explanation_rows import FileSum, RankSum, Row, left_out
-from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts, note_memory
-from dcp_hf_writer.save.attempt import Attempt
+from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts
 from dcp_hf_writer.save.export_assets import file_of_key_in_like
 from dcp_hf_writer.save.hf_half import regions_by_file, way_of
+from dcp_hf_writer.save.save_context import RankView
 from dcp_hf_writer.save.tensor_source import TensorSource, chunk_of
 from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
 from dcp_hf_writer.tensors.strided_copies import hf_box
-from dcp_hf_writer.torch_seam.frames import planned_state_dict
+from dcp_hf_writer.torch_seam.dtensor import local_of
+from dcp_hf_writer.torch_seam.frames import Planned
 from dcp_hf_writer.torch_seam.future_guard import own_error
+from dcp_hf_writer.torch_seam.gathered_steps import steps_of
+from dcp_hf_writer.torch_seam.plan_cache import without_cache
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -68,7 +71,11 @@ class DryRun:
     """A planner that no save uses."""
     is_once: bool
     """Whether the DCP half leaves weights to the export."""
-    _attempt: Attempt = field(init=False)
+    _rank: int = field(init=False)
+    _is_coordinator: bool = field(init=False)
+    _view: RankView = field(init=False)
+    _error: ExportError | None = field(init=False, default=None)
+    """Why there would be no export."""
     _plan: GlobalPlan | None = field(init=False, default=None)
     """On the coordinator."""
     _files: Mapping[str, str] | None = field(init=False, default=None)
@@ -80,9 +87,8 @@ class DryRun:
         Raises:
             PlanningError: As the save would, on every rank.
         """
-        ranks = _DistWrapper(self.group, dist.is_available() and dist.is_initialized(), 0)
-        self._attempt = Attempt(self.path, deadline=0.0, staged=None, lease=None)
-        self._attempt.rank, self._attempt.is_coordinator = ranks.rank, ranks.is_coordinator
+        ranks = steps_of(self.group)
+        self._rank, self._is_coordinator = ranks.rank, ranks.is_coordinator
         try:
             plan = ranks.reduce_scatter(
                 "plan", lambda: self._plan_local(state_dict), self._plan_all
@@ -98,18 +104,25 @@ class DryRun:
         self.planner.set_up_planner(
             state_dict=dict(state_dict),
             storage_meta=StorageMeta(checkpoint_id=self.path),
-            is_coordinator=self._attempt.is_coordinator,
+            is_coordinator=self._is_coordinator,
         )
         plan = self.planner.create_local_plan()
-        note_memory(self._attempt, self.planner)
+        view = self._view = RankView.of(Planned.of(self.planner, state_dict), None)
         facts = local_facts(
-            plan, self.planner, attempt=self._attempt, export=self.export, group=self.group
+            plan,
+            view,
+            target=self.path,
+            is_coordinator=self._is_coordinator,
+            export=self.export,
+            group=self.group,
         )
+        if self.export is not None:
+            self._error = untrue_tie(view.planned, self.export, view.memory, rank=self._rank)
         return replace(plan, storage_data=facts)
 
     def _plan_all(self, plans: list[SavePlan]) -> list[SavePlan]:
         found, _ = self.planner.create_global_plan(plans)
-        check_facts(plans, found)
+        check_facts(found)
         export, files = self.export, None
         if export is not None:
             files = file_of_key_in_like(export)
@@ -133,7 +146,7 @@ class DryRun:
         ]
         kept = [item for item in tensors if item.index.fqn not in own.once]
         total = RankSum(
-            rank=self._attempt.rank,
+            rank=self._rank,
             host=socket.gethostname(),
             dcp_nbytes=sum(map(_item_nbytes, kept)),
             dcp_tensors=len(kept),
@@ -142,7 +155,7 @@ class DryRun:
             blocks=len(rows),
             files=len(work),
         )
-        return _Local(rows, total, self._attempt.export_error)
+        return _Local(rows, total, self._error)
 
     def _row(
         self, item: WriteItem, region: Region, files: Sequence[str], source: TensorSource
@@ -154,7 +167,7 @@ class DryRun:
             fqn=item.index.fqn,
             shape=tuple(item.tensor_data.size) if item.tensor_data is not None else (),
             dtype=NAME_BY_TORCH[tensor.dtype],
-            rank=self._attempt.rank,
+            rank=self._rank,
             chunk_offsets=chunk.offsets,
             chunk_sizes=chunk.sizes,
             key=target.key,
@@ -172,8 +185,8 @@ class DryRun:
 
     def _as_staged(self, item: WriteItem, tensor: torch.Tensor) -> torch.Tensor:
         """Return a tensor with the strides of its staged copy; of a block, those of the block."""
-        held = planned_state_dict(self.planner).get(item.index.fqn)
-        local = getattr(held, "_local_tensor", held)
+        held = self._view.planned.state_dict.get(item.index.fqn)
+        local = local_of(held) if isinstance(held, torch.Tensor) else None
         if tensor.is_contiguous() or local is None or local.shape != tensor.shape:
             return tensor
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
@@ -212,11 +225,7 @@ def fresh_planner(planner: SavePlanner | None) -> SavePlanner:
     """Return a planner that plans as a given one does, and keeps nothing for a later save."""
     if planner is None:
         return DefaultSavePlanner()
-    fresh = copy.copy(planner)
-    # torch keeps plans on the class: a dry run must neither be found there nor answered from there.
-    if getattr(fresh, "_enable_plan_caching", False):
-        fresh._enable_plan_caching = False  # type: ignore[attr-defined]  # noqa: SLF001
-    return fresh
+    return without_cache(planner)
 
 
 def _without_expectations(export: HFExport) -> HFExport:

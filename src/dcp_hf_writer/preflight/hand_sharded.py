@@ -15,19 +15,21 @@ import xxhash
 from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer.errors import ModelKeyError, PlanningError
+from dcp_hf_writer.excerpts import some_ranks
 from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS
 from dcp_hf_writer.mapping.spec_match import model_names
 from dcp_hf_writer.tensors.shards import blocks_of, shards_of
-from dcp_hf_writer.torch_seam.frames import planned_paths, planned_state_dict
+from dcp_hf_writer.torch_seam.dtensor import local_of
 from dcp_hf_writer.torch_seam.planners import HFSavePlanner
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
-    from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+    from torch.distributed.checkpoint.planner import SavePlan
 
     from dcp_hf_writer.mapping.model_entry import Path
+    from dcp_hf_writer.torch_seam.frames import Planned
 
 _log = logging.getLogger(__name__)
 
@@ -56,28 +58,28 @@ _ROW = np.dtype([("name", "<u8"), ("kind", "<u8"), ("values", "<u2", (_VALUES,))
 _is_warned = False
 
 
-def samples_of(planner: SavePlanner | None, *, key: str | None, world_size: int) -> bytes:
+def samples_of(planned: Planned, *, key: str | None, world_size: int) -> bytes:
     """Sample this rank's tensors that DCP may take for replicas of other ranks'.
 
     Those are plain tensors of the model, and DTensors on meshes that not all ranks are in.
 
     Args:
-        planner: Planner of the save. An `HFSavePlanner` means that the user has declared what is
-            sharded, so that nothing is sampled; one that shows no `state_dict` cannot be.
+        planned: Planner of the save, and what it plans. An `HFSavePlanner` means that the user has
+            declared what is sharded, so that nothing is sampled.
         key: Entry that holds the model, as `HFExport` takes it.
         world_size: Number of ranks of the save.
 
     Returns:
         Rows of `_ROW`, by name; empty if there is nothing to compare.
     """
-    if world_size == 1 or isinstance(planner, HFSavePlanner):
+    if world_size == 1 or isinstance(planned.planner, HFSavePlanner):
         return b""
-    state_dict, paths = planned_state_dict(planner), planned_paths(planner)
+    state_dict, paths = planned.state_dict, planned.paths
     found: dict[int, torch.Tensor] = {}
     for fqn in _names(state_dict, paths, key):
         offsets = _offsets_of_replica(state_dict[fqn], world_size)
         if offsets is not None:
-            found[_hash(_place(fqn, offsets))] = _local(state_dict[fqn])
+            found[_hash(_place(fqn, offsets))] = local_of(state_dict[fqn])
     # The same ones on every rank, whatever else each holds.
     names = sorted(found)[:_MAX_TENSORS]
     rows = np.zeros(len(names), _ROW)
@@ -114,13 +116,10 @@ def check_samples(samples: Sequence[bytes], plans: Iterable[SavePlan]) -> None:
     alike: dict[bytes, list[int]] = {}
     for i in np.flatnonzero(rows["name"] == rows["name"][worst]):
         alike.setdefault(rows[i].tobytes(), []).extend(holders[i])
-    found = " and ".join(f"one on ranks {_some(group)}" for group in list(alike.values())[:_SHOWN])
+    found = " and ".join(
+        f"one on ranks {some_ranks(group)}" for group in list(alike.values())[:_SHOWN]
+    )
     _say(_fqn_of(int(rows["name"][worst]), plans), found, is_drift=bool(distance[worst] <= _DRIFT))
-
-
-def _some(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, sorted(ranks)[:_SHOWN]))
-    return f"[{shown}, ...]" if len(ranks) > _SHOWN else f"[{shown}]"
 
 
 def _say(fqn: str | None, found: str, *, is_drift: bool) -> None:
@@ -161,7 +160,7 @@ def _offsets_of_replica(value: torch.Tensor, world_size: int) -> tuple[int, ...]
 
     DTensors on a mesh of all ranks are what they say.
     """
-    local = _local(value)
+    local = local_of(value)
     if type(local) not in _KINDS or local.layout is not torch.strided or local.is_meta:
         return None
     if not isinstance(value, DTensor):
@@ -172,10 +171,6 @@ def _offsets_of_replica(value: torch.Tensor, world_size: int) -> tuple[int, ...]
         return None
     blocks = blocks_of(tuple(value.shape), shards_of(value.placements, mesh.shape, coordinate))
     return blocks[0].global_box.offsets if blocks else None
-
-
-def _local(value: torch.Tensor) -> torch.Tensor:
-    return value._local_tensor if isinstance(value, DTensor) else value  # noqa: SLF001
 
 
 def _values(tensor: torch.Tensor) -> npt.NDArray[np.uint16]:

@@ -100,3 +100,19 @@ def check_dcp_writer(writer: object) -> None:
     if getattr(writer, "sync_files", True) is False:
         msg = "dcp_writer must make its files durable before the commit"
         raise ConfigError(msg, expected="sync_files=True", found="sync_files=False")
+
+
+def check_collectives(*, is_used: bool) -> None:
+    """Refuse a save that is asked to do without collectives.
+
+    Raises:
+        ConfigError: If it is.
+    """
+    if not is_used:
+        msg = "use_collectives=False is not supported"
+        raise ConfigError(
+            msg,
+            phase="plan",
+            expected="one coordinated plan, which the offsets in the files follow from",
+            hint="drop use_collectives=False; a rank alone saves with no_dist=True",
+        )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -13,24 +15,18 @@ from dcp_hf_writer.errors import StagingBusyError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.save import export_assets
 from dcp_hf_writer.save.failure_explanations import guard_process_save
-from dcp_hf_writer.staging.stager import (
-    Copies,
-    Handover,
-    Staged,
+from dcp_hf_writer.staging.staged_state_dict import (
     StagedStateDict,
-    Stager,
-    StagingMode,
+    failed_state_dict,
     staging_error,
-    wait_before_step,
 )
+from dcp_hf_writer.staging.stager import STAGER, Copies, Staged, StagingMode, wait_before_step
 
 if TYPE_CHECKING:
     import torch
 
     from dcp_hf_writer.mapping.hf_export import HFExport
-
-# The slab outlives the writers of this process.
-_stager = Stager()
+    from dcp_hf_writer.staging.slab import Lease
 
 
 class SlabStager(AsyncStager):
@@ -43,6 +39,8 @@ class SlabStager(AsyncStager):
     process_group: dist.ProcessGroup | None
     _copies: Copies | None = None
     """Of the latest overlapped staging; not its state dict, whose end must be seen."""
+    _lease: weakref.ref[Lease] | None = None
+    """Of the latest staging; weak, since a lease keeps its slab mapped."""
 
     def stage(self, state_dict: dict[str, Any]) -> Any:
         """Copy a state dict into the slab; what changes afterwards reaches no file.
@@ -51,8 +49,8 @@ class SlabStager(AsyncStager):
 
         Returns:
             The staged state dict, or with overlapped staging its future. If it cannot be staged,
-            an empty one: the error is raised in the plan, so that every rank gets it and none waits
-            for this one in a collective.
+            one that holds the error alone: it is raised in the plan, so that every rank gets it and
+            none waits for this one in a collective.
 
         Raises:
             StagingBusyError: If an earlier save is still in flight at the deadline.
@@ -60,7 +58,7 @@ class SlabStager(AsyncStager):
         deadline = time.monotonic() + self.timeout_s
         self._read_assets()
         try:
-            staged = _stager.stage(state_dict, mode=self.staging, what=self.path, deadline=deadline)
+            staged = STAGER.stage(state_dict, mode=self.staging, what=self.path, deadline=deadline)
         except StagingBusyError:
             # The save in flight is stuck in a collective: another one must not begin beside it.
             raise
@@ -69,9 +67,8 @@ class SlabStager(AsyncStager):
             failed = _failed(deadline, error, self.path)
             return failed if self.staging == "blocking" else _done(failed)
         reach("staged")
-        self._copies = staged.copies
+        self._copies, self._lease = staged.copies, weakref.ref(staged.lease)
         result, lease, target = staged.state_dict, staged.lease, self.path
-        result.handover = Handover(deadline, staged.info)
         result.on_send = lambda: guard_process_save(lease, deadline=deadline, target=target)
         return result if staged.copies is None else _when_copied(staged, deadline, target)
 
@@ -106,7 +103,17 @@ class SlabStager(AsyncStager):
             Bytes of the staged copy on this rank.
         """
         self._read_assets()
-        return _stager.warm_up(state_dict, deadline=time.monotonic() + self.timeout_s)
+        return STAGER.warm_up(state_dict, deadline=time.monotonic() + self.timeout_s)
+
+    def _give_back_staged(self) -> None:
+        """End the latest lease if a save was to take it up, and will not.
+
+        A synchronous save, in the thread that stages, leaves it to the save that it is for.
+        """
+        lease = None if self._lease is None else self._lease()
+        is_mine = lease is not None and lease.stager is threading.current_thread()
+        if lease is not None and lease.is_pending and not is_mine:
+            lease.release()
 
     def _read_assets(self) -> None:
         # Now, in the training thread: config objects may change while the save runs. Errors are
@@ -124,8 +131,7 @@ def _done(value: Any) -> Future[Any]:
 
 def _failed(deadline: float, error: BaseException, target: str) -> StagedStateDict:
     """Return a state dict whose save raises what went wrong while it was staged."""
-    failed = StagedStateDict()
-    failed.handover = Handover(deadline, error=staging_error(error))
+    failed = failed_state_dict(staging_error(error))
     failed.on_send = lambda: guard_process_save(None, deadline=deadline, target=target)
     return failed
 

@@ -22,6 +22,7 @@ from dcp_hf_writer.errors import (
     TargetExistsError,
     WriteError,
 )
+from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
 from dcp_hf_writer.save.save_owner import Owner, is_abandoned, is_over_here, mark_active, mark_ended
 from dcp_hf_writer.storage.linux_calls import UnsupportedCallError, exchange
 from dcp_hf_writer.storage.posix_outputs import (
@@ -34,13 +35,12 @@ from dcp_hf_writer.storage.posix_outputs import (
 
 _log = logging.getLogger(__name__)
 
-MANIFEST_NAME = "dcp-hf.json"
 _RECORD_NAME = ".dcp-hf-save.json"
 _INCOMPLETE = ".incomplete-"
 _REPLACED = ".replaced-"
 
 # What marks a directory as a checkpoint, which overwriting may replace.
-_CHECKPOINT_FILES = (MANIFEST_NAME, ".metadata")
+_CHECKPOINT_FILES = (MANIFEST_NAME, METADATA_NAME)
 
 _probed: set[str] = set()
 

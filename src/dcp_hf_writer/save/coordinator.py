@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import logging
 import os
 import re
 import time
 from typing import TYPE_CHECKING, Any
+
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from dcp_hf_writer.errors import (
     CommitError,
@@ -19,16 +22,16 @@ from dcp_hf_writer.errors import (
     WriteError,
 )
 from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.formats.names_on_disk import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
+from dcp_hf_writer.formats.stored_once_places import NOTICE
 from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
-from dcp_hf_writer.plan.layout import INDEX_NAME
 from dcp_hf_writer.plan.rank_report import RankReport, check_coverage
-from dcp_hf_writer.save.commit import MANIFEST_NAME, remove_tree
+from dcp_hf_writer.save.commit import remove_tree
 from dcp_hf_writer.save.dcp_half import digest_file
-from dcp_hf_writer.save.export_assets import CHECKSUMS_NAME, CONFIG_NAME
+from dcp_hf_writer.save.export_assets import CHECKSUMS_NAME
 from dcp_hf_writer.save.save_owner import Owner
 from dcp_hf_writer.save.tensor_source import digest_of
 from dcp_hf_writer.save.write_phase import export_error
-from dcp_hf_writer.storage.open_outputs import OpenFiles
 from dcp_hf_writer.storage.posix_outputs import (
     COHERENT,
     OutputFile,
@@ -41,7 +44,9 @@ from dcp_hf_writer.storage.posix_outputs import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from torch.distributed.checkpoint.storage import WriteResult
 
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.plan.global_plan import GlobalPlan
@@ -49,6 +54,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
     from dcp_hf_writer.save.export_assets import Assets
+    from dcp_hf_writer.storage.open_outputs import OpenFiles
 
 _log = logging.getLogger(__name__)
 
@@ -100,9 +106,9 @@ def make_directory(directory: StagingDirectory, *, overwrite: bool, attempt: Att
     Raises:
         StorageError: If the target exists, or the file system does not allow it.
     """
-    files = attempt.files = OpenFiles()
+    files = attempt.open_files()
     record = files.keep(directory.create(overwrite=overwrite))
-    attempt.directory = directory
+    attempt.work_in(directory)
     reach("directory made")
     files.sync(files.take(record.path) or record)
 
@@ -125,12 +131,13 @@ def make_export(
         path=attempt.target,
     )
     try:
-        attempt.whole_files = prepare_export(directory, plan.layout, assets, files, subdir=subdir)
+        whole = prepare_export(directory, plan.layout, assets, files, subdir=subdir)
+        attempt.add_whole_files(*whole)
     except WriteError as error:
         path = os.path.join(directory.path, subdir)
         files.discard_below(path)
         drop_export(directory, subdir)
-        attempt.export_error = export_error(error, rank=attempt.rank, path=path)
+        attempt.leave_out_export(export_error(error, rank=attempt.rank, path=path))
         return False
     return True
 
@@ -207,6 +214,20 @@ def step_of(target: str) -> int | None:
     """Read the training step off a path such as `run/step-100`; for the manifest only."""
     found = _STEP.search(os.path.basename(target))
     return int(found[1]) if found else None
+
+
+def share_text(results: Iterable[Sequence[WriteResult]]) -> None:
+    """Make equal descriptors of weights stored once one object: pickle then writes each once.
+
+    Every rank sends its own copies of file names and geometries.
+    """
+    known: dict[str, str] = {}
+    for result in itertools.chain.from_iterable(results):
+        info = result.storage_data
+        if isinstance(info, _StorageInfo) and info.relative_path == NOTICE:
+            texts = info.transform_descriptors or ()
+            info.relative_path = NOTICE
+            info.transform_descriptors = tuple(known.setdefault(one, one) for one in texts)
 
 
 def check_files(
@@ -306,7 +327,7 @@ def publish(
         once=sorted(plan.once),
         reports=reports,
         whole_files=[*(whole_files if error is None else ()), *others],
-        seconds={**attempt.seconds, "total": time.monotonic() - attempt.began, **extra},
+        seconds={**attempt.seconds, "total": time.monotonic() - attempt.context.began, **extra},
         export_error=None if error is None else str(error),
     )
     write_file(os.path.join(directory.path, MANIFEST_NAME), manifest)

@@ -44,7 +44,6 @@ class SlabFileSystemWriter(FileSystemWriter):
         self._final_id = checkpoint_id
         self.files: list[DCPFile] = []
         self.source: TensorSource | None = None
-        self.open_file: Callable[[str], OutputFile] = lambda path: OutputFile(path, create=True)
         self.finish_file: Callable[[OutputFile], None] = _sync_and_close
         self.check: Callable[[], None] = lambda: None
 
@@ -63,7 +62,7 @@ class SlabFileSystemWriter(FileSystemWriter):
         source = self.source or TensorSource(planner)
         while not file_queue.empty():
             path, name, items = file_queue.get_nowait()
-            file = self.open_file(str(path))
+            file = OutputFile(str(path), create=True)
             try:
                 results += _FileWriter(file, name, planner, source, self.check).write(
                     items, self.files

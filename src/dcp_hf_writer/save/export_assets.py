@@ -17,21 +17,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dcp_hf_writer.errors import CheckpointError, ConfigError, ExportError
+from dcp_hf_writer.formats.names_on_disk import CONFIG_NAME, INDEX_SUFFIX
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from dcp_hf_writer.mapping.hf_export import HFExport
 
-CONFIG_NAME = "config.json"
 CHECKSUMS_NAME = "checksums.json"
 """What `sglang ... --model-checksum <directory>/checksums.json` is given."""
 
-_INDEX_SUFFIX = ".safetensors.index.json"
 
 # Weights in any format: the export brings its own.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
-_WEIGHT_INDEXES = (_INDEX_SUFFIX, ".bin.index.json")
+_WEIGHT_INDEXES = (INDEX_SUFFIX, ".bin.index.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +220,7 @@ def _other_files(base: Path) -> dict[str, bytes]:
 
 def _file_of_key(base: Path) -> dict[str, str]:
     """Return the file of each key of a model directory, from its index or its one file."""
-    indexes = sorted(base.glob("*" + _INDEX_SUFFIX))
+    indexes = sorted(base.glob("*" + INDEX_SUFFIX))
     if indexes:
         try:
             weight_map = json.loads(indexes[0].read_bytes())["weight_map"]

@@ -12,8 +12,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dcp_hf_writer.errors import SaveAbortedError, SaveTimeoutError
 from dcp_hf_writer.save.coordinator import committed_save_id
 from dcp_hf_writer.save.rendezvous import POST_MORTEM_S, Progress, lost_ranks_error
-from dcp_hf_writer.torch_seam.frames import current_save
-from dcp_hf_writer.torch_seam.future_guard import FutureGuard, current_future, own_error
+from dcp_hf_writer.torch_seam.future_guard import FutureGuard, find_future, own_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,22 +26,29 @@ _log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
 
 
-def guard_save(attempt: Attempt) -> None:
+def guard_save(attempt: Attempt, *, anchor: object | None, is_async: bool) -> None:
     """Guard the future of the save that the calling thread runs.
 
     A synchronous save has none: what it holds is given back when torch's frames of it go, which
     takes a garbage collection where this rank failed, or when the interpreter ends.
+
+    Args:
+        attempt: The save.
+        anchor: An object that lives as long as the save; `None` if it is refused.
+        is_async: Whether the save must have a future.
+
+    Raises:
+        UnsupportedTorchError: If it must, and none can be found.
     """
-    future = current_future()
+    future = find_future(is_async=is_async)
     if future is None:
-        save = current_save()
-        if save is not None:
-            weakref.finalize(save, attempt.end)
+        if anchor is not None:
+            weakref.finalize(anchor, attempt.end)
         return
 
     FutureGuard(
         future,
-        deadline=attempt.deadline,
+        deadline=attempt.context.deadline,
         on_deadline=lambda: _at_deadline(attempt),
         translate=lambda error: _explain(attempt, error),
         on_end=attempt.end,
@@ -50,10 +56,13 @@ def guard_save(attempt: Attempt) -> None:
 
 
 def guard_process_save(lease: Lease | None, *, deadline: float, target: str) -> None:
-    """Guard the future of a save that a checkpointer process does; called where it is sent."""
-    future = current_future()
-    if future is None:
-        return
+    """Guard the future of a save that a checkpointer process does; called where it is sent.
+
+    Raises:
+        UnsupportedTorchError: If there is none to be found.
+    """
+    future = find_future(is_async=True)
+    assert future is not None
 
     def at_deadline() -> BaseException:
         msg = "the checkpointer process did not finish the save by its deadline"
@@ -108,7 +117,7 @@ def _at_deadline(attempt: Attempt) -> BaseException:
     phase = attempt.phase
     silent = _ask(lambda: _silent_at_deadline(attempt, phase), otherwise=_STORE_IS_SILENT)
     # A rank that has not reported knows that nobody could commit without it.
-    is_open = may_commit or (not attempt.is_coordinator and phase == "written")
+    is_open = may_commit or (not attempt.member.is_coordinator and phase == "written")
     outcome = _outcome_of(attempt) if is_open else "not committed"
     if silent:
         return _lost(attempt, silent, phase=phase, outcome=outcome)
@@ -118,7 +127,7 @@ def _at_deadline(attempt: Attempt) -> BaseException:
         rank=attempt.rank,
         phase=phase,
         path=attempt.target,
-        expected=f"done within {attempt.deadline - attempt.began:.0f} s",
+        expected=f"done within {attempt.context.deadline - attempt.context.began:.0f} s",
         found=outcome,
         hint="raise timeout_s, or find what slows the storage down",
     )
@@ -128,12 +137,12 @@ def _explain(attempt: Attempt, error: BaseException) -> BaseException:
     own = own_error(error)
     if own is not None:
         return own
-    if attempt.rendezvous is None or isinstance(error, CheckpointException):
+    if attempt.member.rendezvous is None or isinstance(error, CheckpointException):
         return error
     # A broken collective names an address at best: ask the records who went silent.
     attempt.give_up()
     phase = attempt.phase
-    wait_s = min(POST_MORTEM_S, attempt.left_s())
+    wait_s = min(POST_MORTEM_S, attempt.context.left_s())
     silent = _ask(
         lambda: _silent_after_failure(attempt, wait_s=wait_s),
         otherwise=_STORE_IS_SILENT,
@@ -160,19 +169,21 @@ def _lost(attempt: Attempt, silent: Sequence[str], *, phase: str, outcome: str) 
 
 
 def _silent_at_deadline(attempt: Attempt, phase: str) -> Sequence[str]:
-    if attempt.rendezvous is None:
+    if attempt.member.rendezvous is None:
         return ()
-    behind = attempt.rendezvous.silent_ranks(Progress(attempt.count, phase, "", 0), wait_s=0.0)
+    behind = attempt.member.rendezvous.silent_ranks(
+        Progress(attempt.member.count, phase, "", 0), wait_s=0.0
+    )
     # Where all have come equally far, those are silent that do not notice the deadline.
     return behind or _silent_after_failure(attempt, wait_s=_SKEW_S)
 
 
 def _silent_after_failure(attempt: Attempt, *, wait_s: float) -> Sequence[str]:
-    if attempt.rendezvous is None:
+    if attempt.member.rendezvous is None:
         return ()
     attempt.post("failed")
-    mine = Progress(attempt.count, "failed", "", 0)
-    return attempt.rendezvous.silent_ranks(mine, wait_s=wait_s)
+    mine = Progress(attempt.member.count, "failed", "", 0)
+    return attempt.member.rendezvous.silent_ranks(mine, wait_s=wait_s)
 
 
 def _outcome_of(attempt: Attempt) -> str:

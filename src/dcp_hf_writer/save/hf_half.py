@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Literal
 
-import torch
 import xxhash
 
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.plan.rank_report import Block
 from dcp_hf_writer.plan.regions import Region, TargetTable, needs_cast
+from dcp_hf_writer.save.bounce_buffer import BounceBuffer
 from dcp_hf_writer.save.tensor_source import TensorSource, chunk_of, digest_of, host_bytes
 from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
 from dcp_hf_writer.tensors.strided_copies import hf_box, hf_loops, runtime_view, split
@@ -18,15 +17,12 @@ from dcp_hf_writer.tensors.strided_copies import hf_box, hf_loops, runtime_view,
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    import torch
     from torch.distributed.checkpoint.planner import WriteItem
 
     from dcp_hf_writer.plan.layout import PartTarget
     from dcp_hf_writer.storage.posix_outputs import OutputFile
     from dcp_hf_writer.tensors.boxes import ByteRuns
-
-# Casts and blocks that are not contiguous go through at most this much reused memory: fresh pages
-# cost ten times the copy.
-MAX_BOUNCE_NBYTES = 8 << 20
 
 
 def regions_by_file(
@@ -80,8 +76,7 @@ class BlockWriter:
 
     def __init__(self) -> None:
         """Start without a buffer."""
-        self._bounce = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self._bounce_nbytes = MAX_BOUNCE_NBYTES
+        self._bounce = BounceBuffer()
 
     def write_file(
         self,
@@ -99,7 +94,7 @@ class BlockWriter:
             blocks: What to write, ascending.
             source: Resolves items to tensors.
             check: Called before each block; raises if the save was given up.
-            bounce_nbytes: Size of the buffer for casts and blocks that are not contiguous.
+            bounce_nbytes: Size of the bounce buffer.
 
         Returns:
             One block a region.
@@ -108,7 +103,7 @@ class BlockWriter:
             WriteError: If the file system does not take the bytes.
         """
         written = []
-        self._bounce_nbytes = bounce_nbytes
+        self._bounce.resize(bounce_nbytes)
         for item, region in blocks:
             check()
             reach("mid hf")
@@ -129,19 +124,14 @@ class BlockWriter:
             return source.digest(item, data) if is_item else digest_of(data)
         digest = xxhash.xxh3_64()
         dtype = TORCH_BY_NAME[region.target.dtype]
-        for part in split(region.copy, self._bounce_nbytes // dtype.itemsize):
+        for part in split(region.copy, self._bounce.nbytes // dtype.itemsize):
             view = runtime_view(tensor, part)
-            buffer = self._buffer(dtype, view.shape)
+            buffer = self._bounce.take(dtype, view.shape)
             buffer.copy_(view)
             data = host_bytes(buffer)
             digest.update(data)
             _write_runs(file, data, Region(region.target, part).hf_runs())
         return str(digest.hexdigest())
-
-    def _buffer(self, dtype: torch.dtype, sizes: tuple[int, ...]) -> torch.Tensor:
-        if self._bounce.nbytes < self._bounce_nbytes:
-            self._bounce = torch.zeros(self._bounce_nbytes, dtype=torch.uint8, device="cpu")
-        return self._bounce[: math.prod(sizes) * dtype.itemsize].view(dtype).view(sizes)
 
 
 def _write_runs(file: OutputFile, data: memoryview, runs: ByteRuns) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.save.commit import StagingDirectory
-from dcp_hf_writer.save.rendezvous import fall_in
+from dcp_hf_writer.save.rendezvous import MEETING
 
 if TYPE_CHECKING:
     from dcp_hf_writer.plan.global_plan import RankPlan
@@ -27,20 +27,19 @@ def planned_directory(attempt: Attempt, own: RankPlan) -> StagingDirectory:
         PlanningError: If there is no such save, or this rank holds a part of another plan.
         RankLostError: If the coordinator announced none.
     """
-    if attempt.is_coordinator and attempt.directory is not None:
+    member = attempt.member
+    if member.is_coordinator and attempt.directory is not None:
         directory = attempt.directory
         plan_id = "" if attempt.global_plan is None else attempt.global_plan.plan_id
     else:
-        if attempt.rendezvous is None:
+        if member.rendezvous is None:
             msg = "the ranks of the save have no store in common"
             raise PlanningError(msg, rank=attempt.rank, phase="write", path=attempt.target)
-        found = attempt.rendezvous.find(
-            attempt.target, timeout_s=min(attempt.left_s(), _FIND_S), rank=attempt.rank
-        )
-        fall_in(found.count)
-        attempt.count = found.count
+        timeout_s = min(attempt.context.left_s(), _FIND_S)
+        found = member.rendezvous.find(attempt.target, timeout_s=timeout_s, rank=attempt.rank)
+        MEETING.fall_in(found.count)
         directory, plan_id = StagingDirectory(attempt.target, found.save_id), found.plan_id
-    attempt.directory = directory
+        attempt.work_in(directory, count=found.count)
     if plan_id != own.plan_id:
         msg = "this rank holds a part of another plan"
         raise PlanningError(

@@ -16,9 +16,9 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d as c10d
 
 from dcp_hf_writer.errors import RankLostError
+from dcp_hf_writer.torch_seam.default_store import default_store
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -184,7 +184,7 @@ def _key(kind: str, target: str) -> str:
 def _store() -> Any:
     # All groups share the default group's store; a group's own is a prefix of it, whose key space
     # torch also uses for its own purposes.
-    store = c10d._get_default_store()  # noqa: SLF001
+    store = default_store()
     clone = getattr(store, "clone", None)
     if clone is None:
         return store
@@ -195,30 +195,33 @@ def _store() -> Any:
         return store
 
 
-_count = 0
-_known: tuple[Any, dist.ProcessGroup | None, Rendezvous] | None = None
+class Meeting:
+    """What this process keeps from save to save: its number of saves, and a group's records."""
+
+    def __init__(self) -> None:
+        """Start before the first save."""
+        self._count = 0
+        self._known: tuple[Any, dist.ProcessGroup | None, Rendezvous] | None = None
+
+    def next_count(self) -> int:
+        """Count a save that this process begins."""
+        self._count += 1
+        return self._count
+
+    def fall_in(self, count: int) -> None:
+        """Take over the coordinator's count: a save that failed early on one rank parts them."""
+        self._count = count
+
+    def rendezvous_of(self, group: dist.ProcessGroup | None) -> Rendezvous | None:
+        """Return the records of a group, made once; `None` where there is nobody else."""
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
+            return None
+        # The store tells one initialisation of torch.distributed from the next.
+        store = default_store()
+        if self._known is None or self._known[0] is not store or self._known[1] is not group:
+            self._known = (store, group, Rendezvous(group))
+        return self._known[2]
 
 
-def next_count() -> int:
-    """Count a save that this process begins."""
-    global _count  # noqa: PLW0603
-    _count += 1
-    return _count
-
-
-def fall_in(count: int) -> None:
-    """Take over the coordinator's count: a save that failed early on one rank set them apart."""
-    global _count  # noqa: PLW0603
-    _count = count
-
-
-def rendezvous_of(group: dist.ProcessGroup | None) -> Rendezvous | None:
-    """Return the records of a group, made once; `None` where there is nobody else."""
-    global _known  # noqa: PLW0603
-    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return None
-    # The store tells one initialisation of torch.distributed from the next.
-    store = c10d._get_default_store()  # noqa: SLF001
-    if _known is None or _known[0] is not store or _known[1] is not group:
-        _known = (store, group, Rendezvous(group))
-    return _known[2]
+MEETING = Meeting()
+"""That of this process: all ranks count the saves of their process, whichever writer does them."""

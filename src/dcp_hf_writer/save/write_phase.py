@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
@@ -27,6 +28,7 @@ from dcp_hf_writer.errors import (
     SlotTimeoutError,
 )
 from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.formats.stored_once_places import NOTICE, encode_stored_once
 from dcp_hf_writer.plan.rank_report import RankReport
 from dcp_hf_writer.plan.regions import TargetTable
 from dcp_hf_writer.plan.stored_once import stored_once
@@ -37,12 +39,11 @@ from dcp_hf_writer.save.dcp_half import (
 )
 from dcp_hf_writer.save.hf_half import BlockWriter, is_interleaved, regions_by_file
 from dcp_hf_writer.save.tensor_source import TensorSource, chunk_of
-from dcp_hf_writer.storage.open_outputs import OpenFiles
 from dcp_hf_writer.storage.posix_outputs import OutputFile
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
     from torch.distributed.checkpoint.storage import StorageWriter
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.regions import Region
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
+    from dcp_hf_writer.storage.open_outputs import OpenFiles
     from dcp_hf_writer.storage.write_slots import WriteSlots
 
 _log = logging.getLogger(__name__)
@@ -94,20 +96,15 @@ class WritePhase:
         attempt = self.attempt
         report = RankReport(attempt.rank, socket.gethostname())
         report.export_error = attempt.export_error
-        files = attempt.files or OpenFiles()
-        attempt.files = files
+        report.stamp, report.samples = attempt.sent.stamp, attempt.sent.withheld_samples
+        files = attempt.open_files()
         source = TensorSource(self.planner)
         results: list[WriteResult] = []
         with contextlib.suppress(IndexError):
             self.blocks = _idle_blocks.pop()
         tensors = [i for i in self.plan.items if i.type != WriteItemType.BYTE_IO]
         work = regions_by_file(tensors, self.own.targets)
-        once = {fqn: TargetTable(parts) for fqn, parts in self.own.once.items()}
-        left_out = [
-            self._stored_once(item, once[item.index.fqn])
-            for item in tensors
-            if item.index.fqn in once
-        ]
+        left_out = self._stored_once(tensors)
         if left_out:
             self._leave_out({result.index for result in left_out})
         shares = self.slots.is_shared_by_halves()
@@ -138,8 +135,7 @@ class WritePhase:
                 self._join(files, report)
         _idle_blocks[:] = [self.blocks]
         reach("after fsync")
-        files.close()
-        attempt.files = None
+        attempt.close_files()
         report.seconds = dict(attempt.seconds)
         report.nbytes = {
             "dcp": sum(result.size_in_bytes for result in results),
@@ -147,13 +143,19 @@ class WritePhase:
         }
         return [*results, *left_out, WriteResult(MetadataIndex(_REPORT_FQN), 0, report)]
 
-    def _stored_once(self, item: WriteItem, table: TargetTable) -> WriteResult:
-        """Say of an item that the DCP half leaves to the export where its bytes will be."""
-        names = [name for name, _ in self.own.files]
-        chunk = chunk_of(item)
-        where = stored_once(chunk, table.near(chunk), files=names, subdir=self.subdir)
-        nbytes = sum(c.numel * ITEMSIZE[p.dtype] for p in where.parts for c in p.copies)
-        return WriteResult(item.index, nbytes, where)
+    def _stored_once(self, items: Iterable[WriteItem]) -> list[WriteResult]:
+        """Say of each item that the DCP half leaves to the export where its bytes will be."""
+        tables = {fqn: TargetTable(parts) for fqn, parts in self.own.once.items()}
+        paths = [f"{self.subdir}/{name}" for name, _ in self.own.files]
+        results = []
+        for item in items:
+            table = tables.get(item.index.fqn)
+            if table is not None:
+                chunk = chunk_of(item)
+                once = stored_once(chunk, table.near(chunk), paths=paths)
+                info = _StorageInfo(NOTICE, 0, once.nbytes, encode_stored_once(once))
+                results.append(WriteResult(item.index, once.nbytes, info))
+        return results
 
     def _leave_out(self, indices: set[MetadataIndex]) -> None:
         kept = [item for item in self.plan.items if item.index not in indices]
@@ -171,14 +173,14 @@ class WritePhase:
                 self.slots.hold(
                     self.directory.path,
                     "dcp" if half == "dcp" else "hf",
-                    deadline=self.attempt.deadline,
+                    deadline=self.attempt.context.deadline,
                 )
             )
 
     def _join(self, files: OpenFiles, report: RankReport) -> None:
         export = os.path.join(self.directory.path, self.subdir, "")
         try:
-            for path, error in files.join(deadline=self.attempt.deadline):
+            for path, error in files.join(deadline=self.attempt.context.deadline):
                 if not path.startswith(export) or not isinstance(error, Exception):
                     raise error
                 if report.export_error is None:
@@ -202,7 +204,7 @@ class WritePhase:
                         self.plan,
                         self.planner,
                         path=self.directory.path,
-                        is_coordinator=attempt.is_coordinator,
+                        is_coordinator=attempt.member.is_coordinator,
                         rank=attempt.rank,
                     )
                 )
@@ -217,7 +219,7 @@ class WritePhase:
     ) -> list[WriteResult]:
         writer = SlabFileSystemWriter(self.directory.path, checkpoint_id=self.directory.target)
         writer.set_up_storage_writer(
-            self.attempt.is_coordinator, rank=self.attempt.rank, use_collectives=True
+            self.attempt.member.is_coordinator, rank=self.attempt.rank, use_collectives=True
         )
         writer.source = source
         writer.finish_file = files.sync

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
+
+from dcp_hf_writer.torch_seam.dtensor import local_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -29,7 +30,7 @@ def memory_of(state_dict: Mapping[str, Any]) -> dict[str, int]:
 
 def memory_identity(value: torch.Tensor) -> tuple[Any, ...] | None:
     """Name the memory and view of a tensor; equal for tied tensors, `None` for one without."""
-    local = value._local_tensor if isinstance(value, DTensor) else value  # noqa: SLF001
+    local = local_of(value)
     is_plain = type(local) in {torch.Tensor, torch.nn.Parameter}
     if not is_plain or local.is_meta or not local.numel():
         return None

@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 import weakref
+from dataclasses import dataclass
 from multiprocessing import reduction
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ import torch
 from dcp_hf_writer.errors import StagingBusyError, StagingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 _log = logging.getLogger(__name__)
 
@@ -44,6 +45,33 @@ _POLL_S = 0.02
 _SAY_AFTER_S = 1.0
 
 
+@dataclass(frozen=True)
+class StagedInfo:
+    """What staging found out about a state dict; travels with the save."""
+
+    memory: dict[str, int]
+    """Number of the memory of each tensor, by FQN; equal for tied ones, absent if empty here."""
+    nbytes: int
+    """Bytes copied."""
+    waited_s: float
+    """Seconds spent waiting for the slab, within the stall."""
+    stall_s: float
+    """Seconds for which the caller was held up, waiting included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """What staging leaves for the save that follows it; belongs to the slab that it fills.
+
+    The save whose tensors lie in that memory takes it, in this process or a checkpointer process.
+    """
+
+    deadline: float
+    """`time.monotonic()` by which the save must be done; one clock for the processes of a host."""
+    info: StagedInfo
+    """What staging found out."""
+
+
 class Slab:
     """A shared memory file of fixed size, mapped into this process. Not thread-safe by itself."""
 
@@ -54,6 +82,8 @@ class Slab:
             StagingError: If the memory cannot be had.
         """
         self.slab_id = slab_id or uuid.uuid4().hex
+        self.handover: Handover | None = None
+        """Of the latest save whose copy a parent process has sent in this slab."""
         self.nbytes = nbytes
         self.pid = os.getpid()
         is_new = fd is None
@@ -68,6 +98,7 @@ class Slab:
             raise _no_memory(nbytes, error) from error
         self._fd = fd
         weakref.finalize(self, os.close, fd)
+        self._address = self.tensor(0, torch.uint8, (1,)).data_ptr()
         if is_new:
             self._fault_in()
         # The process that stages pins; a checkpointer process only reads, and needs no CUDA.
@@ -93,13 +124,12 @@ class Slab:
             self.is_pinned = self._pin()
 
     def _pin(self) -> bool:
-        address = self.tensor(0, torch.uint8, (1,)).data_ptr()
-        result = int(torch.cuda.cudart().cudaHostRegister(address, self.nbytes, _PORTABLE))
+        result = int(torch.cuda.cudart().cudaHostRegister(self._address, self.nbytes, _PORTABLE))
         if result != 0:
             _log.warning("the staging slab could not be pinned (CUDA error %d)", result)
             return False
         # Before the memory is unmapped: another slab may come to lie at the same address.
-        weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, address)
+        weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, self._address)
         return True
 
     @property
@@ -124,6 +154,10 @@ class Slab:
             return torch.empty(shape, dtype=dtype, device="cpu")
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape)
 
+    def holds(self, address: int) -> bool:
+        """Whether a byte of this process's memory lies in the slab."""
+        return 0 <= address - self._address < self.nbytes
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _attach, (self.slab_id, self.nbytes, reduction.DupFd(self._fd))
 
@@ -138,19 +172,9 @@ def _no_memory(nbytes: int, error: Exception) -> StagingError:
     )
 
 
-_attached: dict[str, Slab] = {}
-
-
 def _attach(slab_id: str, nbytes: int, shared: Any) -> Slab:
-    """Map a slab of another process, once; an older one is dropped when the owner has grown."""
-    fd = shared.detach()
-    slab = _attached.get(slab_id)
-    if slab is not None:
-        os.close(fd)
-        return slab
-    _attached.clear()
-    _attached[slab_id] = Slab(nbytes, fd=fd, slab_id=slab_id)
-    return _attached[slab_id]
+    """Map a slab of another process."""
+    return SLABS.attach(slab_id, nbytes, fd=shared.detach())
 
 
 class Lease:
@@ -165,6 +189,10 @@ class Lease:
         """Take the slab for the save that `what` describes."""
         self.slab = slab
         self.what = what
+        self.stager = threading.current_thread()
+        self.handover: Handover | None = None
+        """What staging leaves for the save; set when all is staged, or under way."""
+        self._lock = threading.Lock()
         self._released = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -172,9 +200,16 @@ class Lease:
         """Give the slab back; safe to call twice and from any thread."""
         self._released.set()
 
-    def bind(self, thread: threading.Thread) -> None:
-        """Name the thread that runs the save."""
-        self._thread = thread
+    def take_up(self) -> None:
+        """Note that the calling thread runs the save.
+
+        Raises:
+            StagingError: If the lease has ended, or another save has taken it up.
+        """
+        with self._lock:
+            if not self.is_active or self._thread is not None:
+                raise _given_back(self.what)
+            self._thread = threading.current_thread()
 
     def tie_to(self, staged: object) -> None:
         """End the lease when `staged` is dropped before a thread took it up."""
@@ -185,6 +220,11 @@ class Lease:
             self.release()
 
     @property
+    def is_pending(self) -> bool:
+        """Whether no save has taken up what was staged."""
+        return self._thread is None and not self._released.is_set()
+
+    @property
     def is_active(self) -> bool:
         """Whether the save may still read the slab."""
         if self._released.is_set() or self.slab.pid != os.getpid():
@@ -193,14 +233,61 @@ class Lease:
         return self._thread is None or self._thread.is_alive()
 
 
+def _given_back(what: str) -> StagingError:
+    msg = "the staged copy was given back, or saved, before its save began"
+    return StagingError(msg, path=what, hint="save what async_save staged, once")
+
+
 class SlabPool:
-    """The slab of this process and the save that holds it."""
+    """The staging memory of a process: its own slab, the save that holds it, a parent's slab."""
 
     def __init__(self) -> None:
         """Start without memory."""
         self._lock = threading.Lock()
         self._slab: Slab | None = None
         self._lease: Lease | None = None
+        self._attached: Slab | None = None
+
+    def attach(self, slab_id: str, nbytes: int, *, fd: int) -> Slab:
+        """Map a slab of another process, once; an older one is dropped when the owner has grown.
+
+        Args:
+            slab_id: Its id.
+            nbytes: Its size.
+            fd: Descriptor of its memory file; taken over.
+        """
+        slab = self._attached
+        if slab is not None and slab.slab_id == slab_id:
+            os.close(fd)
+            return slab
+        self._attached = None
+        self._attached = Slab(nbytes, fd=fd, slab_id=slab_id)
+        return self._attached
+
+    def handover_over(self, addresses: Iterable[int]) -> tuple[Handover | None, Lease | None]:
+        """Return what staging left for the save of some memory, and the lease of it.
+
+        Args:
+            addresses: A byte of each piece of the memory.
+
+        Returns:
+            `(None, None)` if none of it lies in a slab. In a checkpointer process there is no
+            lease: the guard in the parent holds it.
+
+        Raises:
+            StagingError: If it lies in the slab, and nothing is left: the next save writes over it.
+        """
+        attached, own = self._attached, self._slab
+        if attached is None and own is None:
+            return None, None
+        for address in addresses:
+            if attached is not None and attached.holds(address):
+                return attached.handover, None
+            if own is not None and own.holds(address):
+                if self._lease is None or self._lease.handover is None:
+                    raise _given_back("unknown")
+                return self._lease.handover, self._lease
+        return None, None
 
     def acquire(
         self, nbytes: int, *, what: str, deadline: float, before_growth: Callable[[], None]
@@ -252,3 +339,7 @@ class SlabPool:
         if waited > _SAY_AFTER_S:
             _log.info("save of %s waited %.1f s for staging memory", what, waited)
         return self._lease, waited
+
+
+SLABS = SlabPool()
+"""The slabs of this process: they outlive its writers, and all of its saves share them."""

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from dcp_hf_writer.errors import CheckpointError, StagingError
+from dcp_hf_writer.errors import StagingError
+from dcp_hf_writer.mapping.flattening import fqn_of, walk_tensors
 from dcp_hf_writer.staging.memory_identity import memory_identity
-from dcp_hf_writer.staging.slab import ALIGN_NBYTES, Lease, Slab, SlabPool
+from dcp_hf_writer.staging.slab import (
+    ALIGN_NBYTES,
+    SLABS,
+    Handover,
+    Lease,
+    Slab,
+    SlabPool,
+    StagedInfo,
+)
+from dcp_hf_writer.staging.staged_state_dict import StagedStateDict
+from dcp_hf_writer.torch_seam.dtensor import local_of, spec_of, with_spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -32,20 +40,6 @@ EAGER_NBYTES = 1 << 20
 StagingMode = Literal["blocking", "overlap"]
 
 
-@dataclass(frozen=True)
-class StagedInfo:
-    """What staging found out about a state dict; travels with the save."""
-
-    memory: dict[str, int]
-    """Number of the memory of each tensor, by FQN; equal for tied ones, absent if empty here."""
-    nbytes: int
-    """Bytes copied."""
-    waited_s: float
-    """Seconds spent waiting for the slab, within the stall."""
-    stall_s: float
-    """Seconds for which the caller was held up, waiting included."""
-
-
 @dataclass(frozen=True, eq=False)
 class _Leaf:
     """A tensor found in the state dict, with where its copy goes."""
@@ -56,12 +50,12 @@ class _Leaf:
 
     @property
     def fqn(self) -> str:
-        """The name that DCP's flattening gives it."""
-        return ".".join(map(str, self.path))
+        """The name that DCP's flattening gives it; within a tuple, which DCP keeps whole, ours."""
+        return fqn_of(self.path)
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        spec = self.tensor._spec if isinstance(self.tensor, DTensor) else None  # noqa: SLF001
+        spec = spec_of(self.tensor)
         local = self.local
         placed = None if spec is None else (id(spec.mesh), spec.placements, spec.shape)
         return (self.path, tuple(local.shape), local.dtype, placed)
@@ -83,87 +77,6 @@ class _Program:
     nbytes: int
     meshes: list[Any] = field(default_factory=list)
     """Keeps the meshes alive whose ids are in the signature."""
-
-
-@dataclass(frozen=True, slots=True)
-class Handover:
-    """What staging leaves for the save that follows it; travels with the staged state dict."""
-
-    deadline: float
-    """`time.monotonic()` by which the save must be done; one clock for the processes of a host."""
-    info: StagedInfo | None = None
-    """What staging found out."""
-    error: CheckpointError | None = None
-    """Why staging failed."""
-
-
-class StagedStateDict(dict[str, Any]):
-    """A state dict whose tensors lie in the slab.
-
-    Sent to another process it travels as the slab's descriptor and offsets, whatever the number of
-    tensors; torch would open one descriptor for each.
-    """
-
-    handover: Handover | None = None
-    """For the save of it; set before it is handed to one."""
-    lease: Lease | None = None
-    """Of the slab; `None` if nothing could be staged, and in a checkpointer process."""
-    offsets: Mapping[int, tuple[int, torch.Tensor]] = MappingProxyType({})
-    """Place in the slab of each tensor, by `id`, with the tensor itself."""
-    on_send: Callable[[], None] = staticmethod(lambda: None)
-    """Called by the thread that sends it to a checkpointer process."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Pickled by the thread that waits for the checkpointer process: its end is the save's end.
-        self.on_send()
-        if self.lease is None:
-            return _rebuild_staged, (None, b"", self.handover)
-        self.lease.bind(threading.current_thread())
-        buffer = io.BytesIO()
-        _SlabPickler(buffer, self.offsets).dump(dict(self))
-        return _rebuild_staged, (self.lease.slab, buffer.getvalue(), self.handover)
-
-
-class _SlabPickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, offsets: Mapping[int, tuple[int, torch.Tensor]]) -> None:
-        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self._offsets = offsets
-
-    def persistent_id(self, obj: Any) -> Any:
-        """Send a slab tensor as its place in the slab."""
-        found = self._offsets.get(id(obj))
-        if found is None:
-            return None
-        offset, local = found
-        spec = obj._spec if isinstance(obj, DTensor) else None  # noqa: SLF001
-        return offset, local.dtype, tuple(local.shape), spec
-
-
-class _SlabUnpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, slab: Slab) -> None:
-        super().__init__(file)
-        self._slab = slab
-
-    def persistent_load(self, pid: Any) -> Any:
-        """Map a slab tensor."""
-        offset, dtype, shape, spec = pid
-        return _wrap(self._slab.tensor(offset, dtype, shape), spec)
-
-
-def _rebuild_staged(
-    slab: Slab | None, payload: bytes, handover: Handover | None
-) -> StagedStateDict:
-    staged = StagedStateDict()
-    staged.handover = handover
-    if slab is not None:
-        # Sent by our own parent over its pipe, as every other argument of the save.
-        staged.update(_SlabUnpickler(io.BytesIO(payload), slab).load())
-    return staged
-
-
-def _wrap(local: torch.Tensor, spec: Any) -> torch.Tensor:
-    # The constructor, since `DTensor.from_local` moves the local tensor back to the mesh's device.
-    return local if spec is None else DTensor(local, spec, requires_grad=False)
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -192,9 +105,9 @@ class Staged:
 class Stager:
     """Copies state dicts of this process into its slab; one save at a time."""
 
-    def __init__(self) -> None:
-        """Start without memory."""
-        self._pool = SlabPool()
+    def __init__(self, pool: SlabPool | None = None) -> None:
+        """Start without memory; with a pool of its own unless one is given."""
+        self._pool = SlabPool() if pool is None else pool
         self._program: _Program | None = None
         self._executor: ThreadPoolExecutor | None = None
         self._streams: dict[int, Any] = {}
@@ -219,8 +132,9 @@ class Stager:
             StagingError: If a value cannot be staged, memory cannot be had, or the slab stays busy.
         """
         began = time.monotonic()
-        leaves: list[_Leaf] = []
-        _collect(state_dict, (), leaves)
+        leaves = [
+            _leaf(path, tensor) for path, tensor in walk_tensors(state_dict, into_tuples=True)
+        ]
         aliases = _aliases(leaves)
         signature = (tuple(leaf.signature for leaf in leaves), tuple(aliases))
         nbytes = _slab_nbytes(leaves, aliases)
@@ -230,7 +144,7 @@ class Stager:
         try:
             program = self._program_for(leaves, aliases, signature, lease.slab)
             staged = StagedStateDict(_replace(state_dict, iter(program.staged)))
-            staged.lease, staged.offsets = lease, _offsets(program, lease.slab)
+            staged.offsets = _offsets(program, lease.slab)
             copies = self._copy(leaves, program, mode)
         except BaseException:
             lease.release()
@@ -242,7 +156,24 @@ class Stager:
             waited_s=waited_s,
             stall_s=time.monotonic() - began,
         )
+        staged.lease, lease.handover = lease, Handover(deadline, info)
         return Staged(staged, info, lease, copies)
+
+    def handover_of(self, state_dict: Mapping[str, Any]) -> tuple[Handover | None, Lease | None]:
+        """Return what staging left for the save of a state dict, and the lease of its memory.
+
+        Whatever stood between staging and the save: tensors that lie in the slab were staged.
+
+        Returns:
+            As `SlabPool.handover_over`.
+
+        Raises:
+            StagingError: If they lie there and nothing is left for the save.
+        """
+        tensors = (local_of(one) for _, one in walk_tensors(state_dict, into_tuples=True))
+        return self._pool.handover_over(
+            tensor.data_ptr() for tensor in tensors if type(tensor) in _STAGED_KINDS
+        )
 
     def warm_up(self, state_dict: dict[str, Any], *, deadline: float) -> int:
         """Allocate and fault in the slab for a state dict; returns its bytes."""
@@ -325,36 +256,29 @@ class Stager:
         return events
 
 
+STAGER = Stager(SLABS)
+"""The stager of this process, which all of its writers share: a process has one slab."""
+
+_STAGED_KINDS = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+
 _Pair = tuple[torch.Tensor, torch.Tensor, int]
 """Target in the slab, source, bytes."""
 
 
-def _collect(value: Any, path: Path, leaves: list[_Leaf]) -> None:
-    if isinstance(value, torch.Tensor):
-        leaves.append(_leaf(value, path))
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            _collect(item, (*path, key), leaves)
-    elif isinstance(value, (list, tuple)):
-        for i, item in enumerate(value):
-            _collect(item, (*path, i), leaves)
-
-
-def _leaf(value: torch.Tensor, path: Path) -> _Leaf:
+def _leaf(path: Path, value: torch.Tensor) -> _Leaf:
     local = value
     if isinstance(value, DTensor):
         with torch.no_grad():
             local = value.to_local()
         if hasattr(local, "wait"):
             local = local.wait()
-    is_plain = type(local) in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
+    is_plain = type(local) in _STAGED_KINDS
     if not is_plain or local.layout is not torch.strided or local.is_meta or local.is_quantized:
-        fqn = ".".join(map(str, path))
         msg = "a value of this kind cannot be staged"
         raise StagingError(
             msg,
             phase="stage",
-            fqn=fqn,
+            fqn=fqn_of(path),
             expected="a plain strided tensor, or a DTensor of plain strided tensors",
             found=f"{type(local).__name__} on {local.device}, {local.layout}",
             hint="convert it in the state dict, or leave it out",
@@ -395,10 +319,10 @@ def _build_program(
             position += _aligned(leaf.local.nbytes)
         else:
             local = locals_[aliases[i]]
-        spec = leaf.tensor._spec if isinstance(leaf.tensor, DTensor) else None  # noqa: SLF001
+        spec = spec_of(leaf.tensor)
         locals_.append(local)
         # An object of its own for each leaf: the table of offsets goes by identity.
-        staged.append(local.view(local.shape) if spec is None else _wrap(local, spec))
+        staged.append(local.view(local.shape) if spec is None else with_spec(local, spec))
         if spec is not None:
             meshes.append(spec.mesh)
     memory = {leaf.fqn: aliases[i] for i, leaf in enumerate(leaves) if leaf.local.numel()}
@@ -456,13 +380,3 @@ def wait_before_step(optimizer: torch.optim.Optimizer, current: Callable[[], Cop
             torch.cuda.current_stream(event.device).wait_event(event)
 
     return optimizer.register_step_pre_hook(hook)
-
-
-def staging_error(error: BaseException) -> CheckpointError:
-    """Return an error of staging as one of ours, which can be sent to the other ranks."""
-    if isinstance(error, CheckpointError):
-        return error
-    msg = "the state dict could not be staged"
-    staging = StagingError(msg, phase="stage", found=f"{type(error).__name__}: {error}")
-    staging.__cause__ = error
-    return staging

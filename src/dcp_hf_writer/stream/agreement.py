@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch.distributed as dist
 
-from dcp_hf_writer.errors import CheckpointError, LayoutError, PlanningError
+from dcp_hf_writer.errors import CheckpointError, PlanningError
+from dcp_hf_writer.excerpts import some_ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping
 
     from torch.distributed import ProcessGroup
 
@@ -69,58 +70,10 @@ def check_alike(facts: Mapping[int, Facts]) -> None:
     for rank, fact in facts.items():
         ranks.setdefault(fact.fingerprint, []).append(rank)
     if len(ranks) > 1:
-        shown = " and ".join(f"one on ranks {some[:8]}" for some in ranks.values())
+        shown = " and ".join(f"one on ranks {some_ranks(some)}" for some in ranks.values())
         raise PlanningError(
             "ranks that share a mesh were asked to stream different things",
             phase="plan",
             expected="equal names, shapes, dtypes, placements, specs and options",
             found=shown,
         )
-
-
-def agree_on_ties(facts: Iterable[Facts], names: Mapping[str, str]) -> dict[str, str]:
-    """Join the groups of tied tensors that ranks found; the first in state-dict order is kept.
-
-    A rank that holds no element of a tensor cannot tell, so any rank's finding counts.
-
-    Args:
-        facts: Of all ranks.
-        names: Name within the model by FQN, in state-dict order.
-
-    Returns:
-        `{dropped: kept}` names.
-    """
-    order = {fqn: i for i, fqn in enumerate(names)}
-    kept = {fqn: fqn for fqn in names}
-
-    def first(fqn: str) -> str:
-        while kept[fqn] != fqn:
-            fqn = kept[fqn]
-        return fqn
-
-    for fact in facts:
-        for group in fact.tied:
-            ends = [first(fqn) for fqn in group if fqn in kept]
-            for end in ends:
-                kept[end] = min(ends, key=order.__getitem__)
-    return {names[fqn]: names[first(fqn)] for fqn in names if first(fqn) != fqn}
-
-
-def tie_fault(
-    ties: Mapping[str, str], names: Mapping[str, str], memory: Mapping[str, int]
-) -> LayoutError | None:
-    """Say which tensors other ranks found tied that are two different ones here."""
-    fqns: Sequence[str] = list(names)
-    fqn_of = {names[fqn]: fqn for fqn in fqns}
-    for drop, keep in ties.items():
-        one, other = memory.get(fqn_of[drop]), memory.get(fqn_of[keep])
-        if one is not None and other is not None and one != other:
-            return LayoutError(
-                "tensors share their memory on some ranks only",
-                phase="plan",
-                fqn=fqn_of[drop],
-                expected=f"the memory of {fqn_of[keep]!r}, as on another rank",
-                found="memory of its own",
-                hint="pass HFExport(tied={...}) as specs, with {} for tensors that are not tied",
-            )
-    return None

@@ -11,17 +11,11 @@ import torch
 
 from dcp_hf_writer.errors import CheckpointError, LayoutError
 from dcp_hf_writer.mapping.hf_export import HFExport, size_in_bytes, specs_by_name
+from dcp_hf_writer.mapping.tied_names import shared_groups, tie_fault
 from dcp_hf_writer.plan.layout import plan_layout
 from dcp_hf_writer.preflight.drifted_ties import HOW_TO_TIE, drifted_tie
 from dcp_hf_writer.staging.memory_identity import memory_of, tied_groups
-from dcp_hf_writer.stream.agreement import (
-    Facts,
-    agree_on_ties,
-    check_alike,
-    exchange,
-    raise_first,
-    tie_fault,
-)
+from dcp_hf_writer.stream.agreement import Facts, check_alike, exchange, raise_first
 from dcp_hf_writer.stream.buckets import Bucket, fill_buckets, hf_tensors
 from dcp_hf_writer.stream.fill_buckets import Filler
 from dcp_hf_writer.stream.gather_steps import Steps, plan_steps
@@ -130,10 +124,11 @@ def _agree(
     check_alike(facts)
     cuts_of = {rank: fact.cuts for rank, fact in facts.items()}
     complete_by_hand(stock, cuts_of, groups=groups, number=number)
-    ties = {} if export.tied is not None else agree_on_ties(facts.values(), names)
-    if ties:
-        raise_first(exchange(tie_fault(ties, names, memory), groups.all))
-    inputs = _Inputs(fingerprint, stock, export, ties, tuple(groups.places))
+    found = () if export.tied is not None else (g for fact in facts.values() for g in fact.tied)
+    shared = shared_groups(found, names)
+    if shared:
+        raise_first(exchange(tie_fault(shared, memory, phase="plan"), groups.all))
+    inputs = _Inputs(fingerprint, stock, export, shared, tuple(groups.places))
     return stock, groups, _plan(inputs, limit_nbytes=limit_nbytes, preserve=preserve)
 
 
@@ -181,13 +176,13 @@ class _Inputs:
         fingerprint: str,
         stock: Stock,
         export: HFExport,
-        ties: Mapping[str, str],
+        shared: tuple[tuple[str, ...], ...],
         places: tuple[int, ...],
     ) -> None:
         self.tensors, self.held = stock.tensors, list(stock.held.values())
-        self.export, self.ties, self.places, self.place = export, ties, places, stock.place
+        self.export, self.shared, self.places, self.place = export, shared, places, stock.place
         by_hand = [stock.held[fqn] for fqn in stock.by_hand]
-        self._name = _digest(fingerprint, sorted(ties.items()), places, self.place, by_hand)
+        self._name = _digest(fingerprint, shared, places, self.place, by_hand)
 
     def __hash__(self) -> int:
         return hash(self._name)
@@ -200,7 +195,7 @@ class _Plan:
     """The buckets, and how each is filled; kept from sync to sync, and holds no tensors."""
 
     def __init__(self, inputs: _Inputs, *, limit_nbytes: int, preserve: str | None) -> None:
-        layout = plan_layout(inputs.tensors, inputs.export, tied=inputs.ties)
+        layout = plan_layout(inputs.tensors, inputs.export, tied=inputs.shared)
         tensors = hf_tensors(inputs.held, layout.targets, preserve=preserve)
         self.limit_nbytes, self.places = limit_nbytes, inputs.places
         self.buckets: list[Bucket] = fill_buckets(

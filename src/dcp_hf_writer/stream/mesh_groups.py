@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.tensor import DTensor
 
+from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
 
 if TYPE_CHECKING:
@@ -62,12 +62,12 @@ def model_tensors(
 
     Raises:
         ModelKeyError: If it is not clear which entry holds the model.
+        PlanningError: If two tensors have one FQN.
     """
-    flat, paths = flatten_state_dict(dict(state_dict))
-    tensors = {fqn: value for fqn, value in flat.items() if isinstance(value, torch.Tensor)}
-    known = {fqn: tuple(paths[fqn]) for fqn in tensors}
-    names = names_in_model(known, model_prefix(known, key=key))
-    return {fqn: tensors[fqn] for fqn in names}, names
+    tensors = flat_tensors(state_dict)
+    paths = {fqn: path for fqn, (path, _) in tensors.items()}
+    names = names_in_model(paths, model_prefix(paths, key=key))
+    return {fqn: tensors[fqn][1] for fqn in names}, names
 
 
 def is_by_hand(value: torch.Tensor, spec: LoadSpec) -> bool:

@@ -35,11 +35,6 @@ class Box:
         """Number of elements; 1 for a scalar, 0 if any extent is 0."""
         return math.prod(self.sizes)
 
-    def shifted(self, by: Shape, *, sign: int = 1) -> Box:
-        """Return the box moved by `sign * by`."""
-        moved = tuple(o + sign * b for o, b in zip(self.offsets, by, strict=True))
-        return Box(moved, self.sizes)
-
 
 def whole(shape: Shape) -> Box:
     """Return the box that covers a tensor of `shape`."""

@@ -19,12 +19,12 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import _StridedShard
 
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.mapping.spec_match import match_specs
 from dcp_hf_writer.tensors.boxes import Box, Shape
 from dcp_hf_writer.tensors.shards import Block, blocks_of, local_shape, shards_of
+from dcp_hf_writer.torch_seam.dtensor import is_strided, local_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -143,9 +143,7 @@ def _is_placed(value: torch.Tensor, spec: LoadSpec) -> bool:
 
 def _of_placements(fqn: str, value: torch.Tensor) -> BlockedTensor | None:
     # Without strides, nested cuts leave one run of each dimension: DCP gets those right.
-    if not isinstance(value, DTensor) or not any(
-        isinstance(placement, _StridedShard) for placement in value.placements
-    ):
+    if not isinstance(value, DTensor) or not is_strided(value):
         return None
     shards = _placed(fqn, value)
     if shards is None:
@@ -202,7 +200,7 @@ def _placed(fqn: str, value: DTensor) -> tuple[ShardSpec, ...] | None:
 def _blocked(
     fqn: str, value: torch.Tensor, shape: Shape, shards: tuple[ShardSpec, ...]
 ) -> BlockedTensor:
-    local = value._local_tensor if isinstance(value, DTensor) else value  # noqa: SLF001
+    local = local_of(value)
     described = local_shape(shape, shards)
     if tuple(local.shape) != described:
         raise PlanningError(

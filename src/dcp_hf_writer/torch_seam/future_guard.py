@@ -3,6 +3,13 @@
 torch runs a save on a thread of its own and hands the trainer a future. That thread may be stuck in
 a system call or a collective, which nothing can cancel, and what it raises is wrapped or anonymous.
 So the future is found where torch keeps it, and the guard here decides what it is given.
+
+Mechanism: `async_save` submits the save to a `ThreadPoolExecutor` of Python, whose worker runs
+`_WorkItem.run`. The work item is the `self` of that frame, and holds the future. The guard replaces
+`set_result` and `set_exception` of that one future.
+
+Looked at: torch 2.9 to 2.13, Python 3.10 to 3.14. When Python or torch changes: `find_future`
+raises for a save that is not synchronous, since a lost rank could not be reported by the deadline.
 """
 
 from __future__ import annotations
@@ -12,12 +19,13 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, InvalidStateError
-from concurrent.futures.thread import _WorkItem
+from concurrent.futures.thread import _threads_queues, _WorkItem
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.torch_seam.unsupported import unsupported_torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -27,6 +35,27 @@ _log = logging.getLogger(__name__)
 
 # A save that ends at its deadline is let end by itself: its own errors say more.
 _GRACE_S = 1.0
+
+
+def find_future(*, is_async: bool) -> Future[Any] | None:
+    """Return the future of the save that the calling thread runs; `None` if it is synchronous.
+
+    Args:
+        is_async: Whether the save is known to be asynchronous. One in a thread of an executor is
+            in any case.
+
+    Raises:
+        UnsupportedTorchError: If an asynchronous save has no future that can be found.
+    """
+    future = current_future()
+    if future is None and (is_async or threading.current_thread() in _threads_queues):
+        raise unsupported_torch(
+            "the future of the save",
+            phase="plan",
+            expected="a work item of an executor among the callers, as dcp.async_save makes it",
+            hint="call dcp.async_save, or save synchronously with dcp.save",
+        )
+    return future
 
 
 def current_future() -> Future[Any] | None:

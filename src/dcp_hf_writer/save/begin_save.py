@@ -1,0 +1,61 @@
+"""The begin of a save: what torch holds of it, what staging left for it, who guards its future."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.save.attempt import LIVE, Attempt
+from dcp_hf_writer.save.failure_explanations import guard_save
+from dcp_hf_writer.save.save_context import SaveContext
+from dcp_hf_writer.staging.staged_state_dict import failure_in
+from dcp_hf_writer.staging.stager import STAGER
+from dcp_hf_writer.torch_seam.frames import find_save
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dcp_hf_writer.staging.slab import Handover, Lease
+
+
+def begin_save(target: str, *, timeout_s: float, give_back: Callable[[], None]) -> Attempt:
+    """Begin the save that the calling thread runs, and stand before its future.
+
+    What is wrong with it is noted as its `refusal`, and raised where torch tells all ranks.
+
+    Args:
+        target: Path of the checkpoint.
+        timeout_s: Its deadline in seconds from now, if staging did not set one.
+        give_back: Gives back what was staged for a save that cannot be found.
+
+    Raises:
+        UnsupportedTorchError: If the save is asynchronous, and its future cannot be found.
+    """
+    anchor: object | None = None
+    handover: Handover | None = None
+    lease: Lease | None = None
+    try:
+        save = find_save()
+        anchor, refusal = save.anchor, failure_in(save.given)
+        handover, lease = STAGER.handover_of(save.given)
+        if lease is not None:
+            lease.take_up()
+    except CheckpointError as error:
+        lease, refusal = None, error
+        give_back()
+    context = SaveContext(
+        target,
+        time.monotonic() + timeout_s if handover is None else handover.deadline,
+        staged=None if handover is None else handover.info,
+        refusal=refusal,
+    )
+    attempt = Attempt(context, lease=lease)
+    LIVE.add(attempt)
+    is_async = lease is not None and lease.stager is not context.thread
+    try:
+        guard_save(attempt, anchor=anchor, is_async=is_async)
+    except CheckpointError:
+        attempt.end()
+        raise
+    return attempt

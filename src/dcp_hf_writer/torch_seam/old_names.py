@@ -1,0 +1,21 @@
+"""The names that torch before 2.4 gave to the values of a state dict; today's are in `mapping`.
+
+Mechanism: `traverse_state_dict_v_2_3`, which torch's load planner calls where names are not found.
+
+Looked at: torch 2.9 to 2.13, `_traverse.py`. When torch changes: the import fails.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.distributed.checkpoint._traverse import traverse_state_dict_v_2_3
+
+from dcp_hf_writer.mapping.flattening import fqn_of
+
+
+def names_before_2_4(state_dict: dict[str, Any]) -> set[str]:
+    """Return the names that torch before 2.4 gave to the values of a nested state dict."""
+    names: set[str] = set()
+    traverse_state_dict_v_2_3(state_dict, lambda path, _: names.add(fqn_of(path)))
+    return names
