@@ -1,4 +1,4 @@
-"""One attempt at one save: how far it is, and what must be given back when it ends."""
+"""One attempt at one save: how far it has come, and what it must give back when it ends."""
 
 from __future__ import annotations
 
@@ -40,33 +40,38 @@ _POLL_S = 0.01
 
 
 class Attempt:
-    """One save on one rank: what is fixed of it, how far it is, and what it holds.
+    """One save on one rank: its fixed facts, its progress, and the resources it holds.
 
-    Each step of the save adds what it found, through a method; nothing is set from outside.
+    Each step of the save records its results by calling a method; no caller sets an attribute.
     """
 
     def __init__(self, context: SaveContext, *, lease: Lease | None = None) -> None:
-        """Begin; `lease` is that of the staged copy, and ends with the save."""
+        """Begin the attempt.
+
+        Args:
+            context: The fixed facts of the save.
+            lease: Lease of the staged copy; released when the save ends.
+        """
         self.context = context
         self.member = Membership()
-        """This rank's part; known from `enter` on."""
+        """This rank's part in the save; known after `enter`."""
         self.sent = SentFacts()
-        """Known when the local plan is sent."""
+        """Facts that this rank sent with its local plan; known after `send`."""
         self.phase = "plan"
         self.global_plan: GlobalPlan | None = None
-        """What the coordinator planned."""
+        """What the coordinator planned; `None` on the other ranks."""
         self.are_facts_checked = False
-        """Whether the coordinator has compared the facts of all ranks in the plan."""
+        """Whether the coordinator compared the facts of all ranks in the planning step."""
         self.directory: StagingDirectory | None = None
-        """Where the checkpoint is made; the coordinator's is removed at the end."""
+        """Where the save writes the checkpoint; the coordinator removes it at the end."""
         self.files: OpenFiles | None = None
-        """Files of the save that are open."""
+        """Open files of the save."""
         self.whole_files: tuple[WholeFile, ...] = ()
-        """Files of the export that the coordinator wrote in one piece."""
+        """Export files that the coordinator wrote whole, such as the index and the assets."""
         self.export_error: ExportError | None = None
-        """Why the export is left out, as far as this rank knows."""
+        """Why the checkpoint will have no export, as far as this rank knows."""
         self.seconds: dict[str, float] = {}
-        """Time spent by phase; `timed` adds to it."""
+        """Seconds spent in each phase; `timed` adds to them."""
         self._view: RankView | None = None
         self._lease = lease
         self._state = CommitState()
@@ -89,7 +94,7 @@ class Attempt:
         """What this rank is to save.
 
         Raises:
-            PlanningError: If torch did not set the save up, or it has ended.
+            PlanningError: If torch did not set the save up, or the save has ended.
         """
         if self._view is None:
             msg = "the save was not set up"
@@ -97,61 +102,61 @@ class Attempt:
         return self._view
 
     def enter(self, member: Membership) -> None:
-        """Learn this rank's part, and tell the other ranks that it has come."""
+        """Record this rank's part, and tell the other ranks that this rank has arrived."""
         self.member = member
         self.post("plan")
 
     def see(self, view: RankView) -> None:
-        """Note what this rank is to save."""
+        """Record what this rank is to save."""
         self._view = view
 
     def send(self, facts: SentFacts) -> None:
-        """Note what the local plan carries."""
+        """Record the facts that go out with the local plan."""
         self.sent = facts
 
     def plan(self, plan: GlobalPlan, *, are_facts_checked: bool) -> None:
-        """Note the global plan (coordinator)."""
+        """Record the global plan (coordinator)."""
         self.global_plan, self.are_facts_checked = plan, are_facts_checked
 
     def save_alone(self) -> None:
-        """Note that no other rank takes part, whatever the group says."""
+        """Record that no other rank takes part, whatever the process group says."""
         self.member = replace(self.member, rendezvous=None)
 
     def work_in(self, directory: StagingDirectory, *, count: int | None = None) -> None:
-        """Note where the checkpoint is made, and the coordinator's number of the save."""
+        """Record the directory of the save and, if given, the coordinator's save count."""
         self.directory = directory
         if count is not None:
             self.member = replace(self.member, count=count)
 
     def open_files(self) -> OpenFiles:
-        """Return the files of the save, which are abandoned if it does not close them."""
+        """Return the files of the save; `end` abandons them unless `close_files` comes first."""
         if self.files is None:
             self.files = OpenFiles()
         return self.files
 
     def close_files(self) -> None:
-        """Close the files of the save, all of which are durable."""
+        """Close the files of the save; all of them must be durable."""
         if self.files is not None:
             self.files.close()
         self.files = None
 
     def begin_finish(self) -> None:
-        """Enter the last phase, in which the coordinator alone works; it is not told to others."""
+        """Enter the last phase, in which only the coordinator works; other ranks are not told."""
         self.phase = "finish"
 
     def add_whole_files(self, *files: WholeFile) -> None:
-        """Note files of the export that were written in one piece."""
+        """Record export files that the coordinator wrote whole."""
         self.whole_files += files
 
     def leave_out_export(self, error: ExportError) -> None:
-        """Note why there is no export; the first reason counts."""
+        """Record why the checkpoint will have no export; the first reason is kept."""
         self.export_error = self.export_error or error
 
     def wait_until_over(self) -> None:
-        """Wait for a save of the same writer that another thread runs.
+        """Wait until this save is over; another thread runs it for the same writer.
 
         Raises:
-            StagingBusyError: If it is not over by its deadline.
+            StagingBusyError: If the save is not over by its deadline.
         """
         while not self.is_over:
             if time.monotonic() > self.context.deadline:
@@ -163,7 +168,7 @@ class Attempt:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing runs any more for this attempt."""
+        """Whether the attempt has ended, or its thread has."""
         return self._state.is_ended or not self.context.thread.is_alive()
 
     def post(self, phase: str) -> None:
@@ -186,23 +191,23 @@ class Attempt:
                 phase=phase,
                 path=self.target,
                 found=f"{type(error).__name__}",
-                hint="the process that hosts it, mostly rank 0, is gone; restart the run",
+                hint="the process that hosts the store, usually rank 0, is gone; restart the run",
             ) from error
 
     def withdraw(self) -> None:
-        """Take back the record of the save; what is committed does not hang on it."""
+        """Remove the save's record from the store; a committed checkpoint does not need it."""
         if self.member.rendezvous is None:
             return
         try:
             self.member.rendezvous.withdraw(self.target)
         except RuntimeError as error:
-            _log.warning("the record of the save stays in the store: %s", error)
+            _log.warning("could not remove the record of the save from the store: %s", error)
 
     def check(self) -> None:
         """Raise if the save was given up, or its deadline has passed.
 
         Raises:
-            SaveAbortedError: If it was given up.
+            SaveAbortedError: If the save was given up.
             SaveTimeoutError: If the deadline has passed.
         """
         if self._state.is_given_up:
@@ -214,12 +219,12 @@ class Attempt:
                 rank=self.rank,
                 phase=self.phase,
                 path=self.target,
-                hint="raise timeout_s, or find what slows the storage down",
+                hint="raise timeout_s, or find out what slows the storage down",
             )
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the time of the block to a phase."""
+        """Add the time that the `with` block takes to a phase."""
         began = time.monotonic()
         try:
             yield
@@ -228,10 +233,10 @@ class Attempt:
 
     @contextmanager
     def committing(self) -> Iterator[None]:
-        """Enter the step that publishes; a save that was given up does not enter.
+        """Enter the step that publishes the checkpoint, unless the save was given up.
 
         Raises:
-            SaveAbortedError: If it was given up.
+            SaveAbortedError: If the save was given up.
             SaveTimeoutError: If the deadline has passed.
         """
         self.check()
@@ -244,13 +249,13 @@ class Attempt:
         return SaveAbortedError(msg, rank=self.rank, phase=self.phase, path=self.target)
 
     def give_up(self) -> bool:
-        """Keep the attempt from committing; returns `False` if it is doing so already."""
+        """Keep the attempt from committing; returns `False` if the commit has already begun."""
         return self._state.give_up()
 
     def end(self) -> None:
         """Close and remove what the attempt holds; safe to call twice.
 
-        A published directory has another name by now, so there is nothing to remove then.
+        After a commit there is no directory to remove, because the rename gave it its final name.
         """
         if not self._state.end():
             return
@@ -260,12 +265,13 @@ class Attempt:
             self.directory.remove()
         if self._lease is not None:
             self._lease.release()
-        # The slab may be replaced by a larger one now, and must not stay mapped through these.
+        # Another save may now replace the slab by a larger one. These references would keep the
+        # old slab mapped.
         self._lease = self._view = None
 
 
 class LiveAttempts:
-    """The saves of this process that nothing has ended yet."""
+    """The saves of this process that have not ended yet."""
 
     def __init__(self) -> None:
         """Start with none."""
@@ -273,9 +279,9 @@ class LiveAttempts:
         self._attempts: list[Attempt] = []
 
     def add(self, attempt: Attempt) -> None:
-        """Note an attempt, and end those of which no thread is left to do so.
+        """Add an attempt, and end earlier attempts whose thread has ended or now runs this one.
 
-        torch calls nothing on a storage writer when a save fails in planning or on another rank.
+        torch does not tell a storage writer that a save failed in planning or on another rank.
         """
         thread = attempt.context.thread
         with self._lock:
@@ -286,4 +292,4 @@ class LiveAttempts:
 
 
 LIVE = LiveAttempts()
-"""Those of this process: a thread that has ended may have served any writer."""
+"""One list for the whole process: a thread that has ended may have served any writer."""

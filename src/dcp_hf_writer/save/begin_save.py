@@ -1,4 +1,4 @@
-"""The begin of a save: what torch holds of it, what staging left for it, who guards its future."""
+"""The start of a save: find torch's planner, take over the staged copy, guard the future."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ if TYPE_CHECKING:
 
 
 def begin_save(target: str, *, timeout_s: float, give_back: Callable[[], None]) -> Attempt:
-    """Begin the save that the calling thread runs, and stand before its future.
+    """Begin the save that the calling thread runs, and guard its future.
 
-    What is wrong with it is noted as its `refusal`, and raised where torch tells all ranks.
+    If the save cannot go on, the reason becomes `SaveContext.refusal`. The writer raises it later,
+    in a step where torch passes the error on to all ranks.
 
     Args:
         target: Path of the checkpoint.
-        timeout_s: Its deadline in seconds from now, if staging did not set one.
-        give_back: Gives back what was staged for a save that cannot be found.
+        timeout_s: Seconds from now to the deadline, if staging did not set one.
+        give_back: Releases the staged copy if the save is refused.
 
     Raises:
         UnsupportedTorchError: If the save is asynchronous, and its future cannot be found.

@@ -1,4 +1,4 @@
-"""The bounce buffer of a rank: reused memory for what cannot be written as it lies in the slab."""
+"""The bounce buffer of a rank: reused memory for blocks that need a cast or a reordering."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-# Casts and blocks that are not contiguous go through at most this much reused memory: fresh pages
-# cost ten times the copy.
+# At most this much memory, reused for casts and for blocks that are not contiguous: fresh pages
+# would cost ten times the copy.
 _MAX_NBYTES = 8 << 20
 
 _PART_OF_BUDGET = 4
-"""The buffer takes at most one part in this many of a rank's budget."""
+"""The buffer takes at most the rank's budget divided by this number."""
 
 
 def bounce_nbytes_of(host_budget_bytes: int) -> int:
     """Return the size of a rank's bounce buffer, in bytes.
 
     Args:
-        host_budget_bytes: Memory that a rank may use beside the staged copy.
+        host_budget_bytes: Memory that a rank may use in addition to the staged copy.
     """
     return min(_MAX_NBYTES, host_budget_bytes // _PART_OF_BUDGET)
 
 
 class BounceBuffer:
-    """Host memory for one part of a block at a time; its pages are kept from save to save."""
+    """Host memory for one part of a block at a time; it keeps its pages from save to save."""
 
     def __init__(self) -> None:
         """Start without memory."""
@@ -36,15 +36,15 @@ class BounceBuffer:
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def resize(self, nbytes: int) -> None:
-        """Set the size for the next parts; memory is allocated when it is first taken."""
+        """Set the size for the next parts; the next `take` allocates the memory."""
         self.nbytes = nbytes
 
     def take(self, dtype: torch.dtype, sizes: Sequence[int]) -> torch.Tensor:
-        """Return the buffer as a tensor; it is valid until the next call.
+        """Return the start of the buffer as a tensor, which is valid until the next call.
 
         Args:
             dtype: Dtype of the tensor.
-            sizes: Its shape; at most `nbytes` in all.
+            sizes: Shape of the tensor; it must fit in `nbytes` bytes.
         """
         if self._memory.nbytes < self.nbytes:
             self._memory = torch.zeros(self.nbytes, dtype=torch.uint8, device="cpu")

@@ -14,31 +14,31 @@ class _State(Enum):
 
 
 class CommitState:
-    """The states of one save on one rank.
+    """The state of one save on one rank.
 
-    The thread of the save works; a watchdog may give the save up from another thread. A save that
-    was given up never begins to commit, and of one that has begun to commit the watchdog can only
-    say that its outcome is open. Thread-safe.
+    One thread runs the save; a watchdog in another thread may give it up. A save that was given up
+    never begins to commit. If the commit has already begun, the watchdog can only report that the
+    outcome is open. Thread-safe.
     """
 
     def __init__(self) -> None:
-        """Begin as a save that runs."""
+        """Begin in the running state."""
         self._lock = threading.Lock()
         self._state = _State.RUNNING
         self._is_ended = False
 
     @property
     def is_given_up(self) -> bool:
-        """Whether the work of the save is in vain, or may be."""
+        """Whether the watchdog gave the save up, before the commit began or after."""
         return self._state in {_State.GIVEN_UP, _State.COMMITTING_LATE}
 
     @property
     def is_ended(self) -> bool:
-        """Whether what the save held was given back."""
+        """Whether `end` was called."""
         return self._is_ended
 
     def begin_commit(self) -> bool:
-        """Enter the step that publishes; `False` if the save was given up."""
+        """Enter the step that publishes; returns `False` if the save may not commit."""
         with self._lock:
             if self._state is not _State.RUNNING:
                 return False
@@ -46,7 +46,7 @@ class CommitState:
             return True
 
     def give_up(self) -> bool:
-        """Keep the save from committing; `False` if it is doing so already."""
+        """Keep the save from committing; returns `False` if the commit has already begun."""
         with self._lock:
             if self._state in {_State.RUNNING, _State.GIVEN_UP}:
                 self._state = _State.GIVEN_UP
@@ -55,7 +55,7 @@ class CommitState:
             return False
 
     def end(self) -> bool:
-        """Note that the save has ended; `True` for the first caller alone."""
+        """Record that the save has ended; returns `True` to the first caller only."""
         with self._lock:
             is_first, self._is_ended = not self._is_ended, True
             return is_first
