@@ -1,4 +1,4 @@
-"""The HuggingFace half: a rank's own blocks of the output files, written where they belong."""
+"""The HuggingFace half: each rank writes its own blocks at their offsets in the output files."""
 
 from __future__ import annotations
 
@@ -28,11 +28,14 @@ if TYPE_CHECKING:
 def regions_by_file(
     items: Iterable[WriteItem], targets: Mapping[str, Sequence[PartTarget]]
 ) -> dict[int, list[tuple[WriteItem, Region]]]:
-    """Sort a rank's blocks by output file, ascending within each.
+    """Group a rank's blocks by output file, in ascending order within each file.
 
     Args:
         items: Tensor items that this rank writes.
         targets: Where the parts of each tensor go, by FQN.
+
+    Returns:
+        The blocks of each output file, by its number in the layout.
     """
     found: dict[int, list[tuple[WriteItem, Region]]] = {}
     tables: dict[str, TargetTable] = {}
@@ -40,7 +43,8 @@ def regions_by_file(
         fqn = item.index.fqn
         if fqn not in targets:
             continue
-        # A rank may hold many blocks of one tensor, and write to many others from it.
+        # One table per FQN: a rank may hold many blocks of a tensor, and a tensor may go to many
+        # HuggingFace tensors.
         if fqn not in tables:
             tables[fqn] = TargetTable(targets[fqn])
         for region in tables[fqn].regions(chunk_of(item)):
@@ -51,20 +55,20 @@ def regions_by_file(
 
 
 def is_interleaved(blocks: Iterable[tuple[WriteItem, Region]]) -> bool:
-    """Whether blocks are runs between those of other ranks, as column shards are."""
+    """Whether a block has several runs, so that other ranks write between them (column shards)."""
     return any(region.hf_runs().count > 1 for _, region in blocks)
 
 
 def way_of(tensor: torch.Tensor, region: Region) -> Literal["direct", "cast", "strided"]:
-    """Say how a block gets into its file: as it lies in memory, or through the bounce buffer.
+    """Return how a block gets into its file: directly, or through the bounce buffer.
 
     Args:
-        tensor: What the rank holds, on any device.
-        region: A block of it.
+        tensor: Tensor that the rank holds, on any device.
+        region: A block of that tensor.
 
     Returns:
-        `"cast"` if the buffer changes the dtype, `"strided"` if it only brings the elements into
-        the order of the file.
+        `"direct"` if the bytes in memory are those of the file, `"cast"` if the buffer changes the
+        dtype, `"strided"` if the buffer only brings the elements into the order of the file.
     """
     if needs_cast(tensor.dtype, region.target):
         return "cast"
@@ -72,7 +76,7 @@ def way_of(tensor: torch.Tensor, region: Region) -> Literal["direct", "cast", "s
 
 
 class BlockWriter:
-    """Writes blocks of one rank; keeps its bounce buffer from save to save."""
+    """Writes blocks of one rank; keeps its bounce buffer from one save to the next."""
 
     def __init__(self) -> None:
         """Start without a buffer."""
@@ -90,17 +94,17 @@ class BlockWriter:
         """Write this rank's blocks of one output file.
 
         Args:
-            file: Open for writing, of its final size.
-            blocks: What to write, ascending.
+            file: The output file, open for writing and of its final size.
+            blocks: Blocks to write, in ascending order.
             source: Resolves items to tensors.
             check: Called before each block; raises if the save was given up.
-            bounce_nbytes: Size of the bounce buffer.
+            bounce_nbytes: Size of the bounce buffer, in bytes.
 
         Returns:
-            One block a region.
+            One reported block, with its digest, for each of `blocks`.
 
         Raises:
-            WriteError: If the file system does not take the bytes.
+            WriteError: If the file system refuses a write.
         """
         written = []
         self._bounce.resize(bounce_nbytes)

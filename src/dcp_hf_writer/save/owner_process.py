@@ -1,4 +1,4 @@
-"""Who makes a checkpoint: enough of a process to tell later, on any host, whether it is dead."""
+"""The process that makes a checkpoint: what to record so that others can tell if it is dead."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from typing import Any
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
-# States of /proc/<pid>/stat in which a process writes nothing any more.
+# States in /proc/<pid>/stat of a process that does not write any more.
 _GONE = frozenset("ZXx")
 
 
 @dataclass(frozen=True, slots=True)
 class Owner:
-    """A process, named so that it cannot be mistaken for a later one with the same number."""
+    """Identifies a process; a later process with the same number compares as different."""
 
     host: str
     """Host name."""
     boot_id: str
-    """Identifier of the host's boot; equal for the containers of a host."""
+    """Identifier of the host's boot; all containers of a host see the same one."""
     pid_namespace: str
-    """Within which `pid` has a meaning."""
+    """Pid namespace that `pid` belongs to."""
     pid: int
-    """Process number."""
+    """Process id."""
     started: int
-    """Start of the process, in clock ticks since boot."""
+    """When the process started, in clock ticks since boot."""
 
     @classmethod
     def me(cls) -> Owner:
@@ -41,7 +41,7 @@ class Owner:
 
     @classmethod
     def from_json(cls, value: Any) -> Owner | None:
-        """Read a record; `None` if it is not one."""
+        """Read a record made by `to_json`; returns `None` if `value` is not one."""
         if not isinstance(value, dict) or set(value) != set(cls.__slots__):
             return None
         texts = all(isinstance(value[k], str) for k in ("host", "boot_id", "pid_namespace"))
@@ -53,7 +53,7 @@ class Owner:
         return asdict(self)
 
     def is_dead(self) -> bool | None:
-        """Whether the process is gone; `None` where that cannot be told from here."""
+        """Whether the process is gone; `None` if this host or pid namespace cannot tell."""
         if self.host == socket.gethostname() and self.boot_id != host_id():
             return True
         if self.boot_id != host_id() or self.pid_namespace != _pid_namespace():
@@ -63,7 +63,10 @@ class Owner:
 
 
 def host_id() -> str:
-    """Name the kernel instance: processes with equal ids share one page cache."""
+    """Return the boot id of this host; processes with equal ids share one page cache.
+
+    Without a readable boot id, returns the host name.
+    """
     try:
         return _BOOT_ID.read_text().strip()
     except OSError:
@@ -71,7 +74,10 @@ def host_id() -> str:
 
 
 def page_cache_id(target: str) -> str:
-    """Name the page cache that writes to a path go through: of a kernel, and of one mount of it."""
+    """Return an id of the page cache that writes to a path use: the host's id and the device.
+
+    If the path does not exist, its nearest existing parent tells the device.
+    """
     path = target
     while not os.path.exists(path) and path != os.path.dirname(path):
         path = os.path.dirname(path)
@@ -86,10 +92,10 @@ def _pid_namespace() -> str:
 
 
 def _started(pid: int) -> tuple[str, int]:
-    """Return state and start time of a process; `("X", -1)` if there is none.
+    """Return state and start time of a process; `("X", -1)` if there is no such process.
 
     Source:
-        proc_pid_stat(5): the name in parentheses may hold any character, fields 3 and 22.
+        proc_pid_stat(5), fields 3 and 22; the name in parentheses may contain any character.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
@@ -103,13 +109,13 @@ _active_lock = threading.Lock()
 
 
 def new_save_id() -> str:
-    """Make the id of a save: sortable by time, unique, and naming its process."""
+    """Make the id of a save: unique, sortable by time, with the host tag and pid of its process."""
     now = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
     return f"{now}-{_host_tag()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
 
 
 def is_over_here(save_id: str) -> bool:
-    """Whether the id alone tells that a save was made on this host and nobody works on it."""
+    """Whether the id alone proves that a save ran on this host and no process works on it now."""
     fields = save_id.split("-")
     if len(fields) <= _PID_FIELD or fields[1] != _host_tag() or not fields[_PID_FIELD].isdigit():
         return False
@@ -124,24 +130,24 @@ _PID_FIELD = 2
 
 
 def _host_tag() -> str:
-    """Name host and pid namespace in eight characters."""
+    """Return a hash of host and pid namespace, eight characters long."""
     return hashlib.sha256((host_id() + _pid_namespace()).encode()).hexdigest()[:8]
 
 
 def mark_active(save_id: str) -> None:
-    """Note that a save of this process is under way."""
+    """Record that a save of this process is running."""
     with _active_lock:
         _active.add(save_id)
 
 
 def mark_ended(save_id: str) -> None:
-    """Note that a save of this process has ended, well or not."""
+    """Record that a save of this process has ended, whether it succeeded or failed."""
     with _active_lock:
         _active.discard(save_id)
 
 
 def is_abandoned(save_id: str, owner: Owner) -> bool | None:
-    """Whether nobody works on a save any more; `None` where that cannot be told."""
+    """Whether no process works on a save any more; `None` if this process cannot tell."""
     if owner == Owner.me():
         with _active_lock:
             return save_id not in _active

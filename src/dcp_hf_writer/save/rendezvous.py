@@ -1,8 +1,8 @@
-"""How the ranks of a save find one another outside of collectives: records in a store.
+"""How the ranks of a save see each other's progress without collectives: records in a store.
 
-A collective that waits for a lost rank names nobody and ends at the group's own timeout. The
-records here say which save is under way and how far each rank has come, so that an error can name
-who did not answer.
+A collective that waits for a lost rank ends at the group's own timeout and does not name the rank.
+The records here say which save is running and how far each rank has come, so that an error can name
+the ranks that did not answer.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _log = logging.getLogger(__name__)
 
 _PREFIX = "dcp-hf-writer"
 
-# Phases in the order in which a rank passes them.
+# Phases of a save, in the order in which a rank goes through them.
 PHASES = ("plan", "write", "written", "finish", "failed")
 
-# How long the ranks that are left may take to say that they failed too, once one collective broke.
+# Once a collective broke, the ranks that are still alive fail too: how long they may take to say so.
 POST_MORTEM_S = 3.0
 
 _POLL_S = 0.05
@@ -38,16 +38,16 @@ _POLL_S = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Announcement:
-    """What the coordinator says of the save under way."""
+    """What the coordinator tells the other ranks about the running save."""
 
     save_id: str
-    """Its id."""
+    """Id of the save."""
     plan_id: str
-    """Of the global plan; a rank that works from another one must not write."""
+    """Id of the global plan; a rank whose plan has another id must not write."""
     world_size: int
     """Number of ranks that take part."""
     count: int
-    """Number of saves the coordinator has begun, so that the others fall into step."""
+    """Number of saves that the coordinator has begun; the other ranks take it over."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,24 +55,24 @@ class Progress:
     """How far a rank has come."""
 
     count: int
-    """Number of saves it has begun."""
+    """Number of saves that the rank has begun."""
     phase: str
-    """One of `PHASES`."""
+    """Its phase, one of `PHASES`."""
     host: str
-    """Its host, for messages."""
+    """Its host name, for messages."""
     pid: int
-    """Its process, for messages."""
+    """Its process id, for messages."""
 
 
 class Rendezvous:
-    """Records of the ranks of a process group.
+    """Records of the ranks of a process group, in the store of `torch.distributed`.
 
-    Thread-safe where the store is; a clone of the group's store is used, so that a wait here does
-    not hold up the trainer's own use of it.
+    Thread-safe if the store is. Uses a clone of the store where it can be cloned, so that a wait
+    here does not block the trainer's own use of the store.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        """Take the members of a group, or of the default one."""
+        """Find the members of a group; `None` stands for the default group."""
         self._store = _store()
         self._me = dist.get_rank()
         self._members = list(
@@ -82,7 +82,7 @@ class Rendezvous:
         )
 
     def announce(self, target: str, announcement: Announcement) -> None:
-        """Say which save to `target` is under way (coordinator)."""
+        """Tell the other ranks which save to `target` is running (coordinator)."""
         self._store.set(_key("save", target), json.dumps(asdict(announcement)))
 
     def withdraw(self, target: str) -> None:
@@ -92,10 +92,16 @@ class Rendezvous:
     def find(self, target: str, *, timeout_s: float, rank: int) -> Announcement:
         """Return what the coordinator announced for `target`.
 
-        It has done so before any rank got its plan, so there is nothing to wait for but the store.
+        The coordinator announces a save before any rank gets its plan, so the record is there and
+        only the store can take time.
+
+        Args:
+            target: Path of the checkpoint.
+            timeout_s: How long to wait for the store, in seconds.
+            rank: This rank within the process group of the save, for the message.
 
         Raises:
-            RankLostError: If there is no record.
+            RankLostError: If there is no valid record within `timeout_s`.
         """
         key = _key("save", target)
         try:
@@ -113,11 +119,11 @@ class Rendezvous:
             ) from error
 
     def post(self, progress: Progress) -> None:
-        """Say how far this rank has come."""
+        """Tell the other ranks how far this rank has come."""
         self._store.set(f"{_PREFIX}/rank/{self._me}", json.dumps(asdict(progress)))
 
     def progress(self) -> dict[int, Progress | None]:
-        """Return how far each member has come, by global rank; `None` if it never said."""
+        """Return how far each member has come, by global rank; `None` if it never posted."""
         found: dict[int, Progress | None] = {}
         for rank in self._members:
             key = f"{_PREFIX}/rank/{rank}"
@@ -127,7 +133,7 @@ class Rendezvous:
         return found
 
     def silent_ranks(self, mine: Progress, *, wait_s: float) -> list[str]:
-        """Name the ranks that have not come as far as this one within `wait_s`.
+        """Return the ranks that do not get as far as this one within `wait_s` seconds, as text.
 
         Called when a collective broke or the deadline passed.
         """
@@ -150,7 +156,7 @@ def _is_behind(other: Progress | None, mine: Progress) -> bool:
 
 
 def _order(progress: Progress) -> int:
-    # Only the coordinator finishes: the others have come as far when they have written.
+    # Only the coordinator enters "finish": for the other ranks, "written" is just as far.
     phase = "written" if progress.phase == "finish" else progress.phase
     return PHASES.index(phase)
 
@@ -164,16 +170,25 @@ def lost_ranks_error(
     save_id: str | None,
     outcome: str,
 ) -> RankLostError:
-    """Make the error that names the ranks that did not answer, and says what is committed."""
-    msg = "the save was given up, since not all ranks answered"
+    """Make the error that names the ranks that did not answer.
+
+    Args:
+        silent: The ranks that did not answer, as text.
+        rank: This rank.
+        phase: Phase that this rank was in.
+        target: Path of the checkpoint.
+        save_id: Id of the save, if known.
+        outcome: Whether the checkpoint is committed, in words.
+    """
+    msg = "the save was given up because some ranks did not answer"
     return RankLostError(
         msg,
         rank=rank,
         phase=phase,
         path=target,
-        expected="an answer of every rank" + (f" in save {save_id}" if save_id else ""),
-        found=f"silent: {', '.join(silent)}; {outcome}",
-        hint="the process group is not usable for saving any more; restart the lost ranks",
+        expected="an answer from every rank" + (f" in save {save_id}" if save_id else ""),
+        found=f"no answer from {', '.join(silent)}; {outcome}",
+        hint="the process group cannot be used for saving any more; restart the lost ranks",
     )
 
 
@@ -182,8 +197,8 @@ def _key(kind: str, target: str) -> str:
 
 
 def _store() -> Any:
-    # All groups share the default group's store; a group's own is a prefix of it, whose key space
-    # torch also uses for its own purposes.
+    # All groups share the default group's store. A group's own store only adds a prefix to the
+    # keys, and torch itself uses the keys under that prefix.
     store = default_store()
     clone = getattr(store, "clone", None)
     if clone is None:
@@ -191,12 +206,12 @@ def _store() -> Any:
     try:
         return clone()
     except (RuntimeError, NotImplementedError) as error:
-        _log.debug("the store cannot be cloned (%s); it is shared", error)
+        _log.debug("the store cannot be cloned (%s); using the trainer's store", error)
         return store
 
 
 class Meeting:
-    """What this process keeps from save to save: its number of saves, and a group's records."""
+    """What this process keeps from save to save: its save count, and the records of a group."""
 
     def __init__(self) -> None:
         """Start before the first save."""
@@ -204,19 +219,19 @@ class Meeting:
         self._known: tuple[Any, dist.ProcessGroup | None, Rendezvous] | None = None
 
     def next_count(self) -> int:
-        """Count a save that this process begins."""
+        """Count a new save of this process, and return the new count."""
         self._count += 1
         return self._count
 
     def fall_in(self, count: int) -> None:
-        """Take over the coordinator's count: a save that failed early on one rank parts them."""
+        """Take over the coordinator's count: it differs after a save that failed early on a rank."""
         self._count = count
 
     def rendezvous_of(self, group: dist.ProcessGroup | None) -> Rendezvous | None:
-        """Return the records of a group, made once; `None` where there is nobody else."""
+        """Return the records of a group, made once; `None` if this is the only rank."""
         if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
             return None
-        # The store tells one initialisation of torch.distributed from the next.
+        # Each initialisation of torch.distributed makes a new store, which needs new records.
         store = default_store()
         if self._known is None or self._known[0] is not store or self._known[1] is not group:
             self._known = (store, group, Rendezvous(group))
@@ -224,4 +239,4 @@ class Meeting:
 
 
 MEETING = Meeting()
-"""That of this process: all ranks count the saves of their process, whichever writer does them."""
+"""One for the whole process: a rank counts its saves across all writers."""

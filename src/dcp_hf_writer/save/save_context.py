@@ -1,4 +1,4 @@
-"""What is fixed of one save on one rank: frozen values, each known from one step on."""
+"""The fixed facts of one save on one rank: frozen values, each set by one step of the save."""
 
 from __future__ import annotations
 
@@ -20,64 +20,67 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class SaveContext:
-    """A save as it begins, in the thread that runs it."""
+    """The facts of a save that are fixed when it begins, in the thread that runs it."""
 
     target: str
     """Path of the checkpoint."""
     deadline: float
-    """`time.monotonic()` by which it must be done."""
+    """`time.monotonic()` by which the save must be done."""
     staged: StagedInfo | None = None
     """What staging found out; `None` for a synchronous save."""
     refusal: CheckpointError | None = None
-    """Why it cannot go on; raised where torch tells all ranks."""
+    """Why the save cannot go on; the writer raises it where torch passes it on to all ranks."""
     began: float = field(default_factory=time.monotonic)
-    """`time.monotonic()` at its begin."""
+    """`time.monotonic()` when the save began."""
     thread: threading.Thread = field(default_factory=threading.current_thread)
-    """The thread that runs it."""
+    """The thread that runs the save."""
 
     def left_s(self) -> float:
-        """Return the seconds to the deadline, not below zero."""
+        """Return the seconds until the deadline; 0 if it has passed."""
         return max(0.0, self.deadline - time.monotonic())
 
 
 @dataclass(frozen=True, slots=True)
 class Membership:
-    """This rank's part in a save, as torch tells it."""
+    """This rank's part in a save, as torch reports it."""
 
     rank: int = 0
     """Rank within the process group of the save."""
     is_coordinator: bool = True
-    """Whether it plans globally and commits."""
+    """Whether this rank plans globally and commits."""
     rendezvous: Rendezvous | None = None
-    """Records of the ranks; `None` where there is nobody else."""
+    """Records of the ranks; `None` if no other rank takes part."""
     count: int = 0
-    """Number of saves that the process has begun."""
+    """Number of saves that this process has begun."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankView:
-    """What a rank is to save, before its plan is made."""
+    """What a rank is to save, as known before its plan is made."""
 
     planned: Planned
     """The planner, and its flat state dict."""
     memory: Mapping[str, int]
-    """Number of the memory that each tensor is, by FQN; equal for tied ones."""
+    """Number of each tensor's memory, by FQN; tied tensors have equal numbers."""
 
     @classmethod
     def of(cls, planned: Planned, staged: StagedInfo | None) -> RankView:
-        """Take the memory that staging has found, or else that of the planned tensors."""
+        """Make the view; staging found the memory numbers, or else the planned tensors tell."""
         return cls(planned, memory_of(planned.state_dict) if staged is None else staged.memory)
 
     def tied(self) -> tuple[tuple[str, ...], ...]:
-        """Return the groups of FQNs that are the same memory."""
+        """Return the groups of FQNs whose tensors share one memory."""
         return tied_groups(self.memory)
 
 
 @dataclass(frozen=True, slots=True)
 class SentFacts:
-    """What the coordinator can tell the facts of this save by, should it be shown older ones."""
+    """What a rank's report repeats, so that the coordinator can recognise facts of an older save.
+
+    DCP's plan cache may show the coordinator an older plan of this rank.
+    """
 
     stamp: str = ""
-    """Of the `LocalFacts` that the local plan carries."""
+    """Stamp of the `LocalFacts` in this rank's local plan."""
     withheld_samples: bytes | None = None
-    """Their samples, if DCP does not send the plan."""
+    """Samples of those facts if DCP does not send the plan; `None` if it does."""

@@ -1,4 +1,4 @@
-"""The bytes of the tensors that a save writes, and their digests, computed once."""
+"""The bytes of the tensors that a save writes, and their digests; each is computed once."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 _EMPTY = memoryview(b"")
 
-# Rows of a block below this size are copied together, at most so much at a time: a system call
-# takes them in one buffer, and the copies are gone before the next ones.
+# Rows shorter than `_ROW_NBYTES` are copied together, at most `_COPIED_NBYTES` at a time. So one
+# buffer of a system call holds many rows, and each copy is freed before the next one is made.
 _ROW_NBYTES = 64 << 10
 _COPIED_NBYTES = 8 << 20
 
@@ -32,7 +32,7 @@ def host_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def row_major_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor in row-major order, without a copy where rows are long."""
+    """Yield the bytes of a tensor in row-major order; long contiguous rows are not copied."""
     if tensor.is_contiguous():
         yield host_bytes(tensor)
         return
@@ -46,43 +46,44 @@ def row_major_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
 
 
 class TensorSource:
-    """Resolves write items to tensors; one per save and rank.
+    """Resolves write items to tensors; there is one per save and rank.
 
     Staged tensors lie in the slab and are used in place. A synchronous save has the trainer's own
-    tensors, on any device: of those, what is written at a time is copied to host memory.
+    tensors, on any device; each part is copied to host memory when it is written.
     """
 
     def __init__(self, planner: SavePlanner) -> None:
-        """Read from what the planner was set up with."""
+        """Resolve items with a planner that torch has set up."""
         self._planner = planner
         self._digests: dict[MetadataIndex, str] = {}
 
     def tensor(self, item: WriteItem) -> torch.Tensor:
-        """Return the item's tensor: a view of a larger one where it is one block of it.
+        """Return the item's tensor; if the item is one block of a tensor, a view of that block.
 
         Raises:
-            PlanningError: If it is not what the plan says, as a reused plan may have it.
+            PlanningError: If the tensor does not fit the plan, which may happen with a reused plan.
         """
         found = self._planner.resolve_data(item)
         if not isinstance(found, torch.Tensor) or item.tensor_data is None:
-            msg = "the planner resolves a tensor item to something else"
+            msg = "the planner must resolve a tensor item to a tensor"
             raise PlanningError(msg, phase="write", fqn=item.index.fqn, found=type(found).__name__)
         tensor = found.detach().resolve_conj().resolve_neg()
         planned = (item.tensor_data.properties.dtype, tuple(item.tensor_data.chunk.sizes))
         if planned != (tensor.dtype, tuple(tensor.shape)):
-            msg = "a tensor is not what the plan says"
+            msg = "a tensor does not have the dtype and shape of the plan"
             raise PlanningError(
                 msg,
                 phase="write",
                 fqn=item.index.fqn,
                 expected=f"{planned[0]} of shape {list(planned[1])}",
                 found=f"{tensor.dtype} of shape {list(tensor.shape)}",
-                hint="plan caching does not notice a new dtype; the next save plans anew",
+                hint="torch's plan caching does not notice a new dtype; the next save makes a new "
+                "plan",
             )
         return tensor
 
     def digest(self, item: WriteItem, data: memoryview) -> str:
-        """Return the digest of the item's whole data; computed once for both halves."""
+        """Return the digest of the item's whole data; both halves share one computation."""
         known = self._digests.get(item.index)
         if known is None:
             known = self._digests[item.index] = digest_of(data)
@@ -97,7 +98,7 @@ def digest_of(data: memoryview | bytes) -> str:
 def chunk_of(item: WriteItem) -> Box:
     """Return the box of the global tensor that a tensor item writes."""
     if item.tensor_data is None or item.tensor_data.chunk is None:
-        msg = "a tensor item has no chunk"
+        msg = "a tensor item of the plan has no chunk"
         raise PlanningError(msg, phase="plan", fqn=item.index.fqn)
     chunk = item.tensor_data.chunk
     return Box(tuple(chunk.offsets), tuple(chunk.sizes))
