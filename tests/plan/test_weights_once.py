@@ -225,7 +225,7 @@ def test_stock_reader_loads_what_is_not_stored_once(root: Path) -> None:
 
 
 def test_export_that_is_left_out_is_refused() -> None:
-    with pytest.raises(ConfigError, match="stores them in the export"):
+    with pytest.raises(ConfigError, match="stores the weights in the export"):
         HFDualWriter("somewhere", export=None, weights="once")
 
 

@@ -311,7 +311,7 @@ def test_replicas_that_drifted_are_warned_of(caplog: pytest.LogCaptureFixture) -
     (record,) = caplog.records
     assert record.getMessage() == (
         "the replicas of model.x have drifted apart: one on ranks [0] and one on ranks [1]; "
-        "one of them is saved"
+        "the save keeps one of them"
     )
     with pytest.raises(PlanningError, match="different tensors"):
         compared({"x": one}, {"x": one * 1.02})

@@ -285,7 +285,7 @@ def test_what_is_left_out_is_named_with_its_reason(tmp_path: Path) -> None:
     reasons = {one.fqn: one.reason for one in explanation.left_out}
     assert reasons["model.head.weight"] == "tied to 'embed.weight'"
     assert reasons["model.embed.weight"] == f"padding beyond {[13, HIDDEN]}"
-    assert reasons["optim.state.norm.weight.exp_avg"] == "entry 'optim' is beside the model"
+    assert reasons["optim.state.norm.weight.exp_avg"] == "entry 'optim' is not part of the model"
 
 
 def test_keys_that_are_expected_are_compared_and_do_not_end_the_dry_run(tmp_path: Path) -> None:
@@ -403,7 +403,7 @@ def test_layers_are_one_line(tmp_path: Path) -> None:
     assert "norm.weight 1 [8] F32 -> BF16 16 B 0 2 cast" in lines
     assert "cast: through the bounce buffer, to change the dtype" in lines
     nbytes = sum(value.nbytes for value in moe_state()["model"].values())
-    assert f"entry 'optim' is beside the model: 14 tensors, {nbytes / 1000:.2f} kB" in lines
+    assert f"entry 'optim' is not part of the model: 14 tensors, {nbytes / 1000:.2f} kB" in lines
 
 
 @pytest.mark.parametrize("width", [100, 120])

@@ -1,4 +1,4 @@
-"""Checks of what `HFDualWriter` is given."""
+"""Checks of the arguments of `HFDualWriter`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 from dcp_hf_writer.errors import ConfigError
 from dcp_hf_writer.mapping.hf_export import HFExport
 
-# A quarter of it is the bounce buffer; smaller ones make more system calls than they save memory.
+# Bytes. A quarter of the budget is the bounce buffer: a smaller buffer would cost many more system
+# calls and save little memory.
 _MIN_HOST_BUDGET = 1 << 20
 
 
@@ -17,16 +18,16 @@ def local_path(value: str | os.PathLike[str]) -> str:
     """Return the absolute form of a local path.
 
     Raises:
-        ConfigError: If it is empty, or the URL of another kind of storage.
+        ConfigError: If the value is empty, or the URL of another kind of storage.
     """
     text = os.fspath(value)
     if isinstance(text, str) and text.startswith("file://"):
         text = text.removeprefix("file://")
     if not isinstance(text, str) or not text or "\0" in text:
         msg = "path must be a local path"
-        raise ConfigError(msg, expected="a directory name", found=repr(value))
+        raise ConfigError(msg, expected="the name of a directory", found=repr(value))
     if "://" in text:
-        msg = "object stores cannot be written yet"
+        msg = "this version cannot write to object stores"
         raise ConfigError(
             msg,
             path=text,
@@ -37,13 +38,13 @@ def local_path(value: str | os.PathLike[str]) -> str:
 
 
 def one_of(name: str, value: Any, allowed: tuple[str, ...], *, hint: str | None = None) -> None:
-    """Check an option that is one of a few words.
+    """Check that the value of an option is one of the allowed words.
 
     Raises:
         ConfigError: If it is not.
     """
     if value not in allowed:
-        msg = f"{name} must be a known one"
+        msg = f"{name} has an unknown value"
         raise ConfigError(
             msg, expected=" or ".join(map(repr, allowed)), found=repr(value), hint=hint
         )
@@ -57,23 +58,23 @@ def check_numbers(*, timeout_s: float, host_budget_bytes: int) -> None:
     """
     is_number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
     if not is_number or not timeout_s > 0 or math.isinf(timeout_s):
-        msg = "timeout_s must be a number of seconds above zero"
-        raise ConfigError(msg, expected="such as 1800", found=repr(timeout_s))
+        msg = "timeout_s must be a finite number of seconds above zero"
+        raise ConfigError(msg, expected="for example 1800", found=repr(timeout_s))
     if not isinstance(host_budget_bytes, int) or host_budget_bytes < _MIN_HOST_BUDGET:
-        msg = "host_budget_bytes is too small to write with"
+        msg = "host_budget_bytes is too small, or not a whole number"
         raise ConfigError(
             msg, expected=f"at least {_MIN_HOST_BUDGET}", found=repr(host_budget_bytes)
         )
 
 
 def check_export(export: Any, weights: str) -> None:
-    """Check that `export` is one, or `None` where the DCP half holds the weights.
+    """Check that `export` is an `HFExport`, or `None` if the DCP half stores the weights.
 
     Raises:
-        ConfigError: If it is something else.
+        ConfigError: If it is neither.
     """
     if export is None and weights == "once":
-        msg = 'weights="once" stores them in the export'
+        msg = 'weights="once" stores the weights in the export, so it needs one'
         raise ConfigError(msg, expected="export=HFExport(...)", found="export=None")
     if export is not None and not isinstance(export, HFExport):
         msg = "export must be an HFExport or None"
@@ -81,21 +82,21 @@ def check_export(export: Any, weights: str) -> None:
 
 
 def check_no_storage_options(options: dict[str, Any] | None) -> None:
-    """Check that a path comes without the options of an object store.
+    """Refuse `storage_options`: a local path has none.
 
     Raises:
-        ConfigError: If there are any.
+        ConfigError: If any are given.
     """
     if options:
         msg = "storage_options are for object stores"
-        raise ConfigError(msg, expected="None for a path", found=sorted(options))
+        raise ConfigError(msg, expected="None for a local path", found=sorted(options))
 
 
 def check_dcp_writer(writer: object) -> None:
-    """Check that a writer of the user's makes its files durable.
+    """Check that the user's `dcp_writer` makes its files durable.
 
     Raises:
-        ConfigError: If it is told not to.
+        ConfigError: If its `sync_files` is `False`.
     """
     if getattr(writer, "sync_files", True) is False:
         msg = "dcp_writer must make its files durable before the commit"
@@ -103,16 +104,16 @@ def check_dcp_writer(writer: object) -> None:
 
 
 def check_collectives(*, is_used: bool) -> None:
-    """Refuse a save that is asked to do without collectives.
+    """Refuse `use_collectives=False`.
 
     Raises:
-        ConfigError: If it is.
+        ConfigError: If the save does not use collectives.
     """
     if not is_used:
         msg = "use_collectives=False is not supported"
         raise ConfigError(
             msg,
             phase="plan",
-            expected="one coordinated plan, which the offsets in the files follow from",
-            hint="drop use_collectives=False; a rank alone saves with no_dist=True",
+            expected="one plan for all ranks, because the offsets in the files depend on it",
+            hint="drop use_collectives=False; to save from a single rank, pass no_dist=True",
         )

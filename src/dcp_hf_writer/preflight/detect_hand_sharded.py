@@ -1,7 +1,8 @@
-"""Refuse different tensors under one name: DCP takes them for replicas, and keeps one rank's.
+"""Refuse different tensors under one name: DCP takes them for replicas and keeps one rank's.
 
-So it loses what trainers shard by hand, experts above all, without a word. Each rank sends a sample
-of its tensors along with its plan, of bounded size and cost, and the coordinator compares them.
+So DCP silently loses tensors that trainers shard by hand, most often experts. Each rank sends a
+sample of its tensors with its plan, and the coordinator compares the samples. Size and cost of a
+sample are bounded.
 """
 
 from __future__ import annotations
@@ -33,21 +34,22 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# Vectors are what replicas may differ in by design: statistics of batch norms, random states.
+# Vectors are not compared: replicas may differ in them by design (batch norm statistics, random
+# states).
 _MIN_NDIM = 2
 
-# Elements of a tensor that are compared, and tensors of a rank: 80 kB in all at most.
+# Elements sampled per tensor, and tensors sampled per rank: at most 80 kB per rank.
 _VALUES = 32
 _MAX_TENSORS = 1024
 
-# Replicas that are trained without being kept equal drift apart by rounding, far below this part
-# of their norm; shards have nothing in common, and differ by more than their norm.
+# Replicas that nothing keeps equal in training drift apart by rounding, far less than this fraction
+# of their norm. Shards have nothing in common, and differ by more than their norm.
 _DRIFT = 0.01
 
-# Groups of ranks that a message names, and ranks of each.
+# How many groups of ranks a message names.
 _SHOWN = 8
 
-# Places of the values, in halves of their distance.
+# Where the sampled elements lie: odd multiples of half the distance between two of them.
 _ODD = torch.arange(1, 2 * _VALUES, 2, device="cpu")
 
 _KINDS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
@@ -59,18 +61,18 @@ _is_warned = False
 
 
 def samples_of(planned: Planned, *, key: str | None, world_size: int) -> bytes:
-    """Sample this rank's tensors that DCP may take for replicas of other ranks'.
+    """Sample the tensors of this rank that DCP may take for replicas of other ranks' tensors.
 
-    Those are plain tensors of the model, and DTensors on meshes that not all ranks are in.
+    These are the plain tensors of the model, and DTensors on a mesh that lacks some ranks.
 
     Args:
         planned: Planner of the save, and what it plans. An `HFSavePlanner` means that the user has
-            declared what is sharded, so that nothing is sampled.
-        key: Entry that holds the model, as `HFExport` takes it.
+            declared the shards, so nothing is sampled.
+        key: Entry that holds the model, as in `HFExport`.
         world_size: Number of ranks of the save.
 
     Returns:
-        Rows of `_ROW`, by name; empty if there is nothing to compare.
+        Rows of `_ROW`, sorted by `name`; empty if there is nothing to compare.
     """
     if world_size == 1 or isinstance(planned.planner, HFSavePlanner):
         return b""
@@ -80,7 +82,7 @@ def samples_of(planned: Planned, *, key: str | None, world_size: int) -> bytes:
         offsets = _offsets_of_replica(state_dict[fqn], world_size)
         if offsets is not None:
             found[_hash(_place(fqn, offsets))] = local_of(state_dict[fqn])
-    # The same ones on every rank, whatever else each holds.
+    # Sorted, so that all ranks choose the same tensors of those that they have in common.
     names = sorted(found)[:_MAX_TENSORS]
     rows = np.zeros(len(names), _ROW)
     rows["name"] = names
@@ -91,14 +93,15 @@ def samples_of(planned: Planned, *, key: str | None, world_size: int) -> bytes:
 
 
 def check_samples(samples: Sequence[bytes], plans: Iterable[SavePlan]) -> None:
-    """Compare what the ranks sent (coordinator).
+    """Compare the samples that the ranks sent (coordinator).
 
     Args:
-        samples: Of each rank, by rank; empty ones are not compared.
+        samples: Sample of each rank, in rank order; empty samples are not compared.
         plans: Plans in which every FQN occurs.
 
     Raises:
-        PlanningError: Naming a tensor, the ranks that differ, and what to pass.
+        PlanningError: If tensors differ. The error names one of them, the ranks that differ, and
+            what to pass.
     """
     ranks: dict[bytes, list[int]] = {}
     for rank, sample in enumerate(samples):
@@ -126,17 +129,19 @@ def _say(fqn: str | None, found: str, *, is_drift: bool) -> None:
     global _is_warned  # noqa: PLW0603
     if not is_drift:
         raise PlanningError(
-            "ranks hold different tensors under one name, of which DCP would keep one",
+            "ranks hold different tensors under one name, and DCP would keep only one of them",
             phase="plan",
             fqn=fqn,
-            expected="replicas, or shards that are declared",
+            expected="equal replicas, or declared shards",
             found=found,
             hint="pass planner=HFSavePlanner(specs) to the save, with specs whose shards say what "
-            "each rank holds; with HFSavePlanner() one of them is kept",
+            "each rank holds; HFSavePlanner() without specs keeps one of the tensors",
         )
     if not _is_warned:
         _is_warned = True
-        _log.warning("the replicas of %s have drifted apart: %s; one of them is saved", fqn, found)
+        _log.warning(
+            "the replicas of %s have drifted apart: %s; the save keeps one of them", fqn, found
+        )
 
 
 def _names(
@@ -150,15 +155,15 @@ def _names(
     try:
         names: Iterable[str] = model_names(tensors, key=key)
     except ModelKeyError:
-        # Raised when the export is planned; there may be none.
+        # Not raised here: planning the export raises it, and there may be no export.
         names = (fqn for fqn, path in tensors.items() if path[0] not in NOT_WEIGHTS)
     yield from (fqn for fqn in names if state_dict[fqn].ndim >= _MIN_NDIM)
 
 
 def _offsets_of_replica(value: torch.Tensor, world_size: int) -> tuple[int, ...] | None:
-    """Return the offsets under which DCP compares a tensor with others'; `None` if it is no case.
+    """Return the offsets by which DCP deduplicates a tensor; `None` if it need not be sampled.
 
-    DTensors on a mesh of all ranks are what they say.
+    A DTensor on a mesh of all ranks need not be: its placements say what each rank holds.
     """
     local = local_of(value)
     if type(local) not in _KINDS or local.layout is not torch.strided or local.is_meta:
@@ -174,14 +179,14 @@ def _offsets_of_replica(value: torch.Tensor, world_size: int) -> tuple[int, ...]
 
 
 def _values(tensor: torch.Tensor) -> npt.NDArray[np.uint16]:
-    """Return elements of a tensor, evenly spread, as bfloat16."""
+    """Return `_VALUES` evenly spread elements of a tensor, as the bits of bfloat16."""
     if not tensor.numel():
         return np.zeros(_VALUES, np.uint16)
     tensor = tensor.detach()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
     elif not tensor.is_floating_point() or tensor.itemsize == 1:
-        # Not every type of integer, nor of 8-bit numbers, can be indexed.
+        # torch cannot index every integer dtype, nor every 8-bit dtype: view them as these.
         tensor = tensor.view(_INTEGERS[tensor.itemsize])
     places = _ODD.to(tensor.device) * tensor.numel() // (2 * _VALUES)
     if tensor.is_contiguous():
@@ -193,7 +198,10 @@ def _values(tensor: torch.Tensor) -> npt.NDArray[np.uint16]:
 
 
 def _distance(rows: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Return how far each row is from the first one of its name, as a part of their norm."""
+    """Return the distance of each row from the first row of its name, relative to their norm.
+
+    The larger norm of the two counts. Rows of different dtype or shape are infinitely far apart.
+    """
     _, first, group = np.unique(rows["name"], return_index=True, return_inverse=True)
     others = rows[first[group]]
     one, other = _floats(rows["values"]), _floats(others["values"])

@@ -1,6 +1,6 @@
-"""A dry run of a save: the plans that a save makes, by the same functions, and no bytes.
+"""A dry run of a save: it plans with the same functions as a save, and writes no bytes.
 
-Nothing is staged, and the storage is not touched.
+It stages nothing and does not touch the target's storage.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Local:
-    """What one rank adds."""
+    """What one rank contributes to the explanation."""
 
     rows: list[Row]
     total: RankSum
     error: ExportError | None
-    """Why there would be no export."""
+    """Why the checkpoint would have no export."""
 
 
 @dataclass(slots=True)
@@ -68,24 +68,24 @@ class DryRun:
     export: HFExport | None
     group: dist.ProcessGroup | None
     planner: SavePlanner
-    """A planner that no save uses."""
+    """A planner that no save uses (`fresh_planner`)."""
     is_once: bool
-    """Whether the DCP half leaves weights to the export."""
+    """Whether only the export stores the weights (`weights="once"`)."""
     _rank: int = field(init=False)
     _is_coordinator: bool = field(init=False)
     _view: RankView = field(init=False)
     _error: ExportError | None = field(init=False, default=None)
-    """Why there would be no export."""
+    """Why the checkpoint would have no export, as far as this rank knows."""
     _plan: GlobalPlan | None = field(init=False, default=None)
-    """On the coordinator."""
+    """The global plan; only the coordinator has it."""
     _files: Mapping[str, str] | None = field(init=False, default=None)
-    """File of each key in `like`, on the coordinator."""
+    """File name of each key in `like`; only the coordinator has it."""
 
     def run(self, state_dict: Mapping[str, Any]) -> Explanation:
-        """Plan a save, and gather what all ranks would write (collective).
+        """Plan a save, and gather what each rank would write (collective: all ranks call it).
 
         Raises:
-            PlanningError: As the save would, on every rank.
+            CheckpointError: If planning fails; every rank raises what the save would raise.
         """
         ranks = steps_of(self.group)
         self._rank, self._is_coordinator = ranks.rank, ranks.is_coordinator
@@ -128,7 +128,8 @@ class DryRun:
             files = file_of_key_in_like(export)
             export = _without_expectations(export)
         plan = plan_globally(found, export, options="", file_of_key=None, once=self.is_once)
-        # Keys that `like` has not are shown, and the files are then those of an export without it.
+        # If the index of `like` lacks some keys, the explanation shows those keys, and the files
+        # are those of an export without `like`.
         if files is not None and set(_keys(plan.layout)) <= files.keys():
             plan = plan_globally(found, export, options="", file_of_key=files, once=self.is_once)
         self._plan, self._files = plan, files
@@ -184,7 +185,11 @@ class DryRun:
         )
 
     def _as_staged(self, item: WriteItem, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor with the strides of its staged copy; of a block, those of the block."""
+        """Return a tensor with the strides that `way_of` sees in a save.
+
+        Staging makes a whole local tensor contiguous, so this returns an empty contiguous tensor
+        for one that is not. A block of a local tensor keeps its strides.
+        """
         held = self._view.planned.state_dict.get(item.index.fqn)
         local = local_of(held) if isinstance(held, torch.Tensor) else None
         if tensor.is_contiguous() or local is None or local.shape != tensor.shape:
@@ -222,7 +227,7 @@ class DryRun:
 
 
 def fresh_planner(planner: SavePlanner | None) -> SavePlanner:
-    """Return a planner that plans as a given one does, and keeps nothing for a later save."""
+    """Return a planner that plans like the given one, and keeps nothing for a later save."""
     if planner is None:
         return DefaultSavePlanner()
     return without_cache(planner)
@@ -259,7 +264,7 @@ def _ordered(plan: GlobalPlan) -> dict[str, PlannedTensor]:
 
 
 def _in_order(plan: GlobalPlan, rows: Iterable[Row]) -> tuple[Row, ...]:
-    """Sort rows as the state dict and the specs go."""
+    """Sort rows by the order of the state dict, then of the specs, then of the bytes."""
     targets = {} if plan.layout is None else plan.layout.targets
     names = ((fqn, target.key) for fqn in _ordered(plan) for target in targets.get(fqn, ()))
     place = {name: i for i, name in enumerate(names)}
@@ -279,7 +284,7 @@ def _problems(
     errors: Iterable[ExportError], missing: set[str], unexpected: set[str]
 ) -> Iterator[str]:
     for error in errors:
-        yield f"there would be no export: {error}"
+        yield f"the checkpoint would have no export: {error}"
     if missing or unexpected:
         yield (
             "the save would be refused: the export would not have the expected keys, "

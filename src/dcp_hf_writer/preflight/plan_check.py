@@ -1,4 +1,4 @@
-"""Refuse a rank's plan that leaves out blocks which the rank holds: DCP would, without a word."""
+"""Refuse a rank's plan that leaves out blocks which the rank holds; DCP silently loses them."""
 
 from __future__ import annotations
 
@@ -27,15 +27,17 @@ _SHOWN = 4
 
 
 def check_plan(plan: SavePlan, planned: Planned, export: HFExport | None) -> None:
-    """Check that tensors of several blocks, and declared shards, are planned as what they are.
+    """Check that the plan covers all blocks of tensors with several blocks or declared shards.
 
     Args:
-        plan: What the planner made on this rank; not usable if it is that of the save before.
+        plan: The planner's plan on this rank; marked not usable if the planner reuses the plan of
+            the previous save.
         planned: Planner of the save, and what it plans.
         export: Options of the export, whose specs declare shards.
 
     Raises:
-        PlanningError: If a tensor is planned otherwise, naming the planner to pass.
+        PlanningError: If the items of a tensor are not its blocks. The error names the planner to
+            pass.
         UnsupportedTorchError: If the planner reuses a plan and does not show it.
     """
     specs, key = ({}, None) if export is None else (export.spec_by_fqn, export.key)
@@ -48,14 +50,14 @@ def check_plan(plan: SavePlan, planned: Planned, export: HFExport | None) -> Non
     for fqn, tensor in expected.items():
         if not _plans(found[fqn], tensor):
             raise PlanningError(
-                "a rank holds blocks of a tensor that the planner does not plan as such",
+                "the planner does not plan the blocks of a tensor that a rank holds",
                 phase="plan",
                 fqn=fqn,
                 expected=_text(block.global_box for block in tensor.blocks)
                 + f" of {list(tensor.shape)}",
                 found=_text(map(chunk_of, found[fqn])) + f", by {type(planned.planner).__name__}",
-                hint="pass planner=HFSavePlanner(specs) to the save, with the specs of the export, "
-                "or none for DTensors",
+                hint="pass planner=HFSavePlanner(specs) to the save, with the specs of the export; "
+                "for DTensors alone, HFSavePlanner() is enough",
             )
 
 
@@ -63,7 +65,7 @@ def _reused_plan(planned: Planned) -> SavePlan:
     made = getattr(planned.planner, "plan", None)
     if not isinstance(made, SavePlan) or not made.usable:
         raise unsupported_torch(
-            "the plan that a rank made and did not send, as it is that of the save before",
+            "the plan that a rank reuses from the previous save and did not send",
             phase="plan",
             expected="the attribute plan of DefaultSavePlanner",
             hint="pass a planner with enable_plan_caching=False",
@@ -72,7 +74,7 @@ def _reused_plan(planned: Planned) -> SavePlan:
 
 
 def _plans(items: Sequence[WriteItem], tensor: BlockedTensor) -> bool:
-    """Whether items are the blocks of a tensor, or parts of them; they do not overlap."""
+    """Whether items cover exactly the blocks of a tensor; items are assumed not to overlap."""
     boxes = [box for box in map(chunk_of, items) if box.numel]
     blocks = [block.global_box for block in tensor.blocks]
     return (

@@ -1,4 +1,4 @@
-"""What a rank finds out for its local plan: whether it can be right, and what to tell of itself."""
+"""The facts that a rank sends with its local plan, and the checks before and after sending."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ def local_facts(
     export: HFExport | None,
     group: dist.ProcessGroup | None,
 ) -> LocalFacts:
-    """Check a rank's plan, and return what it shall carry.
+    """Check a rank's plan, and return the facts to send with it.
 
     Args:
-        plan: What the planner made on this rank.
+        plan: The planner's plan on this rank.
         view: What this rank is to save.
         target: Path of the checkpoint.
         is_coordinator: Whether this rank is the coordinator.
@@ -43,7 +43,8 @@ def local_facts(
         group: Process group of the save.
 
     Raises:
-        PlanningError: If the plan leaves out what this rank holds.
+        PlanningError: If the plan leaves out blocks that this rank holds.
+        UnsupportedTorchError: If the planner reuses a plan and does not show it.
     """
     check_plan(plan, view.planned, export)
     return LocalFacts(
@@ -61,16 +62,18 @@ def local_facts(
 
 def _order(plan: SavePlan, view: RankView) -> tuple[str, ...]:
     """Return FQNs in state-dict order."""
-    # A plan has no item for a tensor that other ranks hold altogether, though it has its place.
+    # Not from the plan alone: it has no item for a tensor that only other ranks hold, but the
+    # state dict gives that tensor a place in the order.
     planned = (item.index.fqn for item in plan.items)
     return tuple(dict.fromkeys((*view.planned.state_dict, *planned)))
 
 
 def check_facts(plans: Sequence[SavePlan]) -> None:
-    """Check that what the ranks told of themselves goes together (coordinator).
+    """Check that the facts of the ranks agree (coordinator).
 
     Args:
-        plans: The global plan; facts that a writer of another kind made are refused elsewhere.
+        plans: Plan of each rank, in rank order. A plan without `LocalFacts` is skipped here; global
+            planning refuses it.
 
     Raises:
         PlanningError: If ranks hold different tensors under one name.
@@ -80,15 +83,17 @@ def check_facts(plans: Sequence[SavePlan]) -> None:
 
 
 def check_reported_facts(plans: Sequence[SavePlan], reports: Sequence[RankReport]) -> None:
-    """Check what DCP's plan cache kept from the coordinator, now that the ranks have reported it.
+    """Check the facts that DCP's plan cache withheld from the coordinator in the planning step.
+
+    The ranks have sent these facts with their reports instead.
 
     Args:
-        plans: The global plan, with the facts of this save or of an earlier one.
-        reports: One a rank, by rank.
+        plans: Plan of each rank, in rank order, with the facts of this save or of an earlier one.
+        reports: One report for each rank, in rank order.
 
     Raises:
         PlanningError: If ranks hold different tensors under one name.
-        UnsupportedTorchError: If a rank's facts are not there.
+        UnsupportedTorchError: If a rank's facts are in neither its plan nor its report.
     """
     samples = []
     for plan, report in zip(plans, reports, strict=True):
@@ -97,7 +102,7 @@ def check_reported_facts(plans: Sequence[SavePlan], reports: Sequence[RankReport
             found = facts.samples
         if found is None:
             raise unsupported_torch(
-                "what a rank sent along with its plan",
+                "the facts that a rank sent along with its plan",
                 rank=report.rank,
                 phase="finish",
                 expected="the storage_data of each plan of this save",

@@ -30,7 +30,7 @@ _PREFIX = "dcp-hf-writer"
 # Phases of a save, in the order in which a rank goes through them.
 PHASES = ("plan", "write", "written", "finish", "failed")
 
-# Once a collective broke, the ranks that are still alive fail too: how long they may take to say so.
+# Once a collective broke, the other live ranks fail too: how long they may take to report it.
 POST_MORTEM_S = 3.0
 
 _POLL_S = 0.05
@@ -224,7 +224,7 @@ class Meeting:
         return self._count
 
     def fall_in(self, count: int) -> None:
-        """Take over the coordinator's count: it differs after a save that failed early on a rank."""
+        """Take over the coordinator's count: it differs after a save failed early on one rank."""
         self._count = count
 
     def rendezvous_of(self, group: dist.ProcessGroup | None) -> Rendezvous | None:

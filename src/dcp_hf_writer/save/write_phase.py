@@ -151,7 +151,7 @@ class WritePhase:
         return [*results, *left_out, WriteResult(MetadataIndex(_REPORT_FQN), 0, report)]
 
     def _stored_once(self, items: Iterable[WriteItem]) -> list[WriteResult]:
-        """Return a result for each item that only the export stores; it says where the bytes are."""
+        """Return a result for each item that only the export stores; it tells where they are."""
         tables = {fqn: TargetTable(parts) for fqn, parts in self.own.once.items()}
         paths = [f"{self.subdir}/{name}" for name, _ in self.own.files]
         results = []
