@@ -194,7 +194,7 @@ def test_index_that_cannot_be_followed_is_refused(tmp_path: Path, index: str, wo
 def test_base_model_without_an_index_must_have_one_file(tmp_path: Path, count: int) -> None:
     for i in range(count):
         save_file({f"{i}": torch.zeros(1)}, tmp_path / f"{i}.safetensors")
-    with pytest.raises(ConfigError, match="not exactly one safetensors file"):
+    with pytest.raises(ConfigError, match="an index, or with exactly one safetensors file"):
         assets_of(HFExport(like=tmp_path))
 
 
