@@ -92,7 +92,7 @@ def check_strategy(*, hosts: Sequence[str], fs_type: str, strategy: str, path: s
 
 
 def check_names(layout: Layout, assets: Assets, export: HFExport) -> None:
-    """Refuse assets whose name is that of a file which the export makes itself.
+    """Refuse an asset that has the name of a file which the export makes itself.
 
     Raises:
         LayoutError: If there is such an asset; the error names the file.
