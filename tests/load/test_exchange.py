@@ -19,7 +19,7 @@ from dcp_hf_writer import HFDualReader, HFDualWriter
 from dcp_hf_writer.errors import ConfigError, ReadError
 from dcp_hf_writer.load import exchange_plan
 from dcp_hf_writer.load.exchange_plan import Segment, rounds, shared_segments
-from dcp_hf_writer.storage.input_backends import _LocalFile
+from dcp_hf_writer.storage.local_inputs import _LocalFile
 from support.ranks import run_ranks
 
 if TYPE_CHECKING:

@@ -457,8 +457,8 @@ def test_preserving_a_dimension_that_cuts_a_tensor_names_it() -> None:
     with pytest.raises(SpecError, match="cuts through") as error:
         stream.buckets_of(0)
     assert (error.value.fqn, error.value.key) == ("experts", "0.gate")
-    assert error.value.expected == "all of its elements on one place of 'kept'"
-    assert error.value.found == "elements on place 0, place 1"
+    assert error.value.expected == "all of its elements at one index of 'kept'"
+    assert error.value.found == "elements at index 0, index 1"
 
 
 def only_round(stream: Stream, rank: int) -> Any:

@@ -1,13 +1,13 @@
-"""Which spec a tensor of the state dict belongs to: parameters, their optimizer state, copies.
+"""Which spec applies to a tensor of the state dict: to parameters, optimizer state and copies.
 
-Pure. A spec names a parameter within the model's entry. What is kept for a parameter beside it is
-cut as the parameter is, so the spec holds for it too:
+Pure. A spec names a parameter within the model's entry. Other tensors that belong to the parameter
+are cut in the same way, so the spec applies to them too:
 
-- optimizer state: `[...].state.<name>.<one more>`, in one key or nested, such as
-  `optim.state.layers.0.w.exp_avg`;
-- a copy in another entry, whose keys below that entry (or the next) spell the name: `ema.<name>`.
+- optimizer state: `[...].state.<name>.<one more key>`, as one dotted key or as nested entries, such
+  as `optim.state.layers.0.w.exp_avg`;
+- a copy in another entry: `<entry>.<name>` or `<entry>.<entry>.<name>`, such as `ema.<name>`.
 
-A spec may also name any tensor by its whole dotted path, and then holds for that one first.
+A spec may also name any tensor by its full dotted path. Such a spec takes precedence.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ if TYPE_CHECKING:
 
 _STATE = "state"
 
-# Depth of the entry that a copy of the model lies in: `ema`, or `ema.model`.
+# Depths at which an entry may hold a copy of the model: `ema`, or `ema.model`.
 _COPY_DEPTHS = (1, 2)
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The spec that a tensor belongs to."""
+    """The spec that applies to a tensor."""
 
     spec: LoadSpec
     is_kept_beside: bool
-    """Whether the tensor is optimizer state or a copy, and not what the spec names."""
+    """Whether the tensor is optimizer state or a copy, not the tensor that the spec names."""
 
 
 def match_specs(
     paths: Mapping[str, Path], specs: Mapping[str, LoadSpec], *, key: str | None
 ) -> dict[str, Match]:
-    """Find the spec of each tensor that has one, by FQN.
+    """Find the spec that applies to each tensor, by FQN; tensors without a spec are left out.
 
     Args:
         paths: Path of each tensor of the state dict, by FQN.
         specs: Specs by name.
-        key: Entry that holds the model, as `HFExport` takes it.
+        key: Entry that holds the model, as in `HFExport.key`.
 
     Raises:
         ModelKeyError: If it is not clear which entry holds the model.
@@ -61,7 +61,9 @@ def match_specs(
 
 
 def model_names(paths: Mapping[str, Path], *, key: str | None) -> dict[str, str]:
-    """Return the name within the model of each of its tensors, by FQN; none if there is no model.
+    """Map the FQN of each tensor of the model to its name within the model.
+
+    Empty if every entry is one that never holds a model, such as `optim`.
 
     Raises:
         ModelKeyError: If it is not clear which entry holds the model.
@@ -78,7 +80,7 @@ def _match(
     if named is not None:
         return Match(named, is_kept_beside=False)
     owner = None
-    # In a flat state dict nothing tells the model's own tensors from those beside it.
+    # In a flat state dict, only its name tells optimizer state from a tensor of the model.
     if name is None or len(path) == 1:
         owner = _owner_of_state(dotted.split("."), specs)
     if name is None and owner is None:
