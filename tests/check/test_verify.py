@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from dcp_hf_writer import HFDualWriter, HFExport, VerifyReport, verify
-from dcp_hf_writer.check.progress_line import ProgressLine
+from dcp_hf_writer.check.verify_progress import ProgressLine
 from dcp_hf_writer.digests.problems import Problem
 from dcp_hf_writer.errors import ConfigError, CorruptCheckpointError
 from dcp_hf_writer.formats.encode_safetensors_header import HFTensor, encode_header

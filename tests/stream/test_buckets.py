@@ -21,7 +21,7 @@ from dcp_hf_writer.plan.assign_keys import RuntimeTensor
 from dcp_hf_writer.plan.layout import plan_layout
 from dcp_hf_writer.stream.buckets import LOCAL, Bucket, Chain, Held, fill_buckets, hf_tensors
 from dcp_hf_writer.stream.gather_steps import Gather, plan_steps, wire_dtype
-from dcp_hf_writer.stream.held_shards import _cuts
+from dcp_hf_writer.stream.local_shards import _cuts
 from dcp_hf_writer.tensors.boxes import Box, whole
 from dcp_hf_writer.tensors.shards import blocks_of, local_shape, shards_of
 from dcp_hf_writer.tensors.strided_copies import hf_view, runtime_view

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from dcp_hf_writer.digests.problems import Problem
 from dcp_hf_writer.formats.names_on_disk import METADATA_NAME
-from dcp_hf_writer.formats.stored_once_places import StoredOnce
+from dcp_hf_writer.formats.weights_once_places import StoredOnce
 from dcp_hf_writer.plan.parse_manifest import is_relative_name
 from dcp_hf_writer.tensors.boxes import BoxTable, tiling_fault
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE

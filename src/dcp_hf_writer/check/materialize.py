@@ -18,17 +18,17 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from dcp_hf_writer.formats.encode_torch_archive import tensor_archive
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
-from dcp_hf_writer.formats.stored_once_places import StoredOnce
-from dcp_hf_writer.load.checkpoint_half import read_dcp_metadata
+from dcp_hf_writer.formats.weights_once_places import StoredOnce
+from dcp_hf_writer.load.choose_half import read_dcp_metadata
 from dcp_hf_writer.load.dcp_source import DCPSource, Wanted
 from dcp_hf_writer.load.read_phase import run_reads
 from dcp_hf_writer.load.read_plan import plan_reads
 from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
 from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
-from dcp_hf_writer.preflight import writer_options
+from dcp_hf_writer.preflight import check_options
 from dcp_hf_writer.save.commit import StagingDirectory
-from dcp_hf_writer.save.save_owner import Owner, new_save_id
-from dcp_hf_writer.save.tensor_source import host_bytes
+from dcp_hf_writer.save.owner_process import Owner, new_save_id
+from dcp_hf_writer.save.tensor_bytes import host_bytes
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs
 from dcp_hf_writer.storage.posix_outputs import OutputFile, sync_directory, write_file
@@ -71,7 +71,7 @@ def materialize(
     """
     with OpenInputs(open_directory(path, None)) as inputs:
         metadata = read_dcp_metadata(inputs.files)
-        directory = StagingDirectory(writer_options.local_path(target), new_save_id())
+        directory = StagingDirectory(check_options.local_path(target), new_save_id())
         record = directory.create(overwrite=overwrite)
         try:
             with record:

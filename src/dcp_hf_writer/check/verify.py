@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_hf_writer.check.check_dcp import dcp_problems, fqn_at, items_by_file
 from dcp_hf_writer.check.check_hf import DirectoryCheck, export_problems
-from dcp_hf_writer.check.progress_line import progress_of
+from dcp_hf_writer.check.verify_progress import progress_of
 from dcp_hf_writer.digests.problems import Problem, first_of
 from dcp_hf_writer.digests.recompute import Recomputation, jobs_of
 from dcp_hf_writer.errors import CheckpointError, ConfigError, CorruptCheckpointError

@@ -30,7 +30,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from dcp_hf_writer.errors import CorruptCheckpointError
 from dcp_hf_writer.formats.restricted_unpickle import Admitted, Class, Constant, Function, unpickle
-from dcp_hf_writer.formats.stored_once_places import (
+from dcp_hf_writer.formats.strict_json import shortened
+from dcp_hf_writer.formats.weights_once_places import (
     StoredOnce,
     StoredOnceDecoder,
     StoredPart,
@@ -39,7 +40,6 @@ from dcp_hf_writer.formats.stored_once_places import (
     is_once,
     is_part,
 )
-from dcp_hf_writer.formats.strict_json import shortened
 from dcp_hf_writer.tensors.strided_copies import Copy, Loop
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dcp_hf_writer.errors import ConfigError
-from dcp_hf_writer.integrations.unsharded_twin import listed
+from dcp_hf_writer.integrations.unsharded_meta_model import listed
 from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.mapping.specs_from_function import derive
 from dcp_hf_writer.torch_seam.dtensor import local_of

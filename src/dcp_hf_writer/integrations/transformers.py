@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from dcp_hf_writer.errors import ConfigError
-from dcp_hf_writer.integrations.base_check import compare, read_base, square_keys, turned_dims
+from dcp_hf_writer.integrations.compare_with_base_model import (
+    compare,
+    read_base,
+    square_keys,
+    turned_dims,
+)
 from dcp_hf_writer.integrations.transformers_conversions import (
     saved_tensors,
     take_conversions,
     transposed_at_load,
 )
-from dcp_hf_writer.integrations.unsharded_twin import (
+from dcp_hf_writer.integrations.unsharded_meta_model import (
     listed,
     parted_names,
     runtime_tensors,
@@ -32,7 +37,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from dcp_hf_writer.integrations.base_check import BaseTensor, Differences
+    from dcp_hf_writer.integrations.compare_with_base_model import BaseTensor, Differences
     from dcp_hf_writer.mapping.specs_from_function import Derivation
 
 Orientation = Literal["model", "base"]

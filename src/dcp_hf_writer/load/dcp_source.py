@@ -18,8 +18,8 @@ from dcp_hf_writer.formats.parse_torch_archive import (
     UnusualArchiveError,
     find_tensor,
 )
-from dcp_hf_writer.formats.stored_once_places import StoredOnce
 from dcp_hf_writer.formats.strict_json import shortened
+from dcp_hf_writer.formats.weights_once_places import StoredOnce
 from dcp_hf_writer.load.read_phase import is_direct
 from dcp_hf_writer.load.read_plan import Expected, Fetch, fetch_of_copy
 from dcp_hf_writer.tensors.boxes import Box

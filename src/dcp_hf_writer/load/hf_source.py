@@ -15,7 +15,7 @@ from dcp_hf_writer.load.read_plan import Fetch, fetch_of_box, fetch_of_copy
 from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.plan.layout import PartTarget
 from dcp_hf_writer.plan.regions import Region, TargetTable
-from dcp_hf_writer.plan.stored_once import is_whole
+from dcp_hf_writer.plan.weights_once import is_whole
 from dcp_hf_writer.tensors.dtypes import CASTABLE, TORCH_BY_NAME
 from dcp_hf_writer.tensors.strided_copies import covered, runtime_loops, strides_of
 

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.tensors.boxes import Box, intersect
-from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
+from dcp_hf_writer.torch_seam.multi_block_tensors import blocked_tensors
 from dcp_hf_writer.torch_seam.old_names import names_before_2_4
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
     from dcp_hf_writer.mapping.load_spec import LoadSpec
-    from dcp_hf_writer.torch_seam.blocked_tensors import BlockedTensor
+    from dcp_hf_writer.torch_seam.multi_block_tensors import BlockedTensor
 
 
 def loaded_values(planner: LoadPlanner, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -19,18 +19,18 @@ from torch.distributed.checkpoint.planner import LoadItemType
 
 from dcp_hf_writer.errors import MismatchError
 from dcp_hf_writer.formats.names_on_disk import METADATA_NAME
-from dcp_hf_writer.load.checkpoint_half import open_hf_source, read_dcp_metadata
+from dcp_hf_writer.load.choose_half import open_hf_source, read_dcp_metadata
 from dcp_hf_writer.load.dcp_source import DCPSource, Wanted
-from dcp_hf_writer.load.exchange import Reading
-from dcp_hf_writer.load.hf_blocks import load_blocks
+from dcp_hf_writer.load.exchange_reads import Reading
 from dcp_hf_writer.load.hf_source import Block, Findings
 from dcp_hf_writer.load.mismatches import loaded_values, misfits
+from dcp_hf_writer.load.read_hf_blocks import load_blocks
 from dcp_hf_writer.load.read_phase import run_reads
 from dcp_hf_writer.load.read_plan import plan_reads
-from dcp_hf_writer.load.verify_ranges import verify_ranges
+from dcp_hf_writer.load.verify_while_reading import verify_ranges
 from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
-from dcp_hf_writer.staging.memory_identity import memory_identity
+from dcp_hf_writer.staging.same_memory import memory_identity
 from dcp_hf_writer.storage.open_inputs import OpenInputs
 from dcp_hf_writer.tensors.boxes import Box
 
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
-    from dcp_hf_writer.load.checkpoint_half import Place
+    from dcp_hf_writer.load.choose_half import Place
     from dcp_hf_writer.load.read_plan import Fetch
     from dcp_hf_writer.mapping.load_spec import LoadSpec
 

@@ -1,13 +1,8 @@
 """Which spec applies to a tensor of the state dict: to parameters, optimizer state and copies.
 
-Pure. A spec names a parameter within the model's entry. Other tensors that belong to the parameter
-are cut in the same way, so the spec applies to them too:
-
-- optimizer state: `[...].state.<name>.<one more key>`, as one dotted key or as nested entries, such
-  as `optim.state.layers.0.w.exp_avg`;
-- a copy in another entry: `<entry>.<name>` or `<entry>.<entry>.<name>`, such as `ema.<name>`.
-
-A spec may also name any tensor by its full dotted path. Such a spec takes precedence.
+Pure. A spec names a parameter within the model's entry. It applies to the optimizer state and the
+copies of that parameter too, which are cut in the same way; `optimizer_state` finds them. A spec
+may also name any tensor by its full dotted path. Such a spec takes precedence.
 """
 
 from __future__ import annotations
@@ -16,17 +11,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS, model_prefix, names_in_model
+from dcp_hf_writer.mapping.optimizer_state import owner_of_copy, owner_of_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dcp_hf_writer.mapping.load_spec import LoadSpec
     from dcp_hf_writer.mapping.model_entry import Path
-
-_STATE = "state"
-
-# Depths at which an entry may hold a copy of the model: `ema`, or `ema.model`.
-_COPY_DEPTHS = (1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,18 +73,7 @@ def _match(
     owner = None
     # In a flat state dict, only its name tells optimizer state from a tensor of the model.
     if name is None or len(path) == 1:
-        owner = _owner_of_state(dotted.split("."), specs)
+        owner = owner_of_state(dotted.split("."), specs)
     if name is None and owner is None:
-        owner = _owner_of_copy(path, specs)
+        owner = owner_of_copy(path, specs)
     return None if owner is None else Match(owner, is_kept_beside=True)
-
-
-def _owner_of_state(parts: list[str], specs: Mapping[str, LoadSpec]) -> LoadSpec | None:
-    starts = (i + 1 for i, part in enumerate(parts) if part == _STATE)
-    found = (specs.get(".".join(parts[start:-1])) for start in starts)
-    return next(filter(None, found), None)
-
-
-def _owner_of_copy(path: Path, specs: Mapping[str, LoadSpec]) -> LoadSpec | None:
-    found = (specs.get(".".join(map(str, path[depth:]))) for depth in _COPY_DEPTHS)
-    return next(filter(None, found), None)

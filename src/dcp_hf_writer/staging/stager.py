@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer.errors import StagingError
 from dcp_hf_writer.mapping.flattening import fqn_of, walk_tensors
-from dcp_hf_writer.staging.memory_identity import memory_identity
+from dcp_hf_writer.staging.same_memory import memory_identity
 from dcp_hf_writer.staging.slab import (
     ALIGN_NBYTES,
     SLABS,

@@ -14,13 +14,13 @@ from dcp_hf_writer.mapping.hf_export import HFExport, size_in_bytes, specs_by_na
 from dcp_hf_writer.mapping.tied_names import shared_groups, tie_fault
 from dcp_hf_writer.plan.layout import plan_layout
 from dcp_hf_writer.preflight.drifted_ties import HOW_TO_TIE, drifted_tie
-from dcp_hf_writer.staging.memory_identity import memory_of, tied_groups
-from dcp_hf_writer.stream.agreement import Facts, check_alike, exchange, raise_first
+from dcp_hf_writer.staging.same_memory import memory_of, tied_groups
 from dcp_hf_writer.stream.buckets import Bucket, fill_buckets, hf_tensors
 from dcp_hf_writer.stream.fill_buckets import Filler
 from dcp_hf_writer.stream.gather_steps import Steps, plan_steps
-from dcp_hf_writer.stream.held_shards import Stock, complete_by_hand, take_stock
+from dcp_hf_writer.stream.local_shards import Stock, complete_by_hand, take_stock
 from dcp_hf_writer.stream.mesh_groups import Groups, meet_groups, model_tensors
+from dcp_hf_writer.stream.rank_agreement import Facts, check_alike, exchange, raise_first
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping

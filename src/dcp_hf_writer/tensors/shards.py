@@ -68,11 +68,11 @@ SHARD_ATTRIBUTES_HINT = (
 
 
 def has_shard_attributes(tensor: object) -> bool:
-    """Whether a tensor says by attributes which part of a larger one it is.
+    """Whether the attributes of a plain tensor say which part of a larger tensor it is.
 
-    torch 2.14 and later plan such a plain tensor as shards, and call it a `CheckpointableTensor`.
-    Older versions take it for the whole tensor. A copy does not have the attributes. A DTensor
-    plans itself, with them or without.
+    torch 2.14 and later call such a tensor a `CheckpointableTensor` and plan it as shards. Older
+    versions treat it as the whole tensor. A copy of the tensor does not have the attributes. A
+    DTensor makes its own plan, with or without them.
     """
     return not hasattr(tensor, "__create_write_items__") and all(
         hasattr(tensor, name) for name in _SHARD_ATTRIBUTES
@@ -80,13 +80,13 @@ def has_shard_attributes(tensor: object) -> bool:
 
 
 def check_no_shard_attributes(tensors: Mapping[str, Any]) -> None:
-    """Refuse tensors that say by attributes which part of a larger one they are.
+    """Refuse tensors for which `has_shard_attributes` holds.
 
     Args:
         tensors: Tensors by FQN.
 
     Raises:
-        PlanningError: Naming the first of them.
+        PlanningError: If there is such a tensor; the error names the first one.
     """
     for fqn, tensor in tensors.items():
         if has_shard_attributes(tensor):

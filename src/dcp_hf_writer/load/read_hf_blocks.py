@@ -8,13 +8,13 @@ import torch
 
 from dcp_hf_writer.load.dequantized_reads import run_dequantized
 from dcp_hf_writer.load.read_plan import Fetch, plan_reads
-from dcp_hf_writer.load.verify_ranges import verify_ranges
+from dcp_hf_writer.load.verify_while_reading import verify_ranges
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from dcp_hf_writer.load.checkpoint_half import Place
-    from dcp_hf_writer.load.exchange import Reading
+    from dcp_hf_writer.load.choose_half import Place
+    from dcp_hf_writer.load.exchange_reads import Reading
     from dcp_hf_writer.load.hf_directory import HFDirectory
     from dcp_hf_writer.load.hf_source import Block, Dequantized, HFSource
     from dcp_hf_writer.storage.open_inputs import OpenInputs

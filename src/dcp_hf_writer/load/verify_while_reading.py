@@ -19,7 +19,7 @@ from dcp_hf_writer.load.read_plan import span_of
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from dcp_hf_writer.load.checkpoint_half import Place
+    from dcp_hf_writer.load.choose_half import Place
     from dcp_hf_writer.load.read_plan import Fetch
     from dcp_hf_writer.plan.parse_manifest import (
         Manifest,

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dcp_hf_writer import HFExport
 from dcp_hf_writer.errors import ConfigError, CorruptCheckpointError, SpecError
-from dcp_hf_writer.integrations.base_check import swapped_dims
+from dcp_hf_writer.integrations.compare_with_base_model import swapped_dims
 from dcp_hf_writer.integrations.transformers import specs_from_transformers
 from support.compare import tensor_difference
 from support.dense_specs import assemble

@@ -11,17 +11,17 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer.errors import ConfigError, PlanningError
-from dcp_hf_writer.load.checkpoint_half import find_place, open_hf_source
-from dcp_hf_writer.load.exchange import Reading
-from dcp_hf_writer.load.hf_blocks import load_blocks
+from dcp_hf_writer.load.choose_half import find_place, open_hf_source
+from dcp_hf_writer.load.exchange_reads import Reading
 from dcp_hf_writer.load.hf_source import Block, Findings, HFSource
+from dcp_hf_writer.load.read_hf_blocks import load_blocks
 from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.hf_export import specs_by_name
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
-from dcp_hf_writer.staging.memory_identity import memory_identity
+from dcp_hf_writer.staging.same_memory import memory_identity
 from dcp_hf_writer.tensors.boxes import whole
 from dcp_hf_writer.tensors.shards import blocks_of, shards_of
-from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
+from dcp_hf_writer.torch_seam.multi_block_tensors import blocked_tensors
 
 if TYPE_CHECKING:
     import os

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from dcp_hf_writer.errors import CheckpointError, ReadError
-from dcp_hf_writer.load.exchange_plan import rounds, shared_segments, wanted_of
+from dcp_hf_writer.load.plan_exchange import rounds, shared_segments, wanted_of
 from dcp_hf_writer.load.read_phase import Landing, run_reads
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from dcp_hf_writer.load.exchange_plan import Segment
+    from dcp_hf_writer.load.plan_exchange import Segment
     from dcp_hf_writer.load.read_phase import Buffer
     from dcp_hf_writer.load.read_plan import Read
     from dcp_hf_writer.storage.open_inputs import OpenInputs
