@@ -13,11 +13,11 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from dcp_hf_writer.errors import CheckpointError, ConfigError, ReadError
-from dcp_hf_writer.load.checkpoint_half import find_place
+from dcp_hf_writer.load.choose_half import find_place
 from dcp_hf_writer.load.mismatches import check_blocks, has_methods_of, plans_alone
 from dcp_hf_writer.load.planned_load import DCPLoad, HFLoad, Load, LoadOptions
 from dcp_hf_writer.mapping.hf_export import specs_by_name
-from dcp_hf_writer.preflight.writer_options import one_of
+from dcp_hf_writer.preflight.check_options import one_of
 from dcp_hf_writer.torch_seam.frames import TorchLoad, find_load, other_planner, unknown_load
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
-    from dcp_hf_writer.load.checkpoint_half import SourceName
+    from dcp_hf_writer.load.choose_half import SourceName
     from dcp_hf_writer.mapping.load_spec import LoadSpec
 
 # What ranks write that save without collectives.
@@ -211,13 +211,14 @@ class HFDualReader(StorageReader):
         Raises:
             CheckpointError: If something cannot be read, or may not be.
         """
+        load = self._current()
         if self._torch_load().planner is not planner:
             raise other_planner("load")
         items = getattr(self._thread, "items", None)
         if items is not None:
             plan = replace(plan, items=items)
         try:
-            self._current().read(plan, planner)
+            load.read(plan, planner)
         finally:
             self._forget()
         future: Future[None] = Future()

@@ -25,7 +25,7 @@ from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.plan import global_plan
 from dcp_hf_writer.plan.global_plan import RankPlan
-from dcp_hf_writer.preflight import writer_options
+from dcp_hf_writer.preflight import check_options
 from dcp_hf_writer.preflight.drifted_ties import untrue_tie
 from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
 from dcp_hf_writer.preflight.rank_facts import check_facts, check_reported_facts, local_facts
@@ -37,9 +37,9 @@ from dcp_hf_writer.save.checksums import add_checksums
 from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
 from dcp_hf_writer.save.joined_save import planned_directory
+from dcp_hf_writer.save.owner_process import new_save_id
 from dcp_hf_writer.save.rendezvous import MEETING, Announcement
 from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
-from dcp_hf_writer.save.save_owner import new_save_id
 from dcp_hf_writer.save.write_phase import WritePhase, export_error, take_reports
 from dcp_hf_writer.staging.staged_state_dict import refuse_failed
 from dcp_hf_writer.storage.posix_outputs import write_errors
@@ -115,15 +115,15 @@ class HFDualWriter(StorageWriter, SlabStager):
             ConfigError: If an option cannot be used as given.
         """
         super().__init__()
-        writer_options.one_of("weights", weights, ("both", "once"))
-        writer_options.one_of("staging", staging, ("blocking", "overlap"))
-        writer_options.one_of("on_export_error", on_export_error, ("raise", "warn"))
-        writer_options.one_of("strategy", strategy, ("auto", "direct"))
-        writer_options.check_numbers(timeout_s=timeout_s, host_budget_bytes=host_budget_bytes)
-        writer_options.check_no_storage_options(storage_options)
-        writer_options.check_export(export, weights)
-        writer_options.check_dcp_writer(dcp_writer)
-        self.path = writer_options.local_path(path)
+        check_options.one_of("weights", weights, ("both", "once"))
+        check_options.one_of("staging", staging, ("blocking", "overlap"))
+        check_options.one_of("on_export_error", on_export_error, ("raise", "warn"))
+        check_options.one_of("strategy", strategy, ("auto", "direct"))
+        check_options.check_numbers(timeout_s=timeout_s, host_budget_bytes=host_budget_bytes)
+        check_options.check_no_storage_options(storage_options)
+        check_options.check_export(export, weights)
+        check_options.check_dcp_writer(dcp_writer)
+        self.path = check_options.local_path(path)
         self.export = export
         self.weights = weights
         self.staging = staging
@@ -147,7 +147,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         try:
             self._wait_for_earlier_save()
             if checkpoint_id is not None:
-                self.path = writer_options.local_path(checkpoint_id)
+                self.path = check_options.local_path(checkpoint_id)
         except CheckpointError:
             # No attempt will give the staged copy back, as there will be none.
             self._give_back_staged()
@@ -162,7 +162,7 @@ class HFDualWriter(StorageWriter, SlabStager):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether this kind of writer can write there."""
         try:
-            writer_options.local_path(checkpoint_id)
+            check_options.local_path(checkpoint_id)
         except ConfigError:
             return False
         return True
@@ -186,7 +186,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         Raises:
             ConfigError: If the save is asked to do without collectives.
         """
-        writer_options.check_collectives(is_used=kwargs.get("use_collectives", True))
+        check_options.check_collectives(is_used=kwargs.get("use_collectives", True))
         attempt = self._current()
         if attempt.context.refusal is not None:
             attempt.end()

@@ -90,7 +90,7 @@ def test_complete_set_of_shards_needs_no_index(tmp_path: Path) -> None:
     assert_loads(tmp_path)
     (tmp_path / SHARDS[1]).rename(tmp_path / "model-00003-of-00003.safetensors")
     error = refusal(tmp_path)
-    assert "nothing that says which belong together" in str(error)
+    assert "no index says which belong together" in str(error)
     assert_that_names(error, SHARDS[0])
 
 

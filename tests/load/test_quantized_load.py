@@ -18,8 +18,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
 from dcp_hf_writer import HFDualWriter, HFExport
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.hf_loader import load_hf
 from dcp_hf_writer.integrations.transformers import specs_from_transformers
-from dcp_hf_writer.loader import load_hf
 from dcp_hf_writer.reader import HFDualReader
 from support.hub_quantized import (
     deepseek_config,
@@ -31,6 +31,7 @@ from support.hub_quantized import (
 from support.ranks import run_ranks
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
 
     from transformers import PreTrainedModel
@@ -51,13 +52,14 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def build(name: str) -> PreTrainedModel:
+def build(name: str, dtypes: Mapping[str, torch.dtype]) -> PreTrainedModel:
+    """Make a model whose parameters have the dtypes that transformers loads them in."""
     config = gpt_oss_config() if name == "gpt_oss" else deepseek_config()
     kind = GptOssForCausalLM if name == "gpt_oss" else DeepseekV3ForCausalLM
     model = kind(config)
     # Buffers keep their dtype, as when transformers loads.
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
+    for fqn, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(dtypes[fqn])
     return model
 
 
@@ -85,12 +87,12 @@ def load_and_compare(rank: int, world_size: int, root: Path) -> list[str]:
     """Load each directory sharded along each dimension; say what differs, and where."""
     wrong = []
     for name, dim, load in itertools.product(NAMES, DIMS, (load_by_dcp, load_hf)):
-        model = shard(build(name), dim)
+        expected = torch.load(root / f"{name}.pt")
+        model = shard(build(name, {fqn: one.dtype for fqn, one in expected.items()}), dim)
         for value in model.state_dict().values():
             value.zero_()
         load(model, root / name)
         state_dict = model.state_dict()
-        expected = torch.load(root / f"{name}.pt")
         assert state_dict.keys() == expected.keys()
         wrong += [
             f"{name}, dim {dim}, {load.__name__}: {fqn}"

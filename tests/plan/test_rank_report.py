@@ -67,7 +67,7 @@ def test_tensor_and_file_are_named_when_a_block_is_missing_or_reported_twice(
 
 
 def test_block_is_refused_when_it_leaves_its_tensor() -> None:
-    with pytest.raises(CoverageError, match="leaves the tensor"):
+    with pytest.raises(CoverageError, match="reaches outside the tensor"):
         check_coverage(layout_of("a"), reports_of([block("a", Box((1, 0), SHAPE))]))
 
 

@@ -21,8 +21,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
 from dcp_hf_writer.errors import ConfigError, PlanningError
+from dcp_hf_writer.mapping.abbreviated_names import patterns, ranges
 from dcp_hf_writer.mapping.load_spec import Piece, ShardSpec
-from dcp_hf_writer.mapping.name_patterns import patterns, ranges
 from dcp_hf_writer.preflight import explanation_tables
 from dcp_hf_writer.save import hf_half
 from dcp_hf_writer.tensors.strided_copies import covered

@@ -14,7 +14,7 @@ from dcp_hf_writer.errors import CommitError, NodeLocalPathError, TargetExistsEr
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
 from dcp_hf_writer.save import commit
 from dcp_hf_writer.save.commit import StagingDirectory, check_target
-from dcp_hf_writer.save.save_owner import Owner, is_over_here, new_save_id
+from dcp_hf_writer.save.owner_process import Owner, is_over_here, new_save_id
 from dcp_hf_writer.storage.linux_calls import UnsupportedCallError
 
 if TYPE_CHECKING:

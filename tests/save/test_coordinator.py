@@ -28,7 +28,7 @@ from dcp_hf_writer.errors import (
 from dcp_hf_writer.plan.assign_keys import RuntimeTensor
 from dcp_hf_writer.plan.layout import Layout, plan_layout
 from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
-from dcp_hf_writer.save import coordinator, save_owner
+from dcp_hf_writer.save import coordinator, owner_process
 from dcp_hf_writer.save.attempt import Attempt
 from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.coordinator import (
@@ -42,8 +42,8 @@ from dcp_hf_writer.save.coordinator import (
     step_of,
 )
 from dcp_hf_writer.save.export_assets import Assets
+from dcp_hf_writer.save.owner_process import is_over_here, new_save_id
 from dcp_hf_writer.save.save_context import SaveContext
-from dcp_hf_writer.save.save_owner import is_over_here, new_save_id
 from dcp_hf_writer.storage.posix_outputs import COHERENT
 from dcp_hf_writer.tensors.boxes import whole
 from support.audit import faults
@@ -91,7 +91,7 @@ def test_several_hosts_may_write_where_page_caches_are_coherent(fs_type: str) ->
 def save_from_two_hosts(rank: int, world_size: int, root: Path) -> str:
     """Save as if each rank were on a host of its own, on NFS; return what was raised."""
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(save_owner, "host_id", lambda: f"host {rank}")
+    monkeypatch.setattr(owner_process, "host_id", lambda: f"host {rank}")
     monkeypatch.setattr(coordinator, "file_system_type", lambda _: "nfs4")
     state = state_of(1, init_device_mesh("cpu", (world_size,)))
     with pytest.raises(IncoherentStorageError) as caught:

@@ -10,9 +10,13 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+try:
+    from torch.distributed.checkpoint.fsspec_filesystem import FsspecWriter
+except ImportError:  # torch before 2.15
+    from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 
 from dcp_hf_writer import HFDualWriter, HFExport, WriteSlots
 from dcp_hf_writer.errors import CheckpointError, ConfigError

@@ -234,6 +234,19 @@ def test_unguarded_step_would_reach_the_file_but_for_small_tensors(
     assert torch.equal(found["bias"], bias)
 
 
+def test_parameter_that_is_given_other_memory_is_copied_from_its_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameter = large_model().weight
+    kept = parameter.detach().clone()
+    writer = HFDualWriter(tmp_path / "step-1", staging="overlap")
+    with background_copies_held(monkeypatch) as go_on:
+        staged = writer.stage({"model": {"weight": parameter}})
+        parameter.data = torch.zeros_like(kept)
+        go_on.set()
+        assert torch.equal(staged.result(20)["model"]["weight"], kept)
+
+
 def test_memory_is_free_again_when_no_save_takes_up_an_overlapped_copy(tmp_path: Path) -> None:
     state = {"model": large_model().state_dict()}
     writer = HFDualWriter(tmp_path / "step-1", staging="overlap", timeout_s=5)

@@ -21,7 +21,7 @@ from dcp_hf_writer.plan.assign_keys import RuntimeTensor
 from dcp_hf_writer.plan.layout import plan_layout
 from dcp_hf_writer.stream.buckets import LOCAL, Bucket, Chain, Held, fill_buckets, hf_tensors
 from dcp_hf_writer.stream.gather_steps import Gather, plan_steps, wire_dtype
-from dcp_hf_writer.stream.held_shards import _cuts
+from dcp_hf_writer.stream.local_shards import _cuts
 from dcp_hf_writer.tensors.boxes import Box, whole
 from dcp_hf_writer.tensors.shards import blocks_of, local_shape, shards_of
 from dcp_hf_writer.tensors.strided_copies import hf_view, runtime_view
@@ -457,8 +457,8 @@ def test_preserving_a_dimension_that_cuts_a_tensor_names_it() -> None:
     with pytest.raises(SpecError, match="cuts through") as error:
         stream.buckets_of(0)
     assert (error.value.fqn, error.value.key) == ("experts", "0.gate")
-    assert error.value.expected == "all of its elements on one place of 'kept'"
-    assert error.value.found == "elements on place 0, place 1"
+    assert error.value.expected == "all of its elements at one index of 'kept'"
+    assert error.value.found == "elements at index 0, index 1"
 
 
 def only_round(stream: Stream, rank: int) -> Any:

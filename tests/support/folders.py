@@ -22,7 +22,7 @@ FOLDERS = (
 )
 """A module may import from its own folder and from those before it."""
 
-ENTRIES = ("writer", "reader", "loader")
+ENTRIES = ("writer", "reader", "hf_loader")
 """Modules at the top that may import from every folder; only the package imports them."""
 
 PURE = ("tensors", "mapping", "formats", "plan")

@@ -126,16 +126,19 @@ def is_distributed(name: str, parallelism: str) -> bool:
 
 
 def can_distribute() -> bool:
-    """Whether transformers can do so here.
+    """Whether transformers can do so here: it puts each rank on a GPU if there is one."""
+    return has_distributed_sizes() and not torch.accelerator.is_available()
 
-    It cuts a vocabulary of any size since 5.21, asks for accelerate, and puts each rank on a GPU if
-    there is one.
+
+def has_distributed_sizes() -> bool:
+    """Whether transformers takes the sizes of `DISTRIBUTED`.
+
+    It cuts a vocabulary of any size since 5.21, and asks for accelerate.
     """
     import transformers
 
     is_new = Version(transformers.__version__) >= Version("5.21")
-    has_accelerate = importlib.util.find_spec("accelerate") is not None
-    return is_new and has_accelerate and not torch.accelerator.is_available()
+    return is_new and importlib.util.find_spec("accelerate") is not None
 
 
 def fully_sharded(model: PreTrainedModel, how: str = "fsdp") -> PreTrainedModel:

@@ -143,9 +143,9 @@ def test_fused_parts_are_two_blocks() -> None:
 
 
 def test_cut_along_a_dimension_that_is_not_there_is_refused() -> None:
-    with pytest.raises(PlanningError, match="dimension that it has not"):
+    with pytest.raises(PlanningError, match="dimension that it does not have"):
         blocks_of((3,), [ShardSpec(1, 0, 2)])
-    with pytest.raises(PlanningError, match="dimension that it has not"):
+    with pytest.raises(PlanningError, match="dimension that it does not have"):
         local_shape((), [ShardSpec(0, 0, 2)])
 
 

@@ -1,4 +1,4 @@
-"""Whether what a planner loads is in a checkpoint, and of the same shape: one answer for all of it.
+"""Find every tensor that a planner loads and a checkpoint lacks, or holds in another shape.
 
 torch's planners stop at the first tensor that does not fit.
 """
@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.tensors.boxes import Box, intersect
-from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
+from dcp_hf_writer.torch_seam.multi_block_tensors import blocked_tensors
 from dcp_hf_writer.torch_seam.old_names import names_before_2_4
 
 if TYPE_CHECKING:
@@ -23,11 +23,14 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
     from dcp_hf_writer.mapping.load_spec import LoadSpec
-    from dcp_hf_writer.torch_seam.blocked_tensors import BlockedTensor
+    from dcp_hf_writer.torch_seam.multi_block_tensors import BlockedTensor
 
 
 def loaded_values(planner: LoadPlanner, given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a planner loads, flat; of one that does not show it, the tensors it was given."""
+    """Return the flat state dict that a planner loads into.
+
+    If the planner does not show it, return the tensors of `given`, by FQN.
+    """
     flat = getattr(planner, "state_dict", None)
     if not isinstance(flat, dict):
         return {fqn: tensor for fqn, (_, tensor) in flat_tensors(given).items()}
@@ -38,7 +41,7 @@ def loaded_values(planner: LoadPlanner, given: Mapping[str, Any]) -> dict[str, A
 def misfits(
     planner: LoadPlanner, given: Mapping[str, Any], metadata: Metadata
 ) -> tuple[list[str], dict[str, str]]:
-    """Compare what a planner loads with what is there.
+    """Compare the state dict of a planner with the metadata of a checkpoint.
 
     Args:
         planner: The planner.
@@ -46,8 +49,9 @@ def misfits(
         metadata: Of what is there.
 
     Returns:
-        FQNs that are missing, unless the planner does without them; and why others do not fit, by
-        FQN. Names that only a planner of the user knows are left to it.
+        The missing FQNs, none if the planner allows missing ones; and the reason why a tensor does
+        not fit, by FQN. A planner that does not show its state dict may rename: it is left to that
+        planner to find what is missing.
     """
     wanted, there = loaded_values(planner, given), metadata.state_dict_metadata
     missing = [fqn for fqn in wanted if fqn not in there]
@@ -65,14 +69,15 @@ def misfits(
             continue
         size = getattr(value, "size", None)
         if size is None:
-            faults[fqn] = f"a {type(value).__name__}, stored as a tensor of {list(entry.size)}"
+            stored = f"a tensor of shape {list(entry.size)}"
+            faults[fqn] = f"a {type(value).__name__}, stored as {stored}"
         elif tuple(size()) != tuple(entry.size):
             faults[fqn] = f"shape {list(size())}, stored as {list(entry.size)}"
     return missing, faults
 
 
 def _has_old_names(planner: LoadPlanner, wanted: Mapping[str, Any], there: Iterable[str]) -> bool:
-    """Whether a checkpoint is of torch before 2.4, which torch's planner then finds out too."""
+    """Whether a checkpoint has the FQNs of torch before 2.4, which torch's planner accepts too."""
     nested = getattr(planner, "original_state_dict", None)
     if not isinstance(nested, dict):
         return False
@@ -80,12 +85,12 @@ def _has_old_names(planner: LoadPlanner, wanted: Mapping[str, Any], there: Itera
 
 
 def plans_alone(planner: LoadPlanner | None) -> bool:
-    """Whether what a rank reads is up to its own plan, as torch's planner has it."""
+    """Whether the local plan of each rank is final, as it is with torch's own planner."""
     return has_methods_of(DefaultLoadPlanner, planner, "create_global_plan", "finish_plan")
 
 
 def has_methods_of(kind: type, one: object, *names: str) -> bool:
-    """Whether neither a subclass nor the object itself has others of these methods."""
+    """Whether `one` has these methods of `kind`: neither a subclass nor `one` replaces them."""
     return all(
         getattr(getattr(one, name, None), "__func__", None) is getattr(kind, name) for name in names
     )
@@ -99,7 +104,9 @@ def check_blocks(
     *,
     key: str | None,
 ) -> None:
-    """Check that tensors of several blocks are planned as such: torch's planner takes them for one.
+    """Check that a plan treats the blocks of a tensor one by one.
+
+    A rank may hold several blocks of a tensor. torch's planner plans them as one block.
 
     Args:
         plan: What the planner made on this rank.
@@ -109,7 +116,7 @@ def check_blocks(
         key: Entry that holds the model, as `HFDualReader` takes it.
 
     Raises:
-        PlanningError: Naming the tensor, and the planner to use.
+        PlanningError: If the plan joins blocks; names the tensor, and the planner to use.
     """
     flat, mappings = getattr(planner, "state_dict", None), getattr(planner, "mappings", {})
     if not isinstance(flat, dict):
@@ -122,11 +129,11 @@ def check_blocks(
     for fqn, tensor in blocked_tensors(flat, mappings, specs, key=key).items():
         if not all(_is_of(item, tensor) for item in items.get(fqn, ())):
             raise PlanningError(
-                "a rank holds several blocks of a tensor, which its planner takes for one",
+                "a rank holds several blocks of a tensor, but its planner plans them as one",
                 phase="plan",
                 fqn=fqn,
                 expected=f"{len(tensor.blocks)} blocks of {list(tensor.shape)}",
-                found=f"one, by {type(planner).__name__}",
+                found=f"one block, planned by {type(planner).__name__}",
                 hint="pass planner=HFLoadPlanner(specs) to dcp.load, or use load_hf",
             )
 

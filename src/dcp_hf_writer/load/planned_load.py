@@ -1,4 +1,4 @@
-"""One load through `dcp.load`, from either half: what is there, whether it fits, the reading."""
+"""One load through `dcp.load`, from either half: describe it, check that it fits, read it."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from torch.distributed.checkpoint.planner import LoadItemType
 
 from dcp_hf_writer.errors import MismatchError
 from dcp_hf_writer.formats.names_on_disk import METADATA_NAME
-from dcp_hf_writer.load.checkpoint_half import open_hf_source, read_dcp_metadata
+from dcp_hf_writer.load.choose_half import open_hf_source, read_dcp_metadata
 from dcp_hf_writer.load.dcp_source import DCPSource, Wanted
-from dcp_hf_writer.load.exchange import Reading
-from dcp_hf_writer.load.hf_blocks import load_blocks
+from dcp_hf_writer.load.exchange_reads import Reading
 from dcp_hf_writer.load.hf_source import Block, Findings
 from dcp_hf_writer.load.mismatches import loaded_values, misfits
+from dcp_hf_writer.load.read_hf_blocks import load_blocks
 from dcp_hf_writer.load.read_phase import run_reads
 from dcp_hf_writer.load.read_plan import plan_reads
-from dcp_hf_writer.load.verify_ranges import verify_ranges
+from dcp_hf_writer.load.verify_while_reading import verify_ranges
 from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
-from dcp_hf_writer.staging.memory_identity import memory_identity
+from dcp_hf_writer.staging.same_memory import memory_identity
 from dcp_hf_writer.storage.open_inputs import OpenInputs
 from dcp_hf_writer.tensors.boxes import Box
 
@@ -40,28 +40,28 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
-    from dcp_hf_writer.load.checkpoint_half import Place
+    from dcp_hf_writer.load.choose_half import Place
     from dcp_hf_writer.load.read_plan import Fetch
     from dcp_hf_writer.mapping.load_spec import LoadSpec
 
 
 @dataclass(frozen=True, slots=True)
 class LoadOptions:
-    """What a reader was asked for."""
+    """The options of a reader that a load needs."""
 
     specs: Mapping[str, LoadSpec]
     key: str | None
     is_verified: bool
     allow_pickled_objects: bool
     group: dist.ProcessGroup | None
-    """Ranks that pass on what they read; `None` reads alone."""
+    """The ranks that read together and send each other what they read; `None` reads alone."""
 
 
 class Load(ABC):
     """One load on one rank."""
 
     metadata: Metadata
-    """What DCP's planner is told."""
+    """The metadata that DCP's planner gets."""
 
     def __init__(self, place: Place, inputs: OpenInputs, options: LoadOptions) -> None:
         """Read from `place`, whose files are `inputs`."""
@@ -69,29 +69,29 @@ class Load(ABC):
 
     @abstractmethod
     def check(self, planner: LoadPlanner, given: Mapping[str, Any]) -> None:
-        """Check that what is loaded is there.
+        """Check that the checkpoint holds everything that the planner loads, in a form that fits.
 
         Args:
             planner: Planner of the load.
             given: The nested state dict that it was set up with.
 
         Raises:
-            MismatchError: Listing everything that is not, or is something else.
+            MismatchError: If it does not; lists everything that is missing or does not fit.
         """
 
     @abstractmethod
     def _load_tensors(self, wanted: Sequence[Wanted], reading: Reading) -> None:
-        """Read parts of tensors into their targets; runs `reading` once."""
+        """Read parts of tensors into their targets; calls `reading.run` exactly once."""
 
     def _read_objects(self, items: Sequence[ReadItem]) -> list[tuple[ReadItem, Any]]:
         assert not items
         return []
 
     def read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
-        """Read what a plan says.
+        """Read the items of a plan.
 
         Raises:
-            CheckpointError: If something cannot be read, or may not be.
+            CheckpointError: If an item cannot be read, or must not be loaded.
         """
         with self._inputs, Reading(self._options.group) as reading:
             objects = self._read_objects(
@@ -109,12 +109,12 @@ class Load(ABC):
             planner.commit_tensor(one.item, one.target)
 
     def close(self) -> None:
-        """Close what a load that does not come to its reading has open."""
+        """Close the open files of a load that ends before it reads."""
         self._inputs.close()
 
     def _verify(self, fetches: Sequence[Fetch], **others: Collection[str]) -> None:
         if self._options.is_verified:
-            # Without one the load was refused when it began.
+            # `find_place` refuses a verified load that has no manifest.
             assert self._place.manifest is not None
             verify_ranges(self._place, self._place.manifest, fetches, **others)
 
@@ -123,7 +123,7 @@ def _resolved(planner: LoadPlanner, item: ReadItem) -> torch.Tensor:
     target = planner.resolve_tensor(item).detach()
     if target.shape != item.lengths:
         raise MismatchError(
-            "the planner resolves an item to a tensor of another shape",
+            "the planner returns a tensor of the wrong shape for an item",
             phase="read",
             fqn=item.dest_index.fqn,
             expected=f"shape {list(item.lengths)}",
@@ -133,19 +133,20 @@ def _resolved(planner: LoadPlanner, item: ReadItem) -> torch.Tensor:
 
 
 class DCPLoad(Load):
-    """From the DCP half."""
+    """A load from the DCP half."""
 
     def __init__(self, place: Place, options: LoadOptions, *, rank: int | None) -> None:
         """Read the metadata.
 
         Args:
             place: Where the checkpoint is.
-            options: What the reader was asked for.
-            rank: Read what this rank wrote without collectives; `None` is the usual.
+            options: The options of the reader.
+            rank: Read the metadata that this rank saved without collectives; `None` reads that of
+                the whole checkpoint.
 
         Raises:
-            ReadError: If there is none.
-            CorruptCheckpointError: If it says what it may not.
+            ReadError: If there is no metadata, or it cannot be read.
+            CorruptCheckpointError: If it is not valid DCP metadata.
         """
         super().__init__(place, OpenInputs(place.files), options)
         self.metadata = read_dcp_metadata(place.files, rank)
@@ -184,20 +185,21 @@ class DCPLoad(Load):
 
 
 class HFLoad(Load):
-    """From a HuggingFace directory, through specs."""
+    """A load from a HuggingFace directory, through specs."""
 
     def __init__(
         self, place: Place, options: LoadOptions, *, state_dict: Mapping[str, Any] | None
     ) -> None:
-        """Read index and headers, and describe them as runtime tensors.
+        """Read index and headers, and describe the stored tensors as runtime tensors.
 
         Args:
             place: Where the directory is.
-            options: What the reader was asked for.
-            state_dict: What is loaded into, which tells how its model's entry is called.
+            options: The options of the reader.
+            state_dict: The state dict to load into: it shows which entry holds the model. `None` if
+                it is unknown.
 
         Raises:
-            ReadError: If there are no weights.
+            ReadError: If there are no weights, or they cannot be read.
             CorruptCheckpointError: If headers or index are damaged.
             PlanningError: If it is not clear which entry is the model.
         """
@@ -219,7 +221,7 @@ class HFLoad(Load):
         )
 
     def _tied_in_memory(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-        """Find tensors that are not there, but share their memory with one that is."""
+        """Find tensors that are not stored, but share their memory with a tensor that is."""
         there: dict[Any, str] = {}
         found: dict[str, str] = {}
         if tensors.keys() <= self._name_of.keys():
@@ -268,7 +270,7 @@ class HFLoad(Load):
             item = one.item
             name = self._name_of[item.storage_index.fqn]
             box = Box(tuple(item.storage_offsets), tuple(item.lengths))
-            # Tied tensors are one memory, which is filled once.
+            # Tied tensors share one memory: fill it once.
             where = (name, box, one.target.data_ptr(), one.target.stride(), one.target.dtype)
             blocks[where] = Block(name, box, one.target)
         load_blocks(
@@ -282,6 +284,6 @@ class HFLoad(Load):
 
 
 _HINT = (
-    "a HuggingFace directory holds the model alone: load {'model': ...} from it; specs=[LoadSpec("
-    "...)] say how names differ, and which are tied (alias_of)"
+    "a HuggingFace directory holds only the model, so load {'model': ...} from it; if names differ "
+    "or are tied, pass specs=[LoadSpec(...)], with alias_of for tied names"
 )

@@ -13,7 +13,7 @@ from dcp_hf_writer.mapping.tied_names import shared_groups, tie_fault
 from dcp_hf_writer.plan.assign_keys import RuntimeTensor
 from dcp_hf_writer.plan.layout import Layout, PartTarget, plan_layout
 from dcp_hf_writer.plan.regions import TargetTable
-from dcp_hf_writer.plan.stored_once import targets_stored_once
+from dcp_hf_writer.plan.weights_once import targets_stored_once
 from dcp_hf_writer.tensors.boxes import BoxTable, Shape
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class LocalFacts:
     tied: tuple[tuple[str, ...], ...]
     """Groups of FQNs whose tensors are the same memory."""
     samples: bytes = b""
-    """Of the tensors that may pass for replicas, as `hand_sharded` compares them."""
+    """Of the tensors that may pass for replicas, as `detect_hand_sharded` compares them."""
     stamp: str = ""
     """Unique to this rank and save: with plan caching DCP shows the facts of an earlier save."""
 

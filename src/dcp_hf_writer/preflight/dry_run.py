@@ -29,7 +29,7 @@ from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts
 from dcp_hf_writer.save.export_assets import file_of_key_in_like
 from dcp_hf_writer.save.hf_half import regions_by_file, way_of
 from dcp_hf_writer.save.save_context import RankView
-from dcp_hf_writer.save.tensor_source import TensorSource, chunk_of
+from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
 from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
 from dcp_hf_writer.tensors.strided_copies import hf_box
 from dcp_hf_writer.torch_seam.dtensor import local_of

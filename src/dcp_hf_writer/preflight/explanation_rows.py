@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.mapping.spec_match import model_names
-from dcp_hf_writer.plan.stored_once import is_whole
+from dcp_hf_writer.plan.weights_once import is_whole
 from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
 from dcp_hf_writer.tensors.strided_copies import covered, runtime_loops
 

@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer.mapping.name_patterns import patterns, ranges, template
+from dcp_hf_writer.mapping.abbreviated_names import patterns, ranges, template
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 
 if TYPE_CHECKING:

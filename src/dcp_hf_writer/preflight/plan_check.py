@@ -8,9 +8,9 @@ from torch.distributed.checkpoint.planner import SavePlan
 
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.excerpts import some_of
-from dcp_hf_writer.save.tensor_source import chunk_of
+from dcp_hf_writer.save.tensor_bytes import chunk_of
 from dcp_hf_writer.tensors.boxes import intersect
-from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
+from dcp_hf_writer.torch_seam.multi_block_tensors import blocked_tensors
 from dcp_hf_writer.torch_seam.unsupported import unsupported_torch
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.tensors.boxes import Box
-    from dcp_hf_writer.torch_seam.blocked_tensors import BlockedTensor
     from dcp_hf_writer.torch_seam.frames import Planned
+    from dcp_hf_writer.torch_seam.multi_block_tensors import BlockedTensor
 
 _SHOWN = 4
 

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from dcp_hf_writer.plan.global_plan import LocalFacts
-from dcp_hf_writer.preflight.hand_sharded import check_samples, samples_of
+from dcp_hf_writer.preflight.detect_hand_sharded import check_samples, samples_of
 from dcp_hf_writer.preflight.plan_check import check_plan
-from dcp_hf_writer.save.save_owner import page_cache_id
+from dcp_hf_writer.save.owner_process import page_cache_id
 from dcp_hf_writer.torch_seam.unsupported import unsupported_torch
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from dcp_hf_writer.errors import (
 from dcp_hf_writer.save.commit_state import CommitState
 from dcp_hf_writer.save.rendezvous import Progress
 from dcp_hf_writer.save.save_context import Membership, SentFacts
-from dcp_hf_writer.storage.open_outputs import OpenFiles
+from dcp_hf_writer.storage.output_fsync import OpenFiles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from dcp_hf_writer.plan.encode_manifest import WholeFile
 from dcp_hf_writer.save.export_assets import CHECKSUMS_NAME
-from dcp_hf_writer.save.tensor_source import digest_of
+from dcp_hf_writer.save.tensor_bytes import digest_of
 from dcp_hf_writer.storage.posix_outputs import write_file
 
 if TYPE_CHECKING:

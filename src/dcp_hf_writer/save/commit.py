@@ -23,7 +23,13 @@ from dcp_hf_writer.errors import (
     WriteError,
 )
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
-from dcp_hf_writer.save.save_owner import Owner, is_abandoned, is_over_here, mark_active, mark_ended
+from dcp_hf_writer.save.owner_process import (
+    Owner,
+    is_abandoned,
+    is_over_here,
+    mark_active,
+    mark_ended,
+)
 from dcp_hf_writer.storage.linux_calls import UnsupportedCallError, exchange
 from dcp_hf_writer.storage.posix_outputs import (
     OutputFile,

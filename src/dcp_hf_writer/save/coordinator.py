@@ -23,14 +23,14 @@ from dcp_hf_writer.errors import (
 )
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.names_on_disk import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
-from dcp_hf_writer.formats.stored_once_places import NOTICE
+from dcp_hf_writer.formats.weights_once_places import NOTICE
 from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
 from dcp_hf_writer.plan.rank_report import RankReport, check_coverage
 from dcp_hf_writer.save.commit import remove_tree
 from dcp_hf_writer.save.dcp_half import digest_file
 from dcp_hf_writer.save.export_assets import CHECKSUMS_NAME
-from dcp_hf_writer.save.save_owner import Owner
-from dcp_hf_writer.save.tensor_source import digest_of
+from dcp_hf_writer.save.owner_process import Owner
+from dcp_hf_writer.save.tensor_bytes import digest_of
 from dcp_hf_writer.save.write_phase import export_error
 from dcp_hf_writer.storage.posix_outputs import (
     COHERENT,
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
     from dcp_hf_writer.save.export_assets import Assets
-    from dcp_hf_writer.storage.open_outputs import OpenFiles
+    from dcp_hf_writer.storage.output_fsync import OpenFiles
 
 _log = logging.getLogger(__name__)
 

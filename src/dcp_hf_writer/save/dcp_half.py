@@ -21,7 +21,7 @@ from dcp_hf_writer.errors import CoverageError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.encode_torch_archive import tensor_archive
 from dcp_hf_writer.plan.rank_report import DCPFile
-from dcp_hf_writer.save.tensor_source import TensorSource, host_bytes, row_major_bytes
+from dcp_hf_writer.save.tensor_bytes import TensorSource, host_bytes, row_major_bytes
 from dcp_hf_writer.storage.posix_outputs import PIECE_NBYTES, OutputFile
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.plan.rank_report import Block
 from dcp_hf_writer.plan.regions import Region, TargetTable, needs_cast
 from dcp_hf_writer.save.bounce_buffer import BounceBuffer
-from dcp_hf_writer.save.tensor_source import TensorSource, chunk_of, digest_of, host_bytes
+from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of, digest_of, host_bytes
 from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
 from dcp_hf_writer.tensors.strided_copies import hf_box, hf_loops, runtime_view, split
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer.staging.memory_identity import memory_of, tied_groups
+from dcp_hf_writer.staging.same_memory import memory_of, tied_groups
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -28,17 +28,17 @@ from dcp_hf_writer.errors import (
     SlotTimeoutError,
 )
 from dcp_hf_writer.failpoints import reach
-from dcp_hf_writer.formats.stored_once_places import NOTICE, encode_stored_once
+from dcp_hf_writer.formats.weights_once_places import NOTICE, encode_stored_once
 from dcp_hf_writer.plan.rank_report import RankReport
 from dcp_hf_writer.plan.regions import TargetTable
-from dcp_hf_writer.plan.stored_once import stored_once
+from dcp_hf_writer.plan.weights_once import stored_once
 from dcp_hf_writer.save.dcp_half import (
     SlabFileSystemWriter,
     check_results,
     run_given_writer,
 )
 from dcp_hf_writer.save.hf_half import BlockWriter, is_interleaved, regions_by_file
-from dcp_hf_writer.save.tensor_source import TensorSource, chunk_of
+from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
 from dcp_hf_writer.storage.posix_outputs import OutputFile
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 
@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.regions import Region
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
-    from dcp_hf_writer.storage.open_outputs import OpenFiles
+    from dcp_hf_writer.storage.output_fsync import OpenFiles
     from dcp_hf_writer.storage.write_slots import WriteSlots
 
 _log = logging.getLogger(__name__)

@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer.errors import StagingError
 from dcp_hf_writer.mapping.flattening import fqn_of, walk_tensors
-from dcp_hf_writer.staging.memory_identity import memory_identity
+from dcp_hf_writer.staging.same_memory import memory_identity
 from dcp_hf_writer.staging.slab import (
     ALIGN_NBYTES,
     SLABS,
@@ -26,6 +27,7 @@ from dcp_hf_writer.staging.slab import (
     StagedInfo,
 )
 from dcp_hf_writer.staging.staged_state_dict import StagedStateDict
+from dcp_hf_writer.tensors.shards import SHARD_ATTRIBUTES_HINT, has_shard_attributes
 from dcp_hf_writer.torch_seam.dtensor import local_of, spec_of, with_spec
 
 if TYPE_CHECKING:
@@ -40,9 +42,8 @@ EAGER_NBYTES = 1 << 20
 StagingMode = Literal["blocking", "overlap"]
 
 
-@dataclass(frozen=True, eq=False)
-class _Leaf:
-    """A tensor found in the state dict, with where its copy goes."""
+class _Leaf(NamedTuple):
+    """A tensor found in the state dict. A tuple, since a save makes one for each tensor."""
 
     path: Path
     tensor: torch.Tensor
@@ -58,7 +59,7 @@ class _Leaf:
         spec = spec_of(self.tensor)
         local = self.local
         placed = None if spec is None else (id(spec.mesh), spec.placements, spec.shape)
-        return (self.path, tuple(local.shape), local.dtype, placed)
+        return (self.path, local.shape, local.dtype, placed)
 
 
 @dataclass(eq=False)
@@ -75,6 +76,8 @@ class _Program:
     memory: dict[str, int]
     """As `StagedInfo.memory`."""
     nbytes: int
+    offsets: dict[int, tuple[int, torch.Tensor]]
+    """As `StagedStateDict.offsets`."""
     meshes: list[Any] = field(default_factory=list)
     """Keeps the meshes alive whose ids are in the signature."""
 
@@ -132,9 +135,11 @@ class Stager:
             StagingError: If a value cannot be staged, memory cannot be had, or the slab stays busy.
         """
         began = time.monotonic()
-        leaves = [
-            _leaf(path, tensor) for path, tensor in walk_tensors(state_dict, into_tuples=True)
-        ]
+        # Once for all tensors: each switch of the mode costs as much as finding one of them.
+        with torch.no_grad():
+            leaves = [
+                _leaf(path, tensor) for path, tensor in walk_tensors(state_dict, into_tuples=True)
+            ]
         aliases = _aliases(leaves)
         signature = (tuple(leaf.signature for leaf in leaves), tuple(aliases))
         nbytes = _slab_nbytes(leaves, aliases)
@@ -144,7 +149,7 @@ class Stager:
         try:
             program = self._program_for(leaves, aliases, signature, lease.slab)
             staged = StagedStateDict(_replace(state_dict, iter(program.staged)))
-            staged.offsets = _offsets(program, lease.slab)
+            staged.offsets = program.offsets
             copies = self._copy(leaves, program, mode)
         except BaseException:
             lease.release()
@@ -194,16 +199,15 @@ class Stager:
         return program
 
     def _copy(self, leaves: list[_Leaf], program: _Program, mode: StagingMode) -> Copies | None:
-        pairs = [
-            (program.locals_[i], leaves[i].local.detach(), nbytes) for i, nbytes in program.copies
-        ]
+        pairs = [(program.locals_[i], leaves[i].local, nbytes) for i, nbytes in program.copies]
         if mode == "blocking":
             self._copy_now(pairs)
             return None
         events = self._copy_small([pair for pair in pairs if pair[2] < EAGER_NBYTES])
         large = [pair for pair in pairs if pair[2] >= EAGER_NBYTES]
         events += self._enqueue_cuda([pair for pair in large if pair[1].is_cuda])
-        on_host = [pair for pair in large if not pair[1].is_cuda]
+        # Detached, as the trainer may give a parameter other memory before the copy begins.
+        on_host = [(to, tensor.detach(), n) for to, tensor, n in large if not tensor.is_cuda]
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="dcp-hf-staging")
         host_copied = threading.Event()
@@ -266,12 +270,22 @@ _Pair = tuple[torch.Tensor, torch.Tensor, int]
 
 
 def _leaf(path: Path, value: torch.Tensor) -> _Leaf:
+    """Check a tensor; called without grad mode, or `to_local` would make a node of autograd."""
     local = value
     if isinstance(value, DTensor):
-        with torch.no_grad():
-            local = value.to_local()
-        if hasattr(local, "wait"):
+        local = value.to_local()
+        if type(local) not in _STAGED_KINDS and hasattr(local, "wait"):
             local = local.wait()
+    if has_shard_attributes(value):
+        msg = "a tensor has shard attributes, which are not supported"
+        raise StagingError(
+            msg,
+            phase="stage",
+            fqn=fqn_of(path),
+            expected="a plain tensor without them, or a DTensor",
+            found=f"a CheckpointableTensor of shape {list(local.shape)}",
+            hint=SHARD_ATTRIBUTES_HINT,
+        )
     is_plain = type(local) in _STAGED_KINDS
     if not is_plain or local.layout is not torch.strided or local.is_meta or local.is_quantized:
         msg = "a value of this kind cannot be staged"
@@ -288,10 +302,13 @@ def _leaf(path: Path, value: torch.Tensor) -> _Leaf:
 
 def _aliases(leaves: list[_Leaf]) -> list[int]:
     """Return, for each leaf, the first leaf that is the same memory; itself for most."""
+    addresses = [leaf.local.data_ptr() for leaf in leaves]
+    count = Counter(addresses)
     seen: dict[tuple[Any, ...], int] = {}
     aliases = []
-    for i, leaf in enumerate(leaves):
-        identity = memory_identity(leaf.tensor)
+    for i, (leaf, address) in enumerate(zip(leaves, addresses, strict=True)):
+        # Most addresses occur once, and naming the memory takes longer than counting them.
+        identity = memory_identity(leaf.tensor) if count[address] > 1 else None
         aliases.append(i if identity is None else seen.setdefault(identity, i))
     return aliases
 
@@ -327,14 +344,17 @@ def _build_program(
             meshes.append(spec.mesh)
     memory = {leaf.fqn: aliases[i] for i, leaf in enumerate(leaves) if leaf.local.numel()}
     nbytes = sum(n for _, n in copies)
-    return _Program(signature, staged, locals_, copies, memory, nbytes, meshes)
+    offsets = _offsets(staged, locals_, slab)
+    return _Program(signature, staged, locals_, copies, memory, nbytes, offsets, meshes)
 
 
-def _offsets(program: _Program, slab: Slab) -> dict[int, tuple[int, torch.Tensor]]:
+def _offsets(
+    staged: list[Any], locals_: list[torch.Tensor], slab: Slab
+) -> dict[int, tuple[int, torch.Tensor]]:
     base = slab.tensor(0, torch.uint8, (1,)).data_ptr()
     return {
         id(obj): (local.data_ptr() - base, local)
-        for obj, local in zip(program.staged, program.locals_, strict=True)
+        for obj, local in zip(staged, locals_, strict=True)
         if local.numel()
     }
 

@@ -17,12 +17,11 @@ from dcp_hf_writer.storage.input_contract import (
     ends_too_early,
     read_errors,
 )
+from dcp_hf_writer.storage.reader_threads import REMOTE_READER_THREADS
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
-# Most of the time of a read from a remote store is waiting.
-_READERS = 16
 
 # A caching file system of fsspec downloads a file on the first read. Meanwhile a second reader
 # would see a part of it. fsspec shares its instances, hence one lock for all of them.
@@ -60,7 +59,7 @@ class FsspecFiles(InputFiles):
         self._root = root.rstrip("/")
         kind = fsspec.implementations.cached.CachingFileSystem
         self._is_cache = any(isinstance(fs, kind) for fs in _chain(self._fs))
-        self.readers = 1 if self._is_cache else _READERS
+        self.readers = 1 if self._is_cache else REMOTE_READER_THREADS
 
     def open(self, name: str) -> InputFile:
         """Look a file up; see `InputFiles.open`."""

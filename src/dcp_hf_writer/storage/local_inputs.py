@@ -14,13 +14,10 @@ from dcp_hf_writer.storage.input_contract import (
     ends_too_early,
     read_errors,
 )
+from dcp_hf_writer.storage.reader_threads import local_reader_threads
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-
-# At least two: one copies while the other waits for the disk. More where a rank has processors for
-# them, but at most four: each is a stream of its own, and many streams disturb each other.
-_READERS = (2, 4)
 
 
 class LocalFiles(InputFiles):
@@ -36,7 +33,7 @@ class LocalFiles(InputFiles):
     def __init__(self, path: str) -> None:
         """Read below `path`, which may itself be a link."""
         self.path = path
-        self.readers = max(_READERS[0], min(_READERS[1], _cores() // _local_ranks()))
+        self.readers = local_reader_threads()
         self._root = os.path.realpath(path)
 
     def open(self, name: str) -> InputFile:
@@ -108,19 +105,6 @@ def _size(entry: os.DirEntry[str]) -> int:
         # A link to nothing, or a file that has gone since.
         return -1
     return status.st_size if stat.S_ISREG(status.st_mode) else -1
-
-
-def _cores() -> int:
-    """Return how many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _local_ranks() -> int:
-    """Return how many ranks share the processors; 1 where torchrun does not say."""
-    told = os.environ.get("LOCAL_WORLD_SIZE", "")
-    return max(1, int(told)) if told.isdecimal() else 1
 
 
 class _LocalFile(InputFile):

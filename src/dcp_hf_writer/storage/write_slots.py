@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from dcp_hf_writer.errors import ConfigError, SlotTimeoutError
-from dcp_hf_writer.storage.slot_files import (
+from dcp_hf_writer.storage.slot_lock_files import (
     SlotFiles,
     ensure_given_directory,
     ensure_private_directory,

@@ -1,14 +1,16 @@
-"""By which copies and collectives the tensors of a bucket come together.
+"""Plan the copies and collectives that gather the tensors of a bucket.
 
-Pure. Each rank packs what it owns of a bucket into its slot of a byte buffer, a few collectives
-fill the slots of the others, and strided copies take the tensors out of the buffer. A part is sent
-as bytes that every rank can place by itself, so all tensors, of any dtype, travel together.
+Pure. Each rank packs its elements of a bucket into its slot of a byte buffer. A few collectives
+fill the slots of the other ranks. Strided copies then move the elements from the buffer to the
+tensors. Every rank can compute where each packed byte belongs, so tensors of all dtypes are sent
+together.
 
-A tensor that several mesh dimensions cut needs one step a dimension. Gathers of tensors must undo
-the innermost cut first. Packed bytes stand for themselves, so the order of the steps is free: here
-the outermost dimension comes first. What a rank receives is the same either way, `(ranks - 1)`
-parts, but the first step moves single parts and the last one the most: of `a x b` ranks the outer
-groups carry `a - 1` parts a rank instead of `b * (a - 1)`. Meshes have the slow links outermost.
+A tensor that is sharded over several mesh dimensions needs one step per dimension. A gather of
+tensors would have to undo the innermost cut first. Packed bytes do not depend on the order, so the
+order of the steps is free: here the outermost dimension comes first. A rank receives the same
+`(ranks - 1)` parts in any order, but the first step moves single parts and the last step moves the
+most. With `a x b` ranks, the outer groups carry `a - 1` parts per rank instead of `b * (a - 1)`.
+The outermost dimension of a mesh has the slow links.
 """
 
 from __future__ import annotations
@@ -32,11 +34,12 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.tensors.boxes import Shape
 
-# Packed pieces start on multiples of this: no dtype has larger elements, and copies are vectorised.
+# Packed pieces start at multiples of this, the size of the largest elements of any dtype. It also
+# lets copies be vectorised.
 _PIECE_ALIGN = 16
 
-# A gather of unequal parts is padded, for the sake of one collective, while the padding is at most
-# an eighth of the parts, or the whole of it is small. Else each part is broadcast at its own size.
+# One collective gathers parts of one size. So unequal parts are padded if the padding is at most
+# 1/8 of the parts, or if the padded parts together are small. Otherwise each part is broadcast.
 _MAX_WASTE = 8
 _SMALL_NBYTES = 256 << 10
 
@@ -46,13 +49,16 @@ class Move:
     """Elements to copy on this rank."""
 
     source: str
-    """FQN of the runtime tensor they come from."""
+    """FQN of the runtime tensor that the elements come from."""
     number: int
-    """Index within the bucket of the HuggingFace tensor they belong to."""
+    """Index, within the bucket, of the HuggingFace tensor that gets the elements; -1 in a pack."""
     dtype: torch.dtype
-    """Dtype in which they travel."""
+    """Dtype in which the elements are sent."""
     copy: Copy
-    """Local tensor -> HuggingFace tensor, or one of them and the buffer as a vector of `dtype`."""
+    """From the local tensor (runtime side) to the HuggingFace tensor.
+
+    In a pack or unpack, the buffer replaces one of the two, as a vector of `dtype`.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,32 +72,32 @@ class Gather:
 
     @property
     def is_even(self) -> bool:
-        """Whether the slots are of one size, so that one all-gather fills them."""
+        """Whether all slots have one size, so that one all-gather fills them."""
         return len({nbytes for _, nbytes in self.slots}) == 1
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """What fills the buffer once."""
+    """One use of the buffer: pack, gather, unpack."""
 
     nbytes: int
     """Bytes of the buffer that are used."""
     packs: tuple[Move, ...]
-    """Local tensors -> own slot."""
+    """Local tensors -> this rank's slot."""
     gathers: tuple[Gather, ...]
-    """In order."""
+    """The collective steps, in order."""
     unpacks: tuple[Move, ...]
     """Buffer -> HuggingFace tensors."""
 
 
 @dataclass(frozen=True, slots=True)
 class Steps:
-    """All that this rank does for one bucket."""
+    """All that this rank does to fill one bucket."""
 
     moves: tuple[Move, ...]
-    """Local tensors -> HuggingFace tensors, for what each rank holds by itself."""
+    """Local tensors -> HuggingFace tensors, for tensors that each rank holds in full."""
     rounds: tuple[tuple[Chain, Round], ...]
-    """In order, the same on all ranks of a chain."""
+    """The rounds of each chain, in the same order on all ranks of the chain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +120,7 @@ def plan_steps(bucket: Bucket, *, places: Sequence[int], limit_nbytes: int) -> S
     Args:
         bucket: What to fill.
         places: This rank's index in each group.
-        limit_nbytes: Most bytes that come together in one round; a larger tensor takes several.
+        limit_nbytes: Most bytes of one round; a larger tensor takes several rounds.
     """
     moves: list[Move] = []
     units: dict[Chain, list[_Unit]] = {}
@@ -135,12 +141,12 @@ def plan_steps(bucket: Bucket, *, places: Sequence[int], limit_nbytes: int) -> S
 
 
 def wire_dtype(source: torch.dtype, target: torch.dtype) -> torch.dtype:
-    """Return the dtype in which elements travel: a cast that does not widen is done before."""
+    """Return the dtype in which elements are sent: they are cast first unless that widens them."""
     return target if target.itemsize <= source.itemsize else source
 
 
 def fused(copies: Iterable[Copy]) -> list[Copy]:
-    """Join copies that follow one another at a constant distance, for few large copies on a GPU."""
+    """Join copies at a constant distance, because a GPU runs a few large copies faster."""
     found = list(copies)
     while True:
         alike: dict[tuple[Loop, ...], list[Copy]] = {}
@@ -153,7 +159,7 @@ def fused(copies: Iterable[Copy]) -> list[Copy]:
 
 
 def _units(number: int, tensor: HFTensor, part: Part, limit_nbytes: int) -> Iterator[_Unit]:
-    """Cut what a runtime tensor gives into units of at most `limit_nbytes`, each of all members."""
+    """Cut a part into units of at most `limit_nbytes`; each unit has pieces of all members."""
     held = part.held
     dtype = wire_dtype(held.dtype, tensor.dtype)
     whole = _Unit(number, held.fqn, dtype, part.pieces)
@@ -167,7 +173,7 @@ def _units(number: int, tensor: HFTensor, part: Part, limit_nbytes: int) -> Iter
 
 
 def _cut(piece: Piece, whole_nbytes: int, limit_nbytes: int) -> list[Piece]:
-    # Each member sends its share of each unit: all links are used, and units are even.
+    # Each member sends its share of each unit, so that all links are used and units are even.
     share = max(1, piece.copy.numel * limit_nbytes // whole_nbytes)
     return [Piece(piece.member, some) for some in split(piece.copy, share)]
 
@@ -202,7 +208,8 @@ def _round(chain: Chain, units: Iterable[_Unit], places: Sequence[int]) -> Round
     for unit, piece, within in packed:
         at = (starts[piece.member] + within) // unit.dtype.itemsize
         if piece.member == me:
-            # One entry for all tensors: neighbours in the runtime tensor are copied as one.
+            # One entry (-1) for all HuggingFace tensors: neighbours in the runtime tensor become
+            # one copy.
             packs.setdefault((unit.source, -1, unit.dtype), []).append(_packing(piece.copy, at))
         kind = (unit.source, unit.number, unit.dtype)
         unpacks.setdefault(kind, []).append(_unpacking(piece.copy, at))
@@ -221,10 +228,10 @@ def _unpacking(copy: Copy, at: int) -> Copy:
     return Copy(copy.hf_start, (at,), _loops_in_buffer(copy.loops)[1])
 
 
-# The pieces of a tensor, and those of alike layers, have the same loops.
+# Cached: the pieces of a tensor have the same loops, and so have those of similar layers.
 @functools.lru_cache(maxsize=1024)
 def _loops_in_buffer(loops: tuple[Loop, ...]) -> tuple[tuple[Loop, ...], tuple[Loop, ...]]:
-    """Return loops into and out of a vector that holds the elements one after the other."""
+    """Return the loops into and out of a vector that holds the elements one after another."""
     pairs = list(zip(loops, strides_of(tuple(loop.extent for loop in loops)), strict=True))
     into = tuple(Loop(loop.extent, 0, step, loop.dim, loop.step) for loop, step in pairs)
     out_of = tuple(Loop(loop.extent, loop.hf_dim, loop.hf_step, 0, step) for loop, step in pairs)
@@ -237,12 +244,13 @@ def _slots(
     """Lay out the buffer, so that each step fills a consecutive part of it.
 
     Returns:
-        The first byte of each member's slot, the steps of this rank, and the bytes of the buffer.
+        The first byte of each member's slot, the steps of this rank, and the size of the buffer in
+        bytes.
     """
     sizes = chain.sizes
     held: npt.NDArray[np.int64] = np.array(filled, np.int64).reshape(sizes)
     starts = np.zeros(sizes, np.int64)
-    # Of each step: first byte of each slot within the slot of the next step, and its bytes.
+    # For each step: the first byte of each slot within the slot of the next step, and its size.
     levels: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]] = []
     for size in sizes:
         total, most = held.sum(axis=0), held.max(axis=0)
@@ -265,7 +273,7 @@ def _slots(
 
 
 def _column(level: npt.NDArray[np.int64], at: Shape) -> npt.NDArray[np.int64]:
-    """Return what the members of one group have at this rank's place in the later ones."""
+    """Return the values of the members of one group, at this rank's index in the later groups."""
     return level.reshape(len(level), -1)[:, int(np.ravel_multi_index(at, level.shape[1:]))]
 
 
@@ -286,7 +294,7 @@ def _joined(copies: list[Copy]) -> Iterator[Copy]:
 
 
 def _step(first: Copy, second: Copy) -> tuple[int, int, int, int] | None:
-    """Return `(hf_dim, hf_step, dim, step)` between copies; `None` if they differ otherwise."""
+    """Return `(hf_dim, hf_step, dim, step)` between copies; `None` if one step is not enough."""
     hf, runtime = _along(first.hf_start, second.hf_start), _along(first.start, second.start)
     return None if hf is None or runtime is None else (*hf, *runtime)
 

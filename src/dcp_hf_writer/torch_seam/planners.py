@@ -1,6 +1,6 @@
 """HFSavePlanner and HFLoadPlanner: torch's planners, right also where a rank holds several blocks.
 
-Which tensors those are is in `blocked_tensors`, how specs find tensors in `spec_match`.
+Which tensors those are is in `multi_block_tensors`, how specs find tensors in `spec_match`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.mapping.hf_export import specs_by_name
-from dcp_hf_writer.torch_seam.blocked_tensors import BlockedTensor, blocked_tensors
+from dcp_hf_writer.torch_seam.multi_block_tensors import BlockedTensor, blocked_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

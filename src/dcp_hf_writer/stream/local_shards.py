@@ -1,4 +1,4 @@
-"""What this rank holds of the tensors to stream, and over which process groups the rest comes."""
+"""Find what this rank holds of each tensor to stream, and the process groups that hold the rest."""
 
 from __future__ import annotations
 
@@ -32,22 +32,25 @@ _KINDS = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 @dataclass(frozen=True, slots=True)
 class Stock:
-    """What this rank found."""
+    """What this rank holds of the model."""
 
     tensors: list[RuntimeTensor] = field(default_factory=list)
     """The tensors of the model, in state-dict order."""
     local: dict[str, torch.Tensor] = field(default_factory=dict)
-    """This rank's part of each, by FQN."""
+    """This rank's part of each tensor, by FQN."""
     held: dict[str, Held] = field(default_factory=dict)
-    """How the ranks hold each, by FQN; of one sharded by hand only this rank's part is known."""
+    """How the ranks hold each tensor, by FQN.
+
+    For a tensor that is sharded by hand, this is only this rank's part until `complete_by_hand`.
+    """
     by_hand: dict[str, tuple[ShardSpec, ...]] = field(default_factory=dict)
     """How this rank's part of each tensor that is sharded by hand was cut, by FQN."""
     devices: dict[Chain, torch.device] = field(default_factory=dict)
-    """Where the groups of each chain can exchange tensors."""
+    """The device on which the groups of each chain exchange tensors."""
     places: dict[str, int] = field(default_factory=dict)
-    """This rank's index along the preserved dimension, by name of a mesh that has it."""
+    """This rank's index along the preserved dimension, for each mesh that has the dimension."""
     described: list[tuple[Any, ...]] = field(default_factory=list)
-    """What must be equal on all ranks, a row a tensor."""
+    """What must be equal on all ranks; one row per tensor."""
 
     @property
     def place(self) -> int | None:
@@ -63,13 +66,13 @@ def take_stock(
     groups: Groups,
     preserve: str | None,
 ) -> Stock:
-    """Find how each tensor of the model is held; looks at this rank alone.
+    """Find how the ranks hold each tensor of the model; does not communicate.
 
     Args:
-        tensors: Its tensors, by FQN in state-dict order.
-        names: Their names within the model.
-        export: Options, of which the specs count here.
-        groups: All groups that they are sharded over.
+        tensors: The tensors of the model, by FQN in state-dict order.
+        names: The name of each tensor within the model, by FQN.
+        export: The options; only the specs are used here.
+        groups: All groups that the tensors are sharded over.
         preserve: Mesh dimension that stays sharded.
 
     Raises:
@@ -115,14 +118,14 @@ def complete_by_hand(
     """Add what the other ranks hold of tensors that are sharded by hand.
 
     Args:
-        stock: What this rank found; is changed.
+        stock: What this rank holds; is changed.
         cuts_of: How each rank's parts were cut, by global rank and FQN.
         groups: All groups.
         number: The group over which these tensors are sharded; negative if this rank is alone.
 
     Raises:
-        CoverageError: If the parts of all ranks are not the whole of a tensor.
-        PlanningError: If the group cannot exchange tensors from where they are.
+        CoverageError: If the parts of all ranks do not make up a tensor.
+        PlanningError: If the group has no backend for the device of a tensor.
     """
     ranks = [-1] if number < 0 else dist.get_process_group_ranks(groups.all[number])
     chain = LOCAL if number < 0 else Chain((number,), (len(ranks),))
@@ -145,7 +148,7 @@ def _check_backend(fqn: str, group: ProcessGroup, device: torch.device) -> None:
             fqn=fqn,
             expected=f"one of {backends}",
             found=str(device),
-            hint="pass group=, with a backend for it",
+            hint="pass group= with a group that has a backend for this device",
         )
 
 
@@ -154,13 +157,13 @@ def _local_of(fqn: str, value: torch.Tensor) -> torch.Tensor:
         local = value.to_local() if isinstance(value, DTensor) else value
     if type(local) not in _KINDS or local.layout is not torch.strided or local.is_meta:
         raise PlanningError(
-            "a tensor of a kind that cannot be streamed",
+            "this kind of tensor cannot be streamed",
             phase="plan",
             fqn=fqn,
             expected="a dense tensor with data, or a DTensor of one",
             found=f"{type(local).__name__}, {local.layout}, on {local.device}",
         )
-    # Views that are conjugated or negated when they are read have no bits of their own.
+    # Conjugated and negated views have no bits of their own: torch computes them on each read.
     return local.detach().resolve_conj().resolve_neg()
 
 
@@ -175,7 +178,7 @@ def _description(value: torch.Tensor, held: Held) -> tuple[Any, ...]:
 def _cuts_by_hand(
     fqn: str, value: torch.Tensor, local: torch.Tensor, spec: LoadSpec
 ) -> tuple[ShardSpec, ...]:
-    """Return how a rank's part was cut: by hand, and where the ranks that share it are a mesh."""
+    """Return how this rank's part was cut: by its `ShardSpec`s, then by the mesh of a DTensor."""
     cuts = spec.shards
     if isinstance(value, DTensor):
         cuts = (*cuts, *_placements(fqn, value, _coordinate(fqn, value.device_mesh)))
@@ -186,7 +189,7 @@ def _cuts_by_hand(
 def _check_local(fqn: str, local: torch.Tensor, expected: Shape, by: str) -> None:
     if tuple(local.shape) != expected:
         raise SpecError(
-            f"a rank holds another part of a tensor than {by} say",
+            f"a rank's part of a tensor does not match {by}",
             phase="plan",
             fqn=fqn,
             expected=f"a local tensor of shape {list(expected)}",
@@ -203,7 +206,7 @@ def _coordinate(fqn: str, mesh: DeviceMesh) -> tuple[int, ...]:
             fqn=fqn,
             expected=f"one of ranks {mesh.mesh.reshape(-1).tolist()}",
             found=f"rank {dist.get_rank()}",
-            hint="stream on each rank the tensors that it has a part of",
+            hint="on each rank, stream only the tensors that it holds a part of",
         )
     return tuple(coordinate)
 
@@ -256,23 +259,23 @@ def _preserved(
     stock.places[f"{names} of {tuple(value.device_mesh.shape)}"] = coordinate[dim]
     if len(set(stock.places.values())) > 1:
         raise PlanningError(
-            "meshes place this rank differently along the dimension to preserve",
+            "this rank has different indices along the preserved dimension in different meshes",
             phase="plan",
             fqn=fqn,
-            expected=f"one place along {preserve!r}",
+            expected=f"one index along {preserve!r}",
             found=stock.places,
         )
     return None if value.placements[dim].is_replicate() or size == 1 else dim
 
 
 def _check_order(fqn: str, mesh: DeviceMesh, dim: int, coordinate: Shape) -> None:
-    # A gather orders parts by rank of the group, placements by index in the mesh.
+    # A gather orders parts by rank in the group; placements order them by index in the mesh.
     at = coordinate[:dim] + coordinate[dim + 1 :]
     row = mesh.mesh.movedim(dim, -1)[at].tolist()
     ranks = dist.get_process_group_ranks(mesh.get_group(dim))
     if row != ranks:
         raise PlanningError(
-            "a mesh counts its ranks in another order than its process groups",
+            "a mesh has its ranks in another order than its process groups",
             phase="plan",
             fqn=fqn,
             expected=f"ranks {ranks} along dimension {dim}",
@@ -281,7 +284,7 @@ def _check_order(fqn: str, mesh: DeviceMesh, dim: int, coordinate: Shape) -> Non
 
 
 def _wire_device(local: torch.Tensor, mesh: DeviceMesh) -> torch.device:
-    """Return where a tensor can be exchanged: parameters may be offloaded from their mesh."""
+    """Return the device to exchange a tensor on: parameters may be offloaded from their mesh."""
     if local.device.type == mesh.device_type:
         return local.device
     if mesh.device_type == "cpu":
@@ -308,7 +311,7 @@ def _cuts(
 def _coordinate_of(
     ndim: int, dims: tuple[int, ...], member: Shape, kept: int | None, place: int
 ) -> Shape:
-    # Where a tensor is replicated any index will do.
+    # In the other dimensions the tensor is replicated, so any index gives the same part.
     coordinate = [0] * ndim
     for dim, index in zip(dims, member, strict=True):
         coordinate[dim] = index
@@ -318,7 +321,7 @@ def _coordinate_of(
 
 
 def _distinct(fqn: str, shape: Shape, members: Sequence[tuple[ShardSpec, ...]]) -> tuple[Cuts, ...]:
-    """Keep the first of the members that hold the same part; all others must not overlap."""
+    """Keep the first of the members that hold the same part; different parts must not overlap."""
     seen: dict[tuple[Box, ...], None] = {}
     cuts: list[Cuts] = []
     for cut in members:
@@ -328,11 +331,11 @@ def _distinct(fqn: str, shape: Shape, members: Sequence[tuple[ShardSpec, ...]]) 
     fault = tiling_fault(list(itertools.chain.from_iterable(seen)), shape)
     if fault is not None and 0 not in shape:
         raise CoverageError(
-            "the ranks' parts of a tensor that is sharded by hand are not the whole of it",
+            "the ranks' parts of a tensor that is sharded by hand do not make up the whole tensor",
             phase="plan",
             fqn=fqn,
-            expected=f"parts that tile {list(shape)}",
+            expected=f"parts that tile the shape {list(shape)}",
             found=fault,
-            hint="pass group=, the process group whose ranks together hold all of it",
+            hint="pass group= with the process group whose ranks together hold the whole tensor",
         )
     return tuple(cuts)

@@ -1,9 +1,9 @@
-"""Weights stored once: how DCP's metadata says where they are, in torch's own words.
+"""How DCP's metadata says where weights are that are stored once, using only torch's own classes.
 
 torch keeps a `_StorageInfo` for every chunk. For a chunk that no `.distcp` file holds,
-its `relative_path` is `NOTICE`. No such file exists, so each reader of torch's fails with an error
-that prints the notice. Its `transform_descriptors` are plain text: `FORMAT`, then four for each
-part: file, key, start, and geometry. So torch opens the metadata without this package.
+`relative_path` is `NOTICE`. No such file exists, so torch's readers fail with an error that prints
+the notice. `transform_descriptors` is plain text: first `FORMAT`, then four texts for each part,
+which are file, key, start and geometry. So torch can open the metadata without this package.
 
 Pure.
 """
@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from dcp_hf_writer.tensors.boxes import Shape
 
 NOTICE = "weights stored once - load with HFDualReader, or convert with dcp_hf_writer.materialize"
-"""What stands in place of a file. A valid file name everywhere: no slash, below 255 bytes."""
+"""Stands in place of a file name. It is valid as one: no slash, below 255 bytes."""
 
 _FAMILY = "stored-once@dcp_hf_writer/"
 FORMAT = f"{_FAMILY}1"
-"""First descriptor; in the form that torch gives to the names of its extensions."""
+"""The first descriptor, in the form in which torch names its extensions."""
 
 # File, key, start, geometry.
 _TEXTS_A_PART = 4
@@ -47,34 +47,34 @@ class StoredPart:
     """Elements of a chunk that lie in one safetensors file."""
 
     path: str
-    """File, as a path within the checkpoint."""
+    """Path of the file within the checkpoint."""
     key: str
-    """HuggingFace name of the tensor that they are part of."""
+    """HuggingFace name of the tensor that contains the elements."""
     start: int
-    """Offset of that tensor's first byte in the file."""
+    """Offset of that tensor's first byte in the file, in bytes."""
     dtype: str
-    """safetensors dtype."""
+    """safetensors dtype of that tensor."""
     shape: Shape
     """Shape of that tensor."""
     copies: tuple[Copy, ...]
-    """Where the elements stand there; `start` is within the chunk."""
+    """Where the elements are in that tensor (`hf_start`) and in the chunk (`start`)."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredOnce:
-    """Where a chunk is that no `.distcp` file holds."""
+    """Where the data of a chunk is that no `.distcp` file holds."""
 
     parts: tuple[StoredPart, ...]
-    """Parts that together are the chunk, each element once."""
+    """Parts that together hold each element of the chunk once."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the chunk."""
+        """Size of the chunk in bytes."""
         return sum(c.numel * ITEMSIZE[part.dtype] for part in self.parts for c in part.copies)
 
 
 def encode_stored_once(once: StoredOnce) -> tuple[str, ...]:
-    """Return the descriptors that say where a chunk is."""
+    """Encode where the data of a chunk is as `transform_descriptors`."""
     texts = [FORMAT]
     for part in once.parts:
         geometry = _encode_geometry(part.dtype, part.shape, part.copies)
@@ -82,31 +82,32 @@ def encode_stored_once(once: StoredOnce) -> tuple[str, ...]:
     return tuple(texts)
 
 
-# Layers are alike, and pickle writes a string that occurs again as a number of a few bytes.
+# Layers are alike, so many parts share one geometry. Cached, it is one string object, and pickle
+# writes every further use of an object as a reference of a few bytes.
 @functools.lru_cache(maxsize=4096)
 def _encode_geometry(dtype: str, shape: Shape, copies: tuple[Copy, ...]) -> str:
     return json.dumps([dtype, shape, [astuple(copy) for copy in copies]], separators=(",", ":"))
 
 
 class StoredOnceDecoder:
-    """Decodes the descriptors of one checkpoint, which are not trusted.
+    """Decodes the untrusted descriptors of one checkpoint.
 
-    Text and lists that occur many times are decoded once, so that time and memory are bounded by
-    the size of the metadata, whatever it shares.
+    It decodes each text and each list once, however often the metadata refers to it. So the size
+    of the metadata bounds time and memory.
     """
 
     def __init__(self, path: str) -> None:
-        """Name `path` in errors."""
+        """Name the file `path` in error messages."""
         self._path = path
-        # By id: the metadata that holds them outlives this decoder.
+        # By id. That is safe, because the metadata that holds the descriptors outlives this.
         self._known: dict[int, StoredOnce | None] = {}
         self._geometries: dict[str, tuple[str, Shape, tuple[Copy, ...]]] = {}
 
     def decode(self, descriptors: Sequence[object]) -> StoredOnce | None:
-        """Return where a chunk is; `None` if the descriptors are those of torch's extensions.
+        """Return where a chunk is; `None` if the descriptors belong to torch's extensions.
 
         Raises:
-            CorruptCheckpointError: If they are no text, or say what cannot be.
+            CorruptCheckpointError: If a descriptor is not text, or the descriptors are invalid.
         """
         if id(descriptors) not in self._known:
             self._known[id(descriptors)] = self._decode(descriptors)
@@ -115,13 +116,13 @@ class StoredOnceDecoder:
     def _decode(self, descriptors: Sequence[object]) -> StoredOnce | None:
         texts = [one for one in descriptors if type(one) is str]
         if len(texts) != len(descriptors):
-            raise self._error("a descriptor that is no text")
+            raise self._error("a descriptor that is not text")
         if not texts or not texts[0].startswith(_FAMILY):
             return None
         if texts[0] != FORMAT:
             raise self._error(shortened(texts[0]), hint="a newer dcp_hf_writer can read it")
         if len(texts) % _TEXTS_A_PART != 1:
-            raise self._error(f"{len(texts)} descriptors")
+            raise self._error(f"{len(texts)} descriptors, not 4 per part after the first")
         firsts = range(1, len(texts), _TEXTS_A_PART)
         return StoredOnce(tuple(self._part(*texts[i : i + _TEXTS_A_PART]) for i in firsts))
 
@@ -134,7 +135,7 @@ class StoredOnceDecoder:
         return StoredPart(path, key, int(start), *known)
 
     def _geometry(self, text: str) -> tuple[str, Shape, tuple[Copy, ...]]:
-        # Half a character cannot be encoded: it is passed on, and refused with the document.
+        # UTF-8 cannot encode a lone surrogate. Pass it on: the JSON parser refuses its bytes.
         value = parse_json(text.encode(errors="surrogatepass"), path=self._path)
         try:
             dtype, shape, copies = value
@@ -147,7 +148,7 @@ class StoredOnceDecoder:
 
     def _error(self, found: str, *, hint: str | None = None) -> CorruptCheckpointError:
         return CorruptCheckpointError(
-            "the metadata does not say where weights are that are stored once",
+            "the metadata has invalid places of weights that are stored once",
             phase="read",
             path=self._path,
             found=found,
@@ -160,7 +161,7 @@ def _copy(hf_start: Iterable[int], start: Iterable[int], loops: Iterable[Sequenc
 
 
 def is_part(part: StoredPart) -> bool:
-    """Whether a part from an untrusted source has valid fields, and stays within its tensor."""
+    """Whether an untrusted part has valid fields and stays within its tensor."""
     return (
         type(part.path) is str
         and type(part.key) is str
@@ -170,7 +171,7 @@ def is_part(part: StoredPart) -> bool:
 
 
 def is_copy(copy: Copy) -> bool:
-    """Whether a copy from an untrusted source has valid fields."""
+    """Whether an untrusted copy has valid fields."""
     return (
         _are_counts(copy.hf_start)
         and _are_counts(copy.start)
@@ -181,13 +182,13 @@ def is_copy(copy: Copy) -> bool:
 
 
 def is_loop(loop: Loop) -> bool:
-    """Whether a loop from an untrusted source has valid fields."""
+    """Whether an untrusted loop has valid fields."""
     positive = (loop.extent, loop.hf_step, loop.step)
     return _are_counts((*positive, loop.hf_dim, loop.dim)) and min(positive) > 0
 
 
 def is_once(once: StoredOnce) -> bool:
-    """Whether an object from an untrusted source holds parts, each checked before."""
+    """Whether an untrusted object holds parts only; `is_part` has checked each part before."""
     return _are(StoredPart, once.parts)
 
 

@@ -21,7 +21,7 @@ from dcp_hf_writer.errors import (
     TargetExistsError,
 )
 from dcp_hf_writer.formats.parse_dcp_metadata import parse_metadata
-from dcp_hf_writer.formats.stored_once_places import StoredOnce
+from dcp_hf_writer.formats.weights_once_places import StoredOnce
 from dcp_hf_writer.reader import HFDualReader
 from dcp_hf_writer.tensors.strided_copies import hf_view, runtime_view
 from support import audit, once_forms

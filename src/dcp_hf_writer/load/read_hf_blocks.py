@@ -8,13 +8,13 @@ import torch
 
 from dcp_hf_writer.load.dequantized_reads import run_dequantized
 from dcp_hf_writer.load.read_plan import Fetch, plan_reads
-from dcp_hf_writer.load.verify_ranges import verify_ranges
+from dcp_hf_writer.load.verify_while_reading import verify_ranges
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from dcp_hf_writer.load.checkpoint_half import Place
-    from dcp_hf_writer.load.exchange import Reading
+    from dcp_hf_writer.load.choose_half import Place
+    from dcp_hf_writer.load.exchange_reads import Reading
     from dcp_hf_writer.load.hf_directory import HFDirectory
     from dcp_hf_writer.load.hf_source import Block, Dequantized, HFSource
     from dcp_hf_writer.storage.open_inputs import OpenInputs
@@ -32,20 +32,20 @@ def load_blocks(
     """Load blocks into their targets.
 
     Args:
-        place: Where the directory is; with a manifest if `is_verified`.
-        source: The directory.
-        inputs: Its files.
-        blocks: What is wanted; all of it is there.
-        is_verified: Compare what is read with the digests of the manifest first.
+        place: The directory; with a manifest if `is_verified`.
+        source: The same directory, seen as runtime tensors.
+        inputs: The files of the directory.
+        blocks: The blocks to load; the directory must hold all of them.
+        is_verified: First compare the bytes with the digests of the manifest.
         reading: Runs the reads.
 
     Raises:
-        CorruptCheckpointError: If a digest differs; then nothing was loaded.
+        CorruptCheckpointError: If a digest differs; no target has changed then.
         ReadError: If a file cannot be read.
     """
     jobs = source.jobs(blocks)
     if is_verified:
-        # Without one the load was refused when it began.
+        # `find_place` refuses a verified load that has no manifest.
         assert place.manifest is not None
         raw = _raw_fetches(source.directory, jobs.computed)
         verify_ranges(place, place.manifest, [*jobs.fetches, *raw])
@@ -56,7 +56,7 @@ def load_blocks(
 
 
 def _raw_fetches(directory: HFDirectory, computed: Iterable[Dequantized]) -> Iterator[Fetch]:
-    """Yield all bytes of the stored tensors that something is computed from."""
+    """Yield a fetch of all bytes of each stored tensor that elements are computed from."""
     for key in {key for one in computed for key in one.stored.keys}:
         stored = directory.stored(key)
         yield Fetch(

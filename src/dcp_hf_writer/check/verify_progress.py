@@ -1,4 +1,4 @@
-"""A line on the terminal that says how far a long read is."""
+"""A progress line on the terminal for a long read."""
 
 from __future__ import annotations
 
@@ -9,25 +9,22 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Progress = bool | None
-"""`True` shows a line on stderr, `False` none, `None` one where stderr is a terminal."""
-
 _WIDTH = 24
 _GIB = 1 << 30
 _MIB = 1 << 20
 
 
 class ProgressLine:
-    """One line, written over and over; ends with a line break, or nothing was shown."""
+    """One line that is rewritten in place; a line break ends it when all bytes are done."""
 
     def __init__(self, what: str, stream: TextIO) -> None:
-        """Show `what` before the bar."""
+        """Prepare a line on `stream` that shows `what` before the bar."""
         self._what, self._stream = what, stream
         self._began = time.monotonic()
         self._is_over = False
 
     def __call__(self, done: int, total: int) -> None:
-        """Show how many of how many bytes are done; what comes after the last is not shown."""
+        """Show the bytes done out of `total`; ignore calls after all bytes are done."""
         if self._is_over:
             return
         self._is_over = done >= total
@@ -45,7 +42,11 @@ def progress_of(
     wanted: bool | Callable[[int, int], None] | None,  # noqa: FBT001 - as the public function has it
     what: str,
 ) -> Callable[[int, int], None]:
-    """Return what to call with bytes done and bytes in all."""
+    """Return the function to call with the bytes done and the total bytes.
+
+    `True` shows a line on stderr, `False` does not, and `None` does if stderr is a terminal. A
+    callable is returned unchanged.
+    """
     if callable(wanted):
         return wanted
     if wanted or (wanted is None and sys.stderr is not None and sys.stderr.isatty()):

@@ -1,7 +1,7 @@
-"""Many names as few patterns: `layers.{0-47}.mlp.{gate,up}_proj.weight`.
+"""Write many names as few patterns: `layers.{0-47}.mlp.{gate,up}_proj.weight`.
 
-Pure. A pattern stands for each combination of what is in its braces, and a list of patterns for
-exactly the names that it was made of.
+Pure. A pattern stands for every combination of the values in its braces. Together, the patterns
+stand for exactly the given names.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 _Heads = tuple[str, ...]
 _Pattern = tuple[_Heads, ...]
 
-# What is shown of a long list within braces: the first of it, and the last.
+# Longest list within braces. A longer list shows its first entries, `...` and its last entry.
 _SHOWN = 6
 
 
 def template(name: str) -> str:
-    """Return a name with its numbers left out; equal for the layers of a model."""
+    """Replace each number in a name by `#`, so that the names of all layers become equal."""
     return re.sub(r"(?<![^.])\d+(?![^.])", "#", name)
 
 
 def patterns(names: Iterable[str], *, is_complete: bool = False) -> dict[str, list[str]]:
-    """Return patterns that together stand for the given names, and the names of each.
+    """Return patterns that together stand for the given names, each with its names.
 
     Args:
-        names: Distinct names, of parts between dots.
-        is_complete: Whether to list also what is many; else the middle of it is left out.
+        names: Distinct names; dots separate their parts.
+        is_complete: Whether to write long lists in full. Otherwise their middle is left out.
     """
     by_length: dict[int, list[_Heads]] = {}
     for name in names:
@@ -45,7 +45,10 @@ def patterns(names: Iterable[str], *, is_complete: bool = False) -> dict[str, li
 
 
 def ranges(numbers: Iterable[int], *, is_complete: bool = False) -> str:
-    """Return numbers as ranges, such as `0-3,7`; the middle of many ranges is left out."""
+    """Return numbers as ranges, such as `0-3,7`.
+
+    The middle of many ranges is left out, unless `is_complete`.
+    """
     found: list[list[int]] = []
     for number in sorted(numbers):
         if found and number == found[-1][1] + 1:
@@ -57,7 +60,7 @@ def ranges(numbers: Iterable[int], *, is_complete: bool = False) -> str:
 
 
 def _merged(names: Sequence[_Heads]) -> list[_Pattern]:
-    """Join names that have the same continuations, from the last part to the first."""
+    """Join the first parts that have the same continuations; later parts are joined first."""
     if not names[0]:
         return [()]
     tails: dict[str, list[_Heads]] = {}
@@ -84,12 +87,12 @@ def _text(heads: _Heads, *, is_complete: bool) -> str:
 
 
 def _is_number(text: str) -> bool:
-    # Not all that counts as a digit, nor 007: a range must give the names back.
+    # Only ASCII digits, and no leading zeros as in 007: a range must give back the same names.
     return text.isascii() and text.isdecimal() and str(int(text)) == text
 
 
 def _common(words: Sequence[Sequence[str]]) -> int:
-    """Count the words that all begin with; each keeps one of its own."""
+    """Count the leading words that all lists share; at least one word of each is not counted."""
     count = 0
     for column in zip(*(some[:-1] for some in words), strict=False):
         if len(set(column)) > 1:

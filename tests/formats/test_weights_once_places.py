@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dcp_hf_writer.errors import CorruptCheckpointError
-from dcp_hf_writer.formats.stored_once_places import (
+from dcp_hf_writer.formats.weights_once_places import (
     FORMAT,
     NOTICE,
     StoredOnce,

@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from dcp_hf_writer import HFDualReader, HFDualWriter
 from dcp_hf_writer.errors import ConfigError, ReadError
-from dcp_hf_writer.load import exchange_plan
-from dcp_hf_writer.load.exchange_plan import Segment, rounds, shared_segments
+from dcp_hf_writer.load import plan_exchange
+from dcp_hf_writer.load.plan_exchange import Segment, rounds, shared_segments
 from dcp_hf_writer.storage.local_inputs import _LocalFile
 from support.ranks import run_ranks
 
@@ -196,7 +196,7 @@ def test_reading_is_shared_out_evenly() -> None:
 
 
 def test_rounds_are_bounded_and_leave_nothing_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange_plan, "ROUND_NBYTES", 100)
+    monkeypatch.setattr(plan_exchange, "ROUND_NBYTES", 100)
     segments = [Segment("f", i, i + n, (0, 1), 0) for i, n in enumerate([40, 40, 40, 300, 1, 1])]
     groups = list(rounds(segments))
     assert [segment for group in groups for segment in group] == segments

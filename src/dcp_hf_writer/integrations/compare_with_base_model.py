@@ -1,7 +1,8 @@
-"""What a model would export, compared with the headers of the checkpoint that it came from.
+"""Compare what a model would export with the headers of its base.
 
-The hub's layout is what serving engines read. Where transformers saves something else, as it does
-where it transposes at load and not at save, only the base checkpoint can tell.
+The base is the checkpoint that the model came from. Serving engines read the layout of the hub,
+and transformers does not always save that layout: it may transpose a tensor at load and not
+transpose it back at save. Only the base shows the difference.
 """
 
 from __future__ import annotations
@@ -32,17 +33,17 @@ if TYPE_CHECKING:
 
 _FLOATS = frozenset({"F64", "F32", "BF16", "F16"})
 
-# What quantised checkpoints append to the name of a tensor, for its values and their scales.
+# Suffixes that quantised checkpoints append to a tensor's name, for its values and its scales.
 _QUANTISED = re.compile(r"(_blocks|_scales|_scale_inv|_scale|_packed|_zero_point|\.absmax|_shape)$")
 _LAYER = re.compile(r"^(.*?\blayers\.)(\d+)\.")
-# What older checkpoints store of rotary embeddings, and no model loads.
+# Buffers of position embeddings. Older checkpoints store them; no model loads them.
 _BUFFERS = re.compile(r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|\.position_ids$")
 _MTP = re.compile(r"(^|\.)mtp(\.|_)")
-# Dropped and added prefixes are at most this many parts of a name.
+# The longest prefix that is recognised as dropped or added, in parts of a name.
 _MAX_PREFIX = 4
 
 _MANY = 8
-"""How many names a line lists."""
+"""How many names one line lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,9 +51,9 @@ class BaseTensor:
     """A tensor of the base checkpoint, as a header declares it."""
 
     shape: Shape
-    """Its shape."""
+    """Shape of the tensor."""
     dtype: str
-    """Its safetensors dtype."""
+    """safetensors dtype of the tensor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,19 +61,19 @@ class Differences:
     """How an export and its base differ, one line each."""
 
     errors: tuple[str, ...]
-    """What makes the export another layout than that of the base."""
+    """Differences that give the export a layout other than the base's."""
     warnings: tuple[str, ...]
-    """What is as it should be, or the base's own affair, and good to know."""
+    """Differences that are allowed, but that the user should know."""
 
     def check(self, base: str) -> None:
-        """Refuse the errors.
+        """Raise if there are errors.
 
         Raises:
-            SpecError: If there are any; the text lists them all, and the warnings.
+            SpecError: If there are errors; the text lists all errors and all warnings.
         """
         if self.errors:
             raise SpecError(
-                "the export would not have the layout of its base",
+                "the export would have another layout than its base",
                 phase="plan",
                 path=base,
                 found="".join(f"\n  - {line}" for line in (*self.errors, *self.warnings)),
@@ -80,22 +81,22 @@ class Differences:
 
 
 def read_base(base: str | os.PathLike[str]) -> dict[str, BaseTensor]:
-    """Read the headers of a model directory; no data is read.
+    """Read the headers of a model directory, not the data.
 
     Args:
         base: A local directory with `model.safetensors.index.json`, or with safetensors files.
 
     Raises:
-        ConfigError: If it is no such directory.
-        CorruptCheckpointError: If a header is not one.
+        ConfigError: If `base` is not such a directory, or its index or a file cannot be read.
+        CorruptCheckpointError: If a header is invalid.
     """
     directory = Path(base)
     if not directory.is_dir():
         raise ConfigError(
             "base must be a local model directory",
             path=str(base),
-            found="no directory",
-            hint="huggingface_hub.snapshot_download gives the directory of a repository",
+            found="no directory of that name",
+            hint="huggingface_hub.snapshot_download downloads a repository to a directory",
         )
     names = _files_of(directory)
     if not names:
@@ -133,7 +134,7 @@ def _read_file(path: Path) -> dict[str, BaseTensor]:
 
 
 def swapped_dims(shape: Shape, base: Shape) -> tuple[int, int] | None:
-    """Return the two dims whose exchange turns one shape into another; `None` if none does."""
+    """Return the two dims to exchange to turn `shape` into `base`; `None` if no exchange does."""
     differ = [d for d, (n, m) in enumerate(zip(shape, base, strict=False)) if n != m]
     if len(shape) != len(base) or len(differ) != 2:  # noqa: PLR2004 - an exchange moves two
         return None
@@ -146,15 +147,16 @@ def turned_dims(
     base: Mapping[str, BaseTensor],
     maybe: Mapping[str, tuple[int, int]],
 ) -> dict[str, tuple[int, int]]:
-    """Return the dims to exchange, by key, so that tensors are as the base has them.
+    """Return the dims to exchange, by key, to give the tensors the orientation of the base.
 
-    A square tensor shows nothing, but a checkpoint has one orientation: where transformers may
-    transpose it at load, it goes with the others of that kind.
+    The shape of a square tensor does not show its orientation. But all tensors of a checkpoint have
+    the same orientation. So a square tensor follows the others: its dims are exchanged if
+    transformers may exchange them at load, and if they are exchanged in another tensor.
 
     Args:
         shapes: Shapes of the tensors, by key.
-        base: What the base has.
-        maybe: Dims that transformers may exchange at load, by pattern of keys.
+        base: Tensors of the base, by key.
+        maybe: Dims that transformers may exchange at load, by regular expression for keys.
     """
     found = {}
     for key, shape in shapes.items():
@@ -170,7 +172,7 @@ def turned_dims(
 
 
 def square_keys(shapes: Mapping[str, Shape], maybe: Mapping[str, tuple[int, int]]) -> list[str]:
-    """Return the keys that may be transposed on the hub and whose shape does not show it."""
+    """Return the keys of square tensors that may be transposed on the hub."""
     found = []
     for key, shape in shapes.items():
         dims = _dims_of(key, maybe)
@@ -194,11 +196,11 @@ def compare(
     """Compare the tensors of an export with those of its base.
 
     Args:
-        ours: What would be exported, by key.
-        base: What the base has, by key.
+        ours: Tensors that would be exported, by key.
+        base: Tensors of the base, by key.
         tied: Keys that the export leaves out because they are tied to others.
-        ignored: Patterns of keys that the model ignores when it is loaded.
-        resizable: Keys whose number of rows may differ, as the vocabulary was resized.
+        ignored: Regular expressions for keys that the model ignores when it is loaded.
+        resizable: Keys whose number of rows may differ, because the vocabulary can be resized.
     """
     errors, warnings = _shape_lines(ours, base, resizable)
     quantised = {key: _QUANTISED.sub("", key) for key in base if key not in ours}
@@ -214,7 +216,8 @@ def compare(
         )
     prefixes = _changed_prefixes(added, missing, ours, base)
     errors += [
-        f"{_prefixed(have)} is {_prefixed(want)} in the base: {_some([key for key, _ in pairs])}"
+        f"{_prefixed(have)} is called {_prefixed(want)} in the base: "
+        f"{_some([key for key, _ in pairs])}"
         for (have, want), pairs in prefixes.items()
     ]
     explained = {key for pairs in prefixes.values() for pair in pairs for key in pair}
@@ -223,7 +226,7 @@ def compare(
     rest = [key for key in missing if key not in explained]
     for why, keys in _absent(rest, ours, ignored).items():
         (warnings if why else errors).append(
-            f"{why or 'only in the base, the export would lack them'}: {_some(keys)}"
+            f"{why or 'only in the base, missing from the export'}: {_some(keys)}"
         )
     return Differences(tuple(errors), tuple(warnings))
 
@@ -246,13 +249,13 @@ def _shape_lines(
         by_text[is_resized, f"{text}: {list(have)}, in the base {list(want)}"].append(key)
     lines: tuple[list[str], list[str]] = ([], [])
     for (is_warning, text), keys in sorted(by_text.items()):
-        hint = "; orientation='base' exports them as the base has them" * ("transposed" in text)
+        hint = "; orientation='base' transposes them" * ("transposed" in text)
         lines[is_warning].append(f"{text}{hint}: {_some(sorted(keys))}")
     return lines
 
 
 def _is_packed(key: str, ours: Mapping[str, HFSide], base: Mapping[str, BaseTensor]) -> bool:
-    """Whether the base holds as integers or fp8 what the export holds as floating point."""
+    """Whether the export has a floating-point tensor that the base stores as integers or fp8."""
     return NAME_BY_TORCH.get(ours[key].dtype) in _FLOATS and base[key].dtype not in _FLOATS
 
 
@@ -270,7 +273,7 @@ def _changed_prefixes(
     ours: Mapping[str, HFSide],
     base: Mapping[str, BaseTensor],
 ) -> dict[tuple[str, str], list[tuple[str, str]]]:
-    """Pair names that differ in how they start, by the two starts."""
+    """Pair names that differ only in their prefixes, by `(our prefix, prefix in the base)`."""
     by_tail: dict[str, list[str]] = defaultdict(list)
     for key in missing:
         parts = key.split(".")
@@ -297,7 +300,7 @@ def _prefixed(prefix: str) -> str:
 def _absent(
     keys: Iterable[str], ours: Iterable[str], ignored: Iterable[str]
 ) -> dict[str, list[str]]:
-    """Sort keys that only the base has by why that may be; `""` for no reason."""
+    """Group the keys that only the base has by the reason for it; `""` for no known reason."""
     patterns = [re.compile(pattern) for pattern in ignored]
     last: dict[str, int] = {}
     for key in ours:
@@ -308,11 +311,11 @@ def _absent(
         match = _LAYER.match(key)
         why = ""
         if _BUFFERS.search(key):
-            why = "buffers that the model computes, and no longer stores"
+            why = "buffers that the model now computes and does not store"
         elif _MTP.search(key) or (match and int(match[2]) > last.get(match[1], int(match[2]))):
-            why = "MTP layers, which the model does not have, so that the export lacks them"
+            why = "MTP layers, which the model does not have; the export lacks them"
         elif any(pattern.search(key) for pattern in patterns):
-            why = "ignored when the model is loaded, so that the export lacks them"
+            why = "ignored when the model is loaded; the export lacks them"
         found[why].append(key)
     return found
 

@@ -19,8 +19,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from dcp_hf_writer import HFDualWriter, HFExport
 from dcp_hf_writer.errors import CheckpointError, PlanningError
 from dcp_hf_writer.mapping.load_spec import LoadSpec
-from dcp_hf_writer.preflight import hand_sharded
-from dcp_hf_writer.preflight.hand_sharded import check_samples, samples_of
+from dcp_hf_writer.preflight import detect_hand_sharded
+from dcp_hf_writer.preflight.detect_hand_sharded import check_samples, samples_of
 from dcp_hf_writer.tensors.shards import ShardSpec
 from dcp_hf_writer.torch_seam.frames import Planned
 from dcp_hf_writer.torch_seam.planners import HFSavePlanner
@@ -305,7 +305,7 @@ def test_tensors_without_elements_are_compared_by_shape() -> None:
 def test_replicas_that_drifted_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
     one = tensor("x", 40, 40)
     with caplog.at_level(logging.WARNING), pytest.MonkeyPatch.context() as patched:
-        patched.setattr(hand_sharded, "_is_warned", False)
+        patched.setattr(detect_hand_sharded, "_is_warned", False)
         compared({"x": one}, {"x": one * 1.004})
         compared({"x": one}, {"x": one * 1.004})
     (record,) = caplog.records
@@ -327,14 +327,14 @@ def test_one_tensor_among_many_is_found() -> None:
 
 
 def test_a_sample_is_bounded_and_of_the_same_tensors_on_every_rank() -> None:
-    count = hand_sharded._MAX_TENSORS + 500
+    count = detect_hand_sharded._MAX_TENSORS + 500
     names = [f"x{i}" for i in range(count)]
     one = samples_of(planned_of({n: torch.ones(2, 2) for n in names}), key=None, world_size=2)
     other = samples_of(
         planned_of({n: torch.ones(2, 2) for n in reversed(names)}), key=None, world_size=2
     )
     assert one == other
-    assert len(one) == hand_sharded._MAX_TENSORS * hand_sharded._ROW.itemsize
+    assert len(one) == detect_hand_sharded._MAX_TENSORS * detect_hand_sharded._ROW.itemsize
     assert len(one) < 100_000
 
 
@@ -353,6 +353,6 @@ def test_entries_that_are_no_model_are_compared_when_no_model_is_known() -> None
         planner = DefaultSavePlanner()
         planner.set_up_planner({**state, "optim": {"z": tensor("z", 3, 3)}})
         rows = np.frombuffer(
-            samples_of(planned(planner), key=None, world_size=2), hand_sharded._ROW
+            samples_of(planned(planner), key=None, world_size=2), detect_hand_sharded._ROW
         )
         assert len(rows) == 2

@@ -1,7 +1,7 @@
-"""Compare what a load is about to read with the digests of the manifest, before it reads it.
+"""Compare the bytes that a load needs with the digests of the manifest, before the load reads them.
 
-A digest is of a whole block, so that is what is read: more than the load itself needs where it
-takes a part of one. Nothing has been changed in the state dict when a digest differs.
+A digest covers a whole block. So whole blocks are read here, even if the load needs only a part of
+one. If a digest differs, nothing in the state dict has been changed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from dcp_hf_writer.load.read_plan import span_of
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from dcp_hf_writer.load.checkpoint_half import Place
+    from dcp_hf_writer.load.choose_half import Place
     from dcp_hf_writer.load.read_plan import Fetch
     from dcp_hf_writer.plan.parse_manifest import (
         Manifest,
@@ -33,7 +33,7 @@ _THREADS = 4
 
 _Work = tuple[list[Span], list[Digest]]
 _Bytes = list[tuple[int, int]]
-"""First byte, and one past the last, of what is wanted of a file: ascending and apart."""
+"""Byte ranges `(start, stop)` that a load needs of one file: ascending and disjoint."""
 
 
 def verify_ranges(
@@ -44,23 +44,24 @@ def verify_ranges(
     whole: Collection[str] = (),
     objects_in: Collection[str] = (),
 ) -> None:
-    """Verify every block that a load takes something of.
+    """Verify every block that a load reads from.
 
     Args:
         place: Where the files are.
-        manifest: What they should hold.
-        fetches: What the load takes; files are named from the half that it reads.
-        whole: Files that are read as a whole, such as the metadata.
-        objects_in: Files of the DCP half from which objects are read.
+        manifest: The digests that the files must have.
+        fetches: The elements that the load reads; file names are relative to the half it reads.
+        whole: Files that the load reads as a whole, such as the metadata.
+        objects_in: Files of the DCP half from which the load reads objects.
 
     Raises:
-        CorruptCheckpointError: Naming file, key and bytes of the first difference, and the number
-            of the others.
+        CorruptCheckpointError: If a digest differs. Names file, key and bytes of the first
+            difference, and counts the others.
         ReadError: If a file cannot be read.
     """
     wanted = _wanted(place, fetches)
     jobs = [*_dcp_jobs(manifest, wanted), *_hf_jobs(manifest, wanted)]
-    # A DCP half of a writer that is not ours has one digest a file.
+    # The metadata has one digest for the whole file. If another writer wrote the DCP half, so has
+    # each of its files.
     read_whole = {*whole, *wanted, *objects_in} & manifest.files.keys()
     jobs += [_whole_job(manifest, name) for name in sorted(read_whole)]
     jobs += [_rest_job(manifest.dcp[name]) for name in objects_in if name in manifest.dcp]
@@ -69,12 +70,12 @@ def verify_ranges(
     problems += work.run(lambda: None)
     if problems:
         raise CorruptCheckpointError(
-            "what is stored is not what was saved; nothing was loaded",
+            "the stored bytes differ from the saved ones; nothing was loaded",
             phase="read",
             path=f"{place.files.path}/{problems[0].file}",
             key=problems[0].key,
             found=first_of(problems),
-            hint="verify(path) lists all that is wrong with a checkpoint; load an earlier one",
+            hint="load an earlier checkpoint; verify(path) lists everything wrong with this one",
         )
 
 
@@ -112,7 +113,7 @@ def _dcp_jobs(manifest: Manifest, wanted: Mapping[str, _Bytes]) -> Iterator[Job]
                 yield Job(name, nbytes, partial(_contiguous, found))
                 covered += sum(start <= a and b <= stop for a, b in touching)
         if covered < len(wanted[name]):
-            # What no range holds is in the digest of the rest.
+            # The digest of the rest of the file covers the bytes outside all ranges.
             yield _rest_job(manifest.dcp[name])
 
 
@@ -132,8 +133,8 @@ def _hf_jobs(manifest: Manifest, wanted: Mapping[str, _Bytes]) -> Iterator[Job]:
 def _tensor_jobs(name: str, tensor: ManifestTensor, wanted: _Bytes) -> Iterator[Job]:
     blocks = [block for block in tensor.blocks if block.runs is not None]
     if not _follow_one_another(tensor, blocks):
-        # Blocks lie between each other, or leave a gap: one pass over all of them reads each byte
-        # once, and tells.
+        # The blocks interleave, or leave a gap. One pass over the tensor reads each byte once, and
+        # finds any gap.
         yield Job(name, tensor.nbytes, partial(_interleaved, tensor, blocks))
         return
     for block in blocks:
@@ -191,7 +192,7 @@ def _rest_job(file: DCPFile) -> Job:
 
 
 def _rest(file: DCPFile) -> _Work:
-    """All bytes beside the data of tensors: objects, and what archives consist of."""
+    """Digest all bytes outside the data of tensors: objects, and the rest of the archives."""
     digest = Digest(file.rest, "what is beside the tensors", is_of_many=True)
     reached, spans = 0, []
     for start, nbytes, _ in (*file.ranges, (file.nbytes, 0, "")):
@@ -202,4 +203,4 @@ def _rest(file: DCPFile) -> _Work:
 
 
 def _unknown(name: str) -> Problem:
-    return Problem(file=name, what="the manifest says nothing of what is read from this file")
+    return Problem(file=name, what="the manifest has no digest for the bytes that the load needs")

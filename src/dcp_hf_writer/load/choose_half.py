@@ -1,4 +1,4 @@
-"""Which half of a checkpoint a load reads, and what it says is there."""
+"""Find the half of a checkpoint that a load reads, and open it."""
 
 from __future__ import annotations
 
@@ -27,21 +27,24 @@ if TYPE_CHECKING:
 SourceName = Literal["auto", "dcp", "hf"]
 
 _SUBDIR = "hf"
-"""Where the export is when there is no manifest to say so."""
+"""Usual directory of the export. If it holds no weights, the manifest names the directory."""
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where the files of one half are."""
+    """The files of one half of a checkpoint."""
 
     files: InputFiles
-    """Those of the checkpoint, or of a HuggingFace directory alone."""
+    """All files of the checkpoint, or of a HuggingFace directory outside any checkpoint."""
     subdir: str | None
-    """Where the HuggingFace half is within them; `None` for the DCP half, "" for all of it."""
+    """Directory of the HuggingFace half within `files`.
+
+    `""` if `files` is that directory; `None` for the DCP half.
+    """
     only: str | None = None
-    """The one file of weights, or the index, that was asked for."""
+    """Name of the one file of weights, or of the index, to read; `None` finds the files."""
     manifest: Manifest | None = None
-    """What the checkpoint says of itself, if that was read."""
+    """The manifest of the checkpoint, if it was read."""
 
     @property
     def weights(self) -> InputFiles:
@@ -56,16 +59,18 @@ def find_place(
     *,
     with_manifest: bool,
 ) -> Place:
-    """Find the half to read.
+    """Find the half of a checkpoint that a load reads.
 
     Args:
         path: A checkpoint, a HuggingFace directory, or a file in one.
-        source: `"dcp"`, `"hf"`; `"auto"` is the DCP half where there is one, else the other.
-        storage_options: Options of a store that fsspec knows.
-        with_manifest: Whether the manifest is needed.
+        source: `"dcp"` or `"hf"`; `"auto"` is the DCP half if there is one, else the other half.
+        storage_options: Options for fsspec, if `path` is a URL.
+        with_manifest: Read the manifest, and fail if there is none.
 
     Raises:
-        ReadError: If there is nothing to read, or no manifest although it is needed.
+        ConfigError: If `path` is not a path or a URL that fsspec supports.
+        ReadError: If the HuggingFace half has no weights, if `with_manifest` finds no manifest,
+            or if the storage refuses.
         CorruptCheckpointError: If the manifest is damaged.
     """
     text = os.fspath(path)
@@ -79,11 +84,11 @@ def find_place(
     manifest = manifest_of(files) if with_manifest else None
     if with_manifest and manifest is None:
         raise ReadError(
-            "there are no digests to verify what is read",
+            "verify needs the digests of a manifest, and there is no manifest",
             phase="read",
             path=files.path,
             expected=MANIFEST_NAME,
-            hint="load with verify=False; only checkpoints of HFDualWriter have digests",
+            hint="pass verify=False; only checkpoints of HFDualWriter have digests",
         )
     if source == "dcp":
         return Place(files, None, manifest=manifest)
@@ -97,11 +102,11 @@ def find_place(
             place = Place(files, manifest.hf.subdir, manifest=manifest)
     if not _is_there(place.weights):
         raise ReadError(
-            "there are no weights in the HuggingFace format here",
+            "there are no weights in the HuggingFace format",
             phase="read",
             path=files.path,
-            expected=f"*{SUFFIX}, or a directory {place.subdir!r} with them"
-            + (f"; or {METADATA_NAME} of DCP" if was_auto else ""),
+            expected=f"*{SUFFIX}, or a directory {place.subdir!r} with such files"
+            + (f"; or {METADATA_NAME}, which DCP writes" if was_auto else ""),
             found=f"{len(names)} other files" if names else "an empty directory",
             hint=None if manifest is None else manifest.export_error,
         )
@@ -116,10 +121,11 @@ def _is_there(files: InputFiles) -> bool:
 
 
 def manifest_of(files: InputFiles) -> Manifest | None:
-    """Read what a checkpoint says of itself; `None` if it is not one of ours.
+    """Read the manifest of a checkpoint; `None` if `HFDualWriter` did not write the checkpoint.
 
     Raises:
-        CorruptCheckpointError: If it is damaged.
+        ReadError: If the manifest cannot be read.
+        CorruptCheckpointError: If the manifest is damaged.
     """
     if not files.has(MANIFEST_NAME):
         return None
@@ -128,11 +134,11 @@ def manifest_of(files: InputFiles) -> Manifest | None:
 
 
 def read_dcp_metadata(files: InputFiles, rank: int | None = None) -> Metadata:
-    """Read the metadata of the DCP half, or what one rank wrote without collectives.
+    """Read the metadata of the DCP half, or the metadata that `rank` saved without collectives.
 
     Raises:
-        ReadError: If it is not there.
-        CorruptCheckpointError: If it is none.
+        ReadError: If the file is missing, or cannot be read.
+        CorruptCheckpointError: If the file is not valid DCP metadata.
     """
     name = METADATA_NAME if rank is None else f"__{rank}{METADATA_NAME}"
     data = files.read_whole(name, max_nbytes=MAX_METADATA_NBYTES)
@@ -145,16 +151,18 @@ def open_hf_source(
     """Open the HuggingFace half.
 
     Raises:
-        ReadError: If it has no weights, or they cannot be read.
-        CorruptCheckpointError: If index, headers and files contradict each other.
-        PlanningError: If it is quantised in a way that is not known.
+        ReadError: If it has no weights, or a file cannot be read.
+        CorruptCheckpointError: If a file is damaged, or index, headers and files contradict each
+            other.
+        PlanningError: If it is quantised in a way that this package cannot read.
     """
     inputs = OpenInputs(place.weights)
     try:
         directory = open_hf_directory(inputs, only=place.only)
         source = HFSource(directory, specs, names=names, tied={})
         if place.subdir and any(source.missing_keys(name) for name in names):
-            # What the export left out because it is tied: the manifest knows, and is large.
+            # The export leaves tied tensors out, and the manifest lists them. The manifest is
+            # large, so read it only if a tensor is missing.
             manifest = place.manifest or manifest_of(place.files)
             if manifest is not None and manifest.hf is not None:
                 source = HFSource(directory, specs, names=names, tied=manifest.hf.tied)

@@ -110,7 +110,7 @@ def check_samples(samples: Sequence[bytes], plans: Iterable[SavePlan]) -> None:
     rows = np.concatenate(tables)
     holders = [holder for holder, table in zip(ranks.values(), tables, strict=True) for _ in table]
     distance = _distance(rows)
-    worst = int(distance.argmax())
+    worst = int(np.argmax(distance))
     if distance[worst] == 0:
         return
     alike: dict[bytes, list[int]] = {}

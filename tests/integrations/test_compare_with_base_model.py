@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from dcp_hf_writer import HFExport
 from dcp_hf_writer.errors import ConfigError, CorruptCheckpointError, SpecError
-from dcp_hf_writer.integrations.base_check import swapped_dims
+from dcp_hf_writer.integrations.compare_with_base_model import swapped_dims
 from dcp_hf_writer.integrations.transformers import specs_from_transformers
 from support.compare import tensor_difference
 from support.dense_specs import assemble
@@ -51,7 +51,7 @@ def found_in(model: PreTrainedModel, base: Path) -> tuple[list[str], list[str]]:
             refused = error
     if refused is not None:
         assert refused.path == str(base)
-        assert str(refused).startswith("plan: the export would not have the layout of its base")
+        assert str(refused).startswith("plan: the export would have another layout than its base")
         lines[0].extend(refused.found.split("\n  - ")[1:])
     for one in caught:
         assert one.filename == __file__
@@ -78,10 +78,12 @@ def test_transposed_experts_are_found(tmp_path: Path) -> None:
     # The fused projections are square here, so that only the others show it.
     assert errors[0] == (
         "looks transposed in dims 1, 2: [4, 32, 16], in the base [4, 16, 32]; orientation='base' "
-        "exports them as the base has them: model.language_model.layers.0.mlp.experts.down_proj, "
+        "transposes them: model.language_model.layers.0.mlp.experts.down_proj, "
         "model.language_model.layers.1.mlp.experts.down_proj"
     )
-    assert errors[1].startswith("square, so that shapes cannot tell whether transposed: ")
+    assert errors[1].startswith(
+        "square, so shapes cannot show whether the base has them transposed: "
+    )
     assert len(errors) == 2
 
 
@@ -108,7 +110,7 @@ def test_square_tensors_that_may_be_transposed_are_named(tmp_path: Path) -> None
     assert errors == []
     assert said == [
         (
-            "square, so that shapes cannot tell whether transposed: "
+            "square, so shapes cannot show whether the base has them transposed: "
             "'model.language_model.layers.0.mlp.experts.gate_up_proj', "
             "'model.language_model.layers.1.mlp.experts.gate_up_proj'"
         )
@@ -147,7 +149,7 @@ def test_dropped_prefix_is_found(tmp_path: Path) -> None:
     errors, said = found_in(model, tmp_path)
     assert said == []
     assert len(errors) == 1
-    assert errors[0].startswith("* is language_model.* in the base: ")
+    assert errors[0].startswith("* is called language_model.* in the base: ")
     assert errors[0].endswith(f" and {len(tensors) - 8} more")
 
 
@@ -156,7 +158,7 @@ def test_changed_prefix_is_found(tmp_path: Path) -> None:
     based(model, tmp_path, renamed("model.", "model.language_model."))
     errors, _ = found_in(model, tmp_path)
     assert [text.partition(":")[0] for text in errors] == [
-        "model.* is model.language_model.* in the base"
+        "model.* is called model.language_model.* in the base"
     ]
 
 
@@ -174,11 +176,11 @@ def test_layers_beyond_those_of_the_model_are_named(tmp_path: Path) -> None:
     assert errors == []
     assert sorted(said) == [
         (
-            "MTP layers, which the model does not have, so that the export lacks them: "
+            "MTP layers, which the model does not have; the export lacks them: "
             "model.layers.2.eh_proj.weight, mtp.fc.weight"
         ),
         (
-            "buffers that the model computes, and no longer stores: "
+            "buffers that the model now computes and does not store: "
             "model.layers.0.self_attn.rotary_emb.inv_freq"
         ),
     ]
@@ -194,9 +196,7 @@ def test_keys_that_the_model_ignores_are_named(tmp_path: Path) -> None:
     finally:
         type(model)._keys_to_ignore_on_load_unexpected = None
     assert errors == []
-    assert said == [
-        "ignored when the model is loaded, so that the export lacks them: talker.weight"
-    ]
+    assert said == ["ignored when the model is loaded; the export lacks them: talker.weight"]
 
 
 def test_missing_and_added_tensors_are_refused(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_missing_and_added_tensors_are_refused(tmp_path: Path) -> None:
     assert found_in(model, tmp_path) == (
         [
             "not in the base: model.layers.1.mlp.down_proj.weight",
-            "only in the base, the export would lack them: score.weight",
+            "only in the base, missing from the export: score.weight",
         ],
         [],
     )

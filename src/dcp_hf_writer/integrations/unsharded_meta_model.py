@@ -1,8 +1,8 @@
-"""The unsharded twin of a live transformers model, on the meta device, and what the two must share.
+"""Build an unsharded twin of a live transformers model on the meta device, and compare the two.
 
-After `fully_shard` the class of a model is no longer one of transformers, and transformers would
-then overlook, silently, that its layout differs from the hub's. The twin is of the class that the
-model was made as, and has no data.
+`fully_shard` replaces the class of a model by one that transformers does not recognise.
+transformers then skips its conversions to the layout of the hub, without an error. The twin has the
+class that the model had before, and no data.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from dcp_hf_writer.excerpts import some_of
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-# What wrappers of single modules put into names; `get_model_state_dict` takes it out too.
+# Parts of names that wrappers of single modules add; `get_model_state_dict` removes them too.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 _MANY = 10
@@ -28,39 +28,39 @@ _MANY = 10
 
 
 def unwrapped(model: Any) -> Any:
-    """Return the transformers model within `torch.compile` and `DistributedDataParallel`.
+    """Return the transformers model inside `torch.compile` and `DistributedDataParallel`.
 
     Raises:
-        ConfigError: If there is none.
+        ConfigError: If there is no transformers model inside.
     """
-    # Late: this package works without it.
+    # Import on the call only: this package works without transformers.
     from transformers import PreTrainedModel  # noqa: PLC0415
 
     while not isinstance(model, PreTrainedModel):
         if isinstance(model, DistributedDataParallel):
             model = model.module
         elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # noqa: SLF001 - what torch.compile keeps the model as
+            model = model._orig_mod  # noqa: SLF001 - torch.compile keeps the model there
         else:
             raise ConfigError(
-                "the layout can be asked of a transformers model only",
+                "model must be a transformers model",
                 expected="a PreTrainedModel, sharded or not",
                 found=type(model).__name__,
-                hint="merge adapters first, or give specs: specs_from_function derives them from a "
-                "function",
+                hint="merge adapters such as LoRA first, or pass specs, which specs_from_function "
+                "derives from a function",
             )
     return model
 
 
 def runtime_name(name: str) -> str:
-    """Return the name that a tensor has without the wrappers around single modules."""
+    """Remove what wrappers of single modules add to the name of a tensor."""
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
 
 
 def runtime_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors of a model's state dict, by the names of `get_model_state_dict`."""
+    """Return the tensors of a model's state dict, by their names in `get_model_state_dict`."""
     return {
         runtime_name(name): value
         for name, value in model.state_dict().items()
@@ -72,17 +72,17 @@ def unsharded_twin(model: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     """Build a model of the same class and config on the meta device.
 
     Args:
-        model: As `unwrapped` returns it.
-        tensors: Its `runtime_tensors`.
+        model: A model, as `unwrapped` returns it.
+        tensors: The tensors of the model, as `runtime_tensors` returns them.
 
     Raises:
-        SpecError: If the twin has other tensors than the model.
+        SpecError: If the twin has tensors with other names or shapes than the model.
     """
     unsharded: Any = next(one for one in type(model).__mro__ if not issubclass(one, FSDPModule))
     config = copy.deepcopy(model.config)
-    # The twin computes nothing, so it needs none of the kernels that the model may use.
-    config._attn_implementation = "eager"  # noqa: SLF001 - the name that transformers documents
-    # A save must not change what the training draws next.
+    # The twin computes nothing, so it does not need the attention kernels of the model.
+    config._attn_implementation = "eager"  # noqa: SLF001 - transformers documents this name
+    # A save must not change the random numbers that training draws next.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
         twin = unsharded(config)
     _check_same(
@@ -99,29 +99,29 @@ def _check_same(
     missing, added = sorted(twin.keys() - live.keys()), sorted(live.keys() - twin.keys())
     if missing or added:
         raise SpecError(
-            f"the model has other tensors than a new {name} of its config",
+            f"the model has other tensors than a new {name} with its config",
             phase="plan",
-            expected=f"also {listed(missing)}" if missing else None,
-            found=f"also {listed(added)}" if added else None,
-            hint="give HFExport(specs=...) for what was changed by hand, or merge adapters first",
+            expected=f"also the tensors {listed(missing)}" if missing else None,
+            found=f"also the tensors {listed(added)}" if added else None,
+            hint="pass HFExport(specs=...) for layers changed by hand; merge adapters such as LoRA",
         )
     for key, shape in live.items():
         if shape != twin[key]:
             raise SpecError(
-                f"a tensor has another shape than in a new {name} of the model's config",
+                f"a tensor has another shape than in a new {name} with the model's config",
                 phase="plan",
                 fqn=key,
                 expected=f"shape {list(twin[key])}",
                 found=f"shape {list(shape)}",
-                hint="a tensor that is sharded must be a DTensor, or have a LoadSpec with shards; "
-                "the config must say what was resized",
+                hint="a sharded tensor must be a DTensor, or have a LoadSpec with shards; after a "
+                "resize, the config must have the new size",
             )
 
 
 def tied_names(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """Return `{dropped: kept}` names of tied tensors, by what transformers holds to be tied.
+    """Return `{dropped: kept}` names of the tensors that transformers declares as tied.
 
-    Storage says nothing here: what was one parameter is often two once a model is sharded.
+    Shared storage is no test: sharding often turns one tied parameter into two.
     """
     declared = getattr(model, "all_tied_weights_keys", None) or {}
     tied = {}
@@ -141,5 +141,5 @@ def parted_names(model: Any, tied: Mapping[str, str]) -> list[str]:
 
 
 def listed(names: list[str]) -> str:
-    """Return names for an error, not all of them if there are many."""
+    """Join names for a message; of many names, only the first are listed."""
     return some_of(map(repr, names), most=_MANY)

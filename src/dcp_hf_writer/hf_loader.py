@@ -1,4 +1,4 @@
-"""load_hf: a HuggingFace directory straight into sharded parameters."""
+"""load_hf: load a HuggingFace directory straight into sharded parameters."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer.errors import ConfigError, PlanningError
-from dcp_hf_writer.load.checkpoint_half import find_place, open_hf_source
-from dcp_hf_writer.load.exchange import Reading
-from dcp_hf_writer.load.hf_blocks import load_blocks
+from dcp_hf_writer.load.choose_half import find_place, open_hf_source
+from dcp_hf_writer.load.exchange_reads import Reading
 from dcp_hf_writer.load.hf_source import Block, Findings, HFSource
+from dcp_hf_writer.load.read_hf_blocks import load_blocks
 from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.hf_export import specs_by_name
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
-from dcp_hf_writer.staging.memory_identity import memory_identity
+from dcp_hf_writer.staging.same_memory import memory_identity
 from dcp_hf_writer.tensors.boxes import whole
 from dcp_hf_writer.tensors.shards import blocks_of, shards_of
-from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
+from dcp_hf_writer.torch_seam.multi_block_tensors import blocked_tensors
 
 if TYPE_CHECKING:
     import os
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class LoadedKeys:
-    """What `load_hf` left out; both empty when it was strict."""
+    """The names that `load_hf` left out; both tuples are empty with `strict=True`."""
 
     missing: tuple[str, ...]
-    """Runtime tensors that the directory does not hold, which are as they were; sorted."""
+    """Runtime tensors that the directory does not hold; they keep their old values. Sorted."""
     unexpected: tuple[str, ...]
-    """Tensors of the directory that nothing was loaded from; sorted."""
+    """Tensors of the directory that no runtime tensor was loaded from. Sorted."""
 
 
 def load_hf(
@@ -51,7 +51,7 @@ def load_hf(
     verify: bool = False,
     storage_options: Mapping[str, Any] | None = None,
 ) -> LoadedKeys:
-    """Load a HuggingFace directory, ours or a hub's, into a model in place.
+    """Load a HuggingFace directory into a model, in place.
 
         model = AutoModelForCausalLM.from_config(config)     # on the meta device
         for layer in model.model.layers:
@@ -60,33 +60,37 @@ def load_hf(
         model.to_empty(device="cuda")
         load_hf(model, "Qwen/Qwen3-30B-A3B")                 # a local snapshot of it
 
-    Each rank reads only the bytes of its own shards; no rank ever holds a full tensor, and there is
-    no communication. Floats are cast to the parameters' dtype; fp8 and mxfp4 weights are
-    dequantised. Buffers that are not in the state dict (such as rotary frequencies) are left as
-    they are.
+    The directory may come from `HFDualWriter` or from a hub. Each rank reads only the bytes of its
+    own shards; no rank ever holds a full tensor, and there is no communication. Floats are cast to
+    the dtype of the parameters; fp8 and mxfp4 weights are dequantised. Buffers that are not in the
+    state dict, such as rotary frequencies, keep their values.
 
     Args:
-        model_or_state_dict: A model, or its state dict: DTensors with any placements, or plain
-            tensors that a spec declares to be shards, or that are whole.
-        path: The directory, one of its files, or a checkpoint that has it as `hf`; a local path or
-            an fsspec URL.
-        specs: How runtime tensors stand for HuggingFace tensors. `None` asks transformers if the
-            model is one of its own, else names are the same.
-        strict: Refuse names that are only on one side, but for those that the model says it does
-            without (as transformers' models do) and for buffers that are not in its state dict.
+        model_or_state_dict: A model or its state dict. Each tensor is a DTensor with any
+            placements, a plain tensor that its spec declares to be a shard, or a whole tensor.
+        path: The directory, one of its files (weights or index), or a checkpoint that contains the
+            directory; a local path or an fsspec URL.
+        specs: How runtime tensors map to HuggingFace tensors. `None` derives the specs of a
+            transformers model; for any other model, it means that the names are the same.
+        strict: Refuse names that only the model or only the directory has. Two kinds of names are
+            allowed: those that the model declares optional, as transformers models do, and buffers
+            that are not in the state dict of the model.
         key: Entry of the state dict that holds the model; `None` finds it as `HFExport` does.
-        verify: Compare what is read with the digests of the manifest; `path` must have one.
-        storage_options: Options of an fsspec URL.
+        verify: Compare the bytes with the digests of the manifest before they are loaded; `path`
+            must have a manifest.
+        storage_options: Options for fsspec, if `path` is a URL.
 
     Returns:
-        What was left out.
+        The names that were left out.
 
     Raises:
-        MismatchError: If tensors do not fit, or with `strict` are missing or unexpected: one error
-            that lists them all, before anything is read.
-        PlanningError: If a tensor is not what its spec or its placements say.
+        ConfigError: If an option cannot be used as given, or a tensor is on the meta device.
+        MismatchError: If tensors do not fit or, with `strict`, are missing or unexpected. One error
+            lists all of them, before any weights are read.
+        PlanningError: If a tensor contradicts its spec or its placements, or if the directory is
+            quantised in a way that this package cannot read.
         ReadError: If there are no weights, or they cannot be read.
-        CorruptCheckpointError: If they are damaged, or not what they say they are.
+        CorruptCheckpointError: If files are damaged, or contradict each other.
     """
     by_name = _specs_of(model_or_state_dict, specs)
     tensors = _held(_tensors_of(model_or_state_dict, key), by_name)
@@ -106,8 +110,8 @@ def load_hf(
 
 
 _HINT = (
-    "specs=[LoadSpec(...)] say how names differ, and which are tied (alias_of); strict=False loads "
-    "what there is"
+    "if names differ or are tied, pass specs=[LoadSpec(...)], with alias_of for tied names; "
+    "strict=False loads what is there"
 )
 
 
@@ -116,7 +120,8 @@ def _tensors_of(
 ) -> dict[str, torch.Tensor]:
     """Return the tensors to load into, by their names within the model."""
     if isinstance(model_or_state_dict, torch.nn.Module):
-        # Without the prefixes of wrappers: DDP, torch.compile, activation checkpointing.
+        # This state dict lacks the prefixes of wrappers: DDP, torch.compile, activation
+        # checkpointing.
         state_dict: Mapping[str, Any] = get_model_state_dict(model_or_state_dict)
         found = {name: v for name, v in state_dict.items() if isinstance(v, torch.Tensor)}
     else:
@@ -129,7 +134,7 @@ def _tensors_of(
         raise ConfigError(
             "tensors on the meta device have no memory to load into",
             found=f"{len(on_meta)} of {len(found)}, such as {on_meta[0]!r}",
-            hint="call model.to_empty(device=...) after it is sharded",
+            hint="shard the model, then call model.to_empty(device=...)",
         )
     return found
 
@@ -150,7 +155,7 @@ def _specs_of(
 
 
 def _choose(source: HFSource, tensors: Mapping[str, _Held]) -> tuple[list[str], Findings]:
-    """Choose one name for each memory, and say what does not fit."""
+    """Choose one name for each memory, because tied tensors share it; find what does not fit."""
     chosen: dict[Any, str] = {}
     missing: dict[str, Any] = {}
     taken: set[str] = set()
@@ -174,7 +179,7 @@ def _choose(source: HFSource, tensors: Mapping[str, _Held]) -> tuple[list[str], 
 
 
 def _without_expected(findings: Findings, model: object) -> Findings:
-    """Drop what a model says it does without, and buffers that it makes itself.
+    """Drop names that a model declares optional, and buffers that it creates itself.
 
     Source:
         transformers, `PreTrainedModel._adjust_missing_and_unexpected_keys`.
@@ -184,7 +189,7 @@ def _without_expected(findings: Findings, model: object) -> Findings:
     buffers = {name for name, _ in model.named_buffers()}
     unexpected = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
     if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
-        # Of each layer once; one of the model since.
+        # Old checkpoints hold this buffer once per layer. New models have it only once.
         unexpected.append(r"rotary_emb\.inv_freq")
     missing = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
     return replace(
@@ -204,10 +209,10 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Held:
-    """What this rank holds of one tensor of the model."""
+    """The parts of one tensor of the model that this rank holds."""
 
     tensor: torch.Tensor
-    """As the state dict has it."""
+    """The tensor in the state dict."""
     shape: Shape
     """Shape of the whole tensor."""
     parts: tuple[tuple[Box, torch.Tensor], ...]
@@ -233,7 +238,7 @@ def _held(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, LoadSpec]) ->
 
 
 def _placed(name: str, tensor: DTensor) -> Iterator[tuple[Box, torch.Tensor]]:
-    """Yield the one block of a DTensor that this rank holds, if it holds one."""
+    """Yield the block of a DTensor that this rank holds, if it holds any."""
     coordinate = tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return
@@ -242,11 +247,11 @@ def _placed(name: str, tensor: DTensor) -> Iterator[tuple[Box, torch.Tensor]]:
     blocks = blocks_of(tuple(tensor.shape), shards)
     if local.numel() != sum(block.global_box.numel for block in blocks) or len(blocks) > 1:
         raise PlanningError(
-            "a rank holds another part of a tensor than its placements say",
+            "a rank's part of a tensor does not match its placements",
             phase="plan",
             fqn=name,
-            expected=[block.global_box.sizes for block in blocks],
-            found=f"shape {list(local.shape)}",
+            expected=f"blocks of shapes {[list(block.global_box.sizes) for block in blocks]}",
+            found=f"one local tensor of shape {list(local.shape)}",
         )
     for block in blocks:
         yield block.global_box, local

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer.formats.stored_once_places import StoredOnce, StoredPart
+from dcp_hf_writer.formats.weights_once_places import StoredOnce, StoredPart
 from dcp_hf_writer.plan.regions import chunk_regions, needs_cast
 from dcp_hf_writer.tensors.boxes import Box, Shape, tiling_fault
 from dcp_hf_writer.tensors.strided_copies import Copy, coverage_fault, runtime_box, runtime_loops

@@ -11,8 +11,8 @@ from dataclasses import replace
 
 import pytest
 
-from dcp_hf_writer.save import save_owner
-from dcp_hf_writer.save.save_owner import (
+from dcp_hf_writer.save import owner_process
+from dcp_hf_writer.save.owner_process import (
     Owner,
     is_abandoned,
     is_over_here,
@@ -52,7 +52,7 @@ def started(code: str = "import sys; sys.stdin.read()") -> subprocess.Popen[byte
 
 
 def owner_of(process: subprocess.Popen[bytes]) -> Owner:
-    return replace(Owner.me(), pid=process.pid, started=save_owner._started(process.pid)[1])
+    return replace(Owner.me(), pid=process.pid, started=owner_process._started(process.pid)[1])
 
 
 def test_process_is_dead_once_it_is_killed_also_while_nobody_waited_for_it() -> None:

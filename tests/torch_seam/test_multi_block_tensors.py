@@ -21,9 +21,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dcp_hf_writer.errors import ConfigError, PlanningError
 from dcp_hf_writer.mapping.load_spec import LoadSpec
-from dcp_hf_writer.save.tensor_source import row_major_bytes
+from dcp_hf_writer.save.tensor_bytes import row_major_bytes
 from dcp_hf_writer.tensors.shards import ShardSpec, blocks_of, local_shape, shards_of
-from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
+from dcp_hf_writer.torch_seam.multi_block_tensors import blocked_tensors
 from dcp_hf_writer.torch_seam.planners import HFLoadPlanner, HFSavePlanner
 from support.expert_layouts import cut
 from support.rank_tensors import tensor

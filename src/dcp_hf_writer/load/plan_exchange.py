@@ -1,6 +1,6 @@
-"""Which bytes several ranks want, and which of them reads each.
+"""Find the bytes that several ranks need, and choose the rank that reads them.
 
-Pure. Every rank computes the same from what all of them want.
+Pure. Every rank computes the same result, because each has the needs of all ranks as input.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.load.read_plan import Read
 
 Wanted = dict[str, list[tuple[int, int]]]
-"""Ranges of bytes, `(start, stop)`, by file; each lies in one piece of memory."""
+"""Byte ranges `(start, stop)` that a rank needs, by file; each goes to one piece of memory."""
 
 ROUND_NBYTES = 32 << 20
 """Bytes that the ranks exchange before they wait for one another."""
@@ -25,7 +25,7 @@ ROUND_NBYTES = 32 << 20
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Consecutive bytes that several ranks want, each in one piece of memory."""
+    """Consecutive bytes that several ranks need; on each rank they go to one piece of memory."""
 
     file: str
     """Name of the file."""
@@ -34,9 +34,9 @@ class Segment:
     stop: int
     """One past the last byte."""
     ranks: tuple[int, ...]
-    """Who wants them; ascending."""
+    """The ranks that need the bytes; ascending."""
     reader: int
-    """Which of them reads the bytes, and sends them to the others."""
+    """The one of `ranks` that reads the bytes and sends them to the others."""
 
     @property
     def nbytes(self) -> int:
@@ -45,7 +45,7 @@ class Segment:
 
 
 def wanted_of(reads: Iterable[Read]) -> Wanted:
-    """Return what a rank wants; not what it would read because it lies in between."""
+    """Return the byte ranges that a rank needs, without the gaps that its reads include."""
     found: Wanted = {}
     for read in reads:
         start = read.start
@@ -57,14 +57,15 @@ def wanted_of(reads: Iterable[Read]) -> Wanted:
 
 
 def shared_segments(wanted: Sequence[Mapping[str, Sequence[tuple[int, int]]]]) -> list[Segment]:
-    """Find what more than one rank wants, and share the reading out.
+    """Find the bytes that several ranks need, and divide the reading among these ranks.
 
     Args:
-        wanted: Of each rank, by rank.
+        wanted: The byte ranges that each rank needs, by rank.
 
     Returns:
-        Segments by file, ascending and apart; no range that a rank wants begins or ends within one.
-        Each is read by the one of its ranks that has the least to read so far.
+        Disjoint segments, ascending by file and position. No range that a rank needs begins or ends
+        inside a segment. The reader of a segment is the one of its ranks that has the fewest bytes
+        to read so far.
     """
     load = [0] * len(wanted)
     found = []
@@ -83,7 +84,7 @@ def shared_segments(wanted: Sequence[Mapping[str, Sequence[tuple[int, int]]]]) -
 def _cut(
     ranges: Sequence[Sequence[tuple[int, int]]],
 ) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """Yield the pieces between borders of ranges, with the ranks that want each."""
+    """Cut the ranges wherever one begins or ends; yield each piece with the ranks that need it."""
     events = sorted(
         event
         for rank, of_rank in enumerate(ranges)
@@ -103,7 +104,7 @@ def _cut(
 
 
 def rounds(segments: Sequence[Segment]) -> Iterator[list[Segment]]:
-    """Yield segments in groups that the ranks exchange at a time."""
+    """Yield the segments of each round: at most `ROUND_NBYTES`, or one larger segment."""
     group: list[Segment] = []
     nbytes = 0
     for segment in segments:

@@ -23,7 +23,13 @@ from torch.distributed.tensor import DTensor
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.mapping.spec_match import match_specs
 from dcp_hf_writer.tensors.boxes import Box, Shape
-from dcp_hf_writer.tensors.shards import Block, blocks_of, local_shape, shards_of
+from dcp_hf_writer.tensors.shards import (
+    Block,
+    blocks_of,
+    check_no_shard_attributes,
+    local_shape,
+    shards_of,
+)
 from dcp_hf_writer.torch_seam.dtensor import is_strided, local_of
 
 if TYPE_CHECKING:
@@ -111,9 +117,11 @@ def blocked_tensors(
         key: Entry that holds the model, as `HFExport` takes it.
 
     Raises:
-        PlanningError: If a tensor is not what its spec or its placements say.
+        PlanningError: If a tensor is not what its spec or its placements say, or has shard
+            attributes.
     """
     tensors = {fqn: value for fqn, value in state_dict.items() if isinstance(value, torch.Tensor)}
+    check_no_shard_attributes(tensors)
     matches: dict[str, Match] = {}
     if any(spec.shards for spec in specs.values()):
         paths = {fqn: tuple(mappings.get(fqn, (fqn,))) for fqn in tensors}

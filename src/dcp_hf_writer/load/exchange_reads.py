@@ -1,8 +1,9 @@
-"""Read what several ranks want once, and pass it on: where storage is slower than the network.
+"""Let one rank read the bytes that several ranks need, and send them to the others.
 
-The ranks go through the shared bytes in rounds of bounded size. Of each segment one rank reads into
-its own memory and sends from there; the others receive into theirs. What only one rank wants, it
-reads as without an exchange.
+This pays if storage is slower than the network. The ranks go through the shared bytes in rounds
+of bounded size. One rank reads each segment into its own memory and sends it from there. The other
+ranks receive the segment into their memory. If only one rank needs some bytes, that rank reads them
+as without an exchange.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from dcp_hf_writer.errors import CheckpointError, ReadError
-from dcp_hf_writer.load.exchange_plan import rounds, shared_segments, wanted_of
+from dcp_hf_writer.load.plan_exchange import rounds, shared_segments, wanted_of
 from dcp_hf_writer.load.read_phase import Landing, run_reads
 
 if TYPE_CHECKING:
@@ -23,39 +24,42 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-    from dcp_hf_writer.load.exchange_plan import Segment
+    from dcp_hf_writer.load.plan_exchange import Segment
     from dcp_hf_writer.load.read_phase import Buffer
     from dcp_hf_writer.load.read_plan import Read
     from dcp_hf_writer.storage.open_inputs import OpenInputs
 
 
 class Reading:
-    """The reading of one load: on its own, or together with the other ranks of a group.
+    """Runs the reads of one load: alone, or together with the other ranks of a group.
 
-    A context manager around all of what a rank does up to there, so that the others are told if it
-    fails before it comes to it, and do not wait.
+    A context manager. Enter it before the first step that can fail. If this rank fails before it
+    calls `run`, leaving the context tells the other ranks; otherwise they would wait for it.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
-        """Read with the ranks of `group`, which takes tensors on the CPU; `None` is alone."""
+        """Read with the ranks of `group`, whose backend must send CPU tensors; `None` is alone."""
         self._group = group
         self._is_known = group is None
 
     def run(
         self, inputs: OpenInputs, reads: Sequence[Read], targets: Sequence[torch.Tensor]
     ) -> list[int]:
-        """Run reads as `run_reads` does, each byte by one rank; all ranks of the group call this.
+        """Run reads as `run_reads` does, but read each byte on one rank only.
+
+        A collective: all ranks of the group call it.
 
         Args:
-            inputs: The files; of the same names on every rank.
-            reads: As planned on this rank.
+            inputs: The files; every rank must give them the same names.
+            reads: The reads that this rank planned.
             targets: The tensors in memory, by number.
 
         Returns:
-            Numbers of what was to be compared and differs.
+            The number of each `Expected` whose bytes differ from the file.
 
         Raises:
-            ReadError: If a rank could not read: on every rank, naming that one.
+            ReadError: If another rank could not read; names that rank and its error.
+            CheckpointError: If this rank could not read.
         """
         if self._group is None:
             return run_reads(inputs, reads, targets)
@@ -72,7 +76,7 @@ class Reading:
         return differing
 
     def _tell(self, what: Any) -> list[Any]:
-        """Tell the other ranks something, and raise if one of them has failed."""
+        """Exchange one value with the other ranks; raise if one of them sends an error."""
         told: list[Any] = [None] * dist.get_world_size(self._group)
         self._is_known = True
         dist.all_gather_object(told, what, group=self._group)
@@ -81,7 +85,7 @@ class Reading:
         for rank, found in enumerate(told):
             if isinstance(found, BaseException):
                 raise ReadError(
-                    "another rank of the exchange has failed",
+                    "another rank of the exchange failed",
                     phase="read",
                     path=getattr(found, "path", None),
                     found=f"on rank {rank} of the group: {found}",
@@ -103,15 +107,15 @@ class _Filling:
 
     read: Read
     segments: list[Segment]
-    """What others want of it too; ascending and apart."""
+    """The segments of it that other ranks need too; ascending and disjoint."""
     left: int
-    """How many of them have not come."""
+    """Number of segments that have not arrived yet."""
     buffer: Buffer
     memory: list[memoryview]
-    """Of each part."""
+    """The memory of each part of the read."""
 
     def at(self, start: int, stop: int) -> memoryview:
-        """Return the memory of a range that lies within one part."""
+        """Return the memory of a byte range of the file that lies within one part."""
         reached = self.read.start
         for part, memory in zip(self.read.parts, self.memory, strict=True):
             if start < reached + part.nbytes:
@@ -120,7 +124,7 @@ class _Filling:
         raise AssertionError
 
     def alone(self) -> Iterator[tuple[int, memoryview]]:
-        """Yield what nobody else wants: first byte, and memory."""
+        """Yield the ranges that only this rank needs: first byte in the file, and memory."""
         reached = self.read.start
         for start, stop in wanted_of([self.read])[self.read.file]:
             reached = start
@@ -150,7 +154,7 @@ class _Exchange:
         own = [segment for segment in segments if self._rank in segment.ranks]
         per_read = [(read, _within(read, own)) for read in reads]
         self.others = [read for read, found in per_read if not found]
-        """Reads of which no other rank wants anything."""
+        """Reads that share no bytes with another rank."""
         self._users: dict[Segment, list[int]] = {}
         self._shared = [one for one in per_read if one[1]]
         for number, (_, found) in enumerate(self._shared):
@@ -161,15 +165,15 @@ class _Exchange:
 
     @property
     def differing(self) -> list[int]:
-        """Numbers of what was compared and differs."""
+        """The number of each `Expected` whose bytes differ from the file."""
         return self._landing.differing
 
     def run(self) -> None:
         """Exchange all segments, in the same rounds on every rank.
 
         Raises:
-            CheckpointError: If this rank could not read; it has sent something nevertheless, since
-                the others wait for it.
+            CheckpointError: If this rank could not read. It has sent its memory nevertheless,
+                because the other ranks wait for it.
         """
         tag = 0
         for group in rounds(self._segments):
@@ -179,7 +183,7 @@ class _Exchange:
                 if self._rank in segment.ranks
             ]
             tag += len(group)
-            # What comes must find its place before anybody waits for having sent it.
+            # Post all receives before any wait: a send may complete only when its receive exists.
             pending = [
                 w for n, s in numbered if s.reader != self._rank for w in self._receive(s, n)
             ]
@@ -210,7 +214,7 @@ class _Exchange:
         return [work for work in sent if work is not None]
 
     def _memory(self, segment: Segment) -> list[memoryview]:
-        """Return every place of this rank where a segment belongs."""
+        """Return all memory of this rank that a segment goes to."""
         fillings = [self._filling(number) for number in self._users[segment]]
         return [filling.at(segment.start, segment.stop) for filling in fillings]
 
@@ -235,7 +239,7 @@ class _Exchange:
                 self._finish(self._open.pop(number))
 
     def _finish(self, filling: _Filling) -> None:
-        """Read what is left of a read, and bring all of it in place."""
+        """Read the bytes that only this rank needs, then copy the whole read to its targets."""
         try:
             with self._inputs.use(filling.read.file) as file:
                 for start, memory in filling.alone():
@@ -248,7 +252,7 @@ class _Exchange:
 
 
 def _within(read: Read, segments: Sequence[Segment]) -> list[Segment]:
-    """Return the segments that a read wants; ascending, as the segments are."""
+    """Return the segments that a read needs; they are ascending, as `segments` must be."""
     first = bisect.bisect_left(segments, (read.file, read.start), key=lambda s: (s.file, s.start))
     stop = bisect.bisect_left(
         segments, (read.file, read.start + read.nbytes), key=lambda s: (s.file, s.start)
