@@ -122,10 +122,12 @@ def check_samples(samples: Sequence[bytes], plans: Iterable[SavePlan]) -> None:
     found = " and ".join(
         f"one on ranks {some_ranks(group)}" for group in list(alike.values())[:_SHOWN]
     )
-    _say(_fqn_of(int(rows["name"][worst]), plans), found, is_drift=bool(distance[worst] <= _DRIFT))
+    _refuse_or_warn(
+        _fqn_of(int(rows["name"][worst]), plans), found, is_drift=bool(distance[worst] <= _DRIFT)
+    )
 
 
-def _say(fqn: str | None, found: str, *, is_drift: bool) -> None:
+def _refuse_or_warn(fqn: str | None, found: str, *, is_drift: bool) -> None:
     global _is_warned  # noqa: PLW0603
     if not is_drift:
         raise PlanningError(
