@@ -28,7 +28,7 @@ def begin_save(target: str, *, timeout_s: float, give_back: Callable[[], None]) 
     Args:
         target: Path of the checkpoint.
         timeout_s: Seconds from now to the deadline, if staging did not set one.
-        give_back: Releases the staged copy if the save is refused.
+        give_back: Releases what was staged if the save or its staged copy cannot be found.
 
     Raises:
         UnsupportedTorchError: If the save is asynchronous, and its future cannot be found.
