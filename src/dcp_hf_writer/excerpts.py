@@ -25,7 +25,7 @@ def some_of(texts: Iterable[str], *, most: int, separator: str = ", ") -> str:
 
 
 def some_ranks(ranks: Iterable[int]) -> str:
-    """Return the first ranks in ascending order: `[0, 1, 2]`, or `[0, 1, ...]` if there are more."""
+    """Return the lowest ranks in order, such as `[0, 1]`; `...` at the end stands for the rest."""
     every = sorted(ranks)
     shown = ", ".join(map(str, every[:_RANKS]))
     return f"[{shown}, ...]" if len(every) > _RANKS else f"[{shown}]"

@@ -98,7 +98,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             path: Directory of the checkpoint. It must not exist, unless `overwrite` is set.
             export: Options of the HuggingFace half; `None` writes the DCP half only.
             weights: `"both"` stores the weights in both halves. `"once"` stores a weight only in
-                the export if its bytes there equal those of the state dict; `HFDualReader` reads it.
+                the export if its bytes are the same there; `HFDualReader` reads such a checkpoint.
             staging: `"blocking"` returns from `async_save` when everything is copied. `"overlap"`
                 copies during the next forward and backward, and needs `guard(optimizer)`.
             overwrite: Replace an existing checkpoint, in the step that publishes the new one.
@@ -481,7 +481,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         return attempt.global_plan
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle for a checkpointer process: carry the files of the export instead of its objects."""
+        """Pickle for a checkpointer process, with the export's files instead of its objects."""
         state = dict(self.__dict__)
         read = None if self.export is None else export_assets.known(self.export)
         if self.export is not None and read is not None:
