@@ -75,7 +75,7 @@ class PlanCache:
             raise _unknown_cache()
 
     def settle_plan(self, plan: GlobalPlan | None) -> None:
-        """Note that this rank has written its part. Only the coordinator passes the global `plan`."""
+        """Note that this rank has written its part; `plan` is `None` except on the coordinator."""
         self._is_settled = True
         if plan is not None:
             cached = (torch_cache("_cached_global_plan") or {}).values()
