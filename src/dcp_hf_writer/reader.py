@@ -217,13 +217,14 @@ class HFDualReader(StorageReader):
         Raises:
             CheckpointError: If an item cannot be read, or must not be loaded.
         """
+        load = self._current()
         if self._torch_load().planner is not planner:
             raise other_planner("load")
         items = getattr(self._thread, "items", None)
         if items is not None:
             plan = replace(plan, items=items)
         try:
-            self._current().read(plan, planner)
+            load.read(plan, planner)
         finally:
             self._forget()
         future: Future[None] = Future()
