@@ -64,7 +64,7 @@ class HFDualWriter(StorageWriter, SlabStager):
 
         future = dcp.async_save(state_dict, storage_writer=HFDualWriter("ckpt/step-100"))
 
-    This save makes `ckpt/step-100`, which `dcp.load` reads, and `ckpt/step-100/hf`, which
+    The save makes `ckpt/step-100`, which `dcp.load` reads, and `ckpt/step-100/hf`, which
     `from_pretrained` reads. If the save fails, neither becomes visible; if only the export fails,
     see `on_export_error`. Each rank writes its own slices of the final files.
 

@@ -42,9 +42,9 @@ class HFSavePlanner(DefaultSavePlanner):
 
     A spec also applies to the parameter's optimizer state, `[...].state.<name>.<what>`, and to its
     copies in other entries. They are cut in the same way if they have the parameter's local shape.
-    Tensors of one element stay whole. Any other shape is refused, unless a spec names that tensor
-    by its full dotted path. The keys of optimizer state must be FQNs, as in
-    `get_optimizer_state_dict`.
+    They are whole if they have its `global_shape` or at most one element. Any other shape is
+    refused, unless a spec names that tensor by its full dotted path. The keys of optimizer state
+    must be FQNs, as in `get_optimizer_state_dict`.
     """
 
     def __init__(self, specs: Specs | None = (), *, key: str | None = None, **options: Any) -> None:
