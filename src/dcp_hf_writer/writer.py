@@ -492,7 +492,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Unpickle in a checkpointer process, whose default process group is that of the save."""
+        """Unpickle in a checkpointer process, which saves with its default process group."""
         assets = state.pop("_assets", None)
         self.__dict__.update(state)
         if self.export is not None and assets is not None:

@@ -13,5 +13,5 @@ from torch.distributed.checkpoint.utils import _DistWrapper
 
 
 def steps_of(group: dist.ProcessGroup | None) -> _DistWrapper:
-    """Return a runner for `group`, coordinated by its rank 0; for one process without ranks."""
+    """Return a runner for `group` (its rank 0 coordinates), or for this process if it is alone."""
     return _DistWrapper(group, dist.is_available() and dist.is_initialized(), 0)
