@@ -1,4 +1,4 @@
-"""Save a PyTorch training run for resuming and for serving, in one asynchronous step."""
+"""Save a PyTorch training run in one asynchronous step, both to resume it and to serve it."""
 
 from dcp_hf_writer import errors
 from dcp_hf_writer.check.materialize import materialize

@@ -228,7 +228,7 @@ def test_a_spec_that_is_wrong_on_one_rank_is_refused_on_all(
     error = refusal(saved, "wrong spec")
     assert isinstance(error, PlanningError)
     assert error.fqn == "model.x"
-    assert "shape [3, 2], of the [9, 2] of 'x'" in str(error.expected)
+    assert "shape [3, 2]: a shard of 'x', whose shape is [9, 2]" in str(error.expected)
 
 
 def test_different_tensors_are_refused_when_the_plan_is_that_of_the_save_before(

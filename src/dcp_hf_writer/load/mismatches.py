@@ -1,4 +1,4 @@
-"""Find every tensor that a planner loads and a checkpoint lacks, or holds in another shape.
+"""Find every tensor to load that the checkpoint lacks or holds in another shape.
 
 torch's planners stop at the first tensor that does not fit.
 """
@@ -46,12 +46,12 @@ def misfits(
     Args:
         planner: The planner.
         given: The nested state dict that it was set up with.
-        metadata: Of what is there.
+        metadata: Metadata of the checkpoint.
 
     Returns:
-        The missing FQNs, none if the planner allows missing ones; and the reason why a tensor does
-        not fit, by FQN. A planner that does not show its state dict may rename: it is left to that
-        planner to find what is missing.
+        The missing FQNs, and the reason why a tensor does not fit, by FQN. No FQN counts as missing
+        if the planner allows missing tensors. A planner that does not show its state dict may
+        rename tensors, so only that planner can find the missing ones.
     """
     wanted, there = loaded_values(planner, given), metadata.state_dict_metadata
     missing = [fqn for fqn in wanted if fqn not in there]
@@ -109,14 +109,14 @@ def check_blocks(
     A rank may hold several blocks of a tensor. torch's planner plans them as one block.
 
     Args:
-        plan: What the planner made on this rank.
+        plan: The plan that the planner made on this rank.
         planner: The planner.
         given: The nested state dict that it was set up with.
-        specs: Specs by name, which declare shards.
-        key: Entry that holds the model, as `HFDualReader` takes it.
+        specs: Specs by name; they declare which tensors are shards.
+        key: Entry that holds the model, as in `HFDualReader`.
 
     Raises:
-        PlanningError: If the plan joins blocks; names the tensor, and the planner to use.
+        PlanningError: If the plan joins blocks; it names the tensor and the planner to use.
     """
     flat, mappings = getattr(planner, "state_dict", None), getattr(planner, "mappings", {})
     if not isinstance(flat, dict):

@@ -1,4 +1,4 @@
-"""The tensors of a nested state dict, and the names that DCP gives them.
+"""Find the tensors of a nested state dict, and give them the FQNs that DCP gives them.
 
 Pure. This module does not call torch's `flatten_state_dict`. That function is private, and it reads
 a module variable that a planner in another thread may change for a moment.
@@ -29,7 +29,7 @@ def walk_tensors(
 
     Args:
         state_dict: A nested state dict.
-        into_tuples: Whether to look into tuples too. DCP does not: a tuple is one value to it.
+        into_tuples: Whether to search tuples too. DCP does not: it saves a tuple as one value.
     """
     found: list[tuple[Path, torch.Tensor]] = []
     _visit(state_dict, (), (list, tuple) if into_tuples else (list,), found)

@@ -1,4 +1,4 @@
-"""What ranks tell one another before they stream: so that all do the same, or raise the same."""
+"""Exchange facts between ranks before they stream, so that all do or raise the same."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ class Facts:
     """What one rank tells the others."""
 
     fingerprint: str
-    """Of all that must be equal on every rank."""
+    """Fingerprint of everything that must be equal on all ranks."""
     tied: tuple[tuple[str, ...], ...]
-    """Groups of FQNs whose tensors are the same memory."""
+    """Groups of FQNs whose tensors have the same memory."""
     cuts: Mapping[str, tuple[ShardSpec, ...]]
-    """How its part of each tensor that is sharded by hand was cut, by FQN."""
+    """The cuts that made this rank's shard of each tensor that is sharded by hand, by FQN."""
     error: CheckpointError | None
-    """Why it cannot take part."""
+    """Why this rank cannot take part; `None` if it can."""
 
 
 def exchange(own: _Told, groups: Iterable[ProcessGroup]) -> dict[int, _Told]:
-    """Return what each rank tells, by global rank; a collective over each group in turn.
+    """Gather one value from each rank, by global rank. Runs one collective in each group in turn.
 
-    What is learned in one group is told in the next, so that it reaches all ranks of a mesh.
+    A rank passes on in the next group what it got in the last one, so that every value reaches all
+    ranks of a mesh.
     """
     known = {dist.get_rank() if dist.is_initialized() else 0: own}
     for group in groups:
@@ -49,10 +50,10 @@ def exchange(own: _Told, groups: Iterable[ProcessGroup]) -> dict[int, _Told]:
 
 
 def raise_first(errors: Mapping[int, CheckpointError | None]) -> None:
-    """Raise the error of the lowest rank that has one, the same on all ranks.
+    """Raise the error of the lowest rank that has one, so that all ranks raise the same error.
 
     Raises:
-        CheckpointError: As that rank met it, naming the rank.
+        CheckpointError: The error of that rank; it names the rank.
     """
     for rank, error in errors.items():
         if error is not None:
@@ -61,19 +62,19 @@ def raise_first(errors: Mapping[int, CheckpointError | None]) -> None:
 
 
 def check_alike(facts: Mapping[int, Facts]) -> None:
-    """Check that all ranks were given the same.
+    """Check that all ranks stream the same tensors with the same options.
 
     Raises:
-        PlanningError: Naming the ranks that differ.
+        PlanningError: If they do not; names the ranks that differ.
     """
     ranks: dict[str, list[int]] = {}
     for rank, fact in facts.items():
         ranks.setdefault(fact.fingerprint, []).append(rank)
     if len(ranks) > 1:
-        shown = " and ".join(f"one on ranks {some_ranks(some)}" for some in ranks.values())
+        shown = " and ".join(f"one set on ranks {some_ranks(some)}" for some in ranks.values())
         raise PlanningError(
-            "ranks that share a mesh were asked to stream different things",
+            "ranks of one mesh were called to stream different tensors or options",
             phase="plan",
-            expected="equal names, shapes, dtypes, placements, specs and options",
+            expected="equal names, shapes, dtypes, placements, specs and options on all ranks",
             found=shown,
         )

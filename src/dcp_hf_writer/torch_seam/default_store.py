@@ -1,10 +1,10 @@
-"""The key-value store that the ranks of a process group have in common.
+"""Find the key-value store that all ranks of the default process group share.
 
-Mechanism: `torch.distributed.distributed_c10d._get_default_store`. torch has no public name for the
-store that `init_process_group` was given, or made itself.
+Mechanism: `torch.distributed.distributed_c10d._get_default_store`. `init_process_group` gets or
+makes this store. torch has no public function that returns it.
 
-Looked at: torch 2.9 to 2.13. When torch changes: `default_store` raises, and with it every save of
-several ranks.
+Looked at: torch 2.9 to 2.13. When torch changes: `default_store` raises, so every save of several
+ranks fails.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def default_store() -> Any:
     """Return the store of the default process group, which must be initialised.
 
     Raises:
-        UnsupportedTorchError: If torch does not give it.
+        UnsupportedTorchError: If torch no longer has `_get_default_store`.
     """
     find = getattr(distributed_c10d, "_get_default_store", None)
     if find is None:

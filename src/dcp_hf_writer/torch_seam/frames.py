@@ -1,17 +1,17 @@
-"""What torch holds while it saves or loads, and does not hand to a storage writer or reader.
+"""Find the planner and the state dict of a save or load in the frames of torch's functions.
 
-The checks against silent loss need the planner and the state dict before the global plan is made,
-and the end of a synchronous save needs an object that goes with it. torch gives a writer the
-planner in `write_data` only.
+torch passes the planner to a storage writer only in `write_data`, and the state dict never. The
+checks against silent data loss need both before the global plan is made. A synchronous save also
+needs an object that torch drops when the save ends, so that its resources can be given back.
 
-Mechanism: the locals `planner`, `state_dict` and `distW` of torch's functions `_save_state_dict`
-and `_load_state_dict` (and of `local_step` within them), found by walking up the stack. All three
-must be there, under these names and of these types, so that no frame of a user is taken for
-torch's. The writer and the reader compare the planner with the one that torch later passes to
-`write_data` and `read_data`.
+Mechanism: walk up the stack to torch's `_save_state_dict` or `_load_state_dict` (or to `local_step`
+within them), and read the local variables `planner`, `state_dict` and `distW`. A frame counts only
+if it has all three names with values of the right types, so that a frame of the user is not
+mistaken for torch's. The writer and the reader later compare this planner with the one that torch
+passes to `write_data` and `read_data`.
 
-Looked at: torch 2.9 to 2.13. When torch changes: `find_save` raises, and `find_load` returns
-`None`, which the reader refuses within a load. Nothing is saved or loaded without the checks.
+Looked at: torch 2.9 to 2.13. When torch changes: `find_save` raises. `find_load` returns `None`,
+and the reader then refuses to load. Nothing is saved or loaded without the checks.
 """
 
 from __future__ import annotations
@@ -38,42 +38,42 @@ _STATE_DICT, _PLANNER, _RANKS = "state_dict", "planner", "distW"
 
 @dataclass(frozen=True, slots=True)
 class TorchSave:
-    """What torch holds of the save that calls a writer."""
+    """The save that torch is running, as found in torch's frames."""
 
     planner: SavePlanner
-    """Its planner."""
+    """Planner of the save."""
     given: Mapping[str, Any]
-    """The nested state dict, as the planner is given it."""
+    """The nested state dict that torch gives to the planner."""
     anchor: object
     """An object that lives as long as the save."""
 
 
 @dataclass(frozen=True, slots=True)
 class TorchLoad:
-    """What torch holds of the load that calls a reader."""
+    """The load that torch is running, as found in torch's frames."""
 
     planner: LoadPlanner
-    """Its planner."""
+    """Planner of the load."""
     given: Mapping[str, Any]
-    """The nested state dict, as the planner is given it."""
+    """The nested state dict that torch gives to the planner."""
 
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A planner, and the flat state dict that it plans."""
+    """A planner, and the flat state dict that it plans to save."""
 
     planner: SavePlanner
     state_dict: Mapping[str, Any]
     """Values by FQN."""
     paths: Mapping[str, Path]
-    """Path of each value within the nested state dict, by FQN; of one not in here, its FQN."""
+    """Path of each value within the nested state dict, by FQN; without an entry, it is the FQN."""
 
     @classmethod
     def of(cls, planner: SavePlanner, given: Mapping[str, Any]) -> Planned:
-        """Take what a planner shows, or else what it was given.
+        """Take the flat state dict from a planner, or else flatten the tensors of `given`.
 
-        torch's planners show the flat state dict. Of one that does not, the tensors of the nested
-        state dict are taken, under the names that torch's planners give them.
+        torch's planners show their flat state dict as `state_dict`. For a planner that does not,
+        this method names the tensors of `given` as torch's planners would.
         """
         shown = getattr(planner, "state_dict", None)
         if isinstance(shown, Mapping):
@@ -88,17 +88,17 @@ class Planned:
 
 
 def find_save() -> TorchSave:
-    """Find the save that calls a writer, which calls this.
+    """Find the save whose writer calls this function.
 
     Raises:
-        UnsupportedTorchError: If torch is not, or not as known, among the callers.
+        UnsupportedTorchError: If no caller is torch's `_save_state_dict` with the known locals.
     """
     found = _locals_of_torch(SavePlanner)
     if found is None:
         raise unsupported_torch(
             "the planner of the save",
             phase="plan",
-            expected="torch's _save_state_dict among the callers, with a planner",
+            expected="torch's _save_state_dict on the stack, with planner, state_dict and distW",
             hint="call dcp.save or dcp.async_save, with a version of torch that this package "
             "was tested with",
         )
@@ -106,39 +106,41 @@ def find_save() -> TorchSave:
 
 
 def find_load() -> TorchLoad | None:
-    """Find the load that calls a reader, which calls this; `None` if there is none."""
+    """Find the load whose reader calls this function; return `None` if there is none."""
     found = _locals_of_torch(LoadPlanner)
     return None if found is None else TorchLoad(found[_PLANNER], found[_STATE_DICT])
 
 
 def unknown_load() -> UnsupportedTorchError:
-    """Make the error of a reader that is asked to load outside of a load that it can find."""
+    """Make the error for a reader that `find_load` found no load for."""
     return unsupported_torch(
         "the planner of the load",
         phase="plan",
-        expected="torch's _load_state_dict among the callers, with a planner",
+        expected="torch's _load_state_dict on the stack, with planner, state_dict and distW",
         hint="call dcp.load, with a version of torch that this package was tested with, or load_hf",
     )
 
 
 def other_planner(kind: str, *, rank: int | None = None) -> UnsupportedTorchError:
-    """Make the error of a save or load whose planner is not the one that the checks were made of.
+    """Make the error for a planner that differs from the planner that the checks looked at.
 
     Args:
         kind: `save` or `load`.
         rank: Rank on which it happened, if known.
     """
+    phase, step = ("write", "write_data") if kind == "save" else ("read", "read_data")
     return unsupported_torch(
-        f"the planner of the {kind} before it begins",
+        f"the planner of the {kind} in time",
         rank=rank,
-        phase="write" if kind == "save" else "read",
+        phase=phase,
         expected="the same planner in every step",
-        hint=f"pass one planner to the {kind}, and do not exchange it on the way",
+        found=f"another planner in {step}",
+        hint=f"pass one planner to the {kind}, and do not replace it during the {kind}",
     )
 
 
 def _locals_of_torch(kind: type[SavePlanner | LoadPlanner]) -> dict[str, Any] | None:
-    """Return the locals of the nearest caller that are a planner, a state dict and the ranks."""
+    """Return planner, state dict and ranks from the nearest caller that has all three as locals."""
     wanted: dict[str, type] = {_PLANNER: kind, _STATE_DICT: Mapping, _RANKS: _DistWrapper}
     frame: FrameType | None = sys._getframe(2)  # noqa: SLF001 - torch has no other way
     while frame is not None:

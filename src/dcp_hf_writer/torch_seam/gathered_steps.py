@@ -1,7 +1,7 @@
-"""Steps that all ranks of a group take together, as DCP takes those of a save.
+"""Run steps on all ranks of a group together, in the way that DCP runs the steps of a save.
 
-Mechanism: torch's `_DistWrapper`, which runs a function on each rank, gathers the results, and
-gives every rank the errors of all. A dry run plans by it as a save does.
+Mechanism: torch's `_DistWrapper` runs a function on each rank, gathers the results, and gives every
+rank the errors of all ranks. A dry run plans through it, as a save does.
 
 Looked at: torch 2.9 to 2.13, `utils.py`. When torch changes: the import fails.
 """
@@ -13,5 +13,5 @@ from torch.distributed.checkpoint.utils import _DistWrapper
 
 
 def steps_of(group: dist.ProcessGroup | None) -> _DistWrapper:
-    """Return the steps of a group, coordinated by its first rank; of this process alone without."""
+    """Return a runner for `group` (its rank 0 coordinates), or for this process if it is alone."""
     return _DistWrapper(group, dist.is_available() and dist.is_initialized(), 0)

@@ -1,8 +1,9 @@
-"""Tensors that are several blocks of a larger one, or one that DCP cannot see, as DCP takes them.
+"""Describe shards to DCP that DCP would plan wrongly: several blocks, and shards in plain tensors.
 
-DCP plans one chunk for a tensor: of a DTensor the first offset with the whole local size, of a
-plain tensor the whole of it, which it then takes for a replica of the other ranks'. A
-`BlockedTensor` stands for such a tensor while DCP plans, by the hooks that DCP has for DTensor.
+DCP plans one chunk for each tensor. For a DTensor, the chunk has the offset of the first block and
+the whole local size. For a plain tensor, the chunk is the whole tensor, and DCP treats the tensors
+of other ranks with this FQN as replicas. While DCP plans, a `BlockedTensor` replaces such a tensor.
+It implements the methods that DCP calls on a DTensor.
 """
 
 from __future__ import annotations
@@ -43,17 +44,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False, slots=True)
 class BlockedTensor:
-    """A local tensor, and the blocks of the whole one that it is made of."""
+    """A local tensor, and the blocks of the whole tensor that it holds."""
 
     local: torch.Tensor
-    """What this rank holds; shares its memory with the state dict."""
+    """The tensor that this rank holds; it shares its memory with the state dict."""
     shape: Shape
     """Shape of the whole tensor."""
     blocks: tuple[Block, ...]
-    """Its blocks; one without elements if the whole tensor has none."""
+    """Its blocks. A whole tensor without elements has one block, which is empty."""
 
     def part(self, offset: Shape | None) -> torch.Tensor:
-        """Return the block at an offset of the whole tensor, as a view of the local one.
+        """Return the block at an offset in the whole tensor, as a view of the local tensor.
 
         Raises:
             PlanningError: If this rank has no such block.
@@ -62,17 +63,17 @@ class BlockedTensor:
             if block.global_box.offsets == offset:
                 return _view(self.local, block.local_box)
         raise PlanningError(
-            "a rank is asked for a block that it does not hold",
+            "DCP requests a block that this rank does not hold",
             expected=[block.global_box.offsets for block in self.blocks],
             found=offset,
         )
 
     def size(self) -> torch.Size:
-        """Return the shape of the whole tensor; DCP compares it with that of the checkpoint."""
+        """Return the shape of the whole tensor; DCP compares it with the stored shape."""
         return torch.Size(self.shape)
 
     def __create_write_items__(self, fqn: str, _: object) -> list[WriteItem]:
-        """Return one item a block, for a `SavePlan`."""
+        """Return one item for each block, for a `SavePlan`."""
         properties = TensorProperties.create_from_tensor(self.local)
         return [
             WriteItem(
@@ -84,7 +85,7 @@ class BlockedTensor:
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        """Return one chunk a block, for a `LoadPlan`."""
+        """Return one chunk for each block, for a `LoadPlan`."""
         boxes = [block.global_box for block in self.blocks]
         return [
             ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in boxes
@@ -107,17 +108,18 @@ def blocked_tensors(
 ) -> dict[str, BlockedTensor]:
     """Find the tensors of a rank that DCP would plan wrongly, by FQN.
 
-    Those are DTensors that hold several blocks, and tensors that a spec declares to be shards, with
-    what is kept beside them (`spec_match`).
+    These are DTensors that hold several blocks, tensors that a spec declares to be shards, and the
+    optimizer state and copies of such tensors (`spec_match` finds them).
 
     Args:
         state_dict: The flat state dict.
-        mappings: Path of each value within the nested state dict; of one not in here, its FQN.
+        mappings: Path of each value within the nested state dict, by FQN; without an entry, the
+            path is the FQN.
         specs: Specs by name.
-        key: Entry that holds the model, as `HFExport` takes it.
+        key: Entry that holds the model, as in `HFExport.key`.
 
     Raises:
-        PlanningError: If a tensor is not what its spec or its placements say, or has shard
+        PlanningError: If a tensor does not fit its spec or its placements, or if it has shard
             attributes.
     """
     tensors = {fqn: value for fqn, value in state_dict.items() if isinstance(value, torch.Tensor)}
@@ -145,12 +147,12 @@ def blocked_tensors(
 
 
 def _is_placed(value: torch.Tensor, spec: LoadSpec) -> bool:
-    """Whether a tensor says itself how it is cut."""
+    """Whether a tensor is a DTensor whose placements describe the whole cut."""
     return isinstance(value, DTensor) and tuple(value.shape) == spec.global_shape
 
 
 def _of_placements(fqn: str, value: torch.Tensor) -> BlockedTensor | None:
-    # Without strides, nested cuts leave one run of each dimension: DCP gets those right.
+    # Without `_StridedShard`, a rank holds one block, and DCP plans one block correctly.
     if not isinstance(value, DTensor) or not is_strided(value):
         return None
     shards = _placed(fqn, value)
@@ -175,26 +177,27 @@ def _of_declared(
     shape = tuple(value.shape)
     if shape == own:
         return _blocked(fqn, value, spec.global_shape, shards)
-    # Whole after all, a number of the optimizer, or beside a DTensor that needs no spec.
+    # A whole tensor, one number of the optimizer, or state of a DTensor, which needs no spec.
     if shape == spec.global_shape or (
         match.is_kept_beside and (value.numel() <= 1 or not is_by_hand)
     ):
         return None
-    hint = "its ShardSpecs must say what this rank holds"
+    hint = "make the ShardSpecs of its LoadSpec describe what this rank holds"
     if match.is_kept_beside:
-        hint = f"a LoadSpec for {fqn!r} with shards of its own, or none, says what it is"
+        hint = f"add a LoadSpec for {fqn!r} with its own shards, or with none if it is whole"
     raise PlanningError(
         "a tensor is not the shard that its spec declares",
         phase="plan",
         fqn=fqn,
-        expected=f"shape {list(own)}, of the {list(spec.global_shape)} of {spec.name!r}",
+        expected=f"shape {list(own)}: a shard of {spec.name!r}, whose shape is "
+        f"{list(spec.global_shape)}",
         found=f"shape {list(value.shape)}",
         hint=hint,
     )
 
 
 def _placed(fqn: str, value: DTensor) -> tuple[ShardSpec, ...] | None:
-    """Return how a DTensor is cut; `None` if this rank is not in its mesh."""
+    """Return the cuts of a DTensor; `None` if this rank is not in its mesh."""
     coordinate = value.device_mesh.get_coordinate()
     if coordinate is None:
         return None
@@ -212,16 +215,17 @@ def _blocked(
     described = local_shape(shape, shards)
     if tuple(local.shape) != described:
         raise PlanningError(
-            "a rank holds another part of a tensor than its placements say",
+            "a local tensor does not have the shape that its placements give it",
             phase="plan",
             fqn=fqn,
             expected=f"a local tensor of shape {list(described)}",
             found=f"shape {list(local.shape)}",
-            hint="dimensions that are cut twice, by FSDP and TP, must divide evenly",
+            hint="if FSDP and TP both cut a dimension, its size must divide evenly",
         )
     blocks = blocks_of(shape, shards)
     if not math.prod(shape):
-        # Every rank plans the same one, as DCP does for replicas: its metadata names the tensor.
+        # Every rank plans the same empty block, so that the metadata lists the tensor. DCP keeps
+        # one of them, as for replicas.
         blocks = (Block(Box((0,) * len(shape), shape), Box((0,) * len(shape), shape)),)
         local = local.new_empty(shape)
     return BlockedTensor(local, shape, blocks)
