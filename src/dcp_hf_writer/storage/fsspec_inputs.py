@@ -33,6 +33,10 @@ class FsspecFiles(InputFiles):
 
     Links are the store's business: fsspec follows them, and does not say where they lead. Object
     stores have none; a local directory behind a cache (`simplecache::file://`) may have some.
+
+    `open` takes the size from a listing that fsspec has kept, where there is one: asking the store
+    again would cost a request a file. So a file that was replaced since the last listing may have
+    its old size here.
     """
 
     reads_ahead = False

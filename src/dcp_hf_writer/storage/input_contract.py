@@ -87,8 +87,8 @@ class InputFiles(ABC):
     A name is a path within the directory, with `/` between its parts. Every method that takes one
     raises `CorruptCheckpointError` if it is absolute, climbs, is empty or cannot be printed.
 
-    Nothing is kept from one call to the next: a file that another process has written is seen by
-    the next call. A file that is removed while it is open can still be read, or raises `ReadError`.
+    Every call sees the files that another process has added or removed since the last one. A file
+    that is removed while it is open can still be read, or raises `ReadError`.
     """
 
     path: str
