@@ -121,7 +121,7 @@ EXPECTED: dict[str, tuple[type[CheckpointError], str]] = {
     "names": (PlanningError, r"one on ranks \[0\] and one on ranks \[1, 2, 3\]"),
     "tied": (LayoutError, r"rank 0.*share their memory on some ranks only .*'b'"),
     "drifted": (LayoutError, r"rank 2.*declared to be tied are not equal .*'b'.*values of 'a'"),
-    "two": (LayoutError, r"two runtime tensors have one HuggingFace key .*'c'"),
+    "two": (LayoutError, r"two runtime tensors have the same HuggingFace key .*'c'"),
     "empty": (LayoutError, r"no tensors to export"),
     "ambiguous": (ModelKeyError, r"more than one entry"),
 }
