@@ -100,7 +100,10 @@ EXPECTED: dict[str, tuple[type[CheckpointError], str]] = {
     "bucket_bytes": (ConfigError, r"rank 1: bucket_bytes must be a positive size"),
     "preserve": (ConfigError, r"preserve must name .* one of \['fsdp'\]; found 'ep'"),
     "cut": (SpecError, r"cuts through .*'w'.* found elements at index 0, index 1"),
-    "shape": (SpecError, r"another shape .*'w'.* shape \[8, 6\]; found global_shape \[8, 5\]"),
+    "shape": (
+        SpecError,
+        r"the shape in a spec is not .*'w'.* shape \[8, 6\]; found global_shape \[8, 5\]",
+    ),
     "unused": (SpecError, r"specs name tensors that the model does not have.*found 'v'"),
     "partial": (PlanningError, r"'w'.*redistribute"),
     "local": (

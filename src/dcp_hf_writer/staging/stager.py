@@ -227,7 +227,7 @@ class Stager:
         return Copies(self._executor.submit(finish), host_copied, events)
 
     def _copy_small(self, pairs: list[_Pair]) -> list[Any]:
-        """Copy before anything that the caller enqueues next; return the events after the copies."""
+        """Copy before anything that the caller enqueues next; return events after the copies."""
         events = self._enqueue_cuda([pair for pair in pairs if pair[1].is_cuda])
         for event in events:
             # The device waits. The host would have to wait for every kernel queued so far.
