@@ -211,13 +211,14 @@ class HFDualReader(StorageReader):
         Raises:
             CheckpointError: If something cannot be read, or may not be.
         """
+        load = self._current()
         if self._torch_load().planner is not planner:
             raise other_planner("load")
         items = getattr(self._thread, "items", None)
         if items is not None:
             plan = replace(plan, items=items)
         try:
-            self._current().read(plan, planner)
+            load.read(plan, planner)
         finally:
             self._forget()
         future: Future[None] = Future()

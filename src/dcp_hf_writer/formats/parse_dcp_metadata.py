@@ -211,7 +211,7 @@ def _is_field(name: object) -> bool:
     return type(name) is str and name.isidentifier() and not name.startswith("__")
 
 
-# Types of the fields of a pickled `TensorProperties` since torch 2.0, in order; 2.15 adds `strides`.
+# Field types of a pickled `TensorProperties` since torch 2.0, in order; 2.15 adds `strides`.
 _PROPERTIES = (torch.dtype, torch.layout, bool, _MEM_FORMAT_ENCODING, bool)
 
 # Number of fields that this version of torch has; its `__setstate__` refuses more.

@@ -33,6 +33,10 @@ class FsspecFiles(InputFiles):
 
     Links are not checked: fsspec follows them, and does not report where they lead. Object stores
     have no links, but a local directory behind a cache (`simplecache::file://`) may have some.
+
+    `open` takes the size of a file from a listing that fsspec has cached, if there is one. Asking
+    the store again would cost one request per file. So if a file was replaced after the listing,
+    `open` may report its old size.
     """
 
     reads_ahead = False

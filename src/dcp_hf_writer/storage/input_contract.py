@@ -88,8 +88,8 @@ class InputFiles(ABC):
     name raises `CorruptCheckpointError` if it is absolute, has a part `.` or `..`, is empty, or has
     unprintable characters.
 
-    No method caches: the next call sees a file that another process has just written. If an open
-    file is removed, reads from it either still work or raise `ReadError`.
+    Every call sees the files that another process has added or removed since the last call. If an
+    open file is removed, reads from it either still work or raise `ReadError`.
     """
 
     path: str
