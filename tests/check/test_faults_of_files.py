@@ -458,7 +458,7 @@ def test_d5_path_in_the_manifest_that_leads_elsewhere_is_refused(copy: Path, nam
         hostile = json.loads(json.dumps(fields))
         change(hostile)
         put_manifest(copy, hostile)
-        assert "what cannot be" in whats(verify(copy), MANIFEST_NAME)
+        assert "the manifest holds an invalid value" in whats(verify(copy), MANIFEST_NAME)
         for source in SOURCES:
             assert isinstance(load(copy, source), CorruptCheckpointError)
         assert outside(copy, lambda: (verify(copy), load(copy, "hf"))) == []

@@ -378,7 +378,7 @@ def test_dcp_half_alone_is_explained(tmp_path: Path) -> None:
 
 def test_what_the_save_refuses_the_dry_run_refuses(tmp_path: Path) -> None:
     wrong = HFExport(specs=[LoadSpec("a", "b", (3,))])
-    with pytest.raises(PlanningError, match="another shape"):
+    with pytest.raises(PlanningError, match="shape in a spec is not the shape of its tensor"):
         HFDualWriter(tmp_path / "s", export=wrong).explain({"a": torch.zeros(2)})
     with pytest.raises(ConfigError, match="like must be"):
         HFDualWriter(tmp_path / "s", export=HFExport(like=tmp_path / "none")).explain(

@@ -217,19 +217,19 @@ def test_lease_that_was_given_back_or_taken_up_is_refused_to_another_save(pool: 
     assert lease.is_pending
     lease.take_up()
     assert not lease.is_pending
-    with pytest.raises(StagingError, match="given back, or saved"):
+    with pytest.raises(StagingError, match="released or already saved"):
         lease.take_up()
     lease.release()
     again = acquire(pool, 100)
     again.release()
-    with pytest.raises(StagingError, match="given back, or saved"):
+    with pytest.raises(StagingError, match="released or already saved"):
         again.take_up()
 
 
 def test_memory_in_the_slab_belongs_to_the_latest_lease(pool: SlabPool) -> None:
     lease, foreign = acquire(pool, 100), torch.zeros(3).data_ptr()
     inside = lease.slab.tensor(64, torch.uint8, (1,)).data_ptr()
-    with pytest.raises(StagingError, match="given back, or saved"):
+    with pytest.raises(StagingError, match="released or already saved"):
         pool.handover_over([foreign, inside])
     lease.handover = Handover(7.0, StagedInfo({}, 0, 0.0, 0.0))
     assert pool.handover_over([foreign, inside]) == (lease.handover, lease)

@@ -209,7 +209,7 @@ def answers(monkeypatch: pytest.MonkeyPatch) -> type[Answers]:
         (FileNotFoundError("dir/a"), errno.ENOENT, "is this the path of a checkpoint?"),
         (NotADirectoryError("dir"), errno.ENOTDIR, "is this the path of a checkpoint?"),
         (IsADirectoryError("dir/a"), errno.EISDIR, None),
-        (PermissionError("dir/a"), errno.EACCES, "it is not readable by this user"),
+        (PermissionError("dir/a"), errno.EACCES, "this user may not read it"),
         (OSError(errno.EIO, "broken"), errno.EIO, "the device may be failing; read another copy"),
         (OSError("strange"), None, None),
     ],

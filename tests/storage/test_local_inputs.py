@@ -216,7 +216,7 @@ def test_read_goes_on_when_the_system_returns_less_than_asked(
     ("call", "number", "hint"),
     [
         ("open", errno.EMFILE, "raise the limit on open files (ulimit -n)"),
-        ("open", errno.EACCES, "it is not readable by this user"),
+        ("open", errno.EACCES, "this user may not read it"),
         ("preadv", errno.EIO, "the device may be failing; read another copy"),
         ("preadv", errno.ESTALE, None),
     ],

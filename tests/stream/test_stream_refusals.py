@@ -100,7 +100,10 @@ EXPECTED: dict[str, tuple[type[CheckpointError], str]] = {
     "bucket_bytes": (ConfigError, r"rank 1: bucket_bytes must be a positive size"),
     "preserve": (ConfigError, r"preserve must name .* one of \['fsdp'\]; found 'ep'"),
     "cut": (SpecError, r"cuts through .*'w'.* found elements at index 0, index 1"),
-    "shape": (SpecError, r"another shape .*'w'.* shape \[8, 6\]; found global_shape \[8, 5\]"),
+    "shape": (
+        SpecError,
+        r"the shape in a spec is not .*'w'.* shape \[8, 6\]; found global_shape \[8, 5\]",
+    ),
     "unused": (SpecError, r"specs name tensors that the model does not have.*found 'v'"),
     "partial": (PlanningError, r"'w'.*redistribute"),
     "local": (
@@ -121,7 +124,7 @@ EXPECTED: dict[str, tuple[type[CheckpointError], str]] = {
     "names": (PlanningError, r"one set on ranks \[0\] and one set on ranks \[1, 2, 3\]"),
     "tied": (LayoutError, r"rank 0.*share their memory on some ranks only .*'b'"),
     "drifted": (LayoutError, r"rank 2.*declared to be tied are not equal .*'b'.*values of 'a'"),
-    "two": (LayoutError, r"two runtime tensors have one HuggingFace key .*'c'"),
+    "two": (LayoutError, r"two runtime tensors have the same HuggingFace key .*'c'"),
     "empty": (LayoutError, r"no tensors to export"),
     "ambiguous": (ModelKeyError, r"more than one entry"),
 }

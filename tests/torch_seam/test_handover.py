@@ -91,7 +91,7 @@ class CopyingStager(AsyncStager):
 def test_staged_copy_is_known_by_its_memory_in_whatever_containers(tmp_path: Path) -> None:
     """The containers that held the lease are gone before the save begins."""
     writer = HFDualWriter(tmp_path / "never")
-    with pytest.raises(StagingError, match="given back"):
+    with pytest.raises(StagingError, match="released or already saved"):
         save(
             "thread",
             state_of(1),
@@ -133,7 +133,7 @@ def test_what_was_staged_is_saved_once(tmp_path: Path) -> None:
     writer = HFDualWriter(tmp_path / "step-1")
     staged = writer.stage(state_of(1))
     save("sync", staged, writer, no_dist=True)
-    with pytest.raises(StagingError, match="given back, or saved"):
+    with pytest.raises(StagingError, match="released or already saved"):
         save("sync", staged, HFDualWriter(tmp_path / "x"), no_dist=True)
     assert_nothing_is_there(tmp_path, "x")
 

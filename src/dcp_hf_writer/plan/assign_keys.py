@@ -1,4 +1,4 @@
-"""Which HuggingFace tensors an export holds, and which runtime tensors give each its elements.
+"""Find the HuggingFace tensors of an export, and the runtime tensors that supply their elements.
 
 Pure: values in, values out.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.mapping.hf_export import HFExport
 
-# A key that safetensors itself reserves: the library writes such a tensor and cannot read it back.
+# safetensors reserves this key: its library writes a tensor of this name but cannot read it back.
 _RESERVED = "__metadata__"
 
 _MANY = 20
@@ -34,7 +34,7 @@ _MANY = 20
 
 @dataclass(frozen=True, slots=True)
 class RuntimeTensor:
-    """One tensor of the model's entry, as all ranks together hold it."""
+    """One whole tensor of the model's entry in the state dict: the parts of all ranks together."""
 
     fqn: str
     """Its FQN in the state dict."""
@@ -55,11 +55,14 @@ class AssignedTensor:
     tensor: HFTensor
     """Its key, dtype and shape on disk."""
     parts: list[tuple[str, tuple[Copy, ...]]]
-    """FQN of each runtime tensor that gives elements to it, and which."""
+    """FQN of each runtime tensor that supplies elements, and the copies that take them over."""
 
 
 def natural_order(tensor: RuntimeTensor) -> list[tuple[Any, ...]]:
-    """Order names as people count: split at dots, digits as numbers."""
+    """Return a sort key that orders names as people count: `layers.2` before `layers.10`.
+
+    It splits the name at dots, and compares the digits at the end of a part as a number.
+    """
     key: list[tuple[Any, ...]] = []
     for part in tensor.name.split("."):
         if part.isdecimal():
@@ -79,14 +82,16 @@ def assign_keys(
     Args:
         tensors: Runtime tensors, in the order in which their HuggingFace tensors fill files.
         export: Options of the export.
-        dropped: Names and keys that are left out, since they are tied to others.
+        dropped: Names and keys that the export leaves out because they are tied to others.
 
     Returns:
         The HuggingFace tensors; each gets every element from exactly one runtime tensor.
 
     Raises:
-        SpecError: If a spec names no tensor, does not fit its tensor, or elements are missing.
-        LayoutError: If two runtime tensors have one key, or differ in dtype within one tensor.
+        SpecError: If a spec names a tensor that does not exist, if its shape is not that of its
+            tensor, or if the specs do not supply each element of a HuggingFace tensor once.
+        LayoutError: If two runtime tensors have the same key, if the parts of one HuggingFace
+            tensor differ in dtype, or if safetensors does not have a dtype.
         CoverageError: If the ranks' parts of a runtime tensor leave a gap or overlap.
     """
     unused = export.spec_by_fqn.keys() - {tensor.name for tensor in tensors}
@@ -94,7 +99,8 @@ def assign_keys(
         msg = "specs name tensors that the model does not have"
         raise SpecError(msg, phase="plan", expected="FQNs within the model", found=_some(unused))
     keep = [re.compile(pattern) for pattern in export.keep_dtype]
-    # A key may be the name of another tensor, which is not the one that is meant.
+    # `dropped` holds names and keys. An entry that is the name of a tensor means that tensor, and
+    # not a key of another tensor that happens to be equal.
     dropped_keys = dropped.keys() - {tensor.name for tensor in tensors}
     assigned: dict[str, AssignedTensor] = {}
     for tensor in tensors:
@@ -118,7 +124,7 @@ def assign_keys(
 
 
 def _check_all_whole(assigned: Iterable[AssignedTensor]) -> None:
-    # The layers of a model share their copies, which need to be looked at only once.
+    # The layers of a model share their `copies` objects. Checking each object once is enough.
     checked: set[tuple[int, Shape]] = set()
     for one in assigned:
         what = id(one.parts[0][1]), one.tensor.shape
@@ -129,7 +135,7 @@ def _check_all_whole(assigned: Iterable[AssignedTensor]) -> None:
 
 
 def _check_whole(one: AssignedTensor) -> None:
-    """Refuse a HuggingFace tensor of which an element comes from nowhere, or from two places."""
+    """Refuse a HuggingFace tensor if one of its elements has no source, or more than one."""
     shape = one.tensor.shape
     copies = [copy for _, copies in one.parts for copy in copies]
     if len(one.parts) > 1 and math.prod(shape) in {
@@ -147,7 +153,7 @@ def _check_whole(one: AssignedTensor) -> None:
     )
     if fault is not None:
         fqns = [fqn for fqn, _ in one.parts]
-        msg = "the specs do not give each element of a HuggingFace tensor once"
+        msg = "the specs do not supply each element of a HuggingFace tensor exactly once"
         raise SpecError(
             msg,
             phase="plan",
@@ -161,7 +167,7 @@ def _check_whole(one: AssignedTensor) -> None:
 def _refuse_other(
     known: AssignedTensor, wanted: HFTensor, fqn: str, copies: Sequence[Copy]
 ) -> None:
-    """Refuse a tensor that cannot be a part of the one that has its key."""
+    """Refuse a runtime tensor whose part does not fit the HuggingFace tensor of the same key."""
     is_part = sum(copy.numel for copy in copies) < math.prod(wanted.shape)
     if not is_part or known.tensor.shape != wanted.shape:
         _refuse_two(known, fqn)
@@ -171,16 +177,16 @@ def _refuse_other(
         phase="plan",
         fqn=fqn,
         key=wanted.key,
-        expected=f"{known.tensor.dtype}, as {known.parts[0][0]!r}",
+        expected=f"{known.tensor.dtype}, the dtype of {known.parts[0][0]!r}",
         found=wanted.dtype,
-        hint="HFExport(dtype=...), or the dtype of their LoadSpecs, gives them one",
+        hint="give them one dtype with HFExport(dtype=...) or with the dtype of their LoadSpecs",
     )
 
 
 def _refuse_two(known: AssignedTensor, fqn: str) -> None:
     _refuse_key(
         known.tensor.key,
-        "two runtime tensors have one HuggingFace key",
+        "two runtime tensors have the same HuggingFace key",
         f"{known.parts[0][0]!r} and {fqn!r}",
     )
 
@@ -202,7 +208,7 @@ def _on_disk(
 
 def _check_tensor(tensor: RuntimeTensor, spec: LoadSpec) -> None:
     if spec.global_shape != tensor.shape:
-        msg = "a spec has another shape than its tensor"
+        msg = "the shape in a spec is not the shape of its tensor"
         raise SpecError(
             msg,
             phase="plan",
@@ -220,7 +226,7 @@ def _check_tensor(tensor: RuntimeTensor, spec: LoadSpec) -> None:
             expected=f"parts that tile {list(tensor.shape)}",
             found=fault,
             hint="every rank of the mesh must take part in the save; tensors sharded by hand need "
-            "a planner that knows their shards",
+            "a planner that describes their shards",
         )
 
 
@@ -228,7 +234,8 @@ def check_keys(assigned: Sequence[AssignedTensor], export: HFExport) -> None:
     """Refuse keys that safetensors cannot hold, and keys other than the expected ones.
 
     Raises:
-        LayoutError: Naming the key.
+        LayoutError: If a key is empty, reserved or not valid Unicode, if there are no keys, or if
+            they are not the keys in `export.expect_keys`.
     """
     keys = {one.tensor.key for one in assigned}
     for key in keys:
@@ -241,7 +248,9 @@ def check_keys(assigned: Sequence[AssignedTensor], export: HFExport) -> None:
     if not keys:
         msg = "the model's entry holds no tensors to export"
         raise LayoutError(
-            msg, phase="plan", hint="pass HFExport(key=...), or export=None for DCP only"
+            msg,
+            phase="plan",
+            hint="name the model's entry with HFExport(key=...), or pass export=None for DCP only",
         )
     if export.expect_keys is not None and keys != export.expect_keys:
         expected = frozenset(export.expect_keys)

@@ -1,7 +1,7 @@
 """Plan the export: runtime tensors -> HuggingFace tensors -> output files -> byte offsets.
 
-Pure: values in, values out; no storage, no process group. The result says where each byte of the
-export lies, and is the same on every rank for the same input.
+Pure: values in, values out; no storage, no process group. The result gives the place of each byte
+of the export. Every rank gets the same result from the same input.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class PartTarget:
-    """Where the elements go that a runtime tensor gives to one HuggingFace tensor."""
+    """A HuggingFace tensor, its place on disk, and the elements that a runtime tensor supplies."""
 
     key: str
     """HuggingFace name."""
     file: int
     """Index of the output file in the layout."""
     start: int
-    """Offset of the tensor's first byte in that file."""
+    """Offset of the HuggingFace tensor's first byte in that file."""
     dtype: str
     """safetensors dtype on disk."""
     shape: Shape
     """Shape on disk."""
     copies: tuple[Copy, ...]
-    """Its elements that come from the runtime tensor, and where they stand."""
+    """The elements that it takes from the runtime tensor: their source and destination."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class OutputFile:
     header: bytes
     """Its first bytes: length, JSON, padding."""
     nbytes: int
-    """Its whole size, header included."""
+    """Its whole size in bytes, header included."""
     keys: tuple[str, ...]
     """Its tensors, in file order."""
 
@@ -62,12 +62,14 @@ class Layout:
     files: tuple[OutputFile, ...]
     """Output files, in the order of their names."""
     targets: Mapping[str, tuple[PartTarget, ...]]
-    """Where the parts of each runtime tensor go, by FQN in the state dict."""
+    """The targets of each runtime tensor, by FQN in the state dict."""
     index: bytes | None
-    """`model.safetensors.index.json`; `None` where one file holds everything."""
+    """`model.safetensors.index.json`; `None` if one file holds everything."""
     tied: Mapping[str, str]
-    """Keys that were left out, and the key that holds their bytes; of tensors that do not have keys
-    in pairs, their names within the model."""
+    """Keys that the export leaves out, each with the key that holds its bytes.
+
+    If the keys of two tied tensors do not match one to one, their names within the model instead.
+    """
 
 
 def plan_layout(
@@ -82,14 +84,13 @@ def plan_layout(
     Args:
         tensors: Tensors of the model's entry, in state-dict order.
         export: Options of the export.
-        tied: Groups of FQNs that share their memory on some rank; used where `export.tied` is
-            `None`.
+        tied: Groups of FQNs that share their memory on some rank; used if `export.tied` is `None`.
         file_of_key: File of each key, from the index of `export.like`.
 
     Raises:
-        LayoutError: If names, dtypes or sizes cannot be held by the format, or keys are not those
-            that the export expects.
-        SpecError: If a spec names no tensor, or does not fit the one it names.
+        LayoutError: If the format cannot hold a name, dtype or size, if two tensors have the same
+            key, or if the keys are not the ones that `export` expects.
+        SpecError: If a spec names a tensor that does not exist, or does not fit its tensor.
         CoverageError: If the ranks' parts of a tensor leave a gap or overlap.
     """
     shapes = {tensor.name: tensor.shape for tensor in tensors}

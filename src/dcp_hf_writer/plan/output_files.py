@@ -1,4 +1,4 @@
-"""Which output file each HuggingFace tensor goes into, what the files are called, and their index.
+"""Assign HuggingFace tensors to output files, name the files, and encode their index.
 
 Pure: values in, values out.
 """
@@ -28,7 +28,7 @@ def fill_files(
     export: HFExport,
     file_of_key: Mapping[str, str] | None,
 ) -> dict[str, list[AssignedTensor]]:
-    """Sort the tensors of an export into files.
+    """Assign each tensor of an export to an output file.
 
     Args:
         assigned: The tensors, in the order in which they fill files.
@@ -36,7 +36,7 @@ def fill_files(
         file_of_key: File of each key, from the index of `export.like`.
 
     Returns:
-        The tensors of each file, by its name, in the order of the names.
+        The tensors of each file, by file name; the names are sorted.
 
     Raises:
         LayoutError: If `file_of_key` lacks a key.
@@ -47,7 +47,7 @@ def fill_files(
 
 
 def _units(assigned: Sequence[AssignedTensor], export: HFExport) -> list[list[AssignedTensor]]:
-    """Return the tensors in the order in which they fill files; a unit is not spread."""
+    """Group the tensors into units that each stay in one file, in the order of filling."""
     if export.groups is None:
         return [[one] for one in assigned]
     by_key = {one.tensor.key: one for one in assigned}
@@ -62,8 +62,8 @@ def _greedy_files(
 
     Source:
         huggingface_hub, "Save a state dict": greedy in order of the keys; tensors of one storage
-        stay together; a unit above the limit gets a file of its own and does not close the one
-        being filled.
+        stay together; a unit above the limit gets its own file, and filling the current file
+        goes on.
     """
     files: list[list[AssignedTensor]] = []
     current: list[AssignedTensor] = []
@@ -93,7 +93,7 @@ def _files_like(
             msg,
             phase="plan",
             found=some_of(map(repr, sorted(missing)), most=_MANY),
-            hint="give the specs that lead to the base model's names, or do not pass like=",
+            hint="pass specs that produce the keys of the base model, or do not pass like=",
         )
     files: dict[str, list[AssignedTensor]] = {}
     for one in assigned:
@@ -110,7 +110,7 @@ def _file_names(count: int) -> list[str]:
 def encode_index(
     groups: Mapping[str, Sequence[AssignedTensor]], total_parameters: int | None
 ) -> bytes | None:
-    """Return `model.safetensors.index.json`; `None` where one file holds everything."""
+    """Return `model.safetensors.index.json`; `None` if one file holds everything."""
     if list(groups) == [SINGLE_NAME]:
         return None
     tensors = [one.tensor for group in groups.values() for one in group]

@@ -1,4 +1,4 @@
-"""Weights that are stored once: which they are, and where.
+"""Find the weights that only the export stores, and the places of their bytes.
 
 Pure.
 """
@@ -25,16 +25,16 @@ def targets_stored_once(
     targets: Mapping[str, Sequence[PartTarget]],
     shared: Iterable[Sequence[str]],
 ) -> dict[str, tuple[PartTarget, ...]]:
-    """Find the runtime tensors whose every element is in the export, bit for bit.
+    """Find the runtime tensors that the export stores completely and bit for bit.
 
     Args:
         tensors: Tensors of the model's entry.
-        targets: Where the elements of each go, by FQN.
+        targets: Targets of each exported tensor, by FQN.
         shared: Groups of FQNs that share their memory.
 
     Returns:
-        The targets of each such tensor, by FQN; one that is not exported has those of a tensor that
-        shares its memory and is.
+        The targets of each such tensor, by FQN. A tensor that is not exported itself has the
+        targets of an exported tensor that shares its memory.
     """
     kept_of: dict[str, str] = {}
     for group in shared:
@@ -54,7 +54,7 @@ def targets_stored_once(
 
 
 def is_whole(copies: Sequence[Copy], shape: Shape) -> bool:
-    """Whether copies read each element of a runtime tensor once."""
+    """Whether copies read each element of a runtime tensor exactly once."""
     if sum(copy.numel for copy in copies) != math.prod(shape):
         return False
     boxes = [runtime_box(copy) for copy in copies]
@@ -65,12 +65,12 @@ def is_whole(copies: Sequence[Copy], shape: Shape) -> bool:
 
 
 def stored_once(chunk: Box, targets: Iterable[PartTarget], *, paths: Sequence[str]) -> StoredOnce:
-    """Say where the bytes of a chunk are.
+    """Return the places of the export that store the bytes of a chunk.
 
     Args:
         chunk: The chunk, in indices of the runtime tensor.
         targets: Targets of that tensor.
-        paths: Each output file, as a path within the checkpoint.
+        paths: Path of each output file within the checkpoint, in the order of `Layout.files`.
     """
     copies: dict[str, list[Copy]] = {}
     by_key: dict[str, PartTarget] = {}

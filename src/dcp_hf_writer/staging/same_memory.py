@@ -1,4 +1,4 @@
-"""Whose memory the tensors of this rank are."""
+"""Find the tensors of this rank that share one memory, as tied tensors do."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ if TYPE_CHECKING:
 
 
 def memory_of(state_dict: Mapping[str, Any]) -> dict[str, int]:
-    """Number the tensors of a flat state dict by the memory that they are, by FQN.
+    """Number the memory of each tensor of a flat state dict; the result is by FQN.
 
-    Tensors with equal numbers are one and the same; those without elements here are left out.
+    Tensors with equal numbers are the same view of the same memory. Tensors for which
+    `memory_identity` returns `None` are left out.
     """
     numbers: dict[tuple[Any, ...], int] = {}
     found: dict[str, int] = {}
@@ -29,7 +30,10 @@ def memory_of(state_dict: Mapping[str, Any]) -> dict[str, int]:
 
 
 def memory_identity(value: torch.Tensor) -> tuple[Any, ...] | None:
-    """Name the memory and view of a tensor; equal for tied tensors, `None` for one without."""
+    """Return what identifies the memory and view of a tensor; equal for tied tensors.
+
+    `None` if the tensor has no elements on this rank, is on the meta device, or is a subclass.
+    """
     local = local_of(value)
     is_plain = type(local) in {torch.Tensor, torch.nn.Parameter}
     if not is_plain or local.is_meta or not local.numel():
@@ -39,7 +43,7 @@ def memory_identity(value: torch.Tensor) -> tuple[Any, ...] | None:
 
 
 def tied_groups(memory: Mapping[str, int]) -> tuple[tuple[str, ...], ...]:
-    """Return the groups of FQNs that are the same memory."""
+    """Return the groups of two or more FQNs whose tensors are the same memory."""
     groups: dict[int, list[str]] = {}
     for fqn, number in memory.items():
         groups.setdefault(number, []).append(fqn)

@@ -1,9 +1,9 @@
 """The slab: one reused block of host memory per process that holds the staged copy of a state dict.
 
-It is a memory file without a name: one file descriptor in all, which a checkpointer process maps as
-well, and which the kernel frees when the last process that maps it is gone, so that a dead run
-leaves nothing behind. Its pages are faulted in when it is made: a fresh page costs ten times the
-copy that goes into it. Where CUDA is present it is pinned.
+The slab is a memory file without a name, so it needs only one file descriptor. A checkpointer
+process maps the same file. The kernel frees it when the last process that maps it has ended, so a
+dead run leaves nothing behind. The slab faults in all its pages when it is made: a fault takes ten
+times as long as the copy into the page. If CUDA is in use, the slab is pinned.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _MADV_POPULATE_WRITE = 23
 # cudaHostRegisterPortable: pinned for all contexts of the process.
 _PORTABLE = 1
 
-# Small growth of a state dict (a new buffer, a longer list of metrics) must not move the slab.
+# A state dict that grows a little (a new buffer, a longer list of metrics) must still fit.
 _HEADROOM = 1 / 64
 
 _POLL_S = 0.02
@@ -47,43 +47,43 @@ _SAY_AFTER_S = 1.0
 
 @dataclass(frozen=True)
 class StagedInfo:
-    """What staging found out about a state dict; travels with the save."""
+    """Facts about a state dict that staging collects; they travel with the save."""
 
     memory: dict[str, int]
-    """Number of the memory of each tensor, by FQN; equal for tied ones, absent if empty here."""
+    """By FQN, a number for the memory of each tensor; equal for tied ones, absent if empty here."""
     nbytes: int
     """Bytes copied."""
     waited_s: float
-    """Seconds spent waiting for the slab, within the stall."""
+    """Seconds spent waiting for the slab; part of `stall_s`."""
     stall_s: float
-    """Seconds for which the caller was held up, waiting included."""
+    """Seconds for which staging blocked the caller, waiting included."""
 
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """What staging leaves for the save that follows it; belongs to the slab that it fills.
+    """What staging passes to the save that follows. It belongs to the slab that staging filled.
 
-    The save whose tensors lie in that memory takes it, in this process or a checkpointer process.
+    The save whose tensors lie in that slab takes it, in this process or in a checkpointer process.
     """
 
     deadline: float
-    """`time.monotonic()` by which the save must be done; one clock for the processes of a host."""
+    """`time.monotonic()` by which the save must be done; processes of a host share the clock."""
     info: StagedInfo
-    """What staging found out."""
+    """The facts that staging collected."""
 
 
 class Slab:
-    """A shared memory file of fixed size, mapped into this process. Not thread-safe by itself."""
+    """A shared memory file of fixed size, mapped into this process. Not thread-safe."""
 
     def __init__(self, nbytes: int, *, fd: int | None = None, slab_id: str | None = None) -> None:
-        """Make a slab, or map the one behind `fd`, which is taken over.
+        """Make a slab, or map an existing one by its `fd`, which the new object then owns.
 
         Raises:
-            StagingError: If the memory cannot be had.
+            StagingError: If the memory cannot be allocated or mapped.
         """
         self.slab_id = slab_id or uuid.uuid4().hex
         self.handover: Handover | None = None
-        """Of the latest save whose copy a parent process has sent in this slab."""
+        """What staging passed to the latest save that a parent process sent in this slab."""
         self.nbytes = nbytes
         self.pid = os.getpid()
         is_new = fd is None
@@ -101,25 +101,26 @@ class Slab:
         self._address = self.tensor(0, torch.uint8, (1,)).data_ptr()
         if is_new:
             self._fault_in()
-        # The process that stages pins; a checkpointer process only reads, and needs no CUDA.
+        # Only the process that stages pins the slab. A checkpointer process only reads from it, and
+        # needs no CUDA.
         self._is_mine = is_new
         self.is_pinned = False
         self.pin()
 
     def _fault_in(self) -> None:
-        # Huge pages shorten both the faults and the copies; both calls are hints, and an old kernel
-        # that lacks one of them faults the pages in at the first copy.
+        # Huge pages make both the faults and the copies faster. Both calls are hints: on an old
+        # kernel that lacks one, the first copy faults the pages in.
         for advice in (mmap.MADV_HUGEPAGE, _MADV_POPULATE_WRITE):
             try:
                 self._map.madvise(advice)
             except OSError as error:
                 if error.errno == errno.ENOMEM:
-                    # Without this the first copy into the slab would kill the process.
+                    # Otherwise the first copy into the slab would kill the process.
                     raise _no_memory(self.nbytes, error) from error
                 _log.debug("madvise(%d) on the slab: %s", advice, error)
 
     def pin(self) -> None:
-        """Pin the memory where CUDA is in use; once, also if that came after the slab was made."""
+        """Pin the memory once CUDA is in use, which may be after the slab was made."""
         if self._is_mine and not self.is_pinned and torch.cuda.is_initialized():
             self.is_pinned = self._pin()
 
@@ -128,24 +129,24 @@ class Slab:
         if result != 0:
             _log.warning("the staging slab could not be pinned (CUDA error %d)", result)
             return False
-        # Before the memory is unmapped: another slab may come to lie at the same address.
+        # Unregister before the memory is unmapped: another slab may get the same address later.
         weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, self._address)
         return True
 
     @property
     def fd(self) -> int:
-        """Descriptor of the memory file; owned by the slab."""
+        """Descriptor of the memory file; the slab owns it."""
         return self._fd
 
     def tensor(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """Return a contiguous tensor over the slab whose storage is exactly its own bytes.
 
-        A view into one large storage would be cloned by torch's writer, item by item.
+        torch's writer would clone each tensor that is a view into one large storage.
 
         Args:
             offset: First byte within the slab, a multiple of `ALIGN_NBYTES`.
-            dtype: Its dtype.
-            shape: Its shape.
+            dtype: Dtype of the tensor.
+            shape: Shape of the tensor.
         """
         count = 1
         for n in shape:
@@ -155,7 +156,7 @@ class Slab:
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape)
 
     def holds(self, address: int) -> bool:
-        """Whether a byte of this process's memory lies in the slab."""
+        """Whether an address in the memory of this process lies in the slab."""
         return 0 <= address - self._address < self.nbytes
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -164,7 +165,7 @@ class Slab:
 
 def _no_memory(nbytes: int, error: Exception) -> StagingError:
     return StagingError(
-        "host memory for the staged copy could not be had",
+        "host memory for the staged copy could not be allocated",
         phase="stage",
         expected=f"{nbytes} bytes of shared memory",
         found=str(error),
@@ -178,11 +179,11 @@ def _attach(slab_id: str, nbytes: int, shared: Any) -> Slab:
 
 
 class Lease:
-    """The right of one save to the slab; ends with the save.
+    """The right of one save to use the slab; it ends with the save.
 
-    A save that fails gives a storage writer no last call, so the lease ends by whichever comes
-    first: `release`, the end of the thread that runs the save, or the staged state dict being
-    dropped before any thread took it up.
+    DCP makes no last call to a storage writer whose save fails. So the lease ends at the first of
+    these events: `release` is called, the thread that runs the save ends, or the staged state dict
+    is dropped before any thread has taken it up.
     """
 
     def __init__(self, slab: Slab, what: str) -> None:
@@ -191,17 +192,17 @@ class Lease:
         self.what = what
         self.stager = threading.current_thread()
         self.handover: Handover | None = None
-        """What staging leaves for the save; set when all is staged, or under way."""
+        """What staging passes to the save; set when all copies are done or have started."""
         self._lock = threading.Lock()
         self._released = threading.Event()
         self._thread: threading.Thread | None = None
 
     def release(self) -> None:
-        """Give the slab back; safe to call twice and from any thread."""
+        """End the lease; safe to call twice and from any thread."""
         self._released.set()
 
     def take_up(self) -> None:
-        """Note that the calling thread runs the save.
+        """Record that the calling thread runs the save.
 
         Raises:
             StagingError: If the lease has ended, or another save has taken it up.
@@ -212,7 +213,7 @@ class Lease:
             self._thread = threading.current_thread()
 
     def tie_to(self, staged: object) -> None:
-        """End the lease when `staged` is dropped before a thread took it up."""
+        """End the lease if `staged` is dropped before a thread has taken it up."""
         weakref.finalize(staged, self._drop)
 
     def _drop(self) -> None:
@@ -221,25 +222,25 @@ class Lease:
 
     @property
     def is_pending(self) -> bool:
-        """Whether no save has taken up what was staged."""
+        """Whether the lease goes on but no save has taken it up yet."""
         return self._thread is None and not self._released.is_set()
 
     @property
     def is_active(self) -> bool:
         """Whether the save may still read the slab."""
         if self._released.is_set() or self.slab.pid != os.getpid():
-            # A forked child has the lease, but neither the save nor a use for the parent's slab.
+            # A forked child has a copy of the lease, but it does not run the save.
             return False
         return self._thread is None or self._thread.is_alive()
 
 
 def _given_back(what: str) -> StagingError:
-    msg = "the staged copy was given back, or saved, before its save began"
-    return StagingError(msg, path=what, hint="save what async_save staged, once")
+    msg = "the staged copy was released or already saved before this save began"
+    return StagingError(msg, path=what, hint="save each staged state dict exactly once")
 
 
 class SlabPool:
-    """The staging memory of a process: its own slab, the save that holds it, a parent's slab."""
+    """The staging memory of a process: its own slab, the lease on it, and a parent's slab."""
 
     def __init__(self) -> None:
         """Start without memory."""
@@ -249,12 +250,14 @@ class SlabPool:
         self._attached: Slab | None = None
 
     def attach(self, slab_id: str, nbytes: int, *, fd: int) -> Slab:
-        """Map a slab of another process, once; an older one is dropped when the owner has grown.
+        """Map a slab of another process, or return it if it is mapped already.
+
+        Another slab that was mapped before is dropped: its owner has replaced it by a larger one.
 
         Args:
             slab_id: Its id.
             nbytes: Its size.
-            fd: Descriptor of its memory file; taken over.
+            fd: Descriptor of its memory file. This method closes it, or the slab owns it.
         """
         slab = self._attached
         if slab is not None and slab.slab_id == slab_id:
@@ -265,17 +268,18 @@ class SlabPool:
         return self._attached
 
     def handover_over(self, addresses: Iterable[int]) -> tuple[Handover | None, Lease | None]:
-        """Return what staging left for the save of some memory, and the lease of it.
+        """Return what staging passed to the save of some tensors, and the lease on their memory.
 
         Args:
-            addresses: A byte of each piece of the memory.
+            addresses: Address of one byte of each tensor.
 
         Returns:
-            `(None, None)` if none of it lies in a slab. In a checkpointer process there is no
-            lease: the guard in the parent holds it.
+            `(None, None)` if no address lies in a slab. In a checkpointer process the lease is
+            `None`: the guard in the parent holds it.
 
         Raises:
-            StagingError: If it lies in the slab, and nothing is left: the next save writes over it.
+            StagingError: If an address lies in the slab, but staging left nothing for a save: the
+                next save writes over the slab.
         """
         attached, own = self._attached, self._slab
         if attached is None and own is None:
@@ -292,11 +296,11 @@ class SlabPool:
     def acquire(
         self, nbytes: int, *, what: str, deadline: float, before_growth: Callable[[], None]
     ) -> tuple[Lease, float]:
-        """Take the slab, waiting for a save that is in flight.
+        """Take the slab; wait while an earlier save uses it.
 
         Args:
             nbytes: Size needed; a smaller slab is replaced by one of this size and some headroom.
-            what: The save, for messages.
+            what: Names the save in messages.
             deadline: `time.monotonic()` after which waiting ends.
             before_growth: Called before the old slab is replaced, to drop tensors that map it.
 
@@ -305,7 +309,7 @@ class SlabPool:
 
         Raises:
             StagingBusyError: If the slab is still in use at the deadline.
-            StagingError: If memory cannot be had.
+            StagingError: If memory cannot be allocated.
         """
         began = time.monotonic()
         is_said = False
@@ -323,7 +327,7 @@ class SlabPool:
                     )
                 if waited > _SAY_AFTER_S and not is_said:
                     is_said = True
-                    _log.info("save of %s waits for that of %s", what, self._lease.what)
+                    _log.info("save of %s waits for the save of %s", what, self._lease.what)
                 time.sleep(_POLL_S if waited > _POLL_S else _POLL_S / 20)
             slab = self._slab
             if slab is not None and slab.pid != os.getpid():

@@ -1,4 +1,4 @@
-"""A state dict that was staged, or could not be, on its way to the save of it."""
+"""The state dict that staging passes to a save, or the error if staging failed."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from dcp_hf_writer.staging.slab import Handover, Lease, Slab
 
 FAILED_KEY = "dcp_hf_writer.staging_failed"
-"""The one entry of a state dict that could not be staged."""
+"""Key of the only entry in a state dict that stands for a failed staging."""
 
 
 class FailedStaging:
-    """Stands in a state dict for all that could not be staged, with the reason.
+    """Replaces the content of a state dict that could not be staged, and carries the reason.
 
-    An empty state dict would be saved as a checkpoint without this rank. This value reaches any
-    storage writer as an item to write, and raises the reason when one writes it.
+    DCP would save an empty state dict as a checkpoint without this rank. This value instead reaches
+    any storage writer as an item to write, and raises the reason when the writer pickles it.
     """
 
     def __init__(self, error: CheckpointError) -> None:
-        """Keep the reason."""
+        """Keep the reason, `error`."""
         self.error = error
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -41,19 +41,20 @@ class FailedStaging:
 class StagedStateDict(dict[str, Any]):
     """A state dict whose tensors lie in the slab.
 
-    Sent to another process it travels as the slab's descriptor and offsets, whatever the number of
-    tensors; torch would open one descriptor for each.
+    To another process it sends the descriptor of the slab and offsets in the slab, for any number
+    of tensors. torch would open one descriptor for each tensor.
     """
 
     lease: Lease | None = None
-    """Of the slab; `None` if nothing could be staged, and in a checkpointer process."""
+    """Lease on the slab; `None` if staging failed, and in a checkpointer process."""
     offsets: Mapping[int, tuple[int, torch.Tensor]] = MappingProxyType({})
-    """Place in the slab of each tensor, by `id`, with the tensor itself."""
+    """By `id` of each tensor, its byte offset in the slab and its local tensor in the slab."""
     on_send: Callable[[], None] = staticmethod(lambda: None)
-    """Called by the thread that sends it to a checkpointer process."""
+    """The thread that sends this state dict to a checkpointer process calls it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Pickled by the thread that waits for the checkpointer process: its end is the save's end.
+        # The thread that pickles it then waits for the checkpointer process. So the end of this
+        # thread is the end of the save.
         lease = self.lease
         if lease is None:
             self.on_send()
@@ -90,13 +91,14 @@ class _SlabUnpickler(pickle.Unpickler):
         self._slab = slab
 
     def persistent_load(self, pid: Any) -> Any:
-        """Map a slab tensor."""
+        """Return the tensor over the slab at the place that was sent."""
         offset, dtype, shape, spec = pid
         return with_spec(self._slab.tensor(offset, dtype, shape), spec)
 
 
 def _rebuild_staged(slab: Slab, payload: bytes, handover: Handover | None) -> StagedStateDict:
-    # Sent by our own parent over its pipe, as every other argument of the save.
+    # Unpickling is safe: our own parent sent the payload over its pipe, as it sends every other
+    # argument of the save.
     staged = StagedStateDict(_SlabUnpickler(io.BytesIO(payload), slab).load())
     slab.handover = handover
     return staged
@@ -107,21 +109,21 @@ def _rebuild_failed(error: CheckpointError | None) -> StagedStateDict:
 
 
 def failed_state_dict(error: CheckpointError) -> StagedStateDict:
-    """Return a state dict whose save raises why staging failed."""
+    """Return a state dict whose save raises the error of the staging that failed."""
     return StagedStateDict({FAILED_KEY: FailedStaging(error)})
 
 
 def failure_in(state_dict: Mapping[str, Any]) -> CheckpointError | None:
-    """Return why a state dict could not be staged; `None` if it could."""
+    """Return the error of the staging that failed; `None` if the state dict was staged."""
     failed = state_dict.get(FAILED_KEY)
     return failed.error if isinstance(failed, FailedStaging) else None
 
 
 def refuse_failed(fqns: Iterable[str]) -> None:
-    """Refuse a plan of what could not be staged, whatever became of the reason.
+    """Refuse to plan a state dict that could not be staged, even if the reason was lost.
 
     Raises:
-        StagingError: If one of the planned names is that of a failed staging.
+        StagingError: If one of the planned FQNs is `FAILED_KEY`.
     """
     if FAILED_KEY in fqns:
         msg = "the state dict could not be staged"
@@ -129,7 +131,7 @@ def refuse_failed(fqns: Iterable[str]) -> None:
 
 
 def staging_error(error: BaseException) -> CheckpointError:
-    """Return an error of staging as one of ours, which can be sent to the other ranks."""
+    """Return an error of staging as a `CheckpointError`, which can be sent to the other ranks."""
     if isinstance(error, CheckpointError):
         return error
     msg = "the state dict could not be staged"

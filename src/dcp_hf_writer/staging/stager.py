@@ -1,4 +1,4 @@
-"""Staging: copy a state dict into the slab, so that training may go on while it is written."""
+"""Copy a state dict into the slab, so that training goes on while the save writes the copy."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.mapping.model_entry import Path
 
-# Overlapped staging copies smaller tensors before anything that the caller does next. Buffers that
-# a forward pass changes in place, as batch-norm statistics, are among them.
+# Overlapped staging copies smaller tensors before anything that the caller does next. Among them
+# are buffers that a forward pass changes in place, such as batch-norm statistics.
 EAGER_NBYTES = 1 << 20
 
 StagingMode = Literal["blocking", "overlap"]
 
 
 class _Leaf(NamedTuple):
-    """A tensor found in the state dict. A tuple, since a save makes one for each tensor."""
+    """A tensor of the state dict. A tuple, because it is cheap and each tensor needs one."""
 
     path: Path
     tensor: torch.Tensor
@@ -51,7 +51,7 @@ class _Leaf(NamedTuple):
 
     @property
     def fqn(self) -> str:
-        """The name that DCP's flattening gives it; within a tuple, which DCP keeps whole, ours."""
+        """Its FQN in DCP's flattening. DCP does not flatten tuples; within one, our own FQN."""
         return fqn_of(self.path)
 
     @property
@@ -64,34 +64,34 @@ class _Leaf(NamedTuple):
 
 @dataclass(eq=False)
 class _Program:
-    """The copies of one state-dict structure, kept from save to save."""
+    """The copies for one state-dict structure, reused from save to save."""
 
     signature: tuple[Any, ...]
     staged: list[Any]
-    """What each leaf is replaced by: a tensor over the slab, or a DTensor around one."""
+    """The replacement of each leaf: a tensor over the slab, or a DTensor around one."""
     locals_: list[torch.Tensor]
     """The slab tensor of each leaf."""
     copies: list[tuple[int, int]]
-    """`(leaf, bytes)` of each distinct memory, in slab order."""
+    """`(index of leaf, bytes)` of each distinct memory, in slab order."""
     memory: dict[str, int]
     """As `StagedInfo.memory`."""
     nbytes: int
     offsets: dict[int, tuple[int, torch.Tensor]]
     """As `StagedStateDict.offsets`."""
     meshes: list[Any] = field(default_factory=list)
-    """Keeps the meshes alive whose ids are in the signature."""
+    """The meshes whose ids are in the signature. While they live, no other mesh gets such an id."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Copies:
-    """Copies of an overlapped staging that go on after `stage` returned."""
+    """The copies of an overlapped staging that go on after `stage` has returned."""
 
     copying: Future[None]
     """Done when all tensors are copied."""
     host_copied: threading.Event
     """Set when the tensors in host memory are copied."""
     events: Sequence[Any]
-    """CUDA events behind the last copy from each device."""
+    """One CUDA event per device, recorded after the last copy from it."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -102,14 +102,14 @@ class Staged:
     info: StagedInfo
     lease: Lease
     copies: Copies | None
-    """What still goes on; `None` when all is copied."""
+    """The copies that still go on; `None` if all are done."""
 
 
 class Stager:
     """Copies state dicts of this process into its slab; one save at a time."""
 
     def __init__(self, pool: SlabPool | None = None) -> None:
-        """Start without memory; with a pool of its own unless one is given."""
+        """Start without memory; make a new pool unless `pool` is given."""
         self._pool = SlabPool() if pool is None else pool
         self._program: _Program | None = None
         self._executor: ThreadPoolExecutor | None = None
@@ -118,24 +118,27 @@ class Stager:
     def stage(
         self, state_dict: dict[str, Any], *, mode: StagingMode, what: str, deadline: float
     ) -> Staged:
-        """Copy a state dict; what the caller changes afterwards does not reach the copy.
+        """Copy a state dict into the slab; later changes by the caller do not reach the copy.
 
-        Called by the training thread. Waits while an earlier save uses the slab.
+        The training thread calls this. It waits while an earlier save uses the slab. After an
+        overlapped staging, the caller must not change the large tensors before `copies` are done.
 
         Args:
             state_dict: Nested dicts, lists and tuples of tensors and other values; tensors on any
                 device. Values other than tensors are deep-copied.
-            mode: `"blocking"` returns when all is copied; `"overlap"` copies tensors of
-                `EAGER_NBYTES` and more in the background. Smaller ones are copied by then if they
-                are in host memory; on a GPU the current stream goes on when they are copied.
-            what: The save, for messages.
+            mode: `"blocking"` returns when all is copied. `"overlap"` copies tensors of
+                `EAGER_NBYTES` and more in the background. It copies smaller tensors in host memory
+                before it returns. For smaller tensors on a GPU, the current stream of that GPU
+                waits for the copies; the host does not.
+            what: Names the save in messages.
             deadline: `time.monotonic()` after which waiting for the slab ends.
 
         Raises:
-            StagingError: If a value cannot be staged, memory cannot be had, or the slab stays busy.
+            StagingError: If a value cannot be staged, if memory cannot be allocated, or if the
+                slab stays busy.
         """
         began = time.monotonic()
-        # Once for all tensors: each switch of the mode costs as much as finding one of them.
+        # Switch once for all tensors: each switch takes as long as finding one tensor.
         with torch.no_grad():
             leaves = [
                 _leaf(path, tensor) for path, tensor in walk_tensors(state_dict, into_tuples=True)
@@ -165,15 +168,16 @@ class Stager:
         return Staged(staged, info, lease, copies)
 
     def handover_of(self, state_dict: Mapping[str, Any]) -> tuple[Handover | None, Lease | None]:
-        """Return what staging left for the save of a state dict, and the lease of its memory.
+        """Return what staging passed to the save of a state dict, and the lease on its memory.
 
-        Whatever stood between staging and the save: tensors that lie in the slab were staged.
+        Other code may rebuild the state dict between staging and the save. So this looks at the
+        tensors: those that lie in the slab were staged.
 
         Returns:
             As `SlabPool.handover_over`.
 
         Raises:
-            StagingError: If they lie there and nothing is left for the save.
+            StagingError: If tensors lie in the slab, but staging left nothing for a save.
         """
         tensors = (local_of(one) for _, one in walk_tensors(state_dict, into_tuples=True))
         return self._pool.handover_over(
@@ -181,7 +185,7 @@ class Stager:
         )
 
     def warm_up(self, state_dict: dict[str, Any], *, deadline: float) -> int:
-        """Allocate and fault in the slab for a state dict; returns its bytes."""
+        """Allocate and fault in the slab for a state dict; return the bytes that staging copied."""
         staged = self.stage(state_dict, mode="blocking", what="warm_up", deadline=deadline)
         staged.lease.release()
         return staged.info.nbytes
@@ -206,7 +210,7 @@ class Stager:
         events = self._copy_small([pair for pair in pairs if pair[2] < EAGER_NBYTES])
         large = [pair for pair in pairs if pair[2] >= EAGER_NBYTES]
         events += self._enqueue_cuda([pair for pair in large if pair[1].is_cuda])
-        # Detached, as the trainer may give a parameter other memory before the copy begins.
+        # Detach: the trainer may give a parameter other memory before the copy begins.
         on_host = [(to, tensor.detach(), n) for to, tensor, n in large if not tensor.is_cuda]
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="dcp-hf-staging")
@@ -223,10 +227,10 @@ class Stager:
         return Copies(self._executor.submit(finish), host_copied, events)
 
     def _copy_small(self, pairs: list[_Pair]) -> list[Any]:
-        """Copy before what the caller enqueues next; returns the CUDA events behind the copies."""
+        """Copy before anything that the caller enqueues next; return events after the copies."""
         events = self._enqueue_cuda([pair for pair in pairs if pair[1].is_cuda])
         for event in events:
-            # The device waits and not the host, which would wait for every kernel queued so far.
+            # The device waits. The host would have to wait for every kernel queued so far.
             torch.cuda.current_stream(event.device).wait_event(event)
         self._copy_now([pair for pair in pairs if not pair[1].is_cuda])
         return events
@@ -241,7 +245,7 @@ class Stager:
             event.synchronize()
 
     def _enqueue_cuda(self, pairs: list[_Pair]) -> list[Any]:
-        """Start device-to-host copies on side streams; returns an event a device, behind them."""
+        """Start device-to-host copies on side streams; return one event per device, after them."""
         events = []
         for device in dict.fromkeys(pair[1].device for pair in pairs):
             stream = self._streams.get(device.index)
@@ -261,7 +265,7 @@ class Stager:
 
 
 STAGER = Stager(SLABS)
-"""The stager of this process, which all of its writers share: a process has one slab."""
+"""The stager that all writers of this process share, because a process has one slab."""
 
 _STAGED_KINDS = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 
@@ -270,7 +274,7 @@ _Pair = tuple[torch.Tensor, torch.Tensor, int]
 
 
 def _leaf(path: Path, value: torch.Tensor) -> _Leaf:
-    """Check a tensor; called without grad mode, or `to_local` would make a node of autograd."""
+    """Check a tensor. Call it under `no_grad`, or `to_local` would create an autograd node."""
     local = value
     if isinstance(value, DTensor):
         local = value.to_local()
@@ -282,32 +286,32 @@ def _leaf(path: Path, value: torch.Tensor) -> _Leaf:
             msg,
             phase="stage",
             fqn=fqn_of(path),
-            expected="a plain tensor without them, or a DTensor",
+            expected="a plain tensor without shard attributes, or a DTensor",
             found=f"a CheckpointableTensor of shape {list(local.shape)}",
             hint=SHARD_ATTRIBUTES_HINT,
         )
     is_plain = type(local) in _STAGED_KINDS
     if not is_plain or local.layout is not torch.strided or local.is_meta or local.is_quantized:
-        msg = "a value of this kind cannot be staged"
+        msg = "a tensor of this kind cannot be staged"
         raise StagingError(
             msg,
             phase="stage",
             fqn=fqn_of(path),
             expected="a plain strided tensor, or a DTensor of plain strided tensors",
             found=f"{type(local).__name__} on {local.device}, {local.layout}",
-            hint="convert it in the state dict, or leave it out",
+            hint="convert it to a plain tensor in the state dict, or leave it out",
         )
     return _Leaf(path, value, local)
 
 
 def _aliases(leaves: list[_Leaf]) -> list[int]:
-    """Return, for each leaf, the first leaf that is the same memory; itself for most."""
+    """Return for each leaf the index of the first leaf with the same memory, mostly its own."""
     addresses = [leaf.local.data_ptr() for leaf in leaves]
     count = Counter(addresses)
     seen: dict[tuple[Any, ...], int] = {}
     aliases = []
     for i, (leaf, address) in enumerate(zip(leaves, addresses, strict=True)):
-        # Most addresses occur once, and naming the memory takes longer than counting them.
+        # Most addresses occur once, and `memory_identity` takes longer than counting addresses.
         identity = memory_identity(leaf.tensor) if count[address] > 1 else None
         aliases.append(i if identity is None else seen.setdefault(identity, i))
     return aliases
@@ -338,7 +342,7 @@ def _build_program(
             local = locals_[aliases[i]]
         spec = spec_of(leaf.tensor)
         locals_.append(local)
-        # An object of its own for each leaf: the table of offsets goes by identity.
+        # Each leaf gets its own object, because the table of offsets is keyed by `id`.
         staged.append(local.view(local.shape) if spec is None else with_spec(local, spec))
         if spec is not None:
             meshes.append(spec.mesh)
@@ -376,7 +380,7 @@ def _replace(value: Any, staged: Any) -> Any:
         raise StagingError(
             msg,
             phase="stage",
-            expected="a value that copy.deepcopy takes",
+            expected="a value that copy.deepcopy can copy",
             found=f"{type(value).__name__}: {error}",
             hint="leave it out of the state dict, or save its state instead",
         ) from error

@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 
 # A caching file system of fsspec downloads a file on the first read. Meanwhile a second reader
-# would see a part of it. fsspec shares its instances, hence one lock for all of them.
+# would see a partial file. fsspec shares its instances, so one lock serves all of them.
 _DOWNLOAD = threading.Lock()
 
 
 class FsspecFiles(InputFiles):
     """Files on any store that fsspec can open.
 
-    Links are the store's business: fsspec follows them, and does not say where they lead. Object
-    stores have none; a local directory behind a cache (`simplecache::file://`) may have some.
+    Links are not checked: fsspec follows them, and does not report where they lead. Object stores
+    have no links, but a local directory behind a cache (`simplecache::file://`) may have some.
 
-    `open` takes the size from a listing that fsspec has kept, where there is one: asking the store
-    again would cost a request a file. So a file that was replaced since the last listing may have
-    its old size here.
+    `open` takes the size of a file from a listing that fsspec has cached, if there is one. Asking
+    the store again would cost one request per file. So if a file was replaced after the listing,
+    `open` may report its old size.
     """
 
     reads_ahead = False
@@ -46,9 +46,9 @@ class FsspecFiles(InputFiles):
         """Connect to the store of `url`.
 
         Raises:
-            ConfigError: If fsspec does not know the protocol, or lacks a package for it.
+            ConfigError: If fsspec does not support the protocol, or a package for it is missing.
         """
-        # This import takes a second, which a local path does not need.
+        # Not at the top: this import takes a second, and readers of local paths do not need it.
         import fsspec.implementations.cached  # noqa: PLC0415
 
         self.path = url.rstrip("/")
@@ -62,21 +62,21 @@ class FsspecFiles(InputFiles):
         self.readers = 1 if self._is_cache else REMOTE_READER_THREADS
 
     def open(self, name: str) -> InputFile:
-        """Look a file up; see `InputFiles.open`."""
+        """Look up a file; see `InputFiles.open`."""
         where, path = self._find(name)
         with read_errors(path):
             entry = self._entry(where)
         nbytes = _size(entry)
         if entry.get("type") in _NOT_FILES or nbytes < 0:
             raise CorruptCheckpointError(
-                "a checkpoint names something that is not a file of a known size",
+                "an entry of a checkpoint is not a file of known size",
                 phase="read",
                 path=path,
             )
         return _FsspecFile(self._fs, where, path, nbytes, is_cache=self._is_cache)
 
     def _find(self, name: str) -> tuple[str, str]:
-        """Return where a file is on the store, and its path for errors."""
+        """Return the path of a file on the store, and its path for error messages."""
         inner = check_name(name, path=self.path)
         return f"{self._root}/{inner}", f"{self.path}/{inner}"
 
@@ -84,7 +84,7 @@ class FsspecFiles(InputFiles):
         try:
             entry: Mapping[str, Any] = self._fs.info(where)
         except FileNotFoundError:
-            # fsspec may have looked into a listing that is older than the file.
+            # fsspec may have used a cached listing that is older than the file.
             self._fs.invalidate_cache(_parent(where))
             entry = self._fs.info(where)
         return entry
@@ -92,7 +92,7 @@ class FsspecFiles(InputFiles):
     def names(self) -> list[str]:
         """Return the names in the directory; see `InputFiles.names`."""
         with read_errors(self.path):
-            # fsspec may have kept a listing that is older than the checkpoint.
+            # fsspec may have cached a listing that is older than the checkpoint.
             self._fs.invalidate_cache(self._root)
             entries = self._fs.ls(self._root, detail=True)
             self._check_is_directory([entry["name"] for entry in entries])
@@ -102,14 +102,14 @@ class FsspecFiles(InputFiles):
     def tree(self) -> dict[str, int]:
         """Return the size of every file; see `InputFiles.tree`."""
         with read_errors(self.path):
-            # All listings: some stores do not forget those below a directory with its own.
+            # Drop all listings: given a directory, some stores keep the listings below it.
             self._fs.invalidate_cache()
             entries = self._fs.find(self._root, detail=True)
             if not entries:
                 raise FileNotFoundError(errno.ENOENT, "no such directory, or an empty one")
             self._check_is_directory(list(entries))
         sizes = {self._name_of(name): _size(entry) for name, entry in entries.items()}
-        # Some tools mark a directory of an object store by an object of the same name.
+        # On object stores, some tools mark a directory with an object of the same name.
         sizes.pop("", None)
         return dict(sorted(sizes.items()))
 
@@ -117,32 +117,32 @@ class FsspecFiles(InputFiles):
         return where.rstrip("/")[len(self._root) :].lstrip("/")
 
     def _check_is_directory(self, listed: list[str]) -> None:
-        """Raise if fsspec listed a file: it returns the file itself."""
+        """Raise if the path is a file: fsspec then lists only the file itself."""
         if listed == [self._root]:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
 
     def below(self, name: str) -> InputFiles:
         """Return the files of a directory within this one."""
         found = copy.copy(self)
-        found._root, found.path = self._find(name)  # noqa: SLF001 - one of this class
+        found._root, found.path = self._find(name)  # noqa: SLF001 - an instance of this class
         return found
 
     def has(self, name: str) -> bool:
         """Whether anything has this name; see `InputFiles.has`."""
         where, path = self._find(name)
         with read_errors(path):
-            # fsspec may have kept a listing that is older than the checkpoint.
+            # fsspec may have cached a listing that is older than the checkpoint.
             self._fs.invalidate_cache(_parent(where))
             return bool(self._fs.exists(where))
 
 
-# What `info` of fsspec calls something that has no content to read. "other" is a pipe or a device
-# behind a cache: reading it might never end.
+# Types that `info` of fsspec reports for entries without content to read. "other" is a pipe or a
+# device behind a cache: reading it might never end.
 _NOT_FILES = frozenset({"directory", "other"})
 
 
 def _chain(fs: Any) -> Iterator[Any]:
-    """Yield a file system, and those to which it passes calls on."""
+    """Yield a file system, then each file system that it wraps."""
     while fs is not None:
         yield fs
         fs = getattr(fs, "fs", None)
@@ -166,7 +166,7 @@ class _FsspecFile(InputFile):
     def read_into(self, buffers: Sequence[memoryview], start: int) -> None:
         """Fill buffers; see `InputFile.read_into`."""
         wanted = sum(buffer.nbytes for buffer in buffers)
-        # Stores disagree about ranges that are empty or pass the end: ask for neither.
+        # Stores answer differently to empty ranges and to ranges past the end: request neither.
         self.check_range(start, wanted)
         if not wanted:
             return

@@ -1,10 +1,10 @@
 """The contract of a backend for reading: one directory, and the files in it.
 
 A backend is a subclass of `InputFiles` and one of `InputFile`, in a module of its own.
-`open_directory` chooses the backend. `tests/support/input_conformance.py` tests every promise that
-is made here, for every backend.
+`open_directory` chooses the backend. `tests/support/input_conformance.py` tests every promise of
+this module for every backend.
 
-File names come from the checkpoint, which may be hostile. So a backend passes each of them through
+File names come from the checkpoint, which may be hostile. So a backend passes each name through
 `check_name` before it touches the storage, and opens regular files only.
 """
 
@@ -23,36 +23,36 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 MAX_BUFFERS = 1024
-"""Buffers of one read; Linux, UIO_MAXIOV."""
+"""Largest number of buffers in one read; the limit of Linux (UIO_MAXIOV)."""
 
 
 class InputFile(ABC):
     """One open file. Several threads may read from it at the same time.
 
-    Not promised: that it can be pickled, or used in a forked child.
+    A backend need not support pickling, or use in a forked child.
     """
 
     path: str
-    """The file, for errors."""
+    """Path of the file, for error messages."""
     nbytes: int
-    """Its size when it was opened."""
+    """Its size in bytes when it was opened."""
 
     @abstractmethod
     def read_into(self, buffers: Sequence[memoryview], start: int) -> None:
         """Fill all buffers, one after another, with the bytes of the file from `start` on.
 
         Args:
-            buffers: Contiguous, writable bytes; at most `MAX_BUFFERS`. There may be none, and
-                they may be empty: then nothing is read.
+            buffers: Contiguous, writable memory; at most `MAX_BUFFERS` buffers. With no buffers,
+                or only empty ones, nothing is read.
             start: Position of the first byte in the file; not negative.
 
         Raises:
-            ReadError: If the file ends before the last buffer is full, now or when it was opened;
-                or if the storage refuses. The buffers may hold anything then.
+            ReadError: If the file is too short to fill all buffers, now or when it was opened, or
+                if the storage refuses the read. The content of the buffers is then undefined.
         """
 
     def read(self, start: int, nbytes: int) -> bytes:
-        """Return bytes of the file. The caller limits `nbytes`: they all are in memory.
+        """Return `nbytes` bytes from `start` on. The caller limits `nbytes`: all are in memory.
 
         Raises:
             ReadError: As `read_into`.
@@ -63,7 +63,7 @@ class InputFile(ABC):
         return bytes(data)
 
     def check_range(self, start: int, nbytes: int) -> None:
-        """Refuse a read that passes the end of the file; for `read_into` of a backend.
+        """Refuse a read past the end of the file. Backends call this in `read_into`.
 
         Raises:
             ReadError: If the file had fewer than `start + nbytes` bytes when it was opened.
@@ -72,7 +72,7 @@ class InputFile(ABC):
             raise ends_too_early(self.path, start + nbytes, f"{self.nbytes} bytes")
 
     def close(self) -> None:  # noqa: B027 - most stores hold nothing open
-        """Give back what the open file holds; a second call does nothing."""
+        """Release the resources of the open file; a second call does nothing."""
 
     def __enter__(self) -> Self:
         return self
@@ -82,21 +82,22 @@ class InputFile(ABC):
 
 
 class InputFiles(ABC):
-    """The files of one directory. Thread-safe; holds nothing open itself.
+    """The files of one directory. Thread-safe; the object itself keeps no file open.
 
-    A name is a path within the directory, with `/` between its parts. Every method that takes one
-    raises `CorruptCheckpointError` if it is absolute, climbs, is empty or cannot be printed.
+    A name is a path within the directory, with `/` between its parts. Every method that takes a
+    name raises `CorruptCheckpointError` if it is absolute, has a part `.` or `..`, is empty, or has
+    unprintable characters.
 
-    Every call sees the files that another process has added or removed since the last one. A file
-    that is removed while it is open can still be read, or raises `ReadError`.
+    Every call sees the files that another process has added or removed since the last call. If an
+    open file is removed, reads from it either still work or raise `ReadError`.
     """
 
     path: str
-    """The directory, for errors."""
+    """Path of the directory, for error messages."""
     readers: int
-    """Number of reads that are worth having in flight."""
+    """Number of concurrent reads that is useful; more do not make reading faster."""
     reads_ahead: bool
-    """Whether the storage reads ahead of each open file. Then each thread opens its own."""
+    """Whether the storage reads ahead in each open file. If so, each thread opens its own."""
     prefers_large_reads: bool
     """Whether each read costs a request, so that few large reads beat many small ones."""
 
@@ -105,41 +106,41 @@ class InputFiles(ABC):
         """Open a regular file.
 
         Raises:
-            ReadError: If it is not there, or the storage refuses to open it.
-            CorruptCheckpointError: If the name is not one of this directory, leads out of it by a
-                link, or is the name of something else: a directory, a pipe.
+            ReadError: If the file does not exist, or the storage refuses to open it.
+            CorruptCheckpointError: If the name is invalid, if a link leads out of the directory,
+                or if the entry is not a regular file but, for example, a directory or a pipe.
         """
 
     @abstractmethod
     def names(self) -> list[str]:
-        """Return the names of what lies in the directory itself, without directories; sorted.
+        """Return the sorted names of all entries of the directory itself that are not directories.
 
         Raises:
-            ReadError: If the directory is not there, is a file, or cannot be listed.
+            ReadError: If the directory does not exist, is a file, or cannot be listed.
         """
 
     @abstractmethod
     def tree(self) -> dict[str, int]:
         """Return the size of every file in the directory and below it, by name; sorted.
 
-        Links to files count as files; links to directories are not followed. What is not a regular
-        file, or has no known size, has the size -1.
+        Links to files count as files; links to directories are not followed. An entry that is not a
+        regular file, or whose size is unknown, has the size -1.
 
         Raises:
-            ReadError: If the directory is not there, is a file, or cannot be listed. Object stores
-                have no empty directories: there, an empty one is not there.
+            ReadError: If the directory does not exist, is a file, or cannot be listed. On an object
+                store, an empty directory does not exist.
         """
 
     @abstractmethod
     def below(self, name: str) -> InputFiles:
-        """Return the files of a directory within this one; it need not exist."""
+        """Return the files of the directory `name` within this one; it need not exist."""
 
     @abstractmethod
     def has(self, name: str) -> bool:
-        """Whether anything has this name: a directory or a broken link too, which `open` refuses.
+        """Whether an entry of this name exists, even one that `open` refuses, such as a directory.
 
         Raises:
-            ReadError: If the storage does not say.
+            ReadError: If the storage cannot tell.
         """
 
     def read_whole(self, name: str, *, max_nbytes: int) -> bytes:
@@ -152,7 +153,7 @@ class InputFiles(ABC):
         with self.open(name) as file:
             if file.nbytes > max_nbytes:
                 raise CorruptCheckpointError(
-                    "a file is larger than one of its kind can be",
+                    "a file is larger than a file of its kind may be",
                     phase="read",
                     path=file.path,
                     expected=f"at most {max_nbytes} bytes",
@@ -164,10 +165,11 @@ class InputFiles(ABC):
 def check_name(name: object, *, path: str) -> str:
     """Return a name from a checkpoint if it stays within its directory.
 
-    A backslash counts as a separator, since some stores take it for one.
+    A backslash counts as a separator, because some stores treat it as one.
 
     Raises:
-        CorruptCheckpointError: If it is absolute, climbs, is empty or cannot be printed.
+        CorruptCheckpointError: If the name is absolute, has a part `.` or `..`, is empty, or has
+            unprintable characters.
     """
     if isinstance(name, str):
         parts = name.replace("\\", "/").split("/")
@@ -190,15 +192,16 @@ def ends_too_early(path: str, expected_nbytes: int, found: str) -> ReadError:
         path=path,
         expected=f"at least {expected_nbytes} bytes",
         found=found,
-        hint="it was cut off, or changed while it was read",
+        hint="it was cut off, or changed during the read; read another copy",
     )
 
 
 @contextmanager
 def read_errors(path: str) -> Iterator[None]:
-    """Turn the operating system's errors on `path` into `ReadError`, with number and advice.
+    """Turn the operating system's errors on `path` into `ReadError`, with error number and advice.
 
-    A backend whose client raises anything but `OSError` turns that into `OSError` first.
+    If the client library of a backend raises other errors, the backend first turns them into
+    `OSError`.
     """
     try:
         yield
@@ -218,7 +221,7 @@ def read_errors(path: str) -> Iterator[None]:
 
 
 def _number_of(error: OSError) -> int | None:
-    """Return the number of an error; fsspec raises many of them without one."""
+    """Return the error number, from the class if it is not set: fsspec often does not set it."""
     if error.errno is not None:
         return error.errno
     return next((number for kind, number in _NUMBERS.items() if isinstance(error, kind)), None)
@@ -234,7 +237,7 @@ _NUMBERS: dict[type[OSError], int] = {
 _ADVICE = {
     errno.ENOENT: "is this the path of a checkpoint?",
     errno.ENOTDIR: "is this the path of a checkpoint?",
-    errno.EACCES: "it is not readable by this user",
+    errno.EACCES: "this user may not read it",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.EIO: "the device may be failing; read another copy",
 }

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 class LocalFiles(InputFiles):
     """Files below a directory of this host's file systems.
 
-    Links are followed within the directory, and from a snapshot of a HuggingFace cache to the blobs
-    of that cache. A link that leads elsewhere is refused.
+    `open` follows links within the directory, and links from a snapshot of a HuggingFace cache to
+    the blobs of that cache. It refuses a link that leads elsewhere.
     """
 
     reads_ahead = True
@@ -47,8 +47,8 @@ class LocalFiles(InputFiles):
                 path=path,
                 expected=f"a file below {self._root}",
                 found=real,
-                hint="put the file there; links are followed within it, and to the blobs of a "
-                "HuggingFace cache",
+                hint="put the file into the checkpoint; links may lead to files within it, or to "
+                "the blobs of a HuggingFace cache",
             )
         return _LocalFile(path, real)
 
@@ -94,7 +94,7 @@ def _is_directory(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
     except OSError:
-        # A link to itself, which must not hide the other files. `open` refuses it.
+        # The entry is a link to itself. It must not hide the other files; `open` refuses it.
         return False
 
 
@@ -102,7 +102,7 @@ def _size(entry: os.DirEntry[str]) -> int:
     try:
         status = entry.stat()
     except OSError:
-        # A link to nothing, or a file that has gone since.
+        # A broken link, or a file that was removed after the listing.
         return -1
     return status.st_size if stat.S_ISREG(status.st_mode) else -1
 
@@ -121,7 +121,7 @@ class _LocalFile(InputFile):
         if not stat.S_ISREG(status.st_mode):
             self.close()
             raise CorruptCheckpointError(
-                "a checkpoint names something that is not a regular file", phase="read", path=path
+                "an entry of a checkpoint is not a regular file", phase="read", path=path
             )
 
     def read_into(self, buffers: Sequence[memoryview], start: int) -> None:
@@ -138,8 +138,8 @@ class _LocalFile(InputFile):
                 done += more
 
     def __del__(self) -> None:
-        # After a load that was given up, possibly because another rank failed, nobody may be left
-        # to close the file.
+        # A load may be aborted, for example because another rank failed. Then no other code closes
+        # the file.
         self.close()
 
     def close(self) -> None:
@@ -150,7 +150,7 @@ class _LocalFile(InputFile):
 
 
 def _rest(buffers: Sequence[memoryview], done: int) -> list[memoryview]:
-    """Return the memory that is left to fill when the first `done` bytes are filled."""
+    """Return the parts of the buffers that remain to be filled after the first `done` bytes."""
     rest = []
     for buffer in buffers:
         skipped = min(done, buffer.nbytes)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.storage.input_contract import InputFiles
 
-# fsspec reads these too, but it does not say where links lead.
+# `LocalFiles` reads these, because fsspec does not report where links lead.
 _LOCAL_SCHEMES = ("file://", "local://")
 
 
@@ -23,21 +23,21 @@ def open_directory(
 ) -> InputFiles:
     """Return the files below a local path or an fsspec URL; the path need not exist.
 
-    A backend of its own for one scheme is chosen here, before fsspec, which reads every other URL.
+    Choose a new backend for one URL scheme here, before fsspec, which reads every other URL.
 
     Args:
         path: A local path; a URL if it contains `://`.
         storage_options: Options of the URL, as fsspec takes them.
 
     Raises:
-        ConfigError: If the path cannot be one, if fsspec does not know its protocol, or if a path
-            comes with options.
+        ConfigError: If `path` is neither a path nor a URL, if fsspec does not support its protocol,
+            or if a local path comes with options.
     """
     text = os.fspath(path)
     if isinstance(text, str):
         for scheme in _LOCAL_SCHEMES:
             text = text.removeprefix(scheme)
-    # An empty path would be the working directory.
+    # An empty path would mean the working directory.
     if not isinstance(text, str) or not text or "\0" in text:
         raise ConfigError("path must be a path or a URL", found=repr(path))
     if "://" in text:

@@ -1,4 +1,4 @@
-"""The files that a rank has open during a save, and their fsyncs, which run beside the writing."""
+"""The files that a rank has open during a save, and the threads that fsync them meanwhile."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dcp_hf_writer.errors import SaveTimeoutError
 if TYPE_CHECKING:
     from dcp_hf_writer.storage.posix_outputs import OutputFile
 
-# An fsync mostly waits for the device; a few in flight let it merge what they ask for.
+# An fsync mostly waits for the device. If a few run at once, the device can merge their work.
 _SYNC_THREADS = 4
 
 
@@ -26,24 +26,24 @@ class OpenFiles:
         self._syncing: list[tuple[Future[None], OutputFile]] = []
 
     def keep(self, file: OutputFile) -> OutputFile:
-        """Keep a file open, to be taken again by its path."""
+        """Keep a file open until `take` returns it by its path."""
         self._open[file.path] = file
         return file
 
     def take(self, path: str) -> OutputFile | None:
-        """Return a kept file and forget it."""
+        """Return a kept file, which is then no longer kept; `None` if there is none."""
         return self._open.pop(path, None)
 
     def sync(self, file: OutputFile) -> None:
-        """Fsync and close a file in the background; `join` reports how that went."""
+        """Fsync and close a file in the background; `join` reports errors."""
         try:
             future = self._pool.submit(_sync_and_close, file)
         except RuntimeError:
-            # The interpreter is exiting, which waits for saves in flight but starts no threads.
+            # The interpreter is exiting. It waits for saves in flight but starts no new threads.
             future = Future()
             try:
                 _sync_and_close(file)
-            except Exception as error:  # noqa: BLE001 - as the pool does, for `join`
+            except Exception as error:  # noqa: BLE001 - `join` reports it
                 future.set_exception(error)
             else:
                 future.set_result(None)
@@ -79,16 +79,16 @@ class OpenFiles:
         return [(path, error) for path, error in ended if error is not None]
 
     def discard_below(self, path: str) -> None:
-        """Close the kept files of a directory whose content is not wanted any more."""
+        """Close the kept files below a directory without fsync; their content is not needed."""
         for kept in [name for name in self._open if name.startswith(os.path.join(path, ""))]:
             self._open.pop(kept).discard()
 
     def close(self) -> None:
-        """End the threads; all files must have been joined."""
+        """End the threads. Call `join` for all files first."""
         self._pool.shutdown(wait=False)
 
     def abandon(self) -> None:
-        """Close what is open after a failure; the data is not wanted any more."""
+        """Close files after a failure and cancel waiting fsyncs; the data is not needed."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         for path in list(self._open):
             self._open.pop(path).discard()

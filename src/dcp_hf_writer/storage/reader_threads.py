@@ -1,14 +1,14 @@
-"""How many threads of a rank read at the same time: from local disks, and from remote stores."""
+"""How many threads of a rank read at once, from local disks and from remote stores."""
 
 from __future__ import annotations
 
 import os
 
 REMOTE_READER_THREADS = 16
-"""Most of the time of a read from a remote store is waiting."""
+"""Many, because a read from a remote store spends most of its time waiting."""
 
-# At least two: one copies while the other waits for the disk. More where a rank has processors for
-# them, but at most four: each is a stream of its own, and many streams disturb each other.
+# At least two: one copies while the other waits for the disk. A rank with more processors uses
+# more, but at most four: each thread reads its own stream, and many streams slow each other down.
 _LEAST, _MOST = 2, 4
 
 
@@ -25,6 +25,6 @@ def _cores() -> int:
 
 
 def _local_ranks() -> int:
-    """Return how many ranks share them, as far as torchrun told."""
+    """Return how many ranks share the processors, as torchrun reports it; 1 if unknown."""
     told = os.environ.get("LOCAL_WORLD_SIZE", "")
     return max(1, int(told)) if told.isdecimal() else 1

@@ -1,4 +1,4 @@
-"""The lock files behind `WriteSlots`: where they are, what names them, how one is locked."""
+"""The lock files behind `WriteSlots`: their directory, their names, and how to lock one."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class SlotFiles:
 
     directory: str
     key: str
-    """Names the file system, and the half where it has a set of its own."""
+    """Names the file system, and also the half if the half has its own set."""
     count: int
 
     def path(self, index: int) -> str:
@@ -42,40 +42,40 @@ class SlotFiles:
         return os.path.join(self.directory, f"{self.key}.{index}.lock")
 
     def order(self) -> Iterator[int]:
-        """Yield every slot once, from one that depends on the process.
+        """Yield every slot once, starting at one that depends on the process.
 
-        Ranks that start together would otherwise all try slot 0 first.
+        Otherwise ranks that start together would all try slot 0 first.
         """
         first = os.getpid() % self.count
         for step in range(self.count):
             yield (first + step) % self.count
 
     def holders(self) -> str:
-        """Tell who holds the slots, as far as their lock files say; for messages."""
+        """Return a text for messages: who holds each slot, according to its lock file."""
         notes = (_read_holder(self.path(index)) for index in range(self.count))
         return ", ".join(f"slot {index}: {note}" for index, note in enumerate(notes))
 
 
 def ensure_private_directory() -> str:
-    """Make the node's own lock directory where it is missing, check it, and return its path.
+    """Return the path of the node's own lock directory; create it if missing, and check it.
 
     Raises:
-        StorageError: If it cannot be made, or what is there under its name is a link, is not the
-            user's own, or may be written to by others.
+        StorageError: If it cannot be created, if it is a link or not a directory, if it belongs to
+            another user, or if others may write to it.
     """
     path = os.path.join(tempfile.gettempdir(), f"dcp-hf-writer-{os.geteuid()}")
     try:
         with contextlib.suppress(FileExistsError):
             os.mkdir(path, 0o700)
-        # In a directory that all may write to, such as /tmp, someone else may have put anything
-        # under the name first, a link to a directory of ours included.
+        # Everyone may write to a directory such as /tmp. Someone else may have put anything under
+        # this name first, even a link to one of our directories.
         status = os.lstat(path)
         _require_safe(path, status)
         if status.st_mode & _OPEN_TO_OTHERS:
-            # filelock makes a directory that vanished under it anew, with the mode of the umask.
-            # Nobody else could write to it, so making it private is enough.
+            # If the directory vanishes, filelock creates it again, with a mode that depends on the
+            # umask. Nobody else could write to it, so making it private is enough.
             os.chmod(path, 0o700)
-    except StorageError:  # an OSError too
+    except StorageError:  # it is an OSError too
         raise
     except OSError as error:
         raise _directory_error(path, error) from error
@@ -83,14 +83,15 @@ def ensure_private_directory() -> str:
 
 
 def ensure_given_directory(path: str) -> str:
-    """Make the lock directory that the user named where it is missing, check it, and return it.
+    """Return the path of the lock directory that the user named; create it if missing, check it.
 
     Raises:
-        StorageError: If it cannot be made, is not the user's own, or others may write to it.
+        StorageError: If it cannot be created, is not a directory, belongs to another user, or if
+            others may write to it.
     """
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
-        # Followed, not lstat: the user may name a directory through a link of their own.
+        # stat, not lstat: the user may name the directory through their own link.
         status = os.stat(path)
     except OSError as error:
         raise _directory_error(path, error) from error
@@ -101,11 +102,11 @@ def ensure_given_directory(path: str) -> str:
 def _require_safe(path: str, status: os.stat_result) -> None:
     """Refuse a directory in which someone else could have placed a lock file.
 
-    Whoever may write to it could link one of our files to a lock's name, and see it overwritten
-    with the holder's number.
+    Someone who may write to the directory could hard-link another of our files to the name of a
+    lock file. `record_holder` would then overwrite that file.
 
     Raises:
-        StorageError: If `status`, that of `path`, shows that it is not safe.
+        StorageError: If `status`, the status of `path`, shows that the directory is not safe.
     """
     flaw = _directory_flaw(status)
     if flaw is not None:
@@ -120,7 +121,7 @@ def _require_safe(path: str, status: os.stat_result) -> None:
 
 
 def _directory_flaw(status: os.stat_result) -> str | None:
-    """Return what makes a directory with `status` unsafe, `None` where nothing does."""
+    """Return what makes a directory with `status` unsafe; `None` if it is safe."""
     if stat.S_ISLNK(status.st_mode):
         return "a symbolic link"
     if not stat.S_ISDIR(status.st_mode):
@@ -133,23 +134,24 @@ def _directory_flaw(status: os.stat_result) -> str | None:
 
 
 def key_by_device(target: str) -> str:
-    """Name the file system of the nearest existing parent of `target` by its device number.
+    """Name the file system of `target`, or of its nearest existing parent, by its device number.
 
-    Bind mounts on one node have it in common; nodes that share a file system do not.
+    On one node, all bind mounts of a file system have the same device number. Nodes that share a
+    file system have different ones.
 
     Raises:
-        StorageError: If the path cannot be looked at.
+        StorageError: If `stat` on the path fails.
     """
     return f"{_nearest_existing(target)[1]:x}"
 
 
 def key_by_mount(target: str) -> str:
-    """Name the file system of the nearest existing parent of `target` by its mount point.
+    """Name the file system of `target`, or of its nearest existing parent, by its mount point.
 
-    Nodes that share a file system usually have it in common.
+    Nodes that share a file system usually mount it at the same place.
 
     Raises:
-        StorageError: If the path cannot be looked at.
+        StorageError: If `stat` on the path fails.
     """
     path, device = _nearest_existing(target)
     while (parent := os.path.dirname(path)) != path and _device_of(parent) == device:
@@ -172,7 +174,7 @@ def _device_of(path: str) -> int | None:
         return None
     except OSError as error:
         raise StorageError(
-            "the directory to write to cannot be looked at",
+            "the file system of the target cannot be determined",
             phase="write",
             path=path,
             found=error.strerror,
@@ -181,15 +183,15 @@ def _device_of(path: str) -> int | None:
 
 
 def try_lock(path: str) -> BaseFileLock | None:
-    """Lock `path` if that is possible at once; `None` where another holds it.
+    """Lock `path` without waiting; `None` if another holds it, or its directory is gone.
 
     Raises:
         StorageError: If the file cannot be used as a lock.
     """
-    # thread_local=False: the slot belongs to the write, whichever thread ends it.
+    # thread_local=False: the slot belongs to the write, whichever thread releases it.
     # fallback_to_soft=False: a soft lock outlives a holder that is killed.
-    # filelock opens with O_NOFOLLOW, so a link under the name is refused (ELOOP), and closes the
-    # descriptor in a forked child, so that one does not keep the slot of a dead parent.
+    # filelock opens with O_NOFOLLOW, so it refuses a link (ELOOP). It closes the descriptor in a
+    # forked child, so the child does not keep the slot of a dead parent.
     lock = FileLock(
         path, mode=0o600, thread_local=False, is_singleton=False, fallback_to_soft=False
     )
@@ -198,7 +200,7 @@ def try_lock(path: str) -> BaseFileLock | None:
     except Timeout:
         return None
     except FileNotFoundError:
-        # The directory was deleted after it was checked; the caller makes it anew.
+        # The directory was deleted after the check; the caller creates it again.
         return None
     except OSError as error:
         raise _lock_error(path, error) from error
@@ -206,7 +208,7 @@ def try_lock(path: str) -> BaseFileLock | None:
 
 
 def release(lock: BaseFileLock) -> None:
-    """Give the slot back; the write it admitted is durable, so a failure is logged, not raised."""
+    """Release the slot. A failure is only logged, because the write itself is already over."""
     try:
         lock.release()
     except OSError as error:
@@ -218,10 +220,10 @@ def release(lock: BaseFileLock) -> None:
 
 
 def record_holder(path: str) -> None:
-    """Note in the lock file, held by the caller, who holds it: for the messages of those that wait.
+    """Write the holder into a lock file that the caller holds; messages of waiters name it.
 
-    A second descriptor is safe: flock belongs to the open file, not to the process. Best effort: a
-    full disk must not cost the slot.
+    A second descriptor is safe: flock belongs to the open file, not to the process. An error is
+    only logged: a full disk must not cost the slot.
     """
     note = f"pid {os.getpid()} on {socket.gethostname()}\n".encode()
     try:
