@@ -25,7 +25,6 @@ from support.compare import bits, tensor_difference
 from support.hf_models import MODELS
 from support.parallel_models import can_distribute, is_applicable, parallel_model, unsharded
 from support.ranks import run_ranks
-from support.whole_tensors import whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,6 +35,10 @@ PARALLELISMS = ("fsdp", "fsdp_tp", "ep_fsdp")
 def zero(model: torch.nn.Module) -> None:
     for value in model.state_dict().values():
         value.zero_()
+
+
+def whole(value: torch.Tensor) -> torch.Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def differing(model: torch.nn.Module, expected: Mapping[str, torch.Tensor]) -> list[str]:

@@ -15,10 +15,10 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
 
 from support.compare import INDEX_NAME, bits
 from support.sharded_models import build_model, fsdp
-from support.whole_tensors import whole
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -137,7 +137,7 @@ def digests(state: Mapping[str, Any], prefix: str = "") -> Digests:
         if isinstance(value, dict):
             found |= digests(value, f"{name}.")
         elif isinstance(value, torch.Tensor):
-            full = whole(value)
+            full = value.full_tensor() if isinstance(value, DTensor) else value
             text = hashlib.sha256(bits(full).numpy().tobytes()).hexdigest()
             found[name] = (str(full.dtype), tuple(full.shape), text)
         else:
