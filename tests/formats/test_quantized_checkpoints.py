@@ -275,7 +275,11 @@ def test_mxfp4_equals_transformers_for_every_byte_and_scale(dtype: torch.dtype) 
         .view(1, SCALE_BYTES, 16, 16),
         "e.gate_up_proj_scales": torch.arange(count).div(16).to(torch.uint8).view(1, -1, 16),
     }
-    expected = convert_moe_packed_tensors(*tensors.values(), dtype=dtype)
+    # transformers calls `torch.ldexp`, which rounds the power of two to float16 in torch 2.10.
+    half, sixteen = torch.tensor([0.5], dtype=torch.float16), torch.tensor([16])
+    is_exact = bool(torch.ldexp(half, sixteen).isfinite())
+    computed = dtype if is_exact else torch.float32
+    expected = convert_moe_packed_tensors(*tensors.values(), dtype=computed).to(dtype)
     found = read_whole("e.gate_up_proj", tensors, config_of("mxfp4"), dtype)
     assert_same(found, expected)
 

@@ -68,7 +68,7 @@ class _Capture:
             raise WriteError(
                 msg,
                 phase="write",
-                expected="the archive format of torch 2.9 to 2.15",
+                expected="the archive format of torch 2.10 to 2.15",
                 found=f"torch {torch.__version__}",
                 hint="pass dcp_writer=FileSystemWriter(path), which is slower",
             )
