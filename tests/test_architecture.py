@@ -188,7 +188,7 @@ def test_check_sees_what_it_forbids() -> None:
     outputs = imports_of("storage.posix_outputs", with_types=False)
     assert {"os", "dcp_hf_writer.storage.linux_calls.reserve"} <= outputs
     assert is_within("torch.distributed", EFFECTS)
-    assert "torch.distributed" in imports_of("save.rendezvous", with_types=False)
+    assert "torch.distributed" in imports_of("save.rank_progress", with_types=False)
     assert "os" not in imports_of("mapping.hf_export", with_types=False)
     assert "os" in imports_of("mapping.hf_export", with_types=True)
     assert own_imports_of("formats.encode_safetensors_header") == {

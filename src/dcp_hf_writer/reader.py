@@ -15,10 +15,10 @@ from torch.futures import Future
 from dcp_hf_writer.errors import CheckpointError, ConfigError, ReadError
 from dcp_hf_writer.load.choose_half import find_place
 from dcp_hf_writer.load.mismatches import check_blocks, has_methods_of, plans_alone
-from dcp_hf_writer.load.planned_load import DCPLoad, HFLoad, Load, LoadOptions
+from dcp_hf_writer.load.run_load import DCPLoad, HFLoad, Load, LoadOptions
 from dcp_hf_writer.mapping.hf_export import specs_by_name
 from dcp_hf_writer.preflight.check_options import one_of
-from dcp_hf_writer.torch_seam.frames import TorchLoad, find_load, other_planner, unknown_load
+from dcp_hf_writer.torch_seam.caller_frames import TorchLoad, find_load, other_planner, unknown_load
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

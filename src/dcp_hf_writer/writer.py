@@ -30,21 +30,21 @@ from dcp_hf_writer.preflight.drifted_ties import untrue_tie
 from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
 from dcp_hf_writer.preflight.rank_facts import check_facts, check_reported_facts, local_facts
 from dcp_hf_writer.save import coordinator, export_assets
+from dcp_hf_writer.save.announced_save import planned_directory
 from dcp_hf_writer.save.async_stager import SlabStager
 from dcp_hf_writer.save.begin_save import begin_save
 from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
 from dcp_hf_writer.save.checksums import add_checksums
 from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
-from dcp_hf_writer.save.joined_save import planned_directory
 from dcp_hf_writer.save.owner_process import new_save_id
-from dcp_hf_writer.save.rendezvous import MEETING, Announcement
+from dcp_hf_writer.save.rank_progress import MEETING, Announcement
 from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
 from dcp_hf_writer.save.write_phase import WritePhase, export_error, take_reports
 from dcp_hf_writer.staging.staged_state_dict import refuse_failed
 from dcp_hf_writer.storage.posix_outputs import write_errors
 from dcp_hf_writer.storage.write_slots import WriteSlots
-from dcp_hf_writer.torch_seam.frames import Planned, find_save, other_planner
+from dcp_hf_writer.torch_seam.caller_frames import Planned, find_save, other_planner
 from dcp_hf_writer.torch_seam.plan_cache import PLAN_CACHE, is_from_cache, whole_plans
 
 if TYPE_CHECKING:

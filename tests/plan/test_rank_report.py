@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from dcp_hf_writer import HFExport, LoadSpec
 from dcp_hf_writer.errors import CoverageError, ExportError
-from dcp_hf_writer.plan.assign_keys import RuntimeTensor
+from dcp_hf_writer.plan.assign_hf_keys import RuntimeTensor
 from dcp_hf_writer.plan.layout import plan_layout
 from dcp_hf_writer.plan.rank_report import Block, DCPFile, RankReport, check_coverage
 from dcp_hf_writer.tensors.boxes import Box, whole

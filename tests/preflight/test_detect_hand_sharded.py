@@ -22,7 +22,7 @@ from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.preflight import detect_hand_sharded
 from dcp_hf_writer.preflight.detect_hand_sharded import check_samples, samples_of
 from dcp_hf_writer.tensors.shards import ShardSpec
-from dcp_hf_writer.torch_seam.frames import Planned
+from dcp_hf_writer.torch_seam.caller_frames import Planned
 from dcp_hf_writer.torch_seam.planners import HFSavePlanner
 from support.expert_layouts import LAYOUTS, specs_of, state_of
 from support.rank_process import Raised

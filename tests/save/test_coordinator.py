@@ -25,7 +25,7 @@ from dcp_hf_writer.errors import (
     TargetExistsError,
     WriteError,
 )
-from dcp_hf_writer.plan.assign_keys import RuntimeTensor
+from dcp_hf_writer.plan.assign_hf_keys import RuntimeTensor
 from dcp_hf_writer.plan.layout import Layout, plan_layout
 from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
 from dcp_hf_writer.save import coordinator, owner_process

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from dcp_hf_writer.errors import UnsupportedTorchError
-from dcp_hf_writer.torch_seam import frames, future_guard, plan_cache
+from dcp_hf_writer.torch_seam import caller_frames, future_guard, plan_cache
 from dcp_hf_writer.torch_seam.future_guard import own_error
 from support.small_states import leftovers
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 # Each lookup, as the one function that makes it.
 LOOKUPS: dict[str, tuple[Any, str]] = {
-    "planner": (frames, "_locals_of_torch"),
+    "planner": (caller_frames, "_locals_of_torch"),
     "future": (future_guard, "current_future"),
     "caches": (plan_cache, "torch_cache"),
 }

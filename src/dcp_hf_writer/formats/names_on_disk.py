@@ -18,3 +18,17 @@ INDEX_NAME = "model.safetensors.index.json"
 """The index, if several files hold the weights."""
 CONFIG_NAME = "config.json"
 """The config of a HuggingFace model."""
+
+
+def weight_file_names(count: int) -> list[str]:
+    """Return the names of the files that hold the weights, in order.
+
+    Args:
+        count: Number of files.
+
+    Source:
+        huggingface_hub, "Save a state dict": the pattern that `save_pretrained` uses.
+    """
+    if count == 1:
+        return [SINGLE_NAME]
+    return [f"model-{i:05d}-of-{count:05d}{SUFFIX}" for i in range(1, count + 1)]

@@ -14,7 +14,7 @@ from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.tensors.boxes import Box, intersect
 from dcp_hf_writer.torch_seam.multi_block_tensors import blocked_tensors
-from dcp_hf_writer.torch_seam.old_names import names_before_2_4
+from dcp_hf_writer.torch_seam.names_before_torch_2_4 import names_before_2_4
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
 from dcp_hf_writer.mapping.tied_names import shared_groups, tie_fault
-from dcp_hf_writer.plan.assign_keys import RuntimeTensor
+from dcp_hf_writer.plan.assign_hf_keys import RuntimeTensor
 from dcp_hf_writer.plan.layout import Layout, PartTarget, plan_layout
 from dcp_hf_writer.plan.regions import TargetTable
 from dcp_hf_writer.plan.weights_once import targets_stored_once

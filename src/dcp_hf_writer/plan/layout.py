@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING
 
 from dcp_hf_writer.formats.encode_safetensors_header import encode_header, in_file_order
 from dcp_hf_writer.mapping.tied_names import checked_ties, tied_keys, tied_names
-from dcp_hf_writer.plan.assign_keys import assign_keys, check_keys, natural_order
+from dcp_hf_writer.plan.assign_hf_keys import assign_keys, check_keys, natural_order
 from dcp_hf_writer.plan.output_files import encode_index, fill_files
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from dcp_hf_writer.mapping.hf_export import HFExport
-    from dcp_hf_writer.plan.assign_keys import AssignedTensor, RuntimeTensor
+    from dcp_hf_writer.plan.assign_hf_keys import AssignedTensor, RuntimeTensor
     from dcp_hf_writer.tensors.boxes import Shape
     from dcp_hf_writer.tensors.strided_copies import Copy
 

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import LayoutError
 from dcp_hf_writer.excerpts import some_of
-from dcp_hf_writer.formats.names_on_disk import SINGLE_NAME
+from dcp_hf_writer.formats.names_on_disk import SINGLE_NAME, weight_file_names
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dcp_hf_writer.mapping.hf_export import HFExport
-    from dcp_hf_writer.plan.assign_keys import AssignedTensor
+    from dcp_hf_writer.plan.assign_hf_keys import AssignedTensor
 
 _MANY = 20
 """How many names an error lists."""
@@ -80,7 +80,7 @@ def _greedy_files(
         filled += nbytes
     if current:
         files.append(current)
-    return dict(zip(_file_names(len(files)), files, strict=True))
+    return dict(zip(weight_file_names(len(files)), files, strict=True))
 
 
 def _files_like(
@@ -99,12 +99,6 @@ def _files_like(
     for one in assigned:
         files.setdefault(file_of_key[one.tensor.key], []).append(one)
     return dict(sorted(files.items()))
-
-
-def _file_names(count: int) -> list[str]:
-    if count == 1:
-        return [SINGLE_NAME]
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def encode_index(

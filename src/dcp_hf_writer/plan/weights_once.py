@@ -16,7 +16,7 @@ from dcp_hf_writer.tensors.strided_copies import Copy, coverage_fault, runtime_b
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
-    from dcp_hf_writer.plan.assign_keys import RuntimeTensor
+    from dcp_hf_writer.plan.assign_hf_keys import RuntimeTensor
     from dcp_hf_writer.plan.layout import PartTarget
 
 

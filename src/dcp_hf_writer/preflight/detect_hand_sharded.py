@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlan
 
     from dcp_hf_writer.mapping.model_entry import Path
-    from dcp_hf_writer.torch_seam.frames import Planned
+    from dcp_hf_writer.torch_seam.caller_frames import Planned
 
 _log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dcp_hf_writer.mapping.hf_export import HFExport
-    from dcp_hf_writer.torch_seam.frames import Planned
+    from dcp_hf_writer.torch_seam.caller_frames import Planned
 
 
 HOW_TO_TIE = (

@@ -32,11 +32,11 @@ from dcp_hf_writer.save.save_context import RankView
 from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
 from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
 from dcp_hf_writer.tensors.strided_copies import hf_box
+from dcp_hf_writer.torch_seam.caller_frames import Planned
 from dcp_hf_writer.torch_seam.dtensor import local_of
-from dcp_hf_writer.torch_seam.frames import Planned
 from dcp_hf_writer.torch_seam.future_guard import own_error
-from dcp_hf_writer.torch_seam.gathered_steps import steps_of
 from dcp_hf_writer.torch_seam.plan_cache import without_cache
+from dcp_hf_writer.torch_seam.planning_collectives import steps_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -11,7 +11,7 @@ from dcp_hf_writer.excerpts import some_of
 from dcp_hf_writer.save.tensor_bytes import chunk_of
 from dcp_hf_writer.tensors.boxes import intersect
 from dcp_hf_writer.torch_seam.multi_block_tensors import blocked_tensors
-from dcp_hf_writer.torch_seam.unsupported import unsupported_torch
+from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.tensors.boxes import Box
-    from dcp_hf_writer.torch_seam.frames import Planned
+    from dcp_hf_writer.torch_seam.caller_frames import Planned
     from dcp_hf_writer.torch_seam.multi_block_tensors import BlockedTensor
 
 _SHOWN = 4

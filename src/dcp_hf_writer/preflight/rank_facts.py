@@ -11,7 +11,7 @@ from dcp_hf_writer.plan.global_plan import LocalFacts
 from dcp_hf_writer.preflight.detect_hand_sharded import check_samples, samples_of
 from dcp_hf_writer.preflight.plan_check import check_plan
 from dcp_hf_writer.save.owner_process import page_cache_id
-from dcp_hf_writer.torch_seam.unsupported import unsupported_torch
+from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -19,7 +19,7 @@ from dcp_hf_writer.errors import (
     StagingBusyError,
 )
 from dcp_hf_writer.save.commit_state import CommitState
-from dcp_hf_writer.save.rendezvous import Progress
+from dcp_hf_writer.save.rank_progress import Progress
 from dcp_hf_writer.save.save_context import Membership, SentFacts
 from dcp_hf_writer.storage.output_fsync import OpenFiles
 

@@ -11,7 +11,7 @@ from dcp_hf_writer.save.failure_explanations import guard_save
 from dcp_hf_writer.save.save_context import SaveContext
 from dcp_hf_writer.staging.staged_state_dict import failure_in
 from dcp_hf_writer.staging.stager import STAGER
-from dcp_hf_writer.torch_seam.frames import find_save
+from dcp_hf_writer.torch_seam.caller_frames import find_save
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dcp_hf_writer.errors import SaveAbortedError, SaveTimeoutError
 from dcp_hf_writer.save.coordinator import committed_save_id
-from dcp_hf_writer.save.rendezvous import POST_MORTEM_S, Progress, lost_ranks_error
+from dcp_hf_writer.save.rank_progress import POST_MORTEM_S, Progress, lost_ranks_error
 from dcp_hf_writer.torch_seam.future_guard import FutureGuard, find_future, own_error
 
 if TYPE_CHECKING:

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dcp_hf_writer.errors import CheckpointError
-    from dcp_hf_writer.save.rendezvous import Rendezvous
+    from dcp_hf_writer.save.rank_progress import Rendezvous
     from dcp_hf_writer.staging.slab import StagedInfo
-    from dcp_hf_writer.torch_seam.frames import Planned
+    from dcp_hf_writer.torch_seam.caller_frames import Planned
 
 
 @dataclass(frozen=True, slots=True)

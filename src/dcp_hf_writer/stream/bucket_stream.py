@@ -17,9 +17,9 @@ from dcp_hf_writer.preflight.drifted_ties import HOW_TO_TIE, drifted_tie
 from dcp_hf_writer.staging.same_memory import memory_of, tied_groups
 from dcp_hf_writer.stream.buckets import Bucket, fill_buckets, hf_tensors
 from dcp_hf_writer.stream.fill_buckets import Filler
-from dcp_hf_writer.stream.gather_steps import Steps, plan_steps
 from dcp_hf_writer.stream.local_shards import Stock, complete_by_hand, take_stock
 from dcp_hf_writer.stream.mesh_groups import Groups, meet_groups, model_tensors
+from dcp_hf_writer.stream.plan_gathers import Steps, plan_steps
 from dcp_hf_writer.stream.rank_agreement import Facts, check_alike, exchange, raise_first
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
     from dcp_hf_writer.stream.buckets import Bucket, Chain, HFTensor
-    from dcp_hf_writer.stream.gather_steps import Gather, Round, Steps
+    from dcp_hf_writer.stream.plan_gathers import Gather, Round, Steps
     from dcp_hf_writer.tensors.strided_copies import Copy
 
 # Integers to copy without a cast: torch cannot copy some packed dtypes.

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer.errors import ConfigError, CoverageError, PlanningError, SpecError
-from dcp_hf_writer.plan.assign_keys import RuntimeTensor
+from dcp_hf_writer.plan.assign_hf_keys import RuntimeTensor
 from dcp_hf_writer.stream.buckets import LOCAL, Chain, Cuts, Held
 from dcp_hf_writer.stream.mesh_groups import Groups, is_by_hand
 from dcp_hf_writer.tensors.boxes import Box, Shape, tiling_fault, whole

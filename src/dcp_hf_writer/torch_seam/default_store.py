@@ -3,7 +3,7 @@
 Mechanism: `torch.distributed.distributed_c10d._get_default_store`. `init_process_group` gets or
 makes this store. torch has no public function that returns it.
 
-Looked at: torch 2.9 to 2.13. When torch changes: `default_store` raises, so every save of several
+Looked at: torch 2.10 to 2.15. When torch changes: `default_store` raises, so every save of several
 ranks fails.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 from torch.distributed import distributed_c10d
 
-from dcp_hf_writer.torch_seam.unsupported import unsupported_torch
+from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 
 def default_store() -> Any:

@@ -4,7 +4,7 @@ Mechanism: the attributes `_local_tensor` and `_spec`, the constructor `DTensor(
 the placement class `_StridedShard`. The public methods do more: `to_local()` waits for collectives
 and is recorded by autograd; `from_local()` moves the local tensor to the device of the mesh.
 
-Looked at: torch 2.9 to 2.13. When torch changes: the import or the attribute access raises, so the
+Looked at: torch 2.10 to 2.15. When torch changes: the import or the attribute access raises, so the
 save or load fails.
 """
 

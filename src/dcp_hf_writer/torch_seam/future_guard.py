@@ -8,7 +8,7 @@ Mechanism: `async_save` submits the save to Python's `ThreadPoolExecutor`, whose
 `_WorkItem.run`. The `self` of that frame is the work item, which holds the future. The guard
 replaces `set_result` and `set_exception` of that one future.
 
-Looked at: torch 2.9 to 2.13, Python 3.10 to 3.14. When Python or torch changes: `find_future`
+Looked at: torch 2.10 to 2.15, Python 3.10 to 3.14. When Python or torch changes: `find_future`
 raises for an asynchronous save, because nothing could report a lost rank by the deadline.
 """
 
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dcp_hf_writer.errors import CheckpointError
-from dcp_hf_writer.torch_seam.unsupported import unsupported_torch
+from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable

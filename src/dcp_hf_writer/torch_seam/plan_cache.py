@@ -10,7 +10,7 @@ Mechanism: the dicts `_cached_save_plan`, `_cached_final_save_plan` and `_cached
 class `SavePlanner`, and the attributes `global_plan` and `_enable_plan_caching` of
 `DefaultSavePlanner`.
 
-Looked at: torch 2.9 to 2.13, `default_planner.py`. When torch changes: a save that reuses a cached
+Looked at: torch 2.10 to 2.15, `default_planner.py`. When torch changes: a save that reuses a cached
 plan is refused, and the error says to pass `enable_plan_caching=False`. Saves without plan caching
 do not need this module.
 """
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 from dcp_hf_writer.plan.global_plan import RankPlan
-from dcp_hf_writer.torch_seam.unsupported import unsupported_torch
+from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.save.commit import StagingDirectory
-from dcp_hf_writer.save.rendezvous import MEETING
+from dcp_hf_writer.save.rank_progress import MEETING
 
 if TYPE_CHECKING:
     from dcp_hf_writer.plan.global_plan import RankPlan

@@ -17,7 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport
 from dcp_hf_writer.errors import CheckpointError, PlanningError, UnsupportedTorchError
-from dcp_hf_writer.torch_seam import frames
+from dcp_hf_writer.torch_seam import caller_frames
 from dcp_hf_writer.torch_seam.future_guard import own_error
 from support.expert_layouts import LAYOUTS, state_of
 from support.lost_lookups import (
@@ -94,14 +94,14 @@ def test_save_alone_is_refused_too_when_the_planner_cannot_be_found(
 def test_save_is_refused_when_another_planner_was_checked(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    find = frames._locals_of_torch
+    find = caller_frames._locals_of_torch
 
     def wrong(kind_of_planner: type) -> dict[str, Any] | None:
         found = find(kind_of_planner)
         return found and {**found, "planner": DefaultSavePlanner()}
 
     with monkeypatch.context() as patched:
-        patched.setattr(frames, "_locals_of_torch", wrong)
+        patched.setattr(caller_frames, "_locals_of_torch", wrong)
         said = refusal(kind, small_state(1), HFDualWriter(tmp_path / "x"), no_dist=True)
     assert said is not None
     assert "same planner in every step" in said
@@ -315,7 +315,7 @@ def test_load_is_refused_when_another_planner_was_checked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dcp.save(small_state(1), storage_writer=HFDualWriter(tmp_path / "x"), no_dist=True)
-    find = frames._locals_of_torch
+    find = caller_frames._locals_of_torch
     other = DefaultLoadPlanner()
     other.set_up_planner(small_state(5), is_coordinator=True)
 
@@ -324,7 +324,7 @@ def test_load_is_refused_when_another_planner_was_checked(
         return found and {**found, "planner": other}
 
     target = small_state(5)
-    monkeypatch.setattr(frames, "_locals_of_torch", wrong)
+    monkeypatch.setattr(caller_frames, "_locals_of_torch", wrong)
     error = loaded(target, HFDualReader(tmp_path / "x"), no_dist=True)
     assert isinstance(error, UnsupportedTorchError)
     assert torch.equal(target["model"]["embed"], small_state(5)["model"]["embed"])

@@ -3,7 +3,7 @@
 Mechanism: torch's `_DistWrapper` runs a function on each rank, gathers the results, and gives every
 rank the errors of all ranks. A dry run plans through it, as a save does.
 
-Looked at: torch 2.9 to 2.13, `utils.py`. When torch changes: the import fails.
+Looked at: torch 2.10 to 2.15, `utils.py`. When torch changes: the import fails.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Mechanism: `traverse_state_dict_v_2_3`. torch's load planner calls it if a checkpoint lacks the
 current FQNs.
 
-Looked at: torch 2.9 to 2.13, `_traverse.py`. When torch changes: the import fails.
+Looked at: torch 2.10 to 2.15, `_traverse.py`. When torch changes: the import fails.
 """
 
 from __future__ import annotations

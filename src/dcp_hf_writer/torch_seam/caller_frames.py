@@ -10,7 +10,7 @@ if it has all three names with values of the right types, so that a frame of the
 mistaken for torch's. The writer and the reader later compare this planner with the one that torch
 passes to `write_data` and `read_data`.
 
-Looked at: torch 2.9 to 2.13. When torch changes: `find_save` raises. `find_load` returns `None`,
+Looked at: torch 2.10 to 2.15. When torch changes: `find_save` raises. `find_load` returns `None`,
 and the reader then refuses to load. Nothing is saved or loaded without the checks.
 """
 
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.utils import _DistWrapper
 
 from dcp_hf_writer.mapping.flattening import flat_tensors
-from dcp_hf_writer.torch_seam.unsupported import unsupported_torch
+from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 if TYPE_CHECKING:
     from types import FrameType
