@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.thread import _threads_queues
 from typing import TYPE_CHECKING
 
 import pytest
@@ -63,6 +64,22 @@ def test_save_of_what_another_stager_staged_is_refused_without_its_future(tmp_pa
     assert_nothing_is_there(tmp_path, "x")
     save("thread", state_of(2), HFDualWriter(tmp_path / "step-2"), **options)
     assert difference(tmp_path / "step-2", 2) is None
+
+
+def test_thread_of_an_executor_is_known_before_the_executor_has_entered_it() -> None:
+    def look() -> str | None:
+        _threads_queues.pop(threading.current_thread(), None)
+        try:
+            find_future(is_async=False)
+        except UnsupportedTorchError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(1) as pool, without("future"):
+        pool.submit(lambda: None).result(10)
+        said = pool.submit(look).result(10)
+    assert said is not None
+    assert "future of the save" in said
 
 
 def test_synchronous_save_has_no_future(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, InvalidStateError
-from concurrent.futures.thread import _threads_queues, _WorkItem
+from concurrent.futures.thread import _threads_queues, _worker, _WorkItem
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.api import CheckpointException
@@ -48,7 +48,7 @@ def find_future(*, is_async: bool) -> Future[Any] | None:
         UnsupportedTorchError: If the save is asynchronous and its future cannot be found.
     """
     future = current_future()
-    if future is None and (is_async or threading.current_thread() in _threads_queues):
+    if future is None and (is_async or _is_thread_of_executor()):
         raise unsupported_torch(
             "the future of the save",
             phase="plan",
@@ -56,6 +56,20 @@ def find_future(*, is_async: bool) -> Future[Any] | None:
             hint="call dcp.async_save, or call dcp.save in the training thread",
         )
     return future
+
+
+def _is_thread_of_executor() -> bool:
+    """Whether an executor made the calling thread."""
+    # An executor enters a thread in the table after it started it, which may be too late: the
+    # thread's own function tells at once.
+    if threading.current_thread() in _threads_queues:
+        return True
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as in `current_future`
+    while frame is not None:
+        if frame.f_code is _worker.__code__:
+            return True
+        frame = frame.f_back
+    return False
 
 
 def current_future() -> Future[Any] | None:
