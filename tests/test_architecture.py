@@ -144,6 +144,15 @@ def test_imports_point_one_way(name: str) -> None:
     assert below == set()
 
 
+def test_class_name_means_one_thing() -> None:
+    homes: dict[str, list[str]] = {}
+    for name in module_names():
+        for node in tree_of(name).body:
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(name)
+    assert {key: where for key, where in homes.items() if len(where) > 1} == {}
+
+
 def test_late_imports_are_those_that_are_listed() -> None:
     late = {(name, other) for name in module_names() for other in late_imports_of(name)}
     assert late == LATE

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+MOST_NAMES = 20
+"""Largest number of names that an error lists."""
+
 _RANKS = 8
 """Largest number of ranks that a message names."""
 

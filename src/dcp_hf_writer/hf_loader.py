@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from dcp_hf_writer.errors import ConfigError, PlanningError
 from dcp_hf_writer.load.choose_half import find_place, open_hf_source
 from dcp_hf_writer.load.exchange_reads import Reading
-from dcp_hf_writer.load.hf_source import Block, Findings, HFSource
+from dcp_hf_writer.load.hf_source import Findings, HFSource, WantedBlock
 from dcp_hf_writer.load.read_hf_blocks import load_blocks
 from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.hf_export import specs_by_name
@@ -103,7 +103,7 @@ def load_hf(
         if bad != Findings():
             bad.refuse(place.weights.path, hint=_HINT if findings.missing else None)
         parts = [(name, box, target) for name in chosen for box, target in tensors[name].parts]
-        blocks = [Block(name, box, target) for name, box, target in parts if box.numel]
+        blocks = [WantedBlock(name, box, target) for name, box, target in parts if box.numel]
         alone = Reading(None)
         load_blocks(place, source, inputs, blocks, is_verified=verify, reading=alone)
     return LoadedKeys(tuple(sorted(findings.missing)), tuple(sorted(findings.unexpected)))

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dcp_hf_writer.tensors.boxes import Box, Shape
-    from dcp_hf_writer.tensors.shards import Block
+    from dcp_hf_writer.tensors.shards import ShardBlock
 
 
 def numbered(shape: Shape) -> torch.Tensor:
@@ -39,7 +39,7 @@ def part(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     return tensor[tuple(slice(start, start + size) for start, size in places)]
 
 
-def from_blocks(shape: Shape, local: Shape, blocks: Sequence[Block]) -> torch.Tensor:
+def from_blocks(shape: Shape, local: Shape, blocks: Sequence[ShardBlock]) -> torch.Tensor:
     """Put a local tensor together from blocks of the numbered whole one."""
     whole, found = numbered(shape), torch.full(local, -1)
     for block in blocks:

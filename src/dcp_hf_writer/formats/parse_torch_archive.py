@@ -17,6 +17,7 @@ import torch
 from dcp_hf_writer.errors import CorruptCheckpointError
 from dcp_hf_writer.formats.parse_dcp_metadata import DTYPES
 from dcp_hf_writer.formats.restricted_unpickle import Admitted, Constant, Function, unpickle
+from dcp_hf_writer.formats.strict_json import are_counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -213,13 +214,9 @@ def _storage(value: Any) -> _Storage:
     word, kind, key, location, numel = value
     if word != "storage" or not isinstance(kind, _StorageKind) or type(location) is not str:
         raise ValueError("a persistent id that is not a storage")
-    if type(key) is not str or not _are_counts((numel,)):
+    if type(key) is not str or not are_counts((numel,)):
         raise ValueError("a storage without a name or a size")
     return _Storage(kind.dtype, key, numel)
-
-
-def _are_counts(values: Any) -> bool:
-    return type(values) is tuple and all(type(n) is int and 0 <= n < 1 << 63 for n in values)
 
 
 def _rebuild(storage: Any, first: Any, shape: Any, strides: Any, *rest: Any) -> _Described:
@@ -235,7 +232,7 @@ def _described(storage: Any, dtype: Any, where: tuple[Any, Any, Any], rest: Any)
     first, shape, strides = where
     if not isinstance(storage, _Storage) or not isinstance(dtype, torch.dtype):
         raise TypeError("a tensor without a storage or a dtype")
-    if not _are_counts((first,)) or not _are_counts(shape) or not _are_counts(strides):
+    if not are_counts((first,)) or not are_counts(shape) or not are_counts(strides):
         raise ValueError("a tensor with an invalid offset, shape or strides")
     requires_grad_and_hooks = 2
     if len(shape) != len(strides) or len(rest) != requires_grad_and_hooks or 0 in strides:

@@ -81,6 +81,11 @@ def is_count(value: object, *, below: int = 1 << 63) -> bool:
     return type(value) is int and 0 <= value < below
 
 
+def are_counts(values: object) -> bool:
+    """Whether a value is a tuple of counts; see `is_count`."""
+    return type(values) is tuple and all(map(is_count, values))
+
+
 def is_text(value: object) -> bool:
     """Whether a value from JSON is text that UTF-8 can encode; a lone surrogate is not."""
     if not isinstance(value, str):

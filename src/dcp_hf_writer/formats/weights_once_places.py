@@ -18,7 +18,7 @@ from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import CorruptCheckpointError
-from dcp_hf_writer.formats.strict_json import is_count, parse_json, shortened
+from dcp_hf_writer.formats.strict_json import are_counts, is_count, parse_json, shortened
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 from dcp_hf_writer.tensors.strided_copies import Copy, Loop
 
@@ -173,8 +173,8 @@ def is_part(part: StoredPart) -> bool:
 def is_copy(copy: Copy) -> bool:
     """Whether an untrusted copy has valid fields."""
     return (
-        _are_counts(copy.hf_start)
-        and _are_counts(copy.start)
+        are_counts(copy.hf_start)
+        and are_counts(copy.start)
         and _are(Loop, copy.loops)
         and all(map(is_loop, copy.loops))
         and all(n.hf_dim < len(copy.hf_start) and n.dim < len(copy.start) for n in copy.loops)
@@ -184,7 +184,7 @@ def is_copy(copy: Copy) -> bool:
 def is_loop(loop: Loop) -> bool:
     """Whether an untrusted loop has valid fields."""
     positive = (loop.extent, loop.hf_step, loop.step)
-    return _are_counts((*positive, loop.hf_dim, loop.dim)) and min(positive) > 0
+    return are_counts((*positive, loop.hf_dim, loop.dim)) and min(positive) > 0
 
 
 def is_once(once: StoredOnce) -> bool:
@@ -196,7 +196,7 @@ def _is_geometry(dtype: Any, shape: Any, copies: Any) -> bool:
     return (
         type(dtype) is str
         and dtype in ITEMSIZE
-        and _are_counts(shape)
+        and are_counts(shape)
         and math.prod(shape) * ITEMSIZE[dtype] < _MAX_NBYTES
         and _are(Copy, copies)
         and all(is_copy(copy) and _is_within(copy, shape) for copy in copies)
@@ -213,6 +213,3 @@ def _is_within(copy: Copy, shape: Shape) -> bool:
 def _are(kind: type, values: object) -> bool:
     return type(values) is tuple and all(type(one) is kind for one in values)
 
-
-def _are_counts(values: object) -> bool:
-    return type(values) is tuple and all(map(is_count, values))

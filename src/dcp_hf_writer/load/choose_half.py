@@ -31,7 +31,7 @@ _SUBDIR = "hf"
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class CheckpointPlace:
     """The files of one half of a checkpoint."""
 
     files: InputFiles
@@ -58,7 +58,7 @@ def find_place(
     storage_options: Mapping[str, Any] | None,
     *,
     with_manifest: bool,
-) -> Place:
+) -> CheckpointPlace:
     """Find the half of a checkpoint that a load reads.
 
     Args:
@@ -76,7 +76,7 @@ def find_place(
     text = os.fspath(path)
     if source != "dcp" and isinstance(text, str) and text.endswith((SUFFIX, INDEX_SUFFIX)):
         directory, _, name = text.rpartition("/")
-        return Place(open_directory(directory or ".", storage_options), "", name)
+        return CheckpointPlace(open_directory(directory or ".", storage_options), "", name)
     files = open_directory(path, storage_options)
     was_auto = source == "auto"
     if was_auto:
@@ -91,15 +91,15 @@ def find_place(
             hint="pass verify=False; only checkpoints of HFDualWriter have digests",
         )
     if source == "dcp":
-        return Place(files, None, manifest=manifest)
+        return CheckpointPlace(files, None, manifest=manifest)
     names = files.names()
     if is_hf_directory(names):
-        return Place(files, "", manifest=manifest)
-    place = Place(files, _SUBDIR, manifest=manifest)
+        return CheckpointPlace(files, "", manifest=manifest)
+    place = CheckpointPlace(files, _SUBDIR, manifest=manifest)
     if not _is_there(place.weights):
         manifest = manifest or manifest_of(files)
         if manifest is not None and manifest.hf is not None:
-            place = Place(files, manifest.hf.subdir, manifest=manifest)
+            place = CheckpointPlace(files, manifest.hf.subdir, manifest=manifest)
     if not _is_there(place.weights):
         raise ReadError(
             "there are no weights in the HuggingFace format",
@@ -146,7 +146,7 @@ def read_dcp_metadata(files: InputFiles, rank: int | None = None) -> Metadata:
 
 
 def open_hf_source(
-    place: Place, specs: Mapping[str, LoadSpec], *, names: Collection[str]
+    place: CheckpointPlace, specs: Mapping[str, LoadSpec], *, names: Collection[str]
 ) -> tuple[HFSource, OpenInputs]:
     """Open the HuggingFace half.
 

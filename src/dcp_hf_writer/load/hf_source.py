@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dcp_hf_writer.errors import MismatchError
-from dcp_hf_writer.excerpts import some_of
+from dcp_hf_writer.excerpts import MOST_NAMES, some_of
 from dcp_hf_writer.formats.strict_json import shortened
 from dcp_hf_writer.load.read_phase import is_direct
 from dcp_hf_writer.load.read_plan import Fetch, fetch_of_box, fetch_of_copy
@@ -27,12 +27,9 @@ if TYPE_CHECKING:
     from dcp_hf_writer.tensors.boxes import Box, Shape
     from dcp_hf_writer.tensors.strided_copies import Copy
 
-_MANY = 20
-"""How many names of each kind an error lists."""
-
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class WantedBlock:
     """A box of a runtime tensor, and the tensor in memory to read it into."""
 
     name: str
@@ -217,7 +214,7 @@ class HFSource:
                 return f"{dtype}, stored as {TORCH_BY_NAME[stored.dtype]}"
         return None
 
-    def jobs(self, blocks: Sequence[Block]) -> Jobs:
+    def jobs(self, blocks: Sequence[WantedBlock]) -> Jobs:
         """Plan the work that loads blocks."""
         fetches: list[Fetch] = []
         computed: list[Dequantized] = []
@@ -240,7 +237,7 @@ class HFSource:
                     computed.append(Dequantized(stored, region.copy, block.target))
         return Jobs(tuple(fetches), tuple(computed), tuple(padded))
 
-    def _fetch_box(self, own: Stored, number: int, block: Block) -> Fetch:
+    def _fetch_box(self, own: Stored, number: int, block: WantedBlock) -> Fetch:
         """Return the fetch of a box of a tensor that is stored unchanged."""
         (key,) = own.keys
         file = self.directory.file_of_key[key]
@@ -316,4 +313,4 @@ def can_cast(stored: torch.dtype, wanted: torch.dtype) -> bool:
 
 
 def _some(names: Iterable[str]) -> str:
-    return some_of(sorted(names), most=_MANY, separator="; ")
+    return some_of(sorted(names), most=MOST_NAMES, separator="; ")

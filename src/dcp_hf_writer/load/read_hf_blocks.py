@@ -13,18 +13,18 @@ from dcp_hf_writer.load.verify_while_reading import verify_ranges
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
-    from dcp_hf_writer.load.choose_half import Place
+    from dcp_hf_writer.load.choose_half import CheckpointPlace
     from dcp_hf_writer.load.exchange_reads import Reading
     from dcp_hf_writer.load.hf_directory import HFDirectory
-    from dcp_hf_writer.load.hf_source import Block, Dequantized, HFSource
+    from dcp_hf_writer.load.hf_source import Dequantized, HFSource, WantedBlock
     from dcp_hf_writer.storage.open_inputs import OpenInputs
 
 
 def load_blocks(
-    place: Place,
+    place: CheckpointPlace,
     source: HFSource,
     inputs: OpenInputs,
-    blocks: Sequence[Block],
+    blocks: Sequence[WantedBlock],
     *,
     is_verified: bool,
     reading: Reading,

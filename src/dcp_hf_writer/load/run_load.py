@@ -22,7 +22,7 @@ from dcp_hf_writer.formats.names_on_disk import METADATA_NAME
 from dcp_hf_writer.load.choose_half import open_hf_source, read_dcp_metadata
 from dcp_hf_writer.load.dcp_source import DCPSource, Wanted
 from dcp_hf_writer.load.exchange_reads import Reading
-from dcp_hf_writer.load.hf_source import Block, Findings
+from dcp_hf_writer.load.hf_source import Findings, WantedBlock
 from dcp_hf_writer.load.mismatches import loaded_values, misfits
 from dcp_hf_writer.load.read_hf_blocks import load_blocks
 from dcp_hf_writer.load.read_phase import run_reads
@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
-    from dcp_hf_writer.load.choose_half import Place
+    from dcp_hf_writer.load.choose_half import CheckpointPlace
     from dcp_hf_writer.load.read_plan import Fetch
     from dcp_hf_writer.mapping.load_spec import LoadSpec
 
@@ -63,7 +63,7 @@ class Load(ABC):
     metadata: Metadata
     """The metadata that DCP's planner gets."""
 
-    def __init__(self, place: Place, inputs: OpenInputs, options: LoadOptions) -> None:
+    def __init__(self, place: CheckpointPlace, inputs: OpenInputs, options: LoadOptions) -> None:
         """Read from `place`, whose files are `inputs`."""
         self._place, self._inputs, self._options = place, inputs, options
 
@@ -135,7 +135,7 @@ def _resolved(planner: LoadPlanner, item: ReadItem) -> torch.Tensor:
 class DCPLoad(Load):
     """A load from the DCP half."""
 
-    def __init__(self, place: Place, options: LoadOptions, *, rank: int | None) -> None:
+    def __init__(self, place: CheckpointPlace, options: LoadOptions, *, rank: int | None) -> None:
         """Read the metadata.
 
         Args:
@@ -188,7 +188,7 @@ class HFLoad(Load):
     """A load from a HuggingFace directory, through specs."""
 
     def __init__(
-        self, place: Place, options: LoadOptions, *, state_dict: Mapping[str, Any] | None
+        self, place: CheckpointPlace, options: LoadOptions, *, state_dict: Mapping[str, Any] | None
     ) -> None:
         """Read index and headers, and describe the stored tensors as runtime tensors.
 
@@ -272,7 +272,7 @@ class HFLoad(Load):
             box = Box(tuple(item.storage_offsets), tuple(item.lengths))
             # Tied tensors share one memory: fill it once.
             where = (name, box, one.target.data_ptr(), one.target.stride(), one.target.dtype)
-            blocks[where] = Block(name, box, one.target)
+            blocks[where] = WantedBlock(name, box, one.target)
         load_blocks(
             self._place,
             self._source,

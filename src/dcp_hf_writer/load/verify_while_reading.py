@@ -19,7 +19,7 @@ from dcp_hf_writer.load.read_plan import span_of
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterator, Mapping, Sequence
 
-    from dcp_hf_writer.load.choose_half import Place
+    from dcp_hf_writer.load.choose_half import CheckpointPlace
     from dcp_hf_writer.load.read_plan import Fetch
     from dcp_hf_writer.plan.parse_manifest import (
         Manifest,
@@ -37,7 +37,7 @@ _Bytes = list[tuple[int, int]]
 
 
 def verify_ranges(
-    place: Place,
+    place: CheckpointPlace,
     manifest: Manifest,
     fetches: Sequence[Fetch],
     *,
@@ -79,7 +79,7 @@ def verify_ranges(
         )
 
 
-def _wanted(place: Place, fetches: Sequence[Fetch]) -> dict[str, _Bytes]:
+def _wanted(place: CheckpointPlace, fetches: Sequence[Fetch]) -> dict[str, _Bytes]:
     below = f"{place.subdir}/" if place.subdir else ""
     found: dict[str, _Bytes] = {}
     for fetch in fetches:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import LayoutError
-from dcp_hf_writer.excerpts import some_of
+from dcp_hf_writer.excerpts import MOST_NAMES, some_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.tensors.boxes import Shape
 
-_MANY = 20
-"""Largest number of names that an error lists."""
 
 _CHANGE_TIES = "change HFExport.tied, or alias_of in the LoadSpec"
 
@@ -225,7 +223,7 @@ def tied_keys(
     lost = set(tied.values()) - set(stored) - apart
     if lost:
         msg = "tied names lead to tensors that are not exported either"
-        found = some_of(map(repr, sorted(lost)), most=_MANY)
+        found = some_of(map(repr, sorted(lost)), most=MOST_NAMES)
         expected = "tensors that the export keeps"
         raise LayoutError(msg, phase="plan", expected=expected, found=found, hint=_CHANGE_TIES)
     # A spec may give the name of a dropped tensor to another tensor, which is then stored.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import CoverageError, LayoutError, SpecError
-from dcp_hf_writer.excerpts import some_of
+from dcp_hf_writer.excerpts import MOST_NAMES, some_of
 from dcp_hf_writer.formats.encode_safetensors_header import HFTensor
 from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.tensors.boxes import Box, BoxTable, Shape, tiling_fault
@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 # safetensors reserves this key: its library writes a tensor of this name but cannot read it back.
 _RESERVED = "__metadata__"
-
-_MANY = 20
-"""How many names an error lists."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +154,7 @@ def _check_whole(one: AssignedTensor) -> None:
         raise SpecError(
             msg,
             phase="plan",
-            fqn=fqns[0] if len(fqns) == 1 else some_of(sorted(fqns), most=_MANY),
+            fqn=fqns[0] if len(fqns) == 1 else some_of(sorted(fqns), most=MOST_NAMES),
             key=one.tensor.key,
             expected=f"pieces that tile {list(shape)}",
             found=fault,
@@ -264,7 +261,7 @@ def check_keys(assigned: Sequence[AssignedTensor], export: HFExport) -> None:
 
 
 def _some(names: Iterable[str]) -> str:
-    return some_of(map(repr, sorted(names)), most=_MANY)
+    return some_of(map(repr, sorted(names)), most=MOST_NAMES)
 
 
 def _refuse_key(key: str, problem: str, found: str) -> None:

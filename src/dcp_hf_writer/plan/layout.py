@@ -42,7 +42,7 @@ class PartTarget:
 
 
 @dataclass(frozen=True, slots=True)
-class OutputFile:
+class PlannedFile:
     """One safetensors file of the export."""
 
     name: str
@@ -59,7 +59,7 @@ class OutputFile:
 class Layout:
     """The whole export, as planned."""
 
-    files: tuple[OutputFile, ...]
+    files: tuple[PlannedFile, ...]
     """Output files, in the order of their names."""
     targets: Mapping[str, tuple[PartTarget, ...]]
     """The targets of each runtime tensor, by FQN in the state dict."""
@@ -106,7 +106,7 @@ def plan_layout(
 def _place(
     groups: Mapping[str, Sequence[AssignedTensor]], export: HFExport, tied: Mapping[str, str]
 ) -> Layout:
-    files: list[OutputFile] = []
+    files: list[PlannedFile] = []
     targets: dict[str, list[PartTarget]] = {}
     for number, (name, group) in enumerate(groups.items()):
         ordered = in_file_order([one.tensor for one in group])
@@ -114,7 +114,7 @@ def _place(
             ordered, metadata=export.metadata or {}, align=export.header_align
         )
         nbytes = len(header) + sum(tensor.nbytes for tensor in ordered)
-        files.append(OutputFile(name, header, nbytes, tuple(t.key for t in ordered)))
+        files.append(PlannedFile(name, header, nbytes, tuple(t.key for t in ordered)))
         for one in group:
             tensor = one.tensor
             for fqn, copies in one.parts:

@@ -10,7 +10,7 @@ import math
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import LayoutError
-from dcp_hf_writer.excerpts import some_of
+from dcp_hf_writer.excerpts import MOST_NAMES, some_of
 from dcp_hf_writer.formats.names_on_disk import SINGLE_NAME, weight_file_names
 
 if TYPE_CHECKING:
@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.plan.assign_hf_keys import AssignedTensor
-
-_MANY = 20
-"""How many names an error lists."""
 
 
 def fill_files(
@@ -92,7 +89,7 @@ def _files_like(
         raise LayoutError(
             msg,
             phase="plan",
-            found=some_of(map(repr, sorted(missing)), most=_MANY),
+            found=some_of(map(repr, sorted(missing)), most=MOST_NAMES),
             hint="pass specs that produce the keys of the base model, or do not pass like=",
         )
     files: dict[str, list[AssignedTensor]] = {}

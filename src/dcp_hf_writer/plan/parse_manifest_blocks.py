@@ -22,7 +22,7 @@ _Key = tuple[tuple[int, ...], tuple[int, ...], "Shape", int]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class BlockPlace:
     """Where a block lies in its tensor; checked."""
 
     offsets: Shape
@@ -38,9 +38,9 @@ class Places:
 
     def __init__(self) -> None:
         """Start empty."""
-        self._known: dict[_Key, Place] = {}
+        self._known: dict[_Key, BlockPlace] = {}
 
-    def find(self, offsets: Any, extent: Any, shape: Shape, itemsize: int) -> Place:
+    def find(self, offsets: Any, extent: Any, shape: Shape, itemsize: int) -> BlockPlace:
         """Return the place that values from a manifest describe.
 
         Raises:
@@ -59,7 +59,7 @@ class Places:
         return place
 
 
-def _place(offsets: list[Any], extent: list[Any], shape: Shape, itemsize: int) -> Place:
+def _place(offsets: list[Any], extent: list[Any], shape: Shape, itemsize: int) -> BlockPlace:
     is_solid = not (extent and isinstance(extent[0], list))
     if len(offsets) != len(shape) or (is_solid and len(extent) != len(shape)):
         msg = f"of {len(shape)} dimensions"
@@ -75,7 +75,7 @@ def _place(offsets: list[Any], extent: list[Any], shape: Shape, itemsize: int) -
         start = itemsize * sum(o * s for o, s in zip(offsets, strides, strict=True))
         steps = [(count, step * strides[dim] * itemsize) for count, dim, step in loops]
         runs = _byte_runs(start, steps, itemsize)
-    return Place(tuple(offsets), tuple(extent) if is_solid else loops, runs)
+    return BlockPlace(tuple(offsets), tuple(extent) if is_solid else loops, runs)
 
 
 def _loops(values: list[Any], shape: Shape) -> IndexLoops:

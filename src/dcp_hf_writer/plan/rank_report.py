@@ -21,7 +21,7 @@ DIGEST_NAME = "xxh3_64"
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class WrittenBlock:
     """Elements of one tensor on disk, written by one rank."""
 
     key: str
@@ -59,7 +59,7 @@ class RankReport:
 
     rank: int
     host: str
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[WrittenBlock] = field(default_factory=list)
     dcp_files: list[DCPFile] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each phase."""
@@ -82,7 +82,7 @@ def check_coverage(layout: Layout, reports: Sequence[RankReport]) -> None:
         CoverageError: If the blocks do not cover a key exactly once, or a rank reports a key that
             the export does not have. It names the first such key.
     """
-    written: dict[str, list[Block]] = {}
+    written: dict[str, list[WrittenBlock]] = {}
     for report in reports:
         for block in report.blocks:
             written.setdefault(block.key, []).append(block)
@@ -105,7 +105,7 @@ def check_coverage(layout: Layout, reports: Sequence[RankReport]) -> None:
         raise CoverageError(msg, phase="finish", key=next(iter(written)))
 
 
-def _fault(blocks: Iterable[Block], shape: Shape) -> str | None:
+def _fault(blocks: Iterable[WrittenBlock], shape: Shape) -> str | None:
     boxes, parts = [], []
     for block in blocks:
         if is_solid(block.extent):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Literal
 import xxhash
 
 from dcp_hf_writer.failpoints import reach
-from dcp_hf_writer.plan.rank_report import Block
+from dcp_hf_writer.plan.rank_report import WrittenBlock
 from dcp_hf_writer.plan.regions import Region, TargetTable, needs_cast
 from dcp_hf_writer.save.bounce_buffer import BounceBuffer
 from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of, digest_of, host_bytes
@@ -90,7 +90,7 @@ class BlockWriter:
         *,
         check: Callable[[], None],
         bounce_nbytes: int,
-    ) -> list[Block]:
+    ) -> list[WrittenBlock]:
         """Write this rank's blocks of one output file.
 
         Args:
@@ -114,7 +114,7 @@ class BlockWriter:
             digest = self._write_block(file, item, region, source)
             box = hf_box(region.copy)
             extent = hf_loops(region.copy) if box is None else box.sizes
-            written.append(Block(region.target.key, region.copy.hf_start, extent, digest))
+            written.append(WrittenBlock(region.target.key, region.copy.hf_start, extent, digest))
         return written
 
     def _write_block(

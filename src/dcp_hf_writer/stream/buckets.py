@@ -16,7 +16,7 @@ from dcp_hf_writer.errors import SpecError
 from dcp_hf_writer.plan.layout import PartTarget
 from dcp_hf_writer.plan.regions import TargetTable, chunk_regions
 from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
-from dcp_hf_writer.tensors.shards import Block, blocks_of
+from dcp_hf_writer.tensors.shards import ShardBlock, blocks_of
 from dcp_hf_writer.tensors.strided_copies import Copy
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class SourcePiece:
     """Elements of a HuggingFace tensor that one member of a chain holds."""
 
     member: int
@@ -91,12 +91,12 @@ class Part:
 
     held: Held
     """The runtime tensor."""
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SourcePiece, ...]
     """The elements, each once."""
 
 
 @dataclass(frozen=True, slots=True)
-class HFTensor:
+class StreamedTensor:
     """One HuggingFace tensor that is streamed."""
 
     key: str
@@ -120,7 +120,7 @@ class HFTensor:
 class Bucket:
     """HuggingFace tensors that are yielded together."""
 
-    tensors: tuple[HFTensor, ...] = ()
+    tensors: tuple[StreamedTensor, ...] = ()
     """In the order in which they are yielded."""
     starts: tuple[int, ...] = ()
     """First byte of each within the memory of the bucket."""
@@ -130,7 +130,7 @@ class Bucket:
 
 def hf_tensors(
     held: Iterable[Held], targets: Mapping[str, Sequence[PartTarget]], *, preserve: str | None
-) -> list[HFTensor]:
+) -> list[StreamedTensor]:
     """Find where the elements of each HuggingFace tensor are.
 
     Args:
@@ -154,7 +154,7 @@ def hf_tensors(
 
 
 def fill_buckets(
-    tensors: Iterable[HFTensor], *, place: int | None, limit_nbytes: int
+    tensors: Iterable[StreamedTensor], *, place: int | None, limit_nbytes: int
 ) -> list[Bucket]:
     """Divide tensors into buckets: first those that all ranks yield, then those of this rank.
 
@@ -166,7 +166,7 @@ def fill_buckets(
     Returns:
         The buckets. Every rank gets the same number: shorter lists end with empty buckets.
     """
-    by_home: dict[int | None, list[HFTensor]] = {}
+    by_home: dict[int | None, list[StreamedTensor]] = {}
     for tensor in tensors:
         by_home.setdefault(tensor.home, []).append(tensor)
     shared = _filled(by_home.pop(None, []), limit_nbytes)
@@ -181,13 +181,13 @@ def aligned(nbytes: int, to: int = ALIGN_NBYTES) -> int:
     return -(-nbytes // to) * to
 
 
-_Spread = tuple[tuple[int, tuple[Piece, ...]], ...]
+_Spread = tuple[tuple[int, tuple[SourcePiece, ...]], ...]
 """`(place, pieces)` of one HuggingFace tensor, for each place that has any pieces."""
 
 
 def _hf_tensor(
     key: str, sources: list[tuple[Held, PartTarget, _Spread]], preserve: str | None
-) -> HFTensor:
+) -> StreamedTensor:
     target = sources[0][1]
     homes = {
         place if len(held.cuts) > 1 else None for held, _, where in sources for place, _ in where
@@ -207,7 +207,7 @@ def _hf_tensor(
         )
     parts = tuple(Part(held, pieces) for held, _, where in sources for _, pieces in where if pieces)
     home = next(iter(homes), None)
-    return HFTensor(key, target.shape, TORCH_BY_NAME[target.dtype], home, parts)
+    return StreamedTensor(key, target.shape, TORCH_BY_NAME[target.dtype], home, parts)
 
 
 @functools.lru_cache(maxsize=_KEPT)
@@ -217,21 +217,21 @@ def _spread(
     """Find the pieces of each target of a runtime tensor."""
     numbered = [PartTarget(str(i), 0, 0, "", (), some) for i, some in enumerate(copies)]
     table = TargetTable(numbered) if numbered else None
-    found: list[dict[int, list[Piece]]] = [{} for _ in copies]
+    found: list[dict[int, list[SourcePiece]]] = [{} for _ in copies]
     for place, members in enumerate(cuts):
         for member, cut in enumerate(members):
             for block in () if cut is None else blocks_of(shape, cut):
                 for region in chunk_regions(
                     block.global_box, () if table is None else table.near(block.global_box)
                 ):
-                    piece = Piece(member, _within_local(region.copy, block))
+                    piece = SourcePiece(member, _within_local(region.copy, block))
                     found[int(region.target.key)].setdefault(place, []).append(piece)
     return tuple(
         tuple((place, tuple(pieces)) for place, pieces in where.items()) for where in found
     )
 
 
-def _within_local(copy: Copy, block: Block) -> Copy:
+def _within_local(copy: Copy, block: ShardBlock) -> Copy:
     offsets = block.local_box.offsets
     if not any(offsets):
         return copy
@@ -240,8 +240,8 @@ def _within_local(copy: Copy, block: Block) -> Copy:
 
 
 @dataclass(slots=True)
-class _Filling:
-    tensors: list[HFTensor] = field(default_factory=list)
+class _BucketFilling:
+    tensors: list[StreamedTensor] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     nbytes: int = 0
 
@@ -249,14 +249,14 @@ class _Filling:
         return Bucket(tuple(self.tensors), tuple(self.starts), self.nbytes)
 
 
-def _filled(tensors: Iterable[HFTensor], limit_nbytes: int) -> list[Bucket]:
+def _filled(tensors: Iterable[StreamedTensor], limit_nbytes: int) -> list[Bucket]:
     buckets: list[Bucket] = []
-    current = _Filling()
+    current = _BucketFilling()
     for tensor in tensors:
         start = aligned(current.nbytes)
         if current.tensors and start + tensor.nbytes > limit_nbytes:
             buckets.append(current.done())
-            current, start = _Filling(), 0
+            current, start = _BucketFilling(), 0
         current.tensors.append(tensor)
         current.starts.append(start)
         current.nbytes = start + tensor.nbytes

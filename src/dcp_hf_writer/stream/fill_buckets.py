@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
-    from dcp_hf_writer.stream.buckets import Bucket, Chain, HFTensor
+    from dcp_hf_writer.stream.buckets import Bucket, Chain, StreamedTensor
     from dcp_hf_writer.stream.plan_gathers import Gather, Round, Steps
     from dcp_hf_writer.tensors.strided_copies import Copy
 
@@ -121,7 +121,7 @@ def _tensors(slab: torch.Tensor, bucket: Bucket) -> list[torch.Tensor]:
     return [_tensor(slab, one, start) for one, start in places]
 
 
-def _tensor(slab: torch.Tensor, one: HFTensor, start: int) -> torch.Tensor:
+def _tensor(slab: torch.Tensor, one: StreamedTensor, start: int) -> torch.Tensor:
     if not math.prod(one.shape):
         return torch.empty(one.shape, dtype=one.dtype, device=slab.device)
     return slab[start : start + one.nbytes].view(one.dtype).view(one.shape)

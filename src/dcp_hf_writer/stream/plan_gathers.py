@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dcp_hf_writer.stream.buckets import Bucket, Chain, HFTensor, Part, Piece, aligned
+from dcp_hf_writer.stream.buckets import Bucket, Chain, Part, SourcePiece, StreamedTensor, aligned
 from dcp_hf_writer.tensors.strided_copies import Copy, Loop, split, strides_of
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class _Unit:
     number: int
     source: str
     dtype: torch.dtype
-    pieces: tuple[Piece, ...]
+    pieces: tuple[SourcePiece, ...]
 
     def packed_nbytes(self, align: int = _PIECE_ALIGN) -> int:
         sizes = (piece.copy.numel * self.dtype.itemsize for piece in self.pieces)
@@ -158,7 +158,7 @@ def fused(copies: Iterable[Copy]) -> list[Copy]:
         found = joined
 
 
-def _units(number: int, tensor: HFTensor, part: Part, limit_nbytes: int) -> Iterator[_Unit]:
+def _units(number: int, tensor: StreamedTensor, part: Part, limit_nbytes: int) -> Iterator[_Unit]:
     """Cut a part into units of at most `limit_nbytes`; each unit has pieces of all members."""
     held = part.held
     dtype = wire_dtype(held.dtype, tensor.dtype)
@@ -172,10 +172,10 @@ def _units(number: int, tensor: HFTensor, part: Part, limit_nbytes: int) -> Iter
         yield _Unit(number, held.fqn, dtype, tuple(piece for piece in level if piece is not None))
 
 
-def _cut(piece: Piece, whole_nbytes: int, limit_nbytes: int) -> list[Piece]:
+def _cut(piece: SourcePiece, whole_nbytes: int, limit_nbytes: int) -> list[SourcePiece]:
     # Each member sends its share of each unit, so that all links are used and units are even.
     share = max(1, piece.copy.numel * limit_nbytes // whole_nbytes)
-    return [Piece(piece.member, some) for some in split(piece.copy, share)]
+    return [SourcePiece(piece.member, some) for some in split(piece.copy, share)]
 
 
 def _filled(units: Iterable[_Unit], limit_nbytes: int) -> Iterator[list[_Unit]]:
@@ -196,7 +196,7 @@ def _round(chain: Chain, units: Iterable[_Unit], places: Sequence[int]) -> Round
     own = tuple(places[group] for group in chain.groups)
     me = int(np.ravel_multi_index(own, chain.sizes))
     filled = [0] * math.prod(chain.sizes)
-    packed: list[tuple[_Unit, Piece, int]] = []
+    packed: list[tuple[_Unit, SourcePiece, int]] = []
     for unit in units:
         for piece in unit.pieces:
             packed.append((unit, piece, filled[piece.member]))

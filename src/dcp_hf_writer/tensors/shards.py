@@ -102,7 +102,7 @@ def check_no_shard_attributes(tensors: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class ShardBlock:
     """One block of the whole tensor, held in a local tensor."""
 
     global_box: Box
@@ -111,7 +111,7 @@ class Block:
     """Place of the block in the local tensor; it has the same sizes."""
 
 
-def blocks_of(shape: Shape, shards: Iterable[ShardSpec]) -> tuple[Block, ...]:
+def blocks_of(shape: Shape, shards: Iterable[ShardSpec]) -> tuple[ShardBlock, ...]:
     """Return the blocks of a whole tensor that the local tensor consists of.
 
     Args:
@@ -173,16 +173,16 @@ def shards_of(
 
 
 @functools.lru_cache(maxsize=_KEPT)
-def _blocks(shape: Shape, shards: tuple[ShardSpec, ...]) -> tuple[Block, ...]:
+def _blocks(shape: Shape, shards: tuple[ShardSpec, ...]) -> tuple[ShardBlock, ...]:
     per_dim = [_with_local_start(runs) for runs in _runs_by_dim(shape, shards)]
     return tuple(_block(parts) for parts in itertools.product(*per_dim))
 
 
-def _block(parts: tuple[tuple[int, int, int], ...]) -> Block:
+def _block(parts: tuple[tuple[int, int, int], ...]) -> ShardBlock:
     sizes = tuple(extent for _, extent, _ in parts)
     start = tuple(first for first, _, _ in parts)
     local_start = tuple(first for _, _, first in parts)
-    return Block(Box(start, sizes), Box(local_start, sizes))
+    return ShardBlock(Box(start, sizes), Box(local_start, sizes))
 
 
 def _with_local_start(runs: Iterable[_Run]) -> list[tuple[int, int, int]]:

@@ -25,7 +25,7 @@ from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.mapping.spec_match import match_specs
 from dcp_hf_writer.tensors.boxes import Box, Shape
 from dcp_hf_writer.tensors.shards import (
-    Block,
+    ShardBlock,
     blocks_of,
     check_no_shard_attributes,
     local_shape,
@@ -50,7 +50,7 @@ class BlockedTensor:
     """The tensor that this rank holds; it shares its memory with the state dict."""
     shape: Shape
     """Shape of the whole tensor."""
-    blocks: tuple[Block, ...]
+    blocks: tuple[ShardBlock, ...]
     """Its blocks. A whole tensor without elements has one block, which is empty."""
 
     def part(self, offset: Shape | None) -> torch.Tensor:
@@ -226,6 +226,6 @@ def _blocked(
     if not math.prod(shape):
         # Every rank plans the same empty block, so that the metadata lists the tensor. DCP keeps
         # one of them, as for replicas.
-        blocks = (Block(Box((0,) * len(shape), shape), Box((0,) * len(shape), shape)),)
+        blocks = (ShardBlock(Box((0,) * len(shape), shape), Box((0,) * len(shape), shape)),)
         local = local.new_empty(shape)
     return BlockedTensor(local, shape, blocks)
