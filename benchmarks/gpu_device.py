@@ -118,6 +118,23 @@ class Reporter:
         except Exception:  # noqa: BLE001 - the parent prints it and fails at the end
             self._rank.emit(kind="error", name=name, text=traceback.format_exc())
 
+    @contextlib.contextmanager
+    def peer(self, name: str) -> Iterator[None]:
+        """Measure one of torch's own ways; that torch fails is a result, told in one line."""
+        try:
+            yield
+        except PeerFailedError as error:
+            self.skip(name, str(error))
+
+
+class PeerFailedError(RuntimeError):
+    """One of torch's own ways failed. Unlike an error of ours it fails no part of the run."""
+
+    @classmethod
+    def of(cls, error: Exception) -> PeerFailedError:
+        """Make one of what torch raised, in one line."""
+        return cls(f"it failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}")
+
 
 def lacks_shared_memory(nbytes: int) -> str | None:
     """Say so if torch cannot share that much: touching a page of a full one kills the process."""

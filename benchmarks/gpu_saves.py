@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -11,21 +12,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.device_mesh import DeviceMesh
 
 from contents import count_bytes
-from gpu_device import Device, Reporter, allow_many_files, lacks_shared_memory
-from gpu_stagers import pinned_and_shared
+from gpu_device import Device, PeerFailedError, Reporter, allow_many_files, lacks_shared_memory
+from gpu_stagers import kept_stager, reuse_problem
 from peers import Contender, Ours, Saved, Torch, TorchById
 from save import remove, slowest
 from states import Workload, build_state_dict
 
 if TYPE_CHECKING:
     from ranks import Rank
-
-_SHARE = 2
-"""Kept stagers that hold the state dict in shared memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +57,16 @@ class OursOverlap(Ours):
         return Saved(stall, time.perf_counter() - start)
 
 
-class TorchPinned(Contender):
-    """torch's own writer behind a kept `DefaultStager` with pinned and shared memory."""
+class TorchKept(Contender):
+    """torch's own writer behind a kept `DefaultStager` with all options on."""
 
-    name = "torch_pinned"
-    title = "DefaultStager pinned, shared"
+    name = "torch_kept"
+    title = "DefaultStager kept, all options"
     formats = "DCP"
-    is_async = False
 
     def prepare(self, state_dict: dict[str, Any]) -> None:  # noqa: ARG002 - its contract
         """Make the stager; its memory comes with the first save, which is not counted."""
-        self._device = Device("cuda" if torch.cuda.is_initialized() else "cpu")
-        self._stager = DefaultStager(pinned_and_shared(self._device, is_async=self.is_async))
+        self._stager = kept_stager(Device("cuda" if torch.cuda.is_initialized() else "cpu"))
 
     def save(self, state_dict: dict[str, Any], directory: str) -> Saved:
         """Save by a fresh writer; the stager is the one of all steps."""
@@ -84,22 +79,7 @@ class TorchPinned(Contender):
         return Saved(stall, time.perf_counter() - start)
 
 
-class TorchPinnedAsync(TorchPinned):
-    """The same, with the copies in a thread of the stager."""
-
-    name = "torch_pinned_async"
-    title = "the same, asynchronous"
-    is_async = True
-
-
-KINDS: tuple[type[Contender], ...] = (
-    Ours,
-    OursOverlap,
-    Torch,
-    TorchById,
-    TorchPinned,
-    TorchPinnedAsync,
-)
+KINDS: tuple[type[Contender], ...] = (Ours, OursOverlap, Torch, TorchById, TorchKept)
 
 
 def measure_saves(rank: Rank, setting: SaveSetting) -> None:
@@ -113,6 +93,11 @@ def measure_saves(rank: Rank, setting: SaveSetting) -> None:
     contenders = _contenders(rank, setting, state_dict, report)
     if rank.rank == 0:
         report.fact(device=device.facts(), workload=setting.workload.describe())
+        if reuse_problem() is not None:
+            report.fact(reuse_problem=reuse_problem())
+    # A collection before each save would look at all of torch's objects again.
+    gc.collect()
+    gc.freeze()
     took_s = 0.0
     for number in range(setting.rounds + 1):
         # One rank decides for all: their clocks would not agree on a round.
@@ -123,7 +108,13 @@ def measure_saves(rank: Rank, setting: SaveSetting) -> None:
         start = time.monotonic()
         turn = number % len(contenders)
         for contender in contenders[turn:] + contenders[:turn]:
-            saved, written = _save_once(contender, state_dict, rank, setting, number)
+            try:
+                saved, written = _save_once(contender, state_dict, rank, setting, number)
+            except PeerFailedError as error:
+                contenders.remove(contender)
+                if rank.rank == 0:
+                    report.skip(contender.name, str(error))
+                continue
             if rank.rank == 0:
                 prefix = "first: " if number == 0 else ""
                 report.sample(
@@ -139,12 +130,12 @@ def _contenders(
     rank: Rank, setting: SaveSetting, state_dict: dict[str, Any], report: Reporter
 ) -> list[Contender]:
     nbytes = setting.workload.weights_nbytes + setting.workload.optim_nbytes
-    lacking = lacks_shared_memory(_SHARE * nbytes)
+    lacking = lacks_shared_memory(nbytes)
     # The same answer on every rank, or they would not save together.
     is_lacking = _agreed(lacking is not None)
-    kinds = [kind for kind in KINDS if not (is_lacking and issubclass(kind, TorchPinned))]
+    kinds = [kind for kind in KINDS if not (is_lacking and kind is TorchKept)]
     if is_lacking and rank.rank == 0:
-        report.skip("torch_pinned", lacking or "too little shared memory on another rank")
+        report.skip(TorchKept.name, lacking or "too little shared memory on another rank")
     return [kind(setting.workload, state_dict) for kind in kinds]
 
 
@@ -155,17 +146,40 @@ def _save_once(
     setting: SaveSetting,
     number: int,
 ) -> tuple[Saved, int]:
-    """Save from an idle device, check the first one, and remove it."""
+    """Save from an idle device, check the first one, and remove it.
+
+    Raises:
+        PeerFailedError: On all ranks, if one of torch's own ways failed on any of them.
+    """
     directory = os.path.join(setting.directory, f"{contender.name}-step-{number}")
     gc.collect()
     Device(setting.device).synchronize()
     dist.barrier()
-    saved = slowest(contender.save(state_dict, directory))
+    saved = slowest(_saved_by_all(contender, state_dict, directory))
     if number == 0:
         contender.check(state_dict, directory)
     written = count_bytes(directory).total if rank.rank == 0 else 0
     remove(directory, rank)
     return saved, written
+
+
+def _saved_by_all(contender: Contender, state_dict: dict[str, Any], directory: str) -> Saved:
+    if isinstance(contender, Ours):
+        return contender.save(state_dict, directory)
+    saved: Saved | PeerFailedError
+    try:
+        saved = contender.save(state_dict, directory)
+    except Exception as error:  # noqa: BLE001 - a peer that fails is a result
+        saved = PeerFailedError.of(error)
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, str(saved) if isinstance(saved, PeerFailedError) else None)
+    failed = [text for text in of_ranks if text is not None]
+    if failed:
+        # A rank may have begun to write.
+        shutil.rmtree(directory, ignore_errors=True)
+        raise PeerFailedError(failed[0])
+    assert isinstance(saved, Saved)
+    return saved
 
 
 def _agreed(mine: bool) -> bool:  # noqa: FBT001 - one value that all ranks take from rank 0

@@ -112,7 +112,7 @@ def our_plans(plans: list[SavePlan], export: HFExport) -> tuple[list[SavePlan], 
     _fault.cache_clear()
     gc.collect()
     began = time.process_time()
-    check_facts(plans, plans)
+    check_facts(plans)
     found = rank_plans(plan_globally(plans, export, options="", file_of_key=None), bare)
     return found, time.process_time() - began
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
     from torch.distributed.device_mesh import DeviceMesh
 
-    from dcp_hf_writer.stream.gather_steps import Gather
+    from dcp_hf_writer.stream.plan_gathers import Gather
 
 EXPERTS, HIDDEN, INNER = 16, 512, 768
 MIB, GIB = 1 << 20, 1 << 30

@@ -144,6 +144,15 @@ def test_imports_point_one_way(name: str) -> None:
     assert below == set()
 
 
+def test_class_name_means_one_thing() -> None:
+    homes: dict[str, list[str]] = {}
+    for name in module_names():
+        for node in tree_of(name).body:
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(name)
+    assert {key: where for key, where in homes.items() if len(where) > 1} == {}
+
+
 def test_late_imports_are_those_that_are_listed() -> None:
     late = {(name, other) for name in module_names() for other in late_imports_of(name)}
     assert late == LATE
@@ -188,7 +197,7 @@ def test_check_sees_what_it_forbids() -> None:
     outputs = imports_of("storage.posix_outputs", with_types=False)
     assert {"os", "dcp_hf_writer.storage.linux_calls.reserve"} <= outputs
     assert is_within("torch.distributed", EFFECTS)
-    assert "torch.distributed" in imports_of("save.rendezvous", with_types=False)
+    assert "torch.distributed" in imports_of("save.rank_progress", with_types=False)
     assert "os" not in imports_of("mapping.hf_export", with_types=False)
     assert "os" in imports_of("mapping.hf_export", with_types=True)
     assert own_imports_of("formats.encode_safetensors_header") == {
@@ -196,3 +205,34 @@ def test_check_sees_what_it_forbids() -> None:
     }
     assert order_of("errors") < order_of("tensors.boxes") < order_of("save.commit")
     assert order_of("save.commit") < order_of("writer") < order_of("")
+
+
+@pytest.mark.parametrize("name", [one for one in module_names() if one != "save.attempt"])
+def test_nothing_of_an_attempt_is_set_from_outside(name: str) -> None:
+    targets = (
+        target
+        for node in ast.walk(tree_of(name))
+        if isinstance(node, (ast.Assign, ast.AugAssign, ast.AnnAssign))
+        for target in (node.targets if isinstance(node, ast.Assign) else [node.target])
+    )
+    found = [ast.unparse(inner) for target in targets for inner in ast.walk(target)]
+    assert [text for text in found if text.startswith(("attempt.", "self.attempt."))] == []
+
+
+# Where the folders before the seam hold what torch writes, or call it.
+PRIVATE_ELSEWHERE = {
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "torch.serialization._save",
+}
+
+
+@pytest.mark.parametrize("name", [one for one in module_names() if folder_of(one) != "torch_seam"])
+def test_private_names_of_torch_are_imported_in_the_seam_alone(name: str) -> None:
+    private = {
+        one
+        for one in imports_of(name, with_types=False)
+        if one.startswith(("torch.", "concurrent."))
+        and any(part.startswith("_") for part in one.split("."))
+    }
+    assert private <= PRIVATE_ELSEWHERE

@@ -1,10 +1,10 @@
-"""Save a PyTorch training run for resuming and for serving, in one asynchronous step."""
+"""Save a PyTorch training run in one asynchronous step, both to resume it and to serve it."""
 
 from dcp_hf_writer import errors
 from dcp_hf_writer.check.materialize import materialize
 from dcp_hf_writer.check.verify import VerifyReport, verify
+from dcp_hf_writer.hf_loader import load_hf
 from dcp_hf_writer.integrations.transformers import specs_from_transformers
-from dcp_hf_writer.loader import load_hf
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.mapping.load_spec import LoadSpec, Piece, ShardSpec
 from dcp_hf_writer.mapping.specs_from_function import specs_from_function

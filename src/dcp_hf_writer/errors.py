@@ -1,33 +1,34 @@
-"""Every error this package raises, under one root.
+"""Every error that this package raises, under one root.
 
     CheckpointError
-    ├── ConfigError (ValueError)               an option that cannot be used as given
-    ├── PlanningError (ValueError)             the state dict cannot be planned; nothing written
-    │   ├── ModelKeyError                      which entry holds the model is not clear
+    ├── ConfigError (ValueError)               an option is invalid
+    ├── PlanningError (ValueError)             the state dict or checkpoint does not fit the request
+    │   ├── ModelKeyError                      it is unclear which entry is the model
     │   ├── SpecError                          a LoadSpec does not fit its tensor
-    │   ├── LayoutError                        names, dtypes or sizes that the format cannot hold
-    │   └── MismatchError                      a checkpoint does not fit what it is loaded into
-    ├── StagingError (RuntimeError)            the host copy could not be taken
-    │   └── StagingBusyError                   an earlier save still uses the memory for it
+    │   ├── LayoutError                        safetensors cannot hold a name, dtype or size
+    │   └── MismatchError                      a checkpoint does not fit the state dict to load into
+    ├── UnsupportedTorchError (RuntimeError)   a check cannot run with this version of torch
+    ├── StagingError (RuntimeError)            copying to host memory failed
+    │   └── StagingBusyError                   an earlier save is still running
     ├── StorageError (OSError)                 the storage refused an operation
-    │   ├── TargetExistsError (FileExistsError)  the target is there, may not be replaced
+    │   ├── TargetExistsError (FileExistsError)  the target exists and may not be replaced
     │   ├── NodeLocalPathError                 ranks see different directories under one path
-    │   ├── IncoherentStorageError             hosts may not share pages of a file here
-    │   ├── WriteError                         a write, fsync or close failed; final
+    │   ├── IncoherentStorageError             several hosts may not write one file here
+    │   ├── WriteError                         a write, fsync or close failed; not repeated
     │   ├── ReadError                          a file is missing, or a read of it failed
-    │   └── CommitError                        the checkpoint could not be published
-    ├── CoverageError (RuntimeError)           reported bytes do not tile the files
-    ├── CorruptCheckpointError (ValueError)    what is stored is damaged, or not what it says it is
-    ├── PickledObjectError (ValueError)        a stored object cannot be loaded without running code
+    │   └── CommitError                        publishing the checkpoint failed
+    ├── CoverageError (RuntimeError)           parts do not cover a tensor or file exactly once
+    ├── CorruptCheckpointError (ValueError)    the stored data is damaged or contradicts itself
+    ├── PickledObjectError (ValueError)        loading a stored object would run code
     ├── SlotTimeoutError (TimeoutError)        no write slot became free in time
     ├── SaveTimeoutError (TimeoutError)        the deadline of the save passed
     │   └── RankLostError                      one or more ranks did not answer
-    ├── SaveAbortedError (RuntimeError)        this attempt was given up; its late work is refused
+    ├── SaveAbortedError (RuntimeError)        this save was given up; its late work is refused
     └── ExportError (RuntimeError)             the DCP half is committed, the export is not
 
-Each error carries the facts as attributes and prints those that are known: rank, phase, path or
-FQN, what was expected, what was found, and what to do. All of them survive pickling, since DCP
-sends a rank's exception to the others.
+Each error carries its facts as attributes: rank, phase, path, FQN, key, what was expected, what was
+found, what to do. Its text lists the facts that are known. Every error survives pickling, because
+DCP sends the exception of one rank to the others.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class CheckpointError(Exception):
 
     Args:
         problem: What went wrong, in one clause.
-        rank: Rank on which it happened, within the process group of the save.
+        rank: Rank that raised the error, within the process group of the save.
         phase: Phase of the save (`stage`, `plan`, `write`, `finish`, `commit`) or of the load
             (`plan`, `read`).
         path: File or directory concerned.
@@ -107,15 +108,18 @@ class CheckpointError(Exception):
 
 
 class ConfigError(CheckpointError, ValueError):
-    """An option cannot be used as given; nothing was started."""
+    """An option is invalid; nothing was started."""
 
 
 class PlanningError(CheckpointError, ValueError):
-    """The state dict cannot be planned as asked; nothing was written."""
+    """The state dict or the checkpoint does not fit what the caller asked for.
+
+    Planning finds most such problems before anything is written or loaded.
+    """
 
 
 class ModelKeyError(PlanningError):
-    """Which entry of the state dict holds the model is not clear."""
+    """It is unclear which entry of the state dict is the model."""
 
 
 class SpecError(PlanningError):
@@ -123,19 +127,23 @@ class SpecError(PlanningError):
 
 
 class LayoutError(PlanningError):
-    """Names, dtypes or sizes that a safetensors directory cannot hold."""
+    """A safetensors directory cannot hold a name, dtype or size."""
 
 
 class MismatchError(PlanningError):
-    """A checkpoint does not fit the state dict that it is loaded into; nothing was read."""
+    """A checkpoint does not fit the state dict to load into; nothing was loaded."""
+
+
+class UnsupportedTorchError(CheckpointError, RuntimeError):
+    """A check cannot run with this version of torch; nothing was published or loaded."""
 
 
 class StagingError(CheckpointError, RuntimeError):
-    """The host copy of the state dict could not be taken."""
+    """Copying the state dict to host memory failed."""
 
 
 class StagingBusyError(StagingError):
-    """An earlier save still uses the staging memory at the deadline."""
+    """The deadline passed while an earlier save still ran and used the staging memory."""
 
 
 class StorageError(CheckpointError, OSError):
@@ -151,11 +159,11 @@ class NodeLocalPathError(StorageError):
 
 
 class IncoherentStorageError(StorageError):
-    """Several hosts may not write parts of one file on this file system."""
+    """This file system does not let several hosts write parts of one file safely."""
 
 
 class WriteError(StorageError):
-    """A write, fsync or close failed; final for this attempt."""
+    """A write, fsync or close failed; it is not repeated."""
 
 
 class ReadError(StorageError):
@@ -163,19 +171,19 @@ class ReadError(StorageError):
 
 
 class CommitError(StorageError):
-    """The finished checkpoint could not be published."""
+    """The finished checkpoint could not be published, or may not survive a power cut."""
 
 
 class CoverageError(CheckpointError, RuntimeError):
-    """What the ranks report to have written does not tile the output files."""
+    """Parts do not cover a tensor or an output file exactly once."""
 
 
 class CorruptCheckpointError(CheckpointError, ValueError):
-    """What is stored is damaged, incomplete, hostile, or not what it says it is."""
+    """The stored data is damaged, incomplete or hostile, or contradicts itself."""
 
 
 class PickledObjectError(CheckpointError, ValueError):
-    """A stored object cannot be loaded without running code that the checkpoint names."""
+    """Loading a stored object would run code that the checkpoint names."""
 
 
 class SlotTimeoutError(CheckpointError, TimeoutError):
@@ -191,7 +199,7 @@ class RankLostError(SaveTimeoutError):
 
 
 class SaveAbortedError(CheckpointError, RuntimeError):
-    """This attempt was given up; what it still tries to do is refused."""
+    """This save was given up; whatever it still tries to do is refused."""
 
 
 class ExportError(CheckpointError, RuntimeError):

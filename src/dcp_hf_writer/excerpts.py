@@ -1,4 +1,4 @@
-"""How messages show a long list: its first entries, and how many more there are."""
+"""Shorten a long list for a message: show the first entries, and say that there are more."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
+MOST_NAMES = 20
+"""Largest number of names that an error lists."""
+
 _RANKS = 8
-"""How many ranks a message names."""
+"""Largest number of ranks that a message names."""
 
 
 def some_of(texts: Iterable[str], *, most: int, separator: str = ", ") -> str:
-    """Return the first texts in one line: `a, b and 5 more`; empty for none.
+    """Return the first texts in one line, such as `a, b and 5 more`; empty if there are no texts.
 
     Args:
-        texts: In the order in which they are shown.
-        most: How many are shown.
-        separator: Between those that are shown.
+        texts: The texts, in the order in which to show them.
+        most: Largest number of texts to show.
+        separator: Text to put between two texts.
     """
     every = list(texts)
     more = len(every) - most
@@ -25,7 +28,7 @@ def some_of(texts: Iterable[str], *, most: int, separator: str = ", ") -> str:
 
 
 def some_ranks(ranks: Iterable[int]) -> str:
-    """Return the first ranks as a list: `[0, 1, 2]`, or with `...` where there are more."""
+    """Return the lowest ranks in order, such as `[0, 1]`; `...` at the end stands for the rest."""
     every = sorted(ranks)
     shown = ", ".join(map(str, every[:_RANKS]))
     return f"[{shown}, ...]" if len(every) > _RANKS else f"[{shown}]"

@@ -1,4 +1,4 @@
-"""HFDualReader: a StorageReader for `dcp.load`, from either half of a checkpoint. Wiring only."""
+"""HFDualReader: `dcp.load` reads either half of a checkpoint through it. Wiring only."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from dcp_hf_writer.errors import CheckpointError, ConfigError, ReadError
-from dcp_hf_writer.load.checkpoint_half import find_place
+from dcp_hf_writer.load.choose_half import find_place
 from dcp_hf_writer.load.mismatches import check_blocks, has_methods_of, plans_alone
-from dcp_hf_writer.load.planned_load import DCPLoad, HFLoad, Load, LoadOptions
+from dcp_hf_writer.load.run_load import DCPLoad, HFLoad, Load, LoadOptions
 from dcp_hf_writer.mapping.hf_export import specs_by_name
-from dcp_hf_writer.preflight.writer_options import one_of
-from dcp_hf_writer.torch_seam.frames import current_load_planner, loaded_state_dict
+from dcp_hf_writer.preflight.check_options import one_of
+from dcp_hf_writer.torch_seam.caller_frames import TorchLoad, find_load, other_planner, unknown_load
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
-    from dcp_hf_writer.load.checkpoint_half import SourceName
+    from dcp_hf_writer.load.choose_half import SourceName
     from dcp_hf_writer.mapping.load_spec import LoadSpec
 
-# What ranks write that save without collectives.
+# Metadata files that torch writes, one for each rank, when it saves without collectives.
 _RANK_METADATA = re.compile(r"__\d+\.metadata")
 
 
@@ -38,17 +38,19 @@ class HFDualReader(StorageReader):
 
         dcp.load(state_dict, storage_reader=HFDualReader("ckpt/step-100"))
 
-    The DCP half of a checkpoint of `HFDualWriter`, with weights that are stored once; any
-    checkpoint that torch's own writer made; and any HuggingFace directory, ours or a hub's, into
-    sharded parameters, as `specs` say what its tensors are called. Each rank reads only its own
-    bytes, straight into its tensors where they are contiguous and of the stored dtype; floats are
-    cast where the target has another dtype.
+    It reads the DCP half of a checkpoint of `HFDualWriter`, weights that are stored once included,
+    and any checkpoint of torch's own writer. It also reads any HuggingFace directory, from
+    `HFDualWriter` or from a hub; `specs` then map its tensors to the parameters.
 
-    Nothing that a checkpoint names is run, and no file outside of it is read. What does not fit is
-    refused before anything is read, in one error that lists all of it; an error while reading
-    leaves the state dict in part as it was.
+    Each rank reads only its own bytes. They go straight into its tensors if these are contiguous
+    and have the stored dtype. If a target has another dtype, floats are cast.
 
-    Thread safety: several threads may load through one reader at a time.
+    Unless `allow_pickled_objects` is set, the reader runs no code that a checkpoint names. It reads
+    no file outside the checkpoint. Before it reads any tensor, it refuses a checkpoint that does
+    not fit, with one error that lists every mismatch. An error during reading leaves the state dict
+    partly loaded.
+
+    Thread safety: several threads may load through one reader at the same time.
     """
 
     def __init__(
@@ -64,27 +66,29 @@ class HFDualReader(StorageReader):
         allow_pickled_objects: bool = False,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Set up a reader; touches no storage.
+        """Set up a reader. Reads no file.
 
         Args:
-            path: A checkpoint or a HuggingFace directory, as a local path or an fsspec URL. Of
-                the latter also a file: the one of its safetensors files, or the index, to take.
-            specs: How runtime tensors stand for HuggingFace tensors, for `source="hf"`; which
-                plain tensors are shards, for both.
-            source: `"dcp"` is the DCP half, `"hf"` a HuggingFace directory: `path` itself or the
-                export within it. `"auto"` is the DCP half where `path` has one, else the other.
-            verify: Compare what is read with the digests of the manifest, before any of it is
-                loaded. Whole blocks are read for it.
-            key: Entry of the state dict that holds the model, dots for nested entries, for
-                `source="hf"`; `None` finds it as `HFExport` does.
-            process_group: Group whose ranks exchange what they read: a gloo group that nothing else
-                uses, of all ranks of the load or of those of one host. Not that of the load, and
-                one load at a time.
-            exchange: Read what several ranks of `process_group` want once, and pass it on: for
-                storage that is slower than the network between them.
-            allow_pickled_objects: Load objects of any class from the DCP half, which runs what the
-                checkpoint names. Otherwise only what `torch.load(weights_only=True)` takes.
-            storage_options: Options of an fsspec URL.
+            path: A checkpoint or a HuggingFace directory, as a local path or an fsspec URL. In a
+                HuggingFace directory, `path` may also name the one safetensors file or index to
+                read.
+            specs: For `source="hf"`, they map runtime tensors to HuggingFace tensors. For both
+                sources, they say which plain tensors are shards.
+            source: `"dcp"` reads the DCP half. `"hf"` reads a HuggingFace directory: `path` itself,
+                or the export within it. `"auto"` reads the DCP half if there is one, else the
+                HuggingFace directory.
+            verify: Compare the bytes with the digests of the manifest before loading any of them.
+                This reads whole blocks.
+            key: Entry of the state dict that holds the model, with dots between nested entries. For
+                `source="hf"` only; `None` searches for the entry, as `HFExport` does.
+            process_group: Group for `exchange`: a gloo group that nothing else uses, neither the
+                load itself nor a second load at the same time. Its ranks are all ranks of the load,
+                or those of one host.
+            exchange: If several ranks of `process_group` need the same bytes, one rank reads them
+                and sends them to the others. Use it if storage is slower than the network.
+            allow_pickled_objects: Load objects of any class from the DCP half. This runs code that
+                the checkpoint names. `False` loads only what `torch.load(weights_only=True)` loads.
+            storage_options: Options for fsspec, if `path` is a URL.
 
         Raises:
             ConfigError: If an option cannot be used as given.
@@ -97,7 +101,7 @@ class HFDualReader(StorageReader):
         self._storage_options = storage_options
         if exchange and process_group is None:
             raise ConfigError(
-                "exchange needs a group of ranks to exchange with",
+                "exchange=True needs a process_group, whose ranks exchange what they read",
                 expected='process_group=dist.new_group(backend="gloo")',
                 found="None",
             )
@@ -108,44 +112,44 @@ class HFDualReader(StorageReader):
             allow_pickled_objects=allow_pickled_objects,
             group=process_group if exchange else None,
         )
-        # Torch runs a load from one thread, and may run others beside it.
+        # torch runs one load in one thread; other threads may run other loads at the same time.
         self._thread = threading.local()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Take `checkpoint_id=` of a load as the path of loads in this thread."""
+        """Forget the last load of this thread, and take `checkpoint_id` as the path of the next."""
         self._forget()
         if checkpoint_id is not None:
             self._thread.path = os.fspath(checkpoint_id)
 
     @property
     def checkpoint_id(self) -> str:
-        """Path that a load in this thread reads."""
+        """Path that loads in this thread read."""
         path: str = getattr(self._thread, "path", self.path)
         return path
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether this kind of reader can read there."""
+        """Whether a reader of this class can read from `checkpoint_id`."""
         text = os.fspath(checkpoint_id)
         return isinstance(text, str) and bool(text) and "\0" not in text
 
     def read_metadata(self, *_: Any, **kwargs: Any) -> Metadata:
-        """Describe what is there, for the planner; torch calls this first.
+        """Read the metadata that the planner needs. torch calls this method first.
 
         Args:
-            **kwargs: `rank`: read what that rank saved without collectives.
+            **kwargs: With `rank`, read the metadata that this rank saved without collectives.
 
         Raises:
-            CheckpointError: If there is no checkpoint, or one that cannot be trusted. Within
-                `dcp.load`, which would drop its type, `set_up_storage_reader` raises it instead.
+            CheckpointError: If there is no checkpoint, or if it cannot be trusted. `dcp.load` would
+                lose the type of this error, so within it `set_up_storage_reader` raises the error.
         """
         self._forget()
         rank = kwargs.get("rank")
-        planner, state_dict = current_load_planner(), loaded_state_dict()
+        torch_load = self._thread.torch_load = find_load()
         try:
-            load = self._begin(state_dict, rank)
+            load = self._begin(None if torch_load is None else torch_load.given, rank)
         except CheckpointError as error:
-            if planner is None or (rank is None and self._has_rank_metadata()):
+            if torch_load is None or (rank is None and self._has_rank_metadata()):
                 raise
             self._thread.failed = error
             return Metadata({}, planner_data={}, storage_data={})
@@ -165,35 +169,38 @@ class HFDualReader(StorageReader):
 
     def set_up_storage_reader(
         self,
-        metadata: Metadata,  # noqa: ARG002 - of this load, as `read_metadata` returned it
+        metadata: Metadata,  # noqa: ARG002 - `read_metadata` has returned it
         is_coordinator: bool,  # noqa: ARG002, FBT001 - torch's
         *_: Any,
         **__: Any,
     ) -> None:
-        """Check that all that is loaded is there.
+        """Check that the checkpoint holds everything that the planner loads.
 
         Raises:
-            MismatchError: Listing all that is not, or is something else.
-            CheckpointError: What `read_metadata` found wrong.
+            UnsupportedTorchError: If torch's load, or its planner, cannot be found.
+            MismatchError: If something is missing or does not fit; lists all of it.
+            CheckpointError: The error that `read_metadata` met.
         """
         failed = getattr(self._thread, "failed", None)
         if failed is not None:
             raise failed
-        self._current().check(current_load_planner())
+        self._current().check(self._torch_load().planner, self._torch_load().given)
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Check that blocks are planned as what they are.
+        """Check that the plan treats the blocks of a tensor one by one.
+
+        torch sends each plan to the coordinator and back, which takes longer with every rank. If
+        neither the planner nor a subclass of this reader looks at these plans, this rank keeps the
+        items and sends an empty plan.
 
         Returns:
-            The plan without its items, if neither a planner nor a subclass looks at the plans of
-            all ranks: torch would send each to the coordinator and back, which there takes longer
-            with each rank.
+            The plan, or the plan without its items.
 
         Raises:
-            PlanningError: If a rank holds several blocks of a tensor that are planned as one.
+            PlanningError: If a rank holds several blocks of a tensor, but the plan joins them.
         """
-        planner = current_load_planner()
-        check_blocks(plan, planner, self._options.specs, key=self._options.key)
+        planner, given = self._torch_load().planner, self._torch_load().given
+        check_blocks(plan, planner, given, self._options.specs, key=self._options.key)
         steps = ("prepare_local_plan", "prepare_global_plan", "read_data")
         if not plans_alone(planner) or not has_methods_of(HFDualReader, self, *steps):
             return plan
@@ -201,20 +208,23 @@ class HFDualReader(StorageReader):
         return replace(plan, items=[])
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Leave the plans as they are."""
+        """Return the plans unchanged."""
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what a plan says; it is in place on return.
+        """Read the items of a plan; the tensors are loaded on return.
 
         Raises:
-            CheckpointError: If something cannot be read, or may not be.
+            CheckpointError: If an item cannot be read, or must not be loaded.
         """
+        load = self._current()
+        if self._torch_load().planner is not planner:
+            raise other_planner("load")
         items = getattr(self._thread, "items", None)
         if items is not None:
             plan = replace(plan, items=items)
         try:
-            self._current().read(plan, planner)
+            load.read(plan, planner)
         finally:
             self._forget()
         future: Future[None] = Future()
@@ -225,14 +235,23 @@ class HFDualReader(StorageReader):
         load: Load | None = getattr(self._thread, "load", None)
         if load is None:
             raise ConfigError(
-                "a reader is asked for data before it has read the metadata",
-                expected="read_metadata in the same thread first, as dcp.load does",
+                "the reader has no load in flight in this thread",
+                expected="a call of read_metadata in the same thread first, as in dcp.load",
+                found="none",
+                hint="load through dcp.load",
             )
         return load
+
+    def _torch_load(self) -> TorchLoad:
+        found: TorchLoad | None = getattr(self._thread, "torch_load", None)
+        if found is None:
+            raise unknown_load()
+        return found
 
     def _forget(self) -> None:
         load: Load | None = getattr(self._thread, "load", None)
         self._thread.load = self._thread.failed = self._thread.items = None
+        self._thread.torch_load = None
         if load is not None:
             load.close()
 

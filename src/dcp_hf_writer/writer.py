@@ -1,4 +1,4 @@
-"""HFDualWriter: one save, a DCP checkpoint and a HuggingFace directory. Wiring only."""
+"""HFDualWriter: write a DCP checkpoint and a HuggingFace directory in one save. Wiring only."""
 
 from __future__ import annotations
 
@@ -20,31 +20,32 @@ from dcp_hf_writer.errors import (
     PlanningError,
     SaveAbortedError,
     SaveTimeoutError,
-    StagingError,
 )
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.plan import global_plan
 from dcp_hf_writer.plan.global_plan import RankPlan
-from dcp_hf_writer.preflight import writer_options
+from dcp_hf_writer.preflight import check_options
+from dcp_hf_writer.preflight.drifted_ties import untrue_tie
 from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
-from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts, note_memory
+from dcp_hf_writer.preflight.rank_facts import check_facts, check_reported_facts, local_facts
 from dcp_hf_writer.save import coordinator, export_assets
+from dcp_hf_writer.save.announced_save import planned_directory
 from dcp_hf_writer.save.async_stager import SlabStager
-from dcp_hf_writer.save.attempt import Attempt, register
+from dcp_hf_writer.save.begin_save import begin_save
+from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
 from dcp_hf_writer.save.checksums import add_checksums
 from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
-from dcp_hf_writer.save.failure_explanations import guard_save
-from dcp_hf_writer.save.hf_half import MAX_BOUNCE_NBYTES
-from dcp_hf_writer.save.joined_save import planned_directory
-from dcp_hf_writer.save.rendezvous import Announcement, next_count, rendezvous_of
-from dcp_hf_writer.save.save_owner import new_save_id
+from dcp_hf_writer.save.owner_process import new_save_id
+from dcp_hf_writer.save.rank_progress import MEETING, Announcement
+from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
 from dcp_hf_writer.save.write_phase import WritePhase, export_error, take_reports
+from dcp_hf_writer.staging.staged_state_dict import refuse_failed
 from dcp_hf_writer.storage.posix_outputs import write_errors
 from dcp_hf_writer.storage.write_slots import WriteSlots
-from dcp_hf_writer.torch_seam import plan_cache
-from dcp_hf_writer.torch_seam.frames import current_planner, current_staged, gathered_plans
+from dcp_hf_writer.torch_seam.caller_frames import Planned, find_save, other_planner
+from dcp_hf_writer.torch_seam.plan_cache import PLAN_CACHE, is_from_cache, whole_plans
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
     from dcp_hf_writer.preflight.explanation import Explanation
+    from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.staging.stager import StagingMode
 
 _log = logging.getLogger(__name__)
@@ -62,13 +64,15 @@ class HFDualWriter(StorageWriter, SlabStager):
 
         future = dcp.async_save(state_dict, storage_writer=HFDualWriter("ckpt/step-100"))
 
-    leaves `ckpt/step-100`, which `dcp.load` resumes from, and `ckpt/step-100/hf`, which
-    `from_pretrained` serves from; or, after any failure, neither. Each rank writes its own slices
-    of the final files. Also for `dcp.save`, for `no_dist=True`, and for both kinds of asynchronous
-    checkpointer. One writer may serve many steps (`checkpoint_id=`), and so may a new writer each.
+    The save makes `ckpt/step-100`, which `dcp.load` reads, and `ckpt/step-100/hf`, which
+    `from_pretrained` reads. If the save fails, neither becomes visible; if only the export fails,
+    see `on_export_error`. Each rank writes its own slices of the final files.
 
-    Called by all ranks of a process group. Thread safety: one save at a time per writer; a second
-    one waits for the first.
+    Works with `dcp.save`, with `no_dist=True`, and with both kinds of asynchronous checkpointer.
+    Use one writer for all steps (pass `checkpoint_id=`), or make a new writer for each step.
+
+    All ranks of a process group call it. Thread safety: a writer runs one save at a time. A second
+    save waits for the first.
     """
 
     def __init__(
@@ -88,40 +92,40 @@ class HFDualWriter(StorageWriter, SlabStager):
         timeout_s: float = 1800,
         host_budget_bytes: int = 256 << 20,
     ) -> None:
-        """Set up a writer; touches no storage.
+        """Set up a writer. Reads and writes no file.
 
         Args:
-            path: Directory of the checkpoint; must not exist, unless `overwrite`.
-            export: The HuggingFace half; `None` writes the DCP half only.
-            weights: `"both"` stores the weights in both halves; `"once"` only in the export, where
-                its bytes are those of the state dict: read them with `HFDualReader`.
-            staging: `"blocking"` returns from `async_save` when all is copied; `"overlap"` copies
-                beside the next forward and backward, and needs `guard(optimizer)`.
+            path: Directory of the checkpoint. It must not exist, unless `overwrite` is set.
+            export: Options of the HuggingFace half; `None` writes the DCP half only.
+            weights: `"both"` stores the weights in both halves. `"once"` stores a weight only in
+                the export if its bytes are the same there; `HFDualReader` reads such a checkpoint.
+            staging: `"blocking"` returns from `async_save` when everything is copied. `"overlap"`
+                copies during the next forward and backward, and needs `guard(optimizer)`.
             overwrite: Replace an existing checkpoint, in the step that publishes the new one.
-            slots: Bound on the processes of a node that write at a time.
-            dcp_writer: Writes the DCP half; `None` is torch's, without needless copies.
-            process_group: Group of the save, the one that `async_save` is given.
-            on_export_error: When only the export failed: commit the DCP half and `"raise"`
-                `ExportError`, or `"warn"`.
-            storage_options: Options of an object store; none for a path.
-            strategy: `"direct"` lets several hosts write parts of one file on a file system that is
-                not known to allow it.
+            slots: Limit on the number of processes of a node that write at the same time.
+            dcp_writer: Writes the DCP half. `None` uses torch's writer without its extra copies.
+            process_group: Process group of the save; pass the same group to `async_save`.
+            on_export_error: If only the export fails and the DCP half holds all weights, the DCP
+                half is committed. Then `"raise"` raises `ExportError`, `"warn"` logs a warning.
+            storage_options: Must be `None`: object stores are not supported yet.
+            strategy: `"direct"` lets several hosts write parts of one file on any file system.
+                `"auto"` allows this only if the file system is known to be coherent.
             timeout_s: Deadline of a save in seconds, from staging to commit.
-            host_budget_bytes: Memory that a rank may use beside the staged copy.
+            host_budget_bytes: Memory that a rank may use in addition to the staged copy.
 
         Raises:
             ConfigError: If an option cannot be used as given.
         """
         super().__init__()
-        writer_options.one_of("weights", weights, ("both", "once"))
-        writer_options.one_of("staging", staging, ("blocking", "overlap"))
-        writer_options.one_of("on_export_error", on_export_error, ("raise", "warn"))
-        writer_options.one_of("strategy", strategy, ("auto", "direct"))
-        writer_options.check_numbers(timeout_s=timeout_s, host_budget_bytes=host_budget_bytes)
-        writer_options.check_no_storage_options(storage_options)
-        writer_options.check_export(export, weights)
-        writer_options.check_dcp_writer(dcp_writer)
-        self.path = writer_options.local_path(path)
+        check_options.one_of("weights", weights, ("both", "once"))
+        check_options.one_of("staging", staging, ("blocking", "overlap"))
+        check_options.one_of("on_export_error", on_export_error, ("raise", "warn"))
+        check_options.one_of("strategy", strategy, ("auto", "direct"))
+        check_options.check_numbers(timeout_s=timeout_s, host_budget_bytes=host_budget_bytes)
+        check_options.check_no_storage_options(storage_options)
+        check_options.check_export(export, weights)
+        check_options.check_dcp_writer(dcp_writer)
+        self.path = check_options.local_path(path)
         self.export = export
         self.weights = weights
         self.staging = staging
@@ -136,21 +140,19 @@ class HFDualWriter(StorageWriter, SlabStager):
         self._attempt: Attempt | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
-        """Take `checkpoint_id=` of a save as its path; waits for an earlier save of this writer.
+        """Wait for an earlier save of this writer, then take `checkpoint_id` as the path.
 
         Raises:
-            ConfigError: If it is no path that can be written to.
-            StagingBusyError: If the earlier save is not over by its deadline.
+            ConfigError: If `checkpoint_id` is not a path that this writer can write to.
+            StagingBusyError: If the earlier save is still running at its deadline.
         """
         try:
             self._wait_for_earlier_save()
             if checkpoint_id is not None:
-                self.path = writer_options.local_path(checkpoint_id)
+                self.path = check_options.local_path(checkpoint_id)
         except CheckpointError:
-            # No attempt will give the staged copy back, as there will be none.
-            staged = current_staged()
-            if staged is not None and staged.lease is not None:
-                staged.lease.release()
+            # An attempt gives the staged copy back when it ends; this save never makes one.
+            self._give_back_staged()
             raise
 
     @property
@@ -160,98 +162,95 @@ class HFDualWriter(StorageWriter, SlabStager):
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether this kind of writer can write there."""
+        """Whether a writer of this class can write to `checkpoint_id`."""
         try:
-            writer_options.local_path(checkpoint_id)
+            check_options.local_path(checkpoint_id)
         except ConfigError:
             return False
         return True
 
     def storage_meta(self) -> StorageMeta:
-        """Begin a save; torch calls this first, in the thread that runs it."""
+        """Begin a save. torch calls this method first, in the thread that runs the save."""
         self._wait_for_earlier_save()
-        staged = current_staged()
-        handover = None if staged is None else staged.handover
-        lease = None if staged is None else staged.lease
-        if lease is not None and not lease.is_active:
-            msg = "the staged copy was given back before its save began"
-            raise StagingError(msg, path=self.path, hint="save what async_save staged, once")
-        attempt = Attempt(
-            self.path,
-            deadline=time.monotonic() + self.timeout_s if handover is None else handover.deadline,
-            staged=None if handover is None else handover.info,
-            lease=lease,
+        self._attempt = attempt = begin_save(
+            self.path, timeout_s=self.timeout_s, give_back=self._give_back_staged
         )
-        attempt.staging_error = None if handover is None else handover.error
-        if lease is not None:
-            lease.bind(attempt.thread)
-        if attempt.staged is not None:
-            attempt.seconds["stage"] = attempt.staged.stall_s
-            attempt.seconds["stage wait"] = attempt.staged.waited_s
-        register(attempt)
-        self._attempt = attempt
-        guard_save(attempt)
         return StorageMeta(checkpoint_id=attempt.target)
 
     def _wait_for_earlier_save(self) -> None:
         earlier = self._attempt
-        if earlier is not None and earlier.thread is not threading.current_thread():
+        if earlier is not None and earlier.context.thread is not threading.current_thread():
             earlier.wait_until_over()
 
     def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **kwargs: Any) -> None:  # noqa: FBT001 - torch's
-        """Learn this rank's part in the save.
+        """Find the planner and the state dict of the save, and meet the other ranks.
 
         Raises:
-            ConfigError: If the save is asked to do without collectives.
+            ConfigError: If the save runs with `use_collectives=False`.
+            UnsupportedTorchError: If torch's planner for this save cannot be found.
+            CheckpointError: What was wrong when the save began, such as a failed staging.
         """
-        if not kwargs.get("use_collectives", True):
-            msg = "use_collectives=False is not supported"
-            raise ConfigError(
-                msg,
-                phase="plan",
-                expected="one coordinated plan, which the offsets in the files follow from",
-                hint="drop use_collectives=False; a rank alone saves with no_dist=True",
-            )
+        check_options.check_collectives(is_used=kwargs.get("use_collectives", True))
         attempt = self._current()
-        attempt.is_coordinator = is_coordinator
-        attempt.rank = int(kwargs.get("rank", 0))
-        if attempt.staging_error is not None:
-            raise attempt.staging_error
-        attempt.rendezvous = rendezvous_of(self.process_group)
-        attempt.count = next_count()
-        attempt.post("plan")
-        plan_cache.begin_plan(note_memory(attempt, current_planner()))
+        if attempt.context.refusal is not None:
+            attempt.end()
+            raise attempt.context.refusal
+        save = find_save()
+        view = RankView.of(Planned.of(save.planner, save.given), attempt.context.staged)
+        attempt.see(view)
+        member = Membership(
+            rank=int(kwargs.get("rank", 0)),
+            is_coordinator=is_coordinator,
+            rendezvous=MEETING.rendezvous_of(self.process_group),
+            count=MEETING.next_count(),
+        )
+        attempt.enter(member)
+        PLAN_CACHE.begin_plan(view.tied())
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Attach to DCP's plan what only this rank knows.
+        """Attach facts to DCP's plan that only this rank can tell.
 
         Raises:
-            PlanningError: If the plan leaves out what this rank holds, so that DCP would lose it.
+            PlanningError: If the plan leaves out data of this rank, which DCP would then lose.
         """
+        attempt = self._current()
+        refuse_failed(item.index.fqn for item in plan.items)
+        PLAN_CACHE.check_sent(plan)
         facts = local_facts(
             plan,
-            current_planner(),
-            attempt=self._current(),
+            attempt.view,
+            target=attempt.target,
+            is_coordinator=attempt.member.is_coordinator,
             export=self.export,
             group=self.process_group,
         )
+        if self.export is not None:
+            view = attempt.view
+            error = untrue_tie(view.planned, self.export, view.memory, rank=attempt.rank)
+            if error is not None:
+                attempt.leave_out_export(error)
+        attempt.send(SentFacts(facts.stamp, None if plan.usable else facts.samples))
         reach("local plan")
         return replace(plan, storage_data=facts)
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Plan the export, and make the directory with headers and assets (coordinator).
+        """Plan the export, and make the directory with headers and assets (coordinator only).
+
+        A failure leaves no files behind.
 
         Raises:
-            PlanningError: If the state dict cannot be exported as asked; nothing is left behind.
-            StorageError: If the target or the file system does not allow it; likewise.
+            PlanningError: If the state dict does not fit the options of the export.
+            StorageError: If the target or the file system does not allow the save.
         """
         attempt = self._current()
         attempt.check()
         if len(plans) == 1:
-            attempt.rendezvous = None
+            attempt.save_alone()
         export, assets = self._export_of(attempt)
-        whole = plan_cache.whole_plans(plans, current_planner())
-        check_facts(gathered_plans() or plans, whole)
+        whole = whole_plans(plans, attempt.view.planned.planner)
+        is_cached = is_from_cache(whole)
+        if not is_cached:
+            check_facts(whole)
         known, result = self._plan(whole, export, assets)
         if known.layout is not None and export is not None and assets is not None:
             coordinator.check_names(known.layout, assets, export)
@@ -267,21 +266,22 @@ class HFDualWriter(StorageWriter, SlabStager):
                 raise
         if not is_ready:
             known, result = self._plan(whole, None, None)
-        attempt.global_plan = known
-        if attempt.rendezvous is not None:
-            announcement = Announcement(directory.save_id, known.plan_id, len(plans), attempt.count)
-            attempt.rendezvous.announce(attempt.target, announcement)
+        attempt.plan(known, are_facts_checked=not is_cached)
+        member = attempt.member
+        if member.rendezvous is not None:
+            announcement = Announcement(directory.save_id, known.plan_id, len(plans), member.count)
+            member.rendezvous.announce(attempt.target, announcement)
         return plans if result is None else result
 
     def _plan(
         self, whole: list[SavePlan], export: HFExport | None, assets: export_assets.Assets | None
     ) -> tuple[global_plan.GlobalPlan, list[SavePlan] | None]:
-        """Return the global plan, and the ranks' plans unless an earlier save left them there."""
+        """Return the global plan and each rank's plan; `None` for these if the ranks have them."""
         with self._current().timed("plan"):
             file_of_key = None if assets is None else assets.file_of_key
             options = global_plan.options_fingerprint(export, file_of_key)
             options += f" {type(self.dcp_writer).__qualname__} {self.weights}"
-            known = plan_cache.delivered(whole, options)
+            known = PLAN_CACHE.delivered(whole, options)
             if known is not None:
                 return known, None
             known = global_plan.plan_globally(
@@ -299,7 +299,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         try:
             return self.export, export_assets.assets_of(self.export)
         except ExportError as error:
-            attempt.export_error = error
+            attempt.leave_out_export(error)
             return None, None
 
     def _prepare_dcp(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -310,15 +310,17 @@ class HFDualWriter(StorageWriter, SlabStager):
         return SlabFileSystemWriter(target, checkpoint_id=target).prepare_global_plan(bare)
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write this rank's part of both halves, durably.
+        """Write this rank's part of both halves; the files are durable on return.
 
         Raises:
-            CheckpointError: If the DCP half failed on this rank, or the save was given up.
+            CheckpointError: If the DCP half failed on this rank, or if the save was given up.
         """
         attempt = self._current()
+        if attempt.view.planned.planner is not planner:
+            raise other_planner("save", rank=attempt.rank)
         own = plan.storage_data
         if not isinstance(own, RankPlan):
-            msg = "DCP handed out a plan that HFDualWriter did not make"
+            msg = "DCP gave this rank a plan that HFDualWriter did not make"
             raise PlanningError(
                 msg,
                 rank=attempt.rank,
@@ -326,12 +328,12 @@ class HFDualWriter(StorageWriter, SlabStager):
                 found=type(own).__name__,
                 hint="with enable_plan_caching, use a planner that no other writer has used",
             )
-        attempt.seconds.setdefault("plan", time.monotonic() - attempt.began)
+        attempt.seconds.setdefault("plan", time.monotonic() - attempt.context.began)
         try:
             directory = planned_directory(attempt, own)
             attempt.post("write")
             directory.check_visible(rank=attempt.rank)
-            global_plan.check_tied(own.tied, attempt.memory, rank=attempt.rank)
+            global_plan.check_tied(own.tied, attempt.view.memory, rank=attempt.rank)
             results = WritePhase(
                 attempt=attempt,
                 directory=directory,
@@ -341,14 +343,14 @@ class HFDualWriter(StorageWriter, SlabStager):
                 dcp_writer=self.dcp_writer,
                 slots=self.slots,
                 subdir=self._subdir,
-                bounce_nbytes=min(MAX_BOUNCE_NBYTES, self.host_budget_bytes // 4),
+                bounce_nbytes=bounce_nbytes_of(self.host_budget_bytes),
             ).run()
-            plan_cache.settle_plan(attempt.global_plan)
+            PLAN_CACHE.settle_plan(attempt.global_plan)
             attempt.check()
             reach("before report")
         except BaseException:
             attempt.post("failed")
-            if attempt.rendezvous is None:
+            if attempt.member.rendezvous is None:
                 attempt.end()
             raise
         attempt.post("written")
@@ -357,23 +359,25 @@ class HFDualWriter(StorageWriter, SlabStager):
         return future
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """Prove that all is there, and publish it (coordinator).
+        """Check that the files are complete, and publish the checkpoint (coordinator only).
 
         Raises:
-            CoverageError: If the ranks' reports do not tile the files.
-            StorageError: If it could not be published.
+            CoverageError: If the parts that the ranks wrote do not cover each file exactly once.
+            StorageError: If the checkpoint could not be published.
             ExportError: If the DCP half was committed and the export failed.
         """
         attempt = self._current()
-        attempt.phase = "finish"
+        attempt.begin_finish()
         plan, directory = self._planned(attempt), attempt.directory
         if directory is None:
-            msg = "the save was not prepared"
+            msg = "the coordinator did not prepare this save"
             raise PlanningError(msg, rank=attempt.rank, phase="finish", path=attempt.target)
         began = time.monotonic()
         try:
             attempt.check()
             plain, reports = take_reports(results)
+            if not attempt.are_facts_checked:
+                check_reported_facts(plan.plans, reports)
             errors = [r.export_error for r in reports if r.export_error is not None]
             error = attempt.export_error or (errors[0] if errors else None)
             if error is None:
@@ -405,7 +409,7 @@ class HFDualWriter(StorageWriter, SlabStager):
     def _add_checksums(
         self, attempt: Attempt, directory: StagingDirectory, plan: global_plan.GlobalPlan
     ) -> ExportError | None:
-        """Add checksums to an export that shall have them; what fails costs the export alone."""
+        """Add checksums if `export` asks for them; a failure costs the export, not the DCP half."""
         if plan.layout is None or self.export is None or self.export.checksums is None:
             return None
         try:
@@ -416,7 +420,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         except OSError as error:
             path = os.path.join(directory.path, self._subdir)
             return export_error(error, rank=attempt.rank, path=path)
-        attempt.whole_files.append(file)
+        attempt.add_whole_files(file)
         return None
 
     def _finish_dcp(
@@ -437,24 +441,22 @@ class HFDualWriter(StorageWriter, SlabStager):
     def explain(
         self, state_dict: dict[str, Any], *, planner: SavePlanner | None = None
     ) -> Explanation:
-        """Say what a save would write where, and what it would leave out; writes nothing.
+        """Explain what a save would write, where, and what it would leave out. Writes nothing.
 
-        Called by all ranks of the process group, none of which has a save in flight; each gets the
-        same answer. `print` it for tables. The state dict may lie on the meta device.
+        All ranks of the process group call it, with no save in flight. All get the same result;
+        `print` it to see tables. The tensors may be on the meta device.
 
         Args:
-            state_dict: What would be saved.
-            planner: Planner of the save; a copy of it is used.
+            state_dict: The state dict that the save would get.
+            planner: Planner of the save. It stays unchanged: a copy makes the plan.
 
         Raises:
-            PlanningError: As the save would.
-            StagingBusyError: If an earlier save of this writer is not over by its deadline.
+            PlanningError: If the save would raise it too.
+            StagingBusyError: If an earlier save of this writer is still running at its deadline.
         """
         self._wait_for_earlier_save()
         run = DryRun(self.path, self.export, self.process_group, fresh_planner(planner), self._once)
         return run.run(state_dict)
-
-    # -- odds and ends ------------------------------------------------------------------------
 
     @property
     def _subdir(self) -> str:
@@ -468,7 +470,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         if self._attempt is None:
             self.storage_meta()
         if self._attempt is None:
-            msg = "no save is under way"
+            msg = "this writer has no save in flight"
             raise PlanningError(msg, path=self.path)
         return self._attempt
 
@@ -479,18 +481,18 @@ class HFDualWriter(StorageWriter, SlabStager):
         return attempt.global_plan
 
     def __getstate__(self) -> dict[str, Any]:
-        """Travel to a checkpointer process, with the files of the export instead of its objects."""
+        """Pickle for a checkpointer process, with the export's files instead of its objects."""
         state = dict(self.__dict__)
         read = None if self.export is None else export_assets.known(self.export)
         if self.export is not None and read is not None:
             state["_assets"] = read
             state["export"] = export_assets.without_objects(self.export)
-        for name in ("process_group", "_copies", "_attempt"):
+        for name in ("process_group", "_copies", "_lease", "_attempt"):
             state[name] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Arrive in a checkpointer process; its default group is the group of the save."""
+        """Unpickle in a checkpointer process, which saves with its default process group."""
         assets = state.pop("_assets", None)
         self.__dict__.update(state)
         if self.export is not None and assets is not None:

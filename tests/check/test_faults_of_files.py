@@ -235,15 +235,15 @@ D2: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     ),
     "overflow": (
         lambda c: edited(c, lambda h: first_of(h).update(shape=[1 << 62, 1 << 62])),
-        "more elements than can be counted",
+        "too many elements",
     ),
     "negative dim": (
         lambda c: edited(c, lambda h: first_of(h).update(shape=[-1, -1])),
-        "not a list of extents",
+        "not a list of sizes",
     ),
     "offset beyond the end": (
         lambda c: edited(c, lambda h: first_of(h).update(data_offsets=[0, 1 << 40])),
-        "another number of bytes",
+        "do not match its shape and dtype",
     ),
     "duplicate key": (doubled, "twice in one object"),
     "no JSON": (lambda c: c[:8] + b"[" + c[9:], "not a JSON object"),
@@ -458,7 +458,7 @@ def test_d5_path_in_the_manifest_that_leads_elsewhere_is_refused(copy: Path, nam
         hostile = json.loads(json.dumps(fields))
         change(hostile)
         put_manifest(copy, hostile)
-        assert "what cannot be" in whats(verify(copy), MANIFEST_NAME)
+        assert "the manifest holds an invalid value" in whats(verify(copy), MANIFEST_NAME)
         for source in SOURCES:
             assert isinstance(load(copy, source), CorruptCheckpointError)
         assert outside(copy, lambda: (verify(copy), load(copy, "hf"))) == []
@@ -568,17 +568,17 @@ def test_d7_shard_of_an_older_save_is_found(copy: Path) -> None:
     report = verify(copy)
     text = whats(report, "hf/model-00009-of-00009.safetensors")
     assert "does not belong to the checkpoint" in text
-    assert "which readers may load instead or with the others" in text
+    assert "readers may load them instead of or with the others" in text
     (copy / MANIFEST_NAME).unlink()
     text = whats(verify(copy), "hf/model-00009-of-00009.safetensors")
-    assert "which readers may load instead or with the others" in text
+    assert "readers may load them instead of or with the others" in text
     # A load takes what the index names.
     assert load(copy, "hf", is_verified=False) is None
 
 
 def test_d7_single_file_of_an_older_save_is_found_and_not_loaded(copy: Path) -> None:
     save_file({"embed": torch.zeros(7, 4)}, copy / "hf" / "model.safetensors")
-    assert "which readers may load instead" in whats(verify(copy), "hf/model.safetensors")
+    assert "readers may load them instead of" in whats(verify(copy), "hf/model.safetensors")
     for error in refusals(copy, "hf"):
         assert isinstance(error, CorruptCheckpointError)
         assert "left from another save" in str(error)

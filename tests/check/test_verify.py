@@ -18,7 +18,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 
 from dcp_hf_writer import HFDualWriter, HFExport, VerifyReport, verify
-from dcp_hf_writer.check.progress_line import ProgressLine
+from dcp_hf_writer.check.verify_progress import ProgressLine
 from dcp_hf_writer.digests.problems import Problem
 from dcp_hf_writer.errors import ConfigError, CorruptCheckpointError
 from dcp_hf_writer.formats.encode_safetensors_header import HFTensor, encode_header
@@ -144,7 +144,7 @@ def test_changed_byte_of_the_dcp_half_is_named_by_tensor_and_bytes(many: Path) -
     assert {"model.embed", "model.norm", "optim.state.embed.exp_avg"} <= named
     flip(many / "__0_0.distcp", 0)
     assert whats(verify(many)) == [
-        ("__0_0.distcp", "the digest of what is beside the tensors differs")
+        ("__0_0.distcp", "the digest of the bytes around the tensors differs")
     ]
 
 
@@ -165,7 +165,7 @@ def test_truncated_file_is_named_with_the_tensors_that_it_lacks(many: Path, cut:
         path.write_bytes(content[: max(0, len(content) - cut)])
         name = str(path.relative_to(many))
         report = verify(many)
-        assert (name, "the file has another size") in whats(report)
+        assert (name, "the file has the wrong size") in whats(report)
         assert {problem.file for problem in report.problems} == {name}
         if path.suffix == ".safetensors":
             assert any(p.key and "beyond the end" in p.what for p in report.problems)
@@ -177,7 +177,7 @@ def test_longer_file_is_named(many: Path) -> None:
     for path in [p for p in many.rglob("*") if p.is_file() and p.name != MANIFEST_NAME]:
         content = path.read_bytes()
         path.write_bytes(content + b"\0")
-        assert (str(path.relative_to(many)), "the file has another size") in whats(verify(many))
+        assert (str(path.relative_to(many)), "the file has the wrong size") in whats(verify(many))
         path.write_bytes(content)
 
 
@@ -201,7 +201,7 @@ def test_metadata_that_is_missing_is_named(many: Path) -> None:
     fields = manifest_of(many)
     del fields["files"][".metadata"]
     put_manifest(many, fields)
-    assert whats(verify(many)) == [(".metadata", "the checkpoint has no metadata of DCP")]
+    assert whats(verify(many)) == [(".metadata", "the checkpoint has no DCP metadata")]
 
 
 def blocks_of(fields: dict[str, Any], key: str) -> list[Any]:
@@ -250,8 +250,8 @@ def test_export_that_the_manifest_describes_wrongly_is_found(many: Path) -> None
 
     cases: dict[str, Callable[[dict[str, Any]], None]] = {
         "not in the header": renamed,
-        "declares another tensor": retyped,
-        "tied to is not in the checkpoint": untied,
+        "describe the tensor differently": retyped,
+        "tied to one that is not in the checkpoint": untied,
         "stored although it is tied": tied_and_stored,
     }
     original = manifest_of(many)
@@ -363,7 +363,7 @@ def test_faults_of_a_hub_directory_are_named(tmp_path: Path) -> None:
         save_file({"z": torch.ones(1)}, directory / "model-00003-of-00003.safetensors")
 
     cases: dict[str, tuple[Callable[[Path], object], str, str]] = {
-        "missing file": (lambda d: (d / second).unlink(), second, "index names is missing; 1 "),
+        "missing file": (lambda d: (d / second).unlink(), second, "is missing; the index lists 1 "),
         "missing key": (lambda d: edit_index(d, d=first), first, "not in the file that the index"),
         "wrong file": (lambda d: edit_index(d, c=first), first, "not in the file that the index"),
         "outside": (lambda d: edit_index(d, c="../x"), INDEX_NAME, "outside its directory"),
@@ -371,8 +371,8 @@ def test_faults_of_a_hub_directory_are_named(tmp_path: Path) -> None:
         "absolute": (lambda d: edit_index(d, c="/x"), INDEX_NAME, "outside its directory"),
         "no index": (lambda d: (d / INDEX_NAME).unlink(), INDEX_NAME, "index of these weights is"),
         "no JSON": (lambda d: (d / INDEX_NAME).write_text("{"), INDEX_NAME, "cannot be read"),
-        "stale file": (stale_single, "model.safetensors", "may load instead"),
-        "stale shard": (stale_shard, "model-00003-of-00003.safetensors", "may load instead"),
+        "stale file": (stale_single, "model.safetensors", "may load them instead"),
+        "stale shard": (stale_shard, "model-00003-of-00003.safetensors", "may load them instead"),
         "truncated": (lambda d: os.truncate(d / first, 100), first, "beyond the end of its file"),
         "empty": (lambda d: os.truncate(d / first, 0), first, "too short"),
     }
@@ -461,7 +461,7 @@ def test_url_is_verified_as_a_path_is(many: Path) -> None:
     store.put(f"{many}/", "/verified/step-100/", recursive=True)
     assert verify(url).ok
     store.pipe_file("/verified/step-100/__0_0.distcp", b"short")
-    assert ("__0_0.distcp", "the file has another size") in whats(verify(url))
+    assert ("__0_0.distcp", "the file has the wrong size") in whats(verify(url))
     store.rm("/verified", recursive=True)
     assert not verify(url).ok
 
@@ -540,7 +540,7 @@ def test_problem_says_all_that_it_knows_and_nothing_that_breaks_a_terminal() -> 
         hint="mend it",
     )
     assert str(problem) == (
-        "hf/x\\x1b[2J, key 'k\\n', tensor 'model.k', bytes 1 to 2, of rank 3: it is bad; "
+        "hf/x\\x1b[2J, key 'k\\n', tensor 'model.k', bytes 1 to 2, written by rank 3: it is bad; "
         "expected good; found bad; mend it"
     )
 

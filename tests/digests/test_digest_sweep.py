@@ -114,13 +114,16 @@ def test_one_digest_is_fed_from_spans_that_lie_apart() -> None:
 @pytest.mark.parametrize(
     ("boxes", "fault"),
     [
-        ([Box((0, 0), (9, 10))], "hold 180 bytes, it has 200"),
-        ([Box((0, 0), (10, 10)), Box((3, 3), (1, 1))], "hold 202 bytes, it has 200"),
-        ([Box((0, 0), (10, 9)), Box((0, 0), (10, 1))], "overlap at its byte 0"),
-        ([Box((0, 0), (5, 10)), Box((6, 0), (4, 10)), Box((8, 0), (1, 10))], "gap at its byte 100"),
-        ([Box((0, 0), (5, 10)), Box((4, 0), (5, 10))], "overlap at its byte 80"),
-        ([Box((0, 0), (10, 5)), Box((0, 4), (10, 5))], "overlap at its byte 8"),
-        ([Box((0, 1), (10, 9)), *[Box((9, 1), (1, 2))] * 5], "gap at its byte 0"),
+        ([Box((0, 0), (9, 10))], "hold 180 bytes, the tensor has 200"),
+        ([Box((0, 0), (10, 10)), Box((3, 3), (1, 1))], "hold 202 bytes, the tensor has 200"),
+        ([Box((0, 0), (10, 9)), Box((0, 0), (10, 1))], "overlap at byte 0 of the tensor"),
+        (
+            [Box((0, 0), (5, 10)), Box((6, 0), (4, 10)), Box((8, 0), (1, 10))],
+            "gap at byte 100 of the tensor",
+        ),
+        ([Box((0, 0), (5, 10)), Box((4, 0), (5, 10))], "overlap at byte 80 of the tensor"),
+        ([Box((0, 0), (10, 5)), Box((0, 4), (10, 5))], "overlap at byte 8 of the tensor"),
+        ([Box((0, 1), (10, 9)), *[Box((9, 1), (1, 2))] * 5], "gap at byte 0 of the tensor"),
         ([], "hold 0 bytes"),
     ],
 )  # fmt: skip
@@ -136,7 +139,7 @@ def test_gap_or_overlap_is_seen(window: int, boxes: list[Box], fault: str) -> No
 def test_byte_covered_257_times_is_seen() -> None:
     runs = [contiguous(0, 1)] * 257 + [contiguous(257, 1000)]
     parts = tuple((Digest("", "block"), one) for one in runs)
-    assert "gap at its byte 1" in sweep([Span(0, 1000, parts)])[0][1]
+    assert "gap at byte 1 of the tensor" in sweep([Span(0, 1000, parts)])[0][1]
 
 
 @pytest.mark.parametrize("window", [64, 1000])
@@ -144,7 +147,7 @@ def test_span_beyond_the_end_is_named(window: int) -> None:
     whole_span = Span(0, 100, ((Digest(digest_of(CONTENT[:100]), "a"), contiguous(0, 100)),))
     cut = Span(100, 300, ((Digest("", "b"), contiguous(100, 300)),))
     found = sweep([whole_span, cut], content=CONTENT[:299], window=window)
-    assert found == [(cut, "it ends beyond the end of the file")]
+    assert found == [(cut, "the bytes reach beyond the end of the file")]
     assert whole_span.parts[0][0].found == whole_span.parts[0][0].expected
 
 

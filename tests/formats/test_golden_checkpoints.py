@@ -14,7 +14,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from dcp_hf_writer import HFDualReader, load_hf, materialize, verify
-from dcp_hf_writer.formats.stored_once_places import StoredOnce
+from dcp_hf_writer.formats.weights_once_places import StoredOnce
 from support import audit
 from support.compare import tensor_difference
 from support.golden_states import KINDS, PAIR, STEP, exported, whole

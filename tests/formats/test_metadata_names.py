@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, HFSavePlanner, materialize
 from dcp_hf_writer.formats.parse_dcp_metadata import parse_metadata
-from dcp_hf_writer.formats.stored_once_places import FORMAT, NOTICE, StoredOnce
+from dcp_hf_writer.formats.weights_once_places import FORMAT, NOTICE, StoredOnce
 from support import once_forms
 from support.golden_states import experts_spec
 from support.ranks import run_ranks

@@ -590,8 +590,8 @@ def test_refusal_names_the_tensor_and_what_was_expected() -> None:
     with pytest.raises(CorruptCheckpointError) as caught:
         logical_tensors(headers, config)
     assert str(caught.value) == (
-        "plan: scales of an fp8 weight do not fit it (key 'a.weight')"
-        "; expected one per block of [128, 128] in [256, 256]; found shape [3, 2]"
+        "plan: the scales of an fp8 weight do not fit the weight (key 'a.weight')"
+        "; expected one scale per block of [128, 128] in [256, 256]; found scales of shape [3, 2]"
     )
 
 

@@ -213,8 +213,8 @@ def test_tensors_that_only_the_index_has_are_named(tmp_path: Path) -> None:
 # ---- what cannot be asked
 
 
-def test_adapter_is_refused_when_it_is_none() -> None:
-    with pytest.raises(ConfigError, match="state-dict adapter only"):
+def test_adapter_is_refused_when_it_has_no_to_hf() -> None:
+    with pytest.raises(ConfigError, match="adapter must be a state-dict adapter"):
         HFExport.from_state_dict_adapter(object(), model().state_dict())
 
 

@@ -242,7 +242,7 @@ def test_asking_changes_neither_the_model_nor_what_is_drawn_next() -> None:
 
 
 def test_model_is_refused_when_it_is_not_of_transformers() -> None:
-    with pytest.raises(ConfigError, match="transformers model only") as caught:
+    with pytest.raises(ConfigError, match="model must be a transformers model") as caught:
         specs_from_transformers(torch.nn.Linear(2, 2))
     assert caught.value.found == "Linear"
 

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 
 from dcp_hf_writer import HFDualWriter, LoadSpec, ShardSpec, load_hf
 from dcp_hf_writer.errors import ConfigError, MismatchError, PlanningError, ReadError
-from dcp_hf_writer.loader import LoadedKeys
+from dcp_hf_writer.hf_loader import LoadedKeys
 from support.compare import bits, tensor_difference
 from support.hf_models import MODELS
 from support.parallel_models import can_distribute, is_applicable, parallel_model, unsharded

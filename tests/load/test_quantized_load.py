@@ -18,8 +18,8 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssForCausalLM
 
 from dcp_hf_writer import HFDualWriter, HFExport
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.hf_loader import load_hf
 from dcp_hf_writer.integrations.transformers import specs_from_transformers
-from dcp_hf_writer.loader import load_hf
 from dcp_hf_writer.reader import HFDualReader
 from support.hub_quantized import (
     deepseek_config,

@@ -15,7 +15,7 @@ from dcp_hf_writer.errors import ReadError
 from dcp_hf_writer.load import read_phase, read_plan
 from dcp_hf_writer.load.read_phase import is_direct, run_reads
 from dcp_hf_writer.load.read_plan import Bounce, Direct, Fetch, Read, plan_reads
-from dcp_hf_writer.storage.input_backends import open_directory
+from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs
 
 if TYPE_CHECKING:

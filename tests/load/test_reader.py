@@ -21,7 +21,7 @@ from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, HFLoadPlanner, L
 from dcp_hf_writer import load_hf as load_hf_directory
 from dcp_hf_writer.errors import ConfigError, MismatchError, ReadError
 from dcp_hf_writer.mapping.load_spec import Piece
-from dcp_hf_writer.storage.input_backends import FsspecFiles
+from dcp_hf_writer.storage.fsspec_inputs import FsspecFiles
 from support.compare import tensor_difference
 from support.small_states import model_of, spoil, state_of
 
@@ -209,7 +209,7 @@ def test_what_does_not_fit_is_refused_in_one_error_and_nothing_is_loaded(saved: 
     assert "3 mismatched: " in text
     assert "model.norm (shape [4], stored as [3])" in text
     assert "model.scale (shape [1], stored as [])" in text
-    assert "model.embed (a str, stored as a tensor of [7, 4])" in text
+    assert "model.embed (a str, stored as a tensor of shape [7, 4])" in text
     assert {name: str(value) for name, value in flat(state).items()} == before
 
 

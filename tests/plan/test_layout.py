@@ -19,7 +19,8 @@ from transformers.core_model_loading import dot_natural_key
 from dcp_hf_writer import HFExport, LoadSpec
 from dcp_hf_writer.errors import CoverageError, LayoutError, SpecError
 from dcp_hf_writer.mapping.load_spec import Piece
-from dcp_hf_writer.plan.layout import Layout, RuntimeTensor, plan_layout
+from dcp_hf_writer.plan.assign_hf_keys import RuntimeTensor
+from dcp_hf_writer.plan.layout import Layout, plan_layout
 from dcp_hf_writer.plan.regions import chunk_regions, needs_cast
 from dcp_hf_writer.tensors.boxes import Box, whole
 from dcp_hf_writer.tensors.dtypes import CASTABLE, TORCH_BY_NAME

@@ -239,7 +239,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "block without digest": (changed(*BLOCK, to=[0, [0, 0], [4, 6]]), "a list of 4"),
     "loops outside": (changed(*BLOCK, 2, to=[[3, 0, 2]]), "within a shape"),
     "loop of other dim": (changed(*BLOCK, 2, to=[[2, 2, 1]]), "dimensions below 2"),
-    "loop stands still": (changed(*BLOCK, 2, to=[[2, 0, 0]]), "loops that move"),
+    "loop stands still": (changed(*BLOCK, 2, to=[[2, 0, 0]]), "loops with steps above 0"),
     "loops cross": (changed(*BLOCK, 2, to=[[6, 1, 1], [4, 0, 1]]), "order of its bytes"),
     "loops interleave": (changed(*BLOCK, 2, to=[[2, 1, 2], [2, 1, 1], [2, 1, 1]]), "order of its"),
     "129 loops": (changed(*BLOCK, 2, to=[[1, 0, 1]] * 129), "at most 128 loops"),
@@ -266,7 +266,7 @@ def test_hostile_manifests_differ_from_one_that_is_read() -> None:
 
 @pytest.mark.parametrize("cut", [0, 1, 36, 37, 500])
 def test_cut_manifest_is_refused(written: bytes, cut: int) -> None:
-    with pytest.raises(CorruptCheckpointError, match="does not end as one"):
+    with pytest.raises(CorruptCheckpointError, match="end of the manifest is missing or damaged"):
         parse(written[:cut])
 
 

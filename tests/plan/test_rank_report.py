@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from dcp_hf_writer import HFExport, LoadSpec
 from dcp_hf_writer.errors import CoverageError, ExportError
-from dcp_hf_writer.plan.layout import RuntimeTensor, plan_layout
-from dcp_hf_writer.plan.rank_report import Block, DCPFile, RankReport, check_coverage
+from dcp_hf_writer.plan.assign_hf_keys import RuntimeTensor
+from dcp_hf_writer.plan.layout import plan_layout
+from dcp_hf_writer.plan.rank_report import DCPFile, RankReport, WrittenBlock, check_coverage
 from dcp_hf_writer.tensors.boxes import Box, whole
 from support.partitions import partitions_of
 
@@ -29,11 +30,11 @@ def layout_of(*names: str) -> Layout:
     return plan_layout(tensors, HFExport(specs=specs), tied=())
 
 
-def block(key: str, box: Box) -> Block:
-    return Block(key, box.offsets, box.sizes, "0" * 16)
+def block(key: str, box: Box) -> WrittenBlock:
+    return WrittenBlock(key, box.offsets, box.sizes, "0" * 16)
 
 
-def reports_of(blocks: list[Block], ranks: int = 2) -> list[RankReport]:
+def reports_of(blocks: list[WrittenBlock], ranks: int = 2) -> list[RankReport]:
     return [RankReport(rank, "host", blocks=blocks[rank::ranks]) for rank in range(ranks)]
 
 
@@ -66,7 +67,7 @@ def test_tensor_and_file_are_named_when_a_block_is_missing_or_reported_twice(
 
 
 def test_block_is_refused_when_it_leaves_its_tensor() -> None:
-    with pytest.raises(CoverageError, match="leaves the tensor"):
+    with pytest.raises(CoverageError, match="reaches outside the tensor"):
         check_coverage(layout_of("a"), reports_of([block("a", Box((1, 0), SHAPE))]))
 
 

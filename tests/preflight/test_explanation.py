@@ -21,8 +21,8 @@ from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
 from dcp_hf_writer.errors import ConfigError, PlanningError
+from dcp_hf_writer.mapping.abbreviated_names import patterns, ranges
 from dcp_hf_writer.mapping.load_spec import Piece, ShardSpec
-from dcp_hf_writer.mapping.name_patterns import patterns, ranges
 from dcp_hf_writer.preflight import explanation_tables
 from dcp_hf_writer.save import hf_half
 from dcp_hf_writer.tensors.strided_copies import covered
@@ -285,7 +285,7 @@ def test_what_is_left_out_is_named_with_its_reason(tmp_path: Path) -> None:
     reasons = {one.fqn: one.reason for one in explanation.left_out}
     assert reasons["model.head.weight"] == "tied to 'embed.weight'"
     assert reasons["model.embed.weight"] == f"padding beyond {[13, HIDDEN]}"
-    assert reasons["optim.state.norm.weight.exp_avg"] == "entry 'optim' is beside the model"
+    assert reasons["optim.state.norm.weight.exp_avg"] == "entry 'optim' is not part of the model"
 
 
 def test_keys_that_are_expected_are_compared_and_do_not_end_the_dry_run(tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_dcp_half_alone_is_explained(tmp_path: Path) -> None:
 
 def test_what_the_save_refuses_the_dry_run_refuses(tmp_path: Path) -> None:
     wrong = HFExport(specs=[LoadSpec("a", "b", (3,))])
-    with pytest.raises(PlanningError, match="another shape"):
+    with pytest.raises(PlanningError, match="shape in a spec is not the shape of its tensor"):
         HFDualWriter(tmp_path / "s", export=wrong).explain({"a": torch.zeros(2)})
     with pytest.raises(ConfigError, match="like must be"):
         HFDualWriter(tmp_path / "s", export=HFExport(like=tmp_path / "none")).explain(
@@ -403,7 +403,7 @@ def test_layers_are_one_line(tmp_path: Path) -> None:
     assert "norm.weight 1 [8] F32 -> BF16 16 B 0 2 cast" in lines
     assert "cast: through the bounce buffer, to change the dtype" in lines
     nbytes = sum(value.nbytes for value in moe_state()["model"].values())
-    assert f"entry 'optim' is beside the model: 14 tensors, {nbytes / 1000:.2f} kB" in lines
+    assert f"entry 'optim' is not part of the model: 14 tensors, {nbytes / 1000:.2f} kB" in lines
 
 
 @pytest.mark.parametrize("width", [100, 120])

@@ -85,7 +85,7 @@ def test_manifest_accounts_for_the_file_and_for_its_cost(saved: Path) -> None:
 def test_cost_is_told_in_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "dcp_hf_writer"):
         save_alone(tmp_path / "step-1", checksums="sha256")
-    assert re.search(r"sha256 of 3 files of the export, \d+ bytes, took \d+\.\d\d s", caplog.text)
+    assert re.search(r"sha256 of 3 export files \(\d+ bytes\) took \d+\.\d\d s", caplog.text)
 
 
 def test_there_are_none_unless_asked_for(tmp_path: Path) -> None:

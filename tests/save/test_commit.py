@@ -14,7 +14,7 @@ from dcp_hf_writer.errors import CommitError, NodeLocalPathError, TargetExistsEr
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
 from dcp_hf_writer.save import commit
 from dcp_hf_writer.save.commit import StagingDirectory, check_target
-from dcp_hf_writer.save.save_owner import Owner, is_over_here, new_save_id
+from dcp_hf_writer.save.owner_process import Owner, is_over_here, new_save_id
 from dcp_hf_writer.storage.linux_calls import UnsupportedCallError
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ def test_error_of_the_rename_is_told_and_the_old_checkpoint_stays(
         raise OSError(errno.EIO, os.strerror(errno.EIO), one)
 
     monkeypatch.setattr(commit, "exchange", refused)
-    with pytest.raises(CommitError, match=r"EIO.*may be repeated") as caught:
+    with pytest.raises(CommitError, match=r"EIO.*you may repeat the save") as caught:
         directory.publish(overwrite=True)
     assert (caught.value.phase, caught.value.errno) == ("commit", errno.EIO)
     assert (tmp_path / "step-1" / "data").read_text() == "old"

@@ -25,9 +25,10 @@ from dcp_hf_writer.errors import (
     TargetExistsError,
     WriteError,
 )
-from dcp_hf_writer.plan.layout import Layout, RuntimeTensor, plan_layout
+from dcp_hf_writer.plan.assign_hf_keys import RuntimeTensor
+from dcp_hf_writer.plan.layout import Layout, plan_layout
 from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
-from dcp_hf_writer.save import coordinator, save_owner
+from dcp_hf_writer.save import coordinator, owner_process
 from dcp_hf_writer.save.attempt import Attempt
 from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.coordinator import (
@@ -41,7 +42,8 @@ from dcp_hf_writer.save.coordinator import (
     step_of,
 )
 from dcp_hf_writer.save.export_assets import Assets
-from dcp_hf_writer.save.save_owner import is_over_here, new_save_id
+from dcp_hf_writer.save.owner_process import is_over_here, new_save_id
+from dcp_hf_writer.save.save_context import SaveContext
 from dcp_hf_writer.storage.posix_outputs import COHERENT
 from dcp_hf_writer.tensors.boxes import whole
 from support.audit import faults
@@ -89,7 +91,7 @@ def test_several_hosts_may_write_where_page_caches_are_coherent(fs_type: str) ->
 def save_from_two_hosts(rank: int, world_size: int, root: Path) -> str:
     """Save as if each rank were on a host of its own, on NFS; return what was raised."""
     monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(save_owner, "host_id", lambda: f"host {rank}")
+    monkeypatch.setattr(owner_process, "host_id", lambda: f"host {rank}")
     monkeypatch.setattr(coordinator, "file_system_type", lambda _: "nfs4")
     state = state_of(1, init_device_mesh("cpu", (world_size,)))
     with pytest.raises(IncoherentStorageError) as caught:
@@ -153,7 +155,7 @@ def test_step_is_read_off_the_end_of_the_name(target: str, step: int | None) -> 
 @contextlib.contextmanager
 def made(target: Path) -> Iterator[tuple[Attempt, Path]]:
     """Make the directory of a save, and end the save with the block."""
-    attempt = Attempt(str(target), deadline=time.monotonic() + 60, staged=None, lease=None)
+    attempt = Attempt(SaveContext(str(target), time.monotonic() + 60))
     directory = StagingDirectory(str(target), new_save_id())
     make_directory(directory, overwrite=False, attempt=attempt)
     try:
@@ -282,7 +284,7 @@ def test_file_that_is_not_as_it_was_written_is_named(
         path.unlink()
     else:
         os.truncate(path, size + (1 if change == "longer" else -1))
-    with pytest.raises(CoverageError, match=r"not as it was written") as caught:
+    with pytest.raises(CoverageError, match=r"missing or has the wrong size") as caught:
         check_files(directory, layout, reports, "hf")
     assert caught.value.path == str(path)
     assert caught.value.expected == f"{size} bytes"
@@ -330,7 +332,7 @@ def test_checkpoint_is_not_published_when_a_file_lost_its_end(tmp_path: Path, na
     writer = HFDualWriter(tmp_path / "step-1")
     failpoints.set_hook(cut)
     try:
-        with pytest.raises(CoverageError, match="not as it was written"):
+        with pytest.raises(CoverageError, match="missing or has the wrong size"):
             dcp.async_save(state_of(1), storage_writer=writer).result()
     finally:
         failpoints.set_hook(None)

@@ -324,7 +324,9 @@ def test_rank_is_named_that_never_began_the_save(tmp_path: Path) -> None:
     root.mkdir()
     with spawn_ranks(save_unless_absent, WORLD_SIZE, root) as handle:
         first = handle.outcomes(30)[0].value
-    check_outcomes([first], RankLostError, ("silent: rank 1 (",), within_s=2.0 + AFTER_DEADLINE_S)
+    check_outcomes(
+        [first], RankLostError, ("no answer from rank 1 (",), within_s=2.0 + AFTER_DEADLINE_S
+    )
     check_storage(root, {"step-1": 1})
 
 
@@ -471,16 +473,22 @@ def test_two_jobs_save_side_by_side_into_one_directory(tmp_path: Path) -> None:
 
 # The checkpointer process
 
+# Long enough for the process to reach the writing on a busy machine.
+PROCESS_TIMEOUT_S = 8.0
+
 
 class StruckPlanner(DefaultSavePlanner):
-    """Travels to the checkpointer process and strikes it in the midst of the writing."""
+    """Travels to the checkpointer process and strikes it in the midst of the writing.
 
-    def __init__(self, root: Path, sig: signal.Signals) -> None:
+    Without a signal it does nothing, but the process has then imported this module.
+    """
+
+    def __init__(self, root: Path, sig: signal.Signals | None) -> None:
         super().__init__()
         self.root, self.sig = root, sig
 
     def resolve_data(self, write_item: Any) -> Any:
-        if write_item.index.fqn == "optim.embed":
+        if self.sig is not None and write_item.index.fqn == "optim.embed":
             note_hit(self.root, f"{os.getpid()}")
             os.kill(os.getpid(), self.sig)
         return super().resolve_data(write_item)
@@ -505,8 +513,9 @@ def save_in_process(
             raised = Raised.of(error)
         return Outcome(rank, raised, time.monotonic() - began)
 
-    check_outcomes([saved("step-1", 1, None, 60.0)], None, within_s=60)
-    struck = saved("step-2", 2, StruckPlanner(root, sig), STOP_TIMEOUT_S)
+    check_outcomes([saved("step-1", 1, StruckPlanner(root, None), 60.0)], None, within_s=60)
+    timeout_s = PROCESS_TIMEOUT_S if sig == signal.SIGSTOP else 60.0
+    struck = saved("step-2", 2, StruckPlanner(root, sig), timeout_s)
     check_storage(root, {"step-1": 1}, may_leave=True)
     pid = int(hits(root)[0])
     if sig == signal.SIGSTOP:
@@ -538,7 +547,7 @@ def test_future_resolves_when_the_checkpointer_process_is(
         check_outcomes([struck], SaveAbortedError, ("dead", "step-2", "torch does not start"))
     else:
         words = ("step-2", "checkpointer process")
-        limit_s = STOP_TIMEOUT_S + AFTER_DEADLINE_S
+        limit_s = PROCESS_TIMEOUT_S + AFTER_DEADLINE_S
         check_outcomes([struck], SaveTimeoutError, words, within_s=limit_s)
     check_outcomes([again], None)
     check_storage(root, {"step-1": 1, "step-2": 3})

@@ -15,7 +15,7 @@ import torch
 
 from dcp_hf_writer.errors import StagingBusyError, StagingError
 from dcp_hf_writer.staging import slab as slab_module
-from dcp_hf_writer.staging.slab import ALIGN_NBYTES, Slab, SlabPool
+from dcp_hf_writer.staging.slab import ALIGN_NBYTES, SLABS, Handover, Slab, SlabPool, StagedInfo
 from support.ranks import run_ranks
 
 if TYPE_CHECKING:
@@ -170,10 +170,16 @@ def test_save_that_waits_too_long_is_told_for_whom(pool: SlabPool) -> None:
 
 
 def test_lease_ends_with_the_thread_that_runs_the_save(pool: SlabPool) -> None:
-    lease, done = acquire(pool, 100), threading.Event()
-    thread = threading.Thread(target=done.wait)
+    lease, taken, done = acquire(pool, 100), threading.Event(), threading.Event()
+
+    def save() -> None:
+        lease.take_up()
+        taken.set()
+        done.wait()
+
+    thread = threading.Thread(target=save)
     thread.start()
-    lease.bind(thread)
+    assert taken.wait(5)
     assert lease.is_active
     done.set()
     thread.join()
@@ -199,10 +205,36 @@ def test_lease_ends_when_what_was_staged_is_dropped_before_a_thread_took_it(
 def test_lease_outlives_what_was_staged_while_a_thread_works(pool: SlabPool) -> None:
     lease, staged = acquire(pool, 100), Dropped()
     lease.tie_to(staged)
-    lease.bind(threading.current_thread())
+    lease.take_up()
     del staged
     gc.collect()
     assert lease.is_active
+    lease.release()
+
+
+def test_lease_that_was_given_back_or_taken_up_is_refused_to_another_save(pool: SlabPool) -> None:
+    lease = acquire(pool, 100)
+    assert lease.is_pending
+    lease.take_up()
+    assert not lease.is_pending
+    with pytest.raises(StagingError, match="released or already saved"):
+        lease.take_up()
+    lease.release()
+    again = acquire(pool, 100)
+    again.release()
+    with pytest.raises(StagingError, match="released or already saved"):
+        again.take_up()
+
+
+def test_memory_in_the_slab_belongs_to_the_latest_lease(pool: SlabPool) -> None:
+    lease, foreign = acquire(pool, 100), torch.zeros(3).data_ptr()
+    inside = lease.slab.tensor(64, torch.uint8, (1,)).data_ptr()
+    with pytest.raises(StagingError, match="released or already saved"):
+        pool.handover_over([foreign, inside])
+    lease.handover = Handover(7.0, StagedInfo({}, 0, 0.0, 0.0))
+    assert pool.handover_over([foreign, inside]) == (lease.handover, lease)
+    assert pool.handover_over([foreign]) == (None, None)
+    assert pool.handover_over([]) == (None, None)
     lease.release()
 
 
@@ -253,9 +285,9 @@ def test_slab_is_attached_once_by_another_process() -> None:
     assert len(memory_files()) == before + 2
     other = Slab(8192)
     assert pickle.loads(_dumps(other)).nbytes == 8192
-    del arrived, other
-    gc.collect()
-    assert slab.slab_id not in slab_module._attached
+    kept = SLABS._attached
+    assert kept is not None
+    assert kept.slab_id == other.slab_id
 
 
 def _dumps(slab: Slab) -> bytes:

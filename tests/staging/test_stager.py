@@ -21,10 +21,10 @@ from torch.distributed.checkpoint import _async_process_executor
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
 
-from dcp_hf_writer import HFDualWriter, HFExport, failpoints, staging
+from dcp_hf_writer import HFDualWriter, HFExport, failpoints
 from dcp_hf_writer.errors import StagingBusyError, StagingError
-from dcp_hf_writer.save import async_stager
-from dcp_hf_writer.staging.stager import EAGER_NBYTES, Stager
+from dcp_hf_writer.staging.slab import SLABS
+from dcp_hf_writer.staging.stager import EAGER_NBYTES, Staged, Stager
 from support.audit import read_manifest
 from support.compare import bits, tensor_difference
 from support.rank_tensors import tensor
@@ -234,6 +234,19 @@ def test_unguarded_step_would_reach_the_file_but_for_small_tensors(
     assert torch.equal(found["bias"], bias)
 
 
+def test_parameter_that_is_given_other_memory_is_copied_from_its_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parameter = large_model().weight
+    kept = parameter.detach().clone()
+    writer = HFDualWriter(tmp_path / "step-1", staging="overlap")
+    with background_copies_held(monkeypatch) as go_on:
+        staged = writer.stage({"model": {"weight": parameter}})
+        parameter.data = torch.zeros_like(kept)
+        go_on.set()
+        assert torch.equal(staged.result(20)["model"]["weight"], kept)
+
+
 def test_memory_is_free_again_when_no_save_takes_up_an_overlapped_copy(tmp_path: Path) -> None:
     state = {"model": large_model().state_dict()}
     writer = HFDualWriter(tmp_path / "step-1", staging="overlap", timeout_s=5)
@@ -258,7 +271,7 @@ def test_step_does_not_wait_when_nothing_is_being_copied(tmp_path: Path) -> None
 # What is staged
 
 
-def staged_of(state_dict: dict[str, Any], mode: Any = "blocking") -> tuple[Stager, staging.Staged]:
+def staged_of(state_dict: dict[str, Any], mode: Any = "blocking") -> tuple[Stager, Staged]:
     stager = Stager()
     staged = stager.stage(state_dict, mode=mode, what="step", deadline=soon())
     if staged.copies is not None:
@@ -449,10 +462,10 @@ def test_first_save_after_warm_up_takes_no_new_memory(tmp_path: Path) -> None:
     state["model"]["large"] = tensor("large", 3 * LARGE)
     nbytes = HFDualWriter(tmp_path / "step-1").warm_up(state)
     assert nbytes >= state["model"]["large"].nbytes
-    slab = async_stager._stager._pool._slab
+    slab = SLABS._slab
     for step in (1, 2):
         dcp.async_save(state, storage_writer=HFDualWriter(tmp_path / f"step-{step}")).result()
-    assert async_stager._stager._pool._slab is slab
+    assert SLABS._slab is slab
     assert slab is not None
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from dcp_hf_writer.errors import CheckpointError, ConfigError, SlotTimeoutError, StorageError
-from dcp_hf_writer.storage import slot_files
+from dcp_hf_writer.storage import slot_lock_files
 from dcp_hf_writer.storage import write_slots as slots_module
 from dcp_hf_writer.storage.write_slots import HALF_ENV, SHARED_ENV, SlotHold, WriteSlots
 
@@ -187,7 +187,7 @@ def test_shared_directory_names_file_systems_by_mount_point(
 
     def device_on_node(number: int) -> None:
         monkeypatch.setattr(
-            slot_files,
+            slot_lock_files,
             "_device_of",
             lambda path: (
                 None if "step" in path else number if path.startswith(str(mount)) else number + 1
@@ -196,13 +196,16 @@ def test_shared_directory_names_file_systems_by_mount_point(
 
     device_on_node(40)
     first = (
-        slot_files.key_by_mount(str(mount / "run/step-1")),
-        slot_files.key_by_device(str(mount)),
+        slot_lock_files.key_by_mount(str(mount / "run/step-1")),
+        slot_lock_files.key_by_device(str(mount)),
     )
     device_on_node(60)
-    second = slot_files.key_by_mount(str(mount / "step-2")), slot_files.key_by_device(str(mount))
+    second = (
+        slot_lock_files.key_by_mount(str(mount / "step-2")),
+        slot_lock_files.key_by_device(str(mount)),
+    )
     assert first[0] == second[0]
-    assert first[0] != slot_files.key_by_mount(str(tmp_path))
+    assert first[0] != slot_lock_files.key_by_mount(str(tmp_path))
     assert (first[1], second[1]) == ("28", "3c")
 
 
@@ -495,7 +498,7 @@ def test_waiter_makes_the_directory_anew_when_deleted(
 @pytest.fixture
 def lock_path(tmp_path: Path) -> Iterator[Path]:
     """The lock file of a set of one slot, in `tmp_path / "locks"`, before it is made."""
-    key = slot_files.key_by_mount(str(tmp_path))
+    key = slot_lock_files.key_by_mount(str(tmp_path))
     directory = tmp_path / "locks"
     directory.mkdir(mode=0o700)
     return directory / f"{key}.0.lock"

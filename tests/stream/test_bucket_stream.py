@@ -23,7 +23,7 @@ from dcp_hf_writer import (
     ShardSpec,
     iter_hf_buckets,
 )
-from dcp_hf_writer.stream.held_shards import _distinct
+from dcp_hf_writer.stream.local_shards import _distinct
 from support.compare import tensor_difference
 from support.parallel_models import can_distribute, parallel_model, unsharded
 from support.rank_process import Raised

@@ -17,10 +17,11 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from dcp_hf_writer import HFExport, LoadSpec
 from dcp_hf_writer.errors import SpecError
 from dcp_hf_writer.mapping.load_spec import Piece, ShardSpec
-from dcp_hf_writer.plan.layout import RuntimeTensor, plan_layout
+from dcp_hf_writer.plan.assign_hf_keys import RuntimeTensor
+from dcp_hf_writer.plan.layout import plan_layout
 from dcp_hf_writer.stream.buckets import LOCAL, Bucket, Chain, Held, fill_buckets, hf_tensors
-from dcp_hf_writer.stream.gather_steps import Gather, plan_steps, wire_dtype
-from dcp_hf_writer.stream.held_shards import _cuts
+from dcp_hf_writer.stream.local_shards import _cuts
+from dcp_hf_writer.stream.plan_gathers import Gather, plan_steps, wire_dtype
 from dcp_hf_writer.tensors.boxes import Box, whole
 from dcp_hf_writer.tensors.shards import blocks_of, local_shape, shards_of
 from dcp_hf_writer.tensors.strided_copies import hf_view, runtime_view
@@ -28,7 +29,7 @@ from dcp_hf_writer.tensors.strided_copies import hf_view, runtime_view
 if TYPE_CHECKING:
     from collections.abc import Generator, Sequence
 
-    from dcp_hf_writer.stream.gather_steps import Move
+    from dcp_hf_writer.stream.plan_gathers import Move
     from dcp_hf_writer.tensors.boxes import Shape
 
 # What the buffer and buckets hold before: an element that nobody fills must not go unseen.
@@ -456,8 +457,8 @@ def test_preserving_a_dimension_that_cuts_a_tensor_names_it() -> None:
     with pytest.raises(SpecError, match="cuts through") as error:
         stream.buckets_of(0)
     assert (error.value.fqn, error.value.key) == ("experts", "0.gate")
-    assert error.value.expected == "all of its elements on one place of 'kept'"
-    assert error.value.found == "elements on place 0, place 1"
+    assert error.value.expected == "all of its elements at one index of 'kept'"
+    assert error.value.found == "elements at index 0, index 1"
 
 
 def only_round(stream: Stream, rank: int) -> Any:

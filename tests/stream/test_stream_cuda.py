@@ -17,7 +17,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from dcp_hf_writer import LoadSpec, ShardSpec, iter_hf_buckets
 from dcp_hf_writer.stream.fill_buckets import _gather
-from dcp_hf_writer.stream.gather_steps import Gather
+from dcp_hf_writer.stream.plan_gathers import Gather
 from support.compare import tensor_difference
 from support.rank_tensors import tensor
 from support.ranks import run_ranks

@@ -17,12 +17,12 @@ LEAVES = ("errors", "excerpts", "failpoints")
 """Modules at the top that every other may import; they import none."""
 
 FOLDERS = (
-    *("tensors", "mapping", "formats", "storage", "plan", "digests", "staging", "torch_seam"),
+    *("tensors", "mapping", "formats", "storage", "plan", "digests", "torch_seam", "staging"),
     *("save", "preflight", "load", "stream", "check", "integrations"),
 )
 """A module may import from its own folder and from those before it."""
 
-ENTRIES = ("writer", "reader", "loader")
+ENTRIES = ("writer", "reader", "hf_loader")
 """Modules at the top that may import from every folder; only the package imports them."""
 
 PURE = ("tensors", "mapping", "formats", "plan")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from dcp_hf_writer.formats import stored_once_places
+from dcp_hf_writer.formats import weights_once_places
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -91,12 +91,12 @@ def loads(data: bytes) -> Any:
         return pickle.loads(data)
 
 
-def pickled_once(once: stored_once_places.StoredOnce) -> StoredOnce:
+def pickled_once(once: weights_once_places.StoredOnce) -> StoredOnce:
     """Return what an earlier version wrote for the same chunk."""
     return StoredOnce(tuple(_old_part(part) for part in once.parts))
 
 
-def _old_part(part: stored_once_places.StoredPart) -> StoredPart:
+def _old_part(part: weights_once_places.StoredPart) -> StoredPart:
     copies = tuple(
         Copy(one.hf_start, one.start, tuple(Loop(*_fields(loop)) for loop in one.loops))
         for one in part.copies
@@ -108,10 +108,10 @@ def _fields(loop: Any) -> tuple[int, ...]:
     return loop.extent, loop.hf_dim, loop.hf_step, loop.dim, loop.step
 
 
-def plain_once(once: stored_once_places.StoredOnce) -> _StorageInfo:
+def plain_once(once: weights_once_places.StoredOnce) -> _StorageInfo:
     """Return what is written for a chunk today."""
-    texts = stored_once_places.encode_stored_once(once)
-    return _StorageInfo(stored_once_places.NOTICE, 0, once.nbytes, texts)
+    texts = weights_once_places.encode_stored_once(once)
+    return _StorageInfo(weights_once_places.NOTICE, 0, once.nbytes, texts)
 
 
 FORMS = {"pickled": pickled_once, "plain": plain_once}
@@ -120,7 +120,7 @@ FORMS = {"pickled": pickled_once, "plain": plain_once}
 def in_form(form: str, metadata: Metadata) -> Metadata:
     """Return metadata, as `parse_metadata` returns it, in one of the forms."""
     storage = {
-        index: FORMS[form](info) if isinstance(info, stored_once_places.StoredOnce) else info
+        index: FORMS[form](info) if isinstance(info, weights_once_places.StoredOnce) else info
         for index, info in (metadata.storage_data or {}).items()
     }
     return replace(metadata, storage_data=storage)

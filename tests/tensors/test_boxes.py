@@ -77,7 +77,7 @@ def test_box_is_inside_when_it_neither_leaves_the_shape_nor_has_another_rank(
     box: Box, *, is_inside: bool
 ) -> None:
     fault = tiling_fault([box], (4, 6)) or ""
-    assert ("leaves the tensor" not in fault and "dimensions" not in fault) is is_inside
+    assert ("reaches outside the tensor" not in fault and "dimensions" not in fault) is is_inside
 
 
 # Tilings
@@ -157,7 +157,7 @@ def test_tiling_has_a_fault_when_one_part_of_the_pinwheel_takes_the_place_of_ano
         ([], (2, 3), "hold 0 elements, the tensor has 6"),
         ([Box((0,), (2,)), Box((3,), (2,))], (5,), "hold 4 elements, the tensor has 5"),
         ([Box((0,), (3,)), Box((2,), (2,))], (5,), "overlap at index 2 of dim 0"),
-        ([Box((0,), (2,)), Box((3,), (3,))], (5,), r"part at \[3\] of size \[3\] leaves"),
+        ([Box((0,), (2,)), Box((3,), (3,))], (5,), r"part at \[3\] of size \[3\] reaches outside"),
         ([Box((1,), (2,)), Box((3,), (2,)), Box((3,), (1,))], (5,), "gap at index 1 of dim 0"),
         ([Box((0, 0), (2, 2)), Box((1, 1), (2, 2)), Box((0, 0), (1, 1))], (3, 3), r"at \[0, 0\]"),
         ([Box((0,), (1,))], (1, 1), "the tensor"),

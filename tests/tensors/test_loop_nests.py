@@ -88,5 +88,5 @@ def test_meetings_are_refused_when_there_are_too_many(monkeypatch: pytest.Monkey
     first, second = ((1000, 14_337, 1),), ((1000, 14_336, 1), (14_336, 1, 1000))
     assert len(meetings(first, second, 0)) == 1000
     monkeypatch.setattr(loop_nests, "MAX_MEETINGS", 999)
-    with pytest.raises(SpecError, match="cut too small"):
+    with pytest.raises(SpecError, match="too many pieces"):
         meetings(first, second, 0)

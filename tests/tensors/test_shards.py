@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dcp_hf_writer.tensors.boxes import Box, Shape
-    from dcp_hf_writer.tensors.shards import Block
+    from dcp_hf_writer.tensors.shards import ShardBlock
 
 
 def numbered(shape: Shape) -> torch.Tensor:
@@ -39,7 +39,7 @@ def part(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     return tensor[tuple(slice(start, start + size) for start, size in places)]
 
 
-def from_blocks(shape: Shape, local: Shape, blocks: Sequence[Block]) -> torch.Tensor:
+def from_blocks(shape: Shape, local: Shape, blocks: Sequence[ShardBlock]) -> torch.Tensor:
     """Put a local tensor together from blocks of the numbered whole one."""
     whole, found = numbered(shape), torch.full(local, -1)
     for block in blocks:
@@ -143,9 +143,9 @@ def test_fused_parts_are_two_blocks() -> None:
 
 
 def test_cut_along_a_dimension_that_is_not_there_is_refused() -> None:
-    with pytest.raises(PlanningError, match="dimension that it has not"):
+    with pytest.raises(PlanningError, match="dimension that it does not have"):
         blocks_of((3,), [ShardSpec(1, 0, 2)])
-    with pytest.raises(PlanningError, match="dimension that it has not"):
+    with pytest.raises(PlanningError, match="dimension that it does not have"):
         local_shape((), [ShardSpec(0, 0, 2)])
 
 

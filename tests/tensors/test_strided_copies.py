@@ -249,7 +249,7 @@ def test_runs_of_bytes_and_boxes_equal_indexing(mapping: Mapping, limit: int) ->
 def test_loops_that_leave_a_tensor_are_refused(
     loops: list[tuple[int, int, int]], hf_start: int, start: int
 ) -> None:
-    with pytest.raises(ValueError, match="which has 6"):
+    with pytest.raises(ValueError, match="which has 6 elements"):
         copies_of(loops, hf_start=hf_start, start=start, hf_shape=(2, 3), shape=(6,))
 
 

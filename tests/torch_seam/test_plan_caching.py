@@ -168,7 +168,7 @@ def dtype_changes(saver: Saver) -> None:
             assert isinstance(error, PlanningError)
             assert error.fqn == "model.embed"
             assert "torch.bfloat16" in str(error)
-            assert "the next save plans anew" in str(error.hint)
+            assert "the next save makes a new plan" in str(error.hint)
         elif error is not None:
             raise error
 

@@ -1,4 +1,4 @@
-"""Whether a checkpoint is what it says it is, and `materialize`.
+"""`verify`, which checks a stored checkpoint, and `materialize`, which rewrites one.
 
-Modules here start no collective: one process looks at storage.
+The modules here run in one process and start no collective.
 """

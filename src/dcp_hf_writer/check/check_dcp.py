@@ -1,6 +1,6 @@
-"""Whether DCP's metadata fits the files beside it, and its chunks fit their tensors.
+"""Check DCP's metadata: its items against the files, and its chunks against their tensors.
 
-Pure. Nothing of the data is read.
+Pure. It reads no tensor data.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from dcp_hf_writer.digests.problems import Problem
 from dcp_hf_writer.formats.names_on_disk import METADATA_NAME
-from dcp_hf_writer.formats.stored_once_places import StoredOnce
+from dcp_hf_writer.formats.weights_once_places import StoredOnce
 from dcp_hf_writer.plan.parse_manifest import is_relative_name
 from dcp_hf_writer.tensors.boxes import BoxTable, tiling_fault
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE
@@ -26,17 +26,17 @@ if TYPE_CHECKING:
     from dcp_hf_writer.tensors.boxes import Shape
 
 
-# More cells than this for the blocks of a tensor, and it is not cut as any mesh cuts it: looking at
-# each would take memory without end.
+# The borders of the chunks cut a tensor into cells. No mesh makes more cells than this, but a
+# hostile file could make so many that checking each of them would exhaust memory.
 _MAX_CELLS = 1 << 20
 _CELLS_A_BLOCK = 64
 
 Item = tuple[int, int, str]
-"""Start, stop and FQN of what one item of a plan takes of a file."""
+"""Start and stop in bytes, and FQN, of one item in a file."""
 
 
 def items_by_file(metadata: Metadata) -> dict[str, list[Item]]:
-    """Return what the metadata says lies in each file, ascending."""
+    """Return the items that the metadata places in each file, in ascending order."""
     found: dict[str, list[Item]] = {}
     for index, info in _storage(metadata).items():
         if not isinstance(info, StoredOnce):
@@ -48,17 +48,17 @@ def items_by_file(metadata: Metadata) -> dict[str, list[Item]]:
 
 
 def fqn_at(items: Sequence[Item], position: int) -> str | None:
-    """Return the FQN of the item that holds a byte."""
+    """Return the FQN of the item that contains the byte at `position`; `None` if no item does."""
     at = bisect_right(items, position, key=lambda item: item[0]) - 1
     return items[at][2] if at >= 0 and position < items[at][1] else None
 
 
 def dcp_problems(metadata: Metadata, sizes: Mapping[str, int]) -> Iterator[Problem]:
-    """Yield what is wrong.
+    """Yield the problems of DCP's metadata.
 
     Args:
-        metadata: Read by `parse_dcp_metadata`.
-        sizes: Size of every file of the checkpoint, by path within it.
+        metadata: The metadata, as `parse_metadata` returned it.
+        sizes: Size in bytes of every file of the checkpoint, by path within it.
     """
     for name, items in items_by_file(metadata).items():
         yield from _file_problems(name, items, sizes)
@@ -78,12 +78,12 @@ def _file_problems(name: str, items: Sequence[Item], sizes: Mapping[str, int]) -
             file=METADATA_NAME,
             what="the metadata names a file outside the checkpoint",
             fqn=items[0][2],
-            expected="a relative path within it",
+            expected="a relative path within the checkpoint",
             found=ascii(name)[:200],
         )
         return
     if name not in sizes:
-        what = f"the file is missing; {len(items)} items of the metadata are in it"
+        what = f"the file is missing; the metadata places {len(items)} items in it"
         yield Problem(file=name, what=what, fqn=items[0][2])
         return
     reached = 0
@@ -102,10 +102,10 @@ def _once_problems(fqn: str, info: StoredOnce, sizes: Mapping[str, int]) -> Iter
     for part in info.parts:
         stop = part.start + math.prod(part.shape) * ITEMSIZE[part.dtype]
         if not is_relative_name(part.path) or part.path not in sizes:
-            what = "the metadata names a file of weights that is not there"
+            what = "the metadata names a weights file that does not exist"
             yield Problem(file=METADATA_NAME, what=what, fqn=fqn, found=ascii(part.path)[:200])
         elif stop > sizes[part.path]:
-            what = "weights of the metadata end beyond the end of their file"
+            what = "the weights end beyond the end of their file"
             yield Problem(
                 file=part.path, what=what, key=part.key, fqn=fqn, start=part.start, stop=stop
             )
@@ -124,7 +124,12 @@ def _tensor_problems(metadata: Metadata) -> Iterator[Problem]:
         lost = [at for at in offsets if MetadataIndex(fqn, at) not in known]
         if lost:
             what = "the metadata does not say where a chunk is"
-            yield Problem(file=METADATA_NAME, what=what, fqn=fqn, found=f"one at {list(lost[0])}")
+            yield Problem(
+                file=METADATA_NAME,
+                what=what,
+                fqn=fqn,
+                found=f"no place for the chunk at {list(lost[0])}",
+            )
         fault = tiling_fault_within(BoxTable(offsets, sizes), tuple(entry.size))
         if fault is not None:
             yield Problem(
@@ -137,7 +142,7 @@ def _tensor_problems(metadata: Metadata) -> Iterator[Problem]:
 
 
 def tiling_fault_within(boxes: BoxTable, shape: Shape) -> str | None:
-    """Say why boxes do not tile a tensor, in bounded memory whatever they are."""
+    """Return why boxes do not tile a tensor; `None` if they do. Memory is bounded for any boxes."""
     count = len(boxes.offsets)
     cells = 1
     for d in range(len(shape)):
@@ -145,5 +150,5 @@ def tiling_fault_within(boxes: BoxTable, shape: Shape) -> str | None:
         borders |= {o[d] + n[d] for o, n in zip(boxes.offsets, boxes.sizes, strict=True)}
         cells *= max(len(borders) - 1, 1)
     if cells > max(_MAX_CELLS, _CELLS_A_BLOCK * count):
-        return f"{count} parts whose borders make {cells} cells"
+        return f"{count} parts that cut the tensor into {cells} cells, too many to check"
     return tiling_fault(boxes, shape)

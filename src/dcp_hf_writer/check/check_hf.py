@@ -1,4 +1,4 @@
-"""Whether a HuggingFace directory is sound: its headers, its index, and no weights beside them."""
+"""Check a HuggingFace directory: its headers, its index, and weights that the index leaves out."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.parse_manifest import ManifestExport
     from dcp_hf_writer.storage.input_contract import InputFiles
 
-# How save_pretrained and the hub name the files that an index belongs to.
+# save_pretrained and the hub name the files of an index like this.
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
 
 
 class DirectoryCheck:
-    """A HuggingFace directory as far as it can be read, and what is wrong with it."""
+    """The readable headers of a HuggingFace directory, and what is wrong with the directory."""
 
     def __init__(self, files: InputFiles, sizes: Mapping[str, int]) -> None:
-        """Read index and headers; the weights are not touched.
+        """Read and check the index and the headers, but not the weights.
 
         Args:
             files: The directory.
-            sizes: Size of every file in it, by path within it.
+            sizes: Size in bytes of every file in the directory, by path within it.
         """
         self._files, self._sizes = files, sizes
         self.headers: dict[str, FileHeader] = {}
-        """Headers by file, of the files that have one that can be read."""
+        """Headers by file; only files with a readable header are in it."""
         self.problems: list[Problem] = []
-        """What keeps it from being loaded, or makes readers load something else."""
+        """Faults that prevent a load, or make readers load something else."""
         self.warnings: list[Problem] = []
-        """What readers pass over."""
+        """Oddities that readers ignore."""
         self.weights = sorted(n for n in sizes if n.endswith(SUFFIX) and "/" not in n)
         for name in self.weights:
             self._read_header(name)
@@ -50,7 +50,7 @@ class DirectoryCheck:
 
     @property
     def tensor_count(self) -> int:
-        """Number of tensors in all files that could be read."""
+        """Number of tensors in all files with a readable header."""
         return sum(len(header.tensors) for header in self.headers.values())
 
     def _read_header(self, name: str) -> None:
@@ -71,10 +71,10 @@ class DirectoryCheck:
         named = set(file_of_key.values())
         for name in sorted(named - self._sizes.keys()):
             keys = [key for key, file in file_of_key.items() if file == name]
-            what = f"a file that the index names is missing; {len(keys)} tensors are in it"
+            what = f"the file is missing; the index lists {len(keys)} tensors in it"
             self.problems.append(Problem(file=name, what=what, key=keys[0]))
         self._check_keys(file_of_key, named)
-        self._check_strangers(named)
+        self._check_unlisted_weights(named)
         self._check_total(metadata, named)
 
     def _check_keys(self, file_of_key: Mapping[str, str], named: set[str]) -> None:
@@ -90,18 +90,18 @@ class DirectoryCheck:
                     what = "the tensor is not in the index"
                     self.warnings.append(Problem(file=name, key=key, what=what))
                 elif other != name:
-                    what = "the tensor is in a file that the index does not name for it"
+                    what = "the index names another file for the tensor"
                     found = Problem(file=name, key=key, what=what, expected=shortened(other))
                     self.problems.append(found)
 
-    def _check_strangers(self, named: set[str]) -> None:
+    def _check_unlisted_weights(self, named: set[str]) -> None:
         for name in self.weights:
             if name in named:
                 continue
-            # transformers prefers the one file to an index; torch reads every shard there is.
+            # transformers prefers a single file to an index; torch reads every shard that it finds.
             is_read = name == SINGLE_NAME or _SHARD.search(name) is not None
-            what = "weights that the index does not name" + (
-                ", which readers may load instead or with the others" if is_read else ""
+            what = "the index does not name these weights" + (
+                ", and readers may load them instead of or with the others" if is_read else ""
             )
             (self.problems if is_read else self.warnings).append(Problem(file=name, what=what))
 
@@ -118,7 +118,7 @@ class DirectoryCheck:
                 self.warnings.append(
                     Problem(
                         file=INDEX_NAME,
-                        what=f"{name} is not that of the files",
+                        what=f"{name} in the index does not match the files",
                         expected=str(total),
                         found=shortened(metadata[name]),
                     )
@@ -126,7 +126,7 @@ class DirectoryCheck:
 
     def _check_without_index(self) -> None:
         if SINGLE_NAME in self._sizes:
-            self._check_strangers({SINGLE_NAME})
+            self._check_unlisted_weights({SINGLE_NAME})
             return
         if any(_SHARD.search(name) for name in self.weights):
             what = "the index of these weights is missing"
@@ -136,20 +136,20 @@ class DirectoryCheck:
 def export_problems(
     export: ManifestExport, directory: DirectoryCheck, fqns: frozenset[str]
 ) -> Iterator[Problem]:
-    """Yield where headers differ from what the manifest says of them; files as the directory's.
+    """Yield differences between headers and manifest; files are named within the directory.
 
     Args:
-        export: What the manifest says.
-        directory: What is there.
-        fqns: Names in the DCP half, which a tied name may stand for.
+        export: The export as the manifest describes it.
+        directory: The export as it is stored.
+        fqns: FQNs in the DCP half; a tied name may refer to one of them.
     """
     for name, file in export.files.items():
         header = directory.headers.get(name)
         if header is None:
             continue
         for key in sorted(file.tensors.keys() ^ header.tensors.keys()):
-            where = "header" if key in file.tensors else "manifest"
-            what = f"the tensor is not in the {where} of its file"
+            where = "header of its file" if key in file.tensors else "manifest"
+            what = f"the tensor is not in the {where}"
             yield Problem(file=name, key=key, what=what)
         for key in file.tensors.keys() & header.tensors.keys():
             listed, stored = file.tensors[key], header.tensors[key]
@@ -159,7 +159,7 @@ def export_problems(
                 yield Problem(
                     file=name,
                     key=key,
-                    what="the header declares another tensor than the manifest",
+                    what="the header and the manifest describe the tensor differently",
                     expected=_described(*said),
                     found=_described(*found),
                 )
@@ -176,7 +176,7 @@ def _tie_problems(export: ManifestExport, fqns: frozenset[str]) -> Iterator[Prob
         if dropped in keys:
             what = "the tensor is stored although it is tied to another"
             yield Problem(file="", key=dropped, what=what, expected=f"only {shortened(kept)}")
-        # A kept name is a key, or the name of a runtime tensor that specs take apart.
+        # A kept name is a key of the export, or the FQN of a tensor that specs split into keys.
         if kept not in keys and not any(f".{fqn}".endswith(f".{kept}") for fqn in fqns):
-            what = "the tensor that it is tied to is not in the checkpoint"
+            what = "the tensor is tied to one that is not in the checkpoint"
             yield Problem(file="", key=dropped, what=what, expected=shortened(kept))

@@ -1,4 +1,4 @@
-"""materialize: a checkpoint whose weights are stored once -> one that torch reads by itself."""
+"""materialize: rewrite a checkpoint whose weights are stored once, so that torch alone reads it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from dcp_hf_writer.formats.encode_torch_archive import tensor_archive
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
-from dcp_hf_writer.formats.stored_once_places import StoredOnce
-from dcp_hf_writer.load.checkpoint_half import read_dcp_metadata
+from dcp_hf_writer.formats.weights_once_places import StoredOnce
+from dcp_hf_writer.load.choose_half import read_dcp_metadata
 from dcp_hf_writer.load.dcp_source import DCPSource, Wanted
 from dcp_hf_writer.load.read_phase import run_reads
 from dcp_hf_writer.load.read_plan import plan_reads
 from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
 from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
-from dcp_hf_writer.preflight import writer_options
+from dcp_hf_writer.preflight import check_options
 from dcp_hf_writer.save.commit import StagingDirectory
-from dcp_hf_writer.save.save_owner import Owner, new_save_id
-from dcp_hf_writer.save.tensor_source import host_bytes
-from dcp_hf_writer.storage.input_backends import open_directory
+from dcp_hf_writer.save.owner_process import Owner, new_save_id
+from dcp_hf_writer.save.tensor_bytes import host_bytes
+from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs
 from dcp_hf_writer.storage.posix_outputs import OutputFile, sync_directory, write_file
 
@@ -40,36 +40,38 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.tensors.boxes import Shape
 
-# Memory that tensors pass through.
+# Size of the buffer that all tensors pass through.
 _BUFFER_NBYTES = 64 << 20
 
-# A new file begins behind this much, so that several readers find several files.
+# Start a new file after this many bytes, so that several readers can share the work.
 _FILE_NBYTES = 5 * 10**9
 
 
 def materialize(
     path: str | os.PathLike[str], target: str | os.PathLike[str], *, overwrite: bool = False
 ) -> None:
-    """Write a plain DCP checkpoint from one whose weights are stored once.
+    """Rewrite a checkpoint whose weights are stored once as a plain DCP checkpoint.
 
-    The result holds what the DCP half of `path` says, and `dcp.load` reads it without this
-    package. The export is not copied: it stands in `path`, complete. One process does it, through
-    64 MiB of memory whatever the size of a tensor, and publishes the result in one step, as a save
-    does. A checkpoint with `weights="both"` is copied as it is, without its export.
+    The result holds everything that the DCP half of `path` describes, and `dcp.load` reads it
+    without this package. The export is not copied; it stays complete in `path`. One process does
+    the work. Its buffer is 64 MiB, whatever the size of a tensor. It publishes the result in one
+    step, as a save does. If `path` was saved with `weights="both"`, its DCP files are copied
+    unchanged.
 
     Args:
-        path: The checkpoint, as a local path or an fsspec URL.
-        target: Local path of the new checkpoint; must not exist, unless `overwrite`.
-        overwrite: Replace an existing checkpoint, in the step that publishes the new one.
+        path: The checkpoint to read, as a local path or an fsspec URL.
+        target: Local path of the new checkpoint. It must not exist, unless `overwrite` is true.
+        overwrite: Replace an existing checkpoint in the same step that publishes the new one.
 
     Raises:
-        ReadError: If something of `path` is missing or cannot be read.
-        CorruptCheckpointError: If it contradicts itself.
-        StorageError: If the target exists, or cannot be written; nothing is left behind.
+        ConfigError: If `path` is not a path or URL, or `target` is not a local path.
+        ReadError: If a file of `path` is missing or cannot be read.
+        CorruptCheckpointError: If `path` contradicts itself.
+        StorageError: If `target` exists or cannot be written; nothing is left behind.
     """
     with OpenInputs(open_directory(path, None)) as inputs:
         metadata = read_dcp_metadata(inputs.files)
-        directory = StagingDirectory(writer_options.local_path(target), new_save_id())
+        directory = StagingDirectory(check_options.local_path(target), new_save_id())
         record = directory.create(overwrite=overwrite)
         try:
             with record:
@@ -81,7 +83,7 @@ def materialize(
 
 
 class _Rewrite:
-    """One checkpoint on its way from one directory to the other."""
+    """One run of `materialize`, from one directory to the other."""
 
     def __init__(self, inputs: OpenInputs, metadata: Metadata, directory: StagingDirectory) -> None:
         self._inputs = inputs
@@ -122,7 +124,7 @@ class _Rewrite:
             yield group
 
     def _copy(self, name: str) -> None:
-        """Copy a file as it is."""
+        """Copy a file unchanged."""
         whole, position = xxhash.xxh3_64(), 0
         with self._inputs.use(name) as file, self._create(name) as output:
             view = host_bytes(self._buffer)
@@ -138,13 +140,13 @@ class _Rewrite:
     def _write_tensors(
         self, name: str, indices: list[MetadataIndex]
     ) -> dict[MetadataIndex, _StorageInfo]:
-        """Write archives of tensors one after another; returns where each one is."""
+        """Write one archive per tensor into a new file; return where each archive is."""
         places: dict[MetadataIndex, _StorageInfo] = {}
         ranges: list[tuple[int, int, str]] = []
         rest, position = xxhash.xxh3_64(), 0
         with self._create(name) as output:
             for index in indices:
-                # Only its kind matters, so its memory is never touched.
+                # Only dtype and shape matter here, so nothing reads or writes this memory.
                 before, after = tensor_archive(
                     torch.empty(self._shape(index), dtype=self._dtype(index), device="cpu")
                 )
@@ -224,7 +226,7 @@ class _Rewrite:
 
 
 def _free_name(number: int, taken: set[str]) -> str:
-    """Return a name for a new file, in the form that torch gives to those of its ranks."""
+    """Return an unused name for a new file, similar to the names of torch's own files."""
     name = f"__once_{number}.distcp"
     while name in taken:
         name = f"_{name}"

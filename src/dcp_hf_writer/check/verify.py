@@ -1,4 +1,4 @@
-"""verify: whether a checkpoint is what it says it is."""
+"""verify: check whether a stored checkpoint is complete and undamaged."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_hf_writer.check.check_dcp import dcp_problems, fqn_at, items_by_file
 from dcp_hf_writer.check.check_hf import DirectoryCheck, export_problems
-from dcp_hf_writer.check.progress_line import progress_of
+from dcp_hf_writer.check.verify_progress import progress_of
 from dcp_hf_writer.digests.problems import Problem, first_of
 from dcp_hf_writer.digests.recompute import Recomputation, jobs_of
 from dcp_hf_writer.errors import CheckpointError, ConfigError, CorruptCheckpointError
 from dcp_hf_writer.formats.names_on_disk import INDEX_NAME, MANIFEST_NAME, METADATA_NAME, SUFFIX
 from dcp_hf_writer.formats.parse_dcp_metadata import MAX_METADATA_NBYTES, parse_metadata
 from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
-from dcp_hf_writer.storage.input_backends import open_directory
-from dcp_hf_writer.storage.listing import list_tree
+from dcp_hf_writer.storage.open_directory import open_directory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,56 +28,61 @@ if TYPE_CHECKING:
     from dcp_hf_writer.storage.input_contract import InputFiles
 
 _SHOWN = 20
-"""How many problems the text of a report lists."""
+"""Maximum number of problems, and of warnings, in the text of a report."""
 _MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What `verify` found. Its text is for people; `ok` and `problems` are for programs."""
+    """The result of `verify`. `str()` of it is for people; `ok` and `problems` are for programs."""
 
     path: str
-    """The checkpoint."""
+    """Path of the checkpoint."""
     checked: Literal["digests", "structure", "nothing"]
-    """`"digests"`: every byte, against the manifest. `"structure"`: there is no manifest that can
-    be read, so only what headers, index and metadata say of sizes and places was checked."""
+    """What was checked.
+
+    `"digests"`: every byte, against the digests of the manifest. `"structure"`: only the sizes and
+    places in headers, index and metadata, because there is no readable manifest. `"nothing"`: no
+    checkpoint was found.
+    """
     problems: tuple[Problem, ...]
-    """What makes the checkpoint unfit to be loaded; empty if it is fit."""
+    """Faults that make the checkpoint unfit to load; empty if it is fit."""
     warnings: tuple[Problem, ...] = ()
-    """What is odd, but changes nothing for a reader."""
+    """Oddities that change nothing for a reader."""
     file_count: int = 0
-    """Files in the checkpoint."""
+    """Number of files in the checkpoint."""
     tensor_count: int = 0
-    """Tensors in safetensors files."""
+    """Number of tensors in safetensors files."""
     digest_count: int = 0
-    """Digests that were computed and compared."""
+    """Number of digests recomputed and compared."""
     nbytes: int = 0
-    """Bytes that were read for them."""
+    """Number of bytes read to recompute digests."""
     seconds: float = 0.0
-    """Time that the check took."""
+    """Duration of the check."""
 
     @property
     def ok(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether no problem was found."""
         return not self.problems
 
     def raise_if_bad(self) -> None:
-        """Raise if something is wrong.
+        """Raise if a problem was found.
 
         Raises:
-            CorruptCheckpointError: With the first problem, and the number of the others.
+            CorruptCheckpointError: If there is a problem. It shows the first problem, and how many
+                others there are.
         """
         if not self.problems:
             return
         first = self.problems[0]
         raise CorruptCheckpointError(
-            "the checkpoint is not what it says it is",
+            "the checkpoint is damaged or incomplete",
             phase="read",
             path=f"{self.path}/{first.file}" if first.file else self.path,
             key=first.key,
             fqn=first.fqn,
             found=first_of(self.problems),
-            hint="verify(path) lists everything that is wrong with it",
+            hint="verify(path) lists all problems",
         )
 
     def __str__(self) -> str:
@@ -116,51 +120,46 @@ def verify(
     threads: int | None = None,
     storage_options: Mapping[str, Any] | None = None,
 ) -> VerifyReport:
-    """Check a checkpoint: one of ours in full, another one as far as it can be.
+    """Check a stored checkpoint: in full if it has a manifest, otherwise only its structure.
 
-    With a manifest, every byte is read and every digest in it computed anew; each byte of each
-    tensor must be in exactly one block; sizes, names, headers, index and DCP metadata must agree
-    with it and with each other, and no file may be there that it does not list. Without one (a
-    plain DCP checkpoint, a HuggingFace directory) the same structure is checked, not the data.
+    With a manifest, `verify` reads every byte and recomputes every digest of the manifest. Each
+    byte of each tensor must be in exactly one block. Sizes, names, headers, index and DCP metadata
+    must agree with the manifest and with each other, and the manifest must list every file. Without
+    a manifest (a plain DCP checkpoint, or a HuggingFace directory), `verify` checks how the files,
+    headers, index and metadata fit together, but not the tensor data.
 
-    Nothing from the checkpoint is executed, and nothing outside of it is opened, but the blobs that
-    the snapshots of a HuggingFace cache link to. Memory: the manifest and the metadata as objects,
-    and 4 MiB a thread, 32 MiB for a URL.
+    `verify` runs no code from the checkpoint. It opens no file outside the checkpoint, except the
+    blobs that the snapshots of a HuggingFace cache link to. Its memory holds the manifest and the
+    metadata as objects, and 4 MiB per thread, or 32 MiB per thread for a URL.
 
     Args:
         path: Directory of the checkpoint, or an fsspec URL.
-        progress: `True` shows a line on stderr, `False` none, `None` one where stderr is a
-            terminal; a callable is given bytes done and bytes in all, in the calling thread.
-        threads: Files and parts of files that are read at a time; `None` is one a CPU, at most what
-            suits the storage.
-        storage_options: Options of an fsspec URL.
+        progress: `True` shows a line on stderr, `False` does not, and `None` does if stderr is a
+            terminal. A callable gets the bytes done and the total bytes, in the calling thread.
+        threads: Number of files, or parts of files, to read at the same time. `None` means one per
+            CPU, but no more than suits the storage.
+        storage_options: Options for an fsspec URL.
 
     Returns:
-        A report; what is wrong with the checkpoint, also that there is none, is in it.
+        A report. It lists the problems of the checkpoint, also that there is no checkpoint.
 
     Raises:
-        ConfigError: If an argument cannot be used as given.
+        ConfigError: If an argument is invalid.
     """
     began = time.monotonic()
-    check = _Check(open_directory(path, storage_options), path, storage_options)
+    check = _Check(open_directory(path, storage_options))
     if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise ConfigError("threads must be a positive number", found=repr(threads))
+        raise ConfigError("threads must be a positive integer or None", found=repr(threads))
     threads = threads or min(os.cpu_count() or 1, check.files.readers)
     check.run(progress_of(progress, "verify"), threads)
     return check.report(time.monotonic() - began)
 
 
 class _Check:
-    """One run of `verify`: what is there, what it says of itself, and what is wrong."""
+    """One run of `verify`: the files, what manifest and metadata say of them, and the problems."""
 
-    def __init__(
-        self,
-        files: InputFiles,
-        path: str | os.PathLike[str],
-        storage_options: Mapping[str, Any] | None,
-    ) -> None:
+    def __init__(self, files: InputFiles) -> None:
         self.files = files
-        self._path, self._storage_options = path, storage_options
         self._sizes: dict[str, int] = {}
         self._manifest: Manifest | None = None
         self._metadata: Metadata | None = None
@@ -172,7 +171,7 @@ class _Check:
 
     def run(self, progress: Callable[[int, int], None], threads: int) -> None:
         try:
-            self._sizes = list_tree(self._path, self._storage_options)
+            self._sizes = self.files.tree()
         except CheckpointError as error:
             self._problems.append(Problem.of(error, ""))
             return
@@ -215,7 +214,7 @@ class _Check:
     def _read_metadata(self) -> None:
         if METADATA_NAME not in self._sizes:
             if self._manifest is not None and METADATA_NAME not in self._manifest.files:
-                what = "the checkpoint has no metadata of DCP"
+                what = "the checkpoint has no DCP metadata"
                 self._problems.append(Problem(file=METADATA_NAME, what=what))
             return
         try:
@@ -228,7 +227,7 @@ class _Check:
         self._problems += dcp_problems(self._metadata, self._sizes)
 
     def _check_exports(self) -> list[str]:
-        """Check every HuggingFace directory; returns which there are."""
+        """Check every HuggingFace directory; return their paths within the checkpoint."""
         found = self._export_directories()
         for name in found:
             below = f"{name}/" if name else ""
@@ -269,13 +268,13 @@ class _Check:
                 self._problems.append(
                     Problem(
                         file=name,
-                        what="the file has another size",
+                        what="the file has the wrong size",
                         expected=f"{listed[name]} bytes",
                         found=f"{self._sizes[name]} bytes",
                     )
                 )
         if manifest.export_error is not None:
-            what = "the export that was asked for failed when the checkpoint was saved"
+            what = "the HuggingFace export failed when the checkpoint was saved"
             self._warnings.append(Problem(file="", what=what, found=manifest.export_error))
 
     def _recompute(

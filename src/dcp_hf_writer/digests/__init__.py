@@ -1,4 +1,4 @@
-"""Digests of stored bytes: what each one covers, and computing them anew from files.
+"""Digests of stored bytes: which bytes each digest covers, and how to recompute it from files.
 
-Modules here write nothing.
+The modules here write nothing.
 """

@@ -1,7 +1,7 @@
-"""One pass over the bytes of a file that feeds many digests, and proves that they tile it.
+"""Read a file once, compute many digests, and prove that they cover each of its bytes once.
 
-Pure but for the `read` that it is given. A digest may be of strided bytes: the blocks of column
-shards lie between each other, and the file is still read once.
+Pure, except for the `read` function that the caller passes. A digest may cover strided bytes: the
+blocks of column shards interleave in the file, and the sweep still reads each byte once.
 """
 
 from __future__ import annotations
@@ -24,76 +24,82 @@ if TYPE_CHECKING:
     Read = Callable[[memoryview, int], int]
 
 WINDOW_NBYTES = 2 << 20
-"""Bytes in memory at a time; a sweep needs twice that. It fits a cache, which is twice as fast."""
+"""Bytes read at a time; a sweep allocates twice that.
 
-# Spans that are this close are read together: a system call costs as much as such a gap.
+A window that fits in a cache is twice as fast as a larger one.
+"""
+
+# Read spans together if the gap is at most this: reading it costs no more than a system call.
 _GAP_NBYTES = 64 << 10
 
 
 @dataclass(eq=False, slots=True)
 class Digest:
-    """A digest that the manifest holds, and the one that is being computed."""
+    """A digest from the manifest, and the digest recomputed from the file."""
 
     expected: str
-    """xxh3_64, in hex."""
+    """xxh3_64 from the manifest, in hex."""
     what: str
-    """What it is of, for a report."""
+    """What the digest covers, in words for a report."""
     key: str | None = None
     """HuggingFace name of the tensor that the bytes belong to."""
     rank: int | None = None
-    """Rank that wrote them."""
+    """Rank that wrote the bytes."""
     start: int = 0
-    """First byte in the file."""
+    """Offset of the first byte in the file."""
     stop: int = 0
     """One past the last byte."""
     is_of_many: bool = False
-    """Whether it is of several spans, so that the sweep of one does not finish it."""
+    """Whether it covers several spans, so that the end of a span does not finish it."""
     found: str | None = None
-    """xxh3_64 of what the file holds, once all of it was read."""
+    """xxh3_64 of the bytes in the file; `None` until all of them were read."""
     _hasher: xxhash.xxh3_64 | None = None
 
     def feed(self, data: Any) -> None:
-        """Add bytes, in the order of the file."""
+        """Add the next bytes, in the order of the file."""
         if self._hasher is None:
             self._hasher = xxhash.xxh3_64()
         self._hasher.update(data)
 
     def finish(self) -> None:
-        """Compute the digest of what was fed; a manifest has too many to keep all of them open."""
+        """Set `found` to the digest of the bytes fed.
+
+        This frees the hasher: a manifest has too many digests to keep a hasher for each.
+        """
         hasher, self._hasher = self._hasher or xxhash.xxh3_64(), None
         self.found = str(hasher.hexdigest())
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """Consecutive bytes of a file, and the digests that shall cover each of them once."""
+    """Consecutive bytes of a file, and the digests that must cover each of them once."""
 
     start: int
-    """First byte in the file."""
+    """Offset of the first byte in the file."""
     stop: int
     """One past the last byte."""
     parts: tuple[tuple[Digest, ByteRuns], ...]
-    """Digests, and their bytes within the span."""
+    """The digests, each with the bytes of the span that it covers."""
     key: str | None = None
-    """HuggingFace name of the tensor that the span is."""
+    """HuggingFace name of the tensor whose data the span is."""
 
 
 def extent_of(runs: ByteRuns) -> int:
-    """Return the bytes from the start of the first run to the end of the last."""
+    """Return the distance from the start of the first run to the end of the last, in bytes."""
     return runs.nbytes + sum((count - 1) * stride for count, stride in runs.loops)
 
 
 def contiguous(start: int, stop: int) -> ByteRuns:
-    """Return consecutive bytes as one run."""
+    """Return the bytes `[start, stop)` as a single run."""
     return ByteRuns(start, stop - start, ())
 
 
 def clip(runs: ByteRuns, low: int, high: int) -> Iterator[ByteRuns]:
-    """Yield the bytes of runs that lie in `[low, high)`, in order; runs at its ends are cut.
+    """Yield the bytes of `runs` that lie in `[low, high)`, in order, and cut runs at both ends.
 
     Args:
-        runs: Ascending: the stride of a loop is at least the extent of what it is around.
-        low: First byte.
+        runs: Ascending: the stride of each loop is at least the extent of everything inside it.
+        low: Offset of the first byte.
         high: One past the last byte.
     """
     if low <= runs.start and runs.start + extent_of(runs) <= high:
@@ -106,7 +112,7 @@ def clip(runs: ByteRuns, low: int, high: int) -> Iterator[ByteRuns]:
         return
     (count, stride), inner = runs.loops[0], ByteRuns(runs.start, runs.nbytes, runs.loops[1:])
     reach = extent_of(inner)
-    # Steps of which something is inside, and those that are inside as a whole.
+    # Steps that lie at least partly inside, then those that lie completely inside.
     first = max(0, (low - runs.start - reach) // stride + 1)
     stop = min(count, -(-(high - runs.start) // stride))
     whole_first = max(first, -(-(low - runs.start) // stride))
@@ -127,10 +133,10 @@ def _step(runs: ByteRuns, by: int) -> ByteRuns:
 
 
 class Sweep:
-    """Reads spans of files, one window after another; its memory is reused from file to file."""
+    """Reads spans of files, one window after another, and reuses its memory for every file."""
 
     def __init__(self, window_nbytes: int = WINDOW_NBYTES) -> None:
-        """Reserve two windows."""
+        """Allocate two windows."""
         self._window: Bytes = np.empty(window_nbytes, np.uint8)
         self._scratch: Bytes = np.empty(window_nbytes, np.uint8)
         self._check: Callable[[int], None] = lambda _: None
@@ -138,15 +144,17 @@ class Sweep:
     def run(
         self, spans: Sequence[Span], read: Read, check: Callable[[int], None]
     ) -> list[tuple[Span, str]]:
-        """Feed the digests of some spans of one file.
+        """Read spans of one file and feed their digests.
 
         Args:
-            spans: Ascending and apart.
-            read: Fills a buffer from an offset of the file; returns how many bytes there were.
-            check: Called with the bytes of each span or part of one that is done; raises to stop.
+            spans: Spans in ascending order, without overlap.
+            read: Fills a buffer from an offset of the file; returns the number of bytes read.
+            check: Called with the number of bytes done, after each span and after each window of a
+                large span; raises to stop the sweep.
 
         Returns:
-            Spans that their digests do not cover once, and why; those that end beyond the file.
+            Each faulty span, with the reason: its digests do not cover each byte once, or it ends
+            beyond the end of the file.
         """
         self._check = check
         found = []
@@ -155,7 +163,7 @@ class Sweep:
         return found
 
     def _groups(self, spans: Sequence[Span]) -> Iterator[list[Span]]:
-        """Yield neighbours that fit in a window together; a larger one alone."""
+        """Yield groups of neighbouring spans that fit in one window; a larger span is alone."""
         group: list[Span] = []
         for span in spans:
             is_near = group and span.start - group[-1].stop <= _GAP_NBYTES
@@ -185,13 +193,13 @@ class Sweep:
         fault = _volume_fault(span)
         step = len(self._window)
         unit = _unit(span)
-        # Windows end where a unit ends, so that it is counted whole.
+        # Windows end at multiples of the unit, because the coverage is counted in whole units.
         step = step // unit * unit if unit <= step else step
         for low in range(span.start, span.stop, step):
             high = min(low + step, span.stop)
             if read(self._window[: high - low].data, low) < high - low:
                 return [(span, BEYOND)]
-            # Also after a fault: the digests of the blocks are another matter.
+            # Go on after a coverage fault, because the digests of the blocks are still useful.
             here = self._feed(span, low, low, high)
             fault = fault or here
             self._check(high - low)
@@ -205,7 +213,7 @@ class Sweep:
         self._check(nbytes)
 
     def _feed(self, span: Span, base: int, low: int, high: int) -> str | None:
-        """Feed what lies in `[low, high)`; the window holds the file from `base` on."""
+        """Feed the bytes in `[low, high)` of a window that starts at `base` in the file."""
         pieces = [(digest, piece) for digest, runs in span.parts for piece in clip(runs, low, high)]
         for digest, piece in pieces:
             data = _strided(self._window, piece, base)
@@ -221,43 +229,50 @@ class Sweep:
     ) -> str | None:
         if pieces == [contiguous(low, high)]:
             return None
-        unit = math.gcd(high - low, *(n for piece in pieces for n in _numbers(piece, low)))
+        unit = math.gcd(
+            high - low, *(n for piece in pieces for n in _offset_length_strides(piece, low))
+        )
         count = np.zeros((high - low) // max(unit, 1), np.uint8)
         for piece in pieces:
             loops = tuple((n, stride // unit) for n, stride in piece.loops)
             runs = ByteRuns((piece.start - low) // unit, piece.nbytes // unit, loops)
             _strided(count, runs, 0, is_byte_wise=True)[...] += np.uint8(1)
-        # With the right volume, what is covered 257 times leaves a gap elsewhere.
+        # The uint8 count of a unit covered 257 times wraps to 1. The volume is checked apart: if it
+        # is right, such a unit means a gap elsewhere, which this finds.
         wrong = np.flatnonzero(count != 1)
         if not len(wrong):
             return None
         at = int(wrong[0]) * unit + low - span.start
-        return f"its blocks {'overlap' if count[wrong[0]] else 'leave a gap'} at its byte {at}"
+        fault = "overlap" if count[wrong[0]] else "leave a gap"
+        return f"the blocks {fault} at byte {at} of the tensor"
 
 
-BEYOND = "it ends beyond the end of the file"
-"""What is said of a span that the file does not hold to its end; its digests are not complete."""
+BEYOND = "the bytes reach beyond the end of the file"
+"""The reason for a span that the file is too short for; its digests stay incomplete."""
 
 
 def _volume_fault(span: Span) -> str | None:
     have = sum(runs.nbytes * runs.count for _, runs in span.parts)
     wanted = span.stop - span.start
-    return None if have == wanted else f"its blocks hold {have} bytes, it has {wanted}"
+    return None if have == wanted else f"the blocks hold {have} bytes, the tensor has {wanted}"
 
 
 def _unit(span: Span) -> int:
-    """Return the largest number of bytes of which all runs begin and end at multiples."""
-    return math.gcd(*(n for _, runs in span.parts for n in _numbers(runs, span.start))) or 1
+    """Return the greatest common divisor of all run offsets, lengths and strides, in bytes."""
+    return (
+        math.gcd(*(n for _, runs in span.parts for n in _offset_length_strides(runs, span.start)))
+        or 1
+    )
 
 
-def _numbers(runs: ByteRuns, base: int) -> Iterator[int]:
+def _offset_length_strides(runs: ByteRuns, base: int) -> Iterator[int]:
     yield runs.start - base
     yield runs.nbytes
     yield from (stride for _, stride in runs.loops)
 
 
 def _strided(memory: Bytes, runs: ByteRuns, base: int, *, is_byte_wise: bool = False) -> Any:
-    """View runs in memory that holds the file from `base` on; an element is a run, or a byte."""
+    """View runs in memory that starts at `base` in the file; an element is a run, or a byte."""
     start = runs.start - base
     if not runs.loops:
         return memory[start : start + runs.nbytes]

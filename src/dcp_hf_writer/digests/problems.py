@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint, as a report says it.
+"""One entry of a report on a damaged checkpoint.
 
 Pure.
 """
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
-    """One thing that is wrong, and where."""
+    """One thing that is wrong with a checkpoint, and where."""
 
     file: str
     """Path within the checkpoint; `""` for the checkpoint as a whole."""
@@ -27,23 +27,23 @@ class Problem:
     key: str | None = None
     """HuggingFace name of the tensor concerned."""
     fqn: str | None = None
-    """State-dict name of the tensor concerned."""
+    """FQN of the tensor concerned."""
     start: int | None = None
-    """First byte concerned, from the start of the file."""
+    """Offset of the first byte concerned, from the start of the file."""
     stop: int | None = None
     """One past the last byte concerned."""
     rank: int | None = None
-    """Rank that wrote these bytes."""
+    """Rank that wrote the bytes."""
     expected: str | None = None
     """What should have been there."""
     found: str | None = None
     """What was there."""
     hint: str | None = None
-    """What can be done."""
+    """What the caller can do."""
 
     @classmethod
     def of(cls, error: CheckpointError, file: str) -> Problem:
-        """Return what an error says of a file."""
+        """Turn an error about a file into a problem."""
         return cls(
             file=file,
             what=error.problem,
@@ -55,7 +55,7 @@ class Problem:
         )
 
     def below(self, directory: str) -> Problem:
-        """Return the problem with its file named from above a directory."""
+        """Return the problem with `directory` put in front of its file."""
         if not directory:
             return self
         return replace(self, file=f"{directory}/{self.file}" if self.file else directory)
@@ -66,7 +66,7 @@ class Problem:
             "" if self.key is None else f"key {shortened(self.key)}",
             "" if self.fqn is None else f"tensor {shortened(self.fqn)}",
             "" if self.start is None else f"bytes {self.start} to {self.stop}",
-            "" if self.rank is None else f"of rank {self.rank}",
+            "" if self.rank is None else f"written by rank {self.rank}",
         ]
         text = f"{', '.join(filter(None, subjects))}: {self.what}"
         if self.expected is not None:

@@ -1,4 +1,4 @@
-"""Every digest of a manifest, computed anew from the files, in several threads."""
+"""Recompute every digest of a manifest from the files, in several threads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ from dcp_hf_writer.digests.digest_sweep import (
 )
 from dcp_hf_writer.digests.problems import Problem
 from dcp_hf_writer.errors import CheckpointError
-from dcp_hf_writer.storage.input_backends import LocalFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,11 +29,12 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.rank_report import DCPFile
     from dcp_hf_writer.storage.input_contract import InputFile, InputFiles
 
-# Small enough that the threads end together, large enough that opening a file does not count.
+# Small enough that all threads finish at about the same time. Large enough that the time to open
+# a file does not matter.
 _JOB_NBYTES = 64 << 20
 
-# Of a store that is asked over a network, a request costs more than a cache saves.
-_REMOTE_WINDOW_NBYTES = 16 << 20
+# If each read is a request, the request costs more time than a window that fits in cache saves.
+_LARGE_WINDOW_NBYTES = 16 << 20
 
 _POLL_S = 0.1
 
@@ -44,18 +44,18 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """A part of one file that one thread reads."""
+    """A part of one file that one thread reads and digests."""
 
     file: str
     """Path within the checkpoint."""
     nbytes: int
     """Bytes to read."""
     work: Callable[[], _Work]
-    """Makes spans and digests when their turn comes: all at once would take much memory."""
+    """Makes spans and digests when the job runs; all at once would need much memory."""
 
 
 def jobs_of(manifest: Manifest) -> Iterator[Job]:
-    """Yield what must be read to compute every digest of a manifest."""
+    """Yield jobs that together recompute every digest of a manifest."""
     for whole in manifest.files.values():
         yield Job(whole.name, whole.nbytes, partial(_whole, whole))
     for dcp in manifest.dcp.values():
@@ -94,7 +94,9 @@ def _whole(file: WholeFile) -> _Work:
 
 
 def _ranges(ranges: Sequence[tuple[int, int, str]]) -> _Work:
-    digests = [Digest(digest, "the data", start=a, stop=a + n) for a, n, digest in ranges]
+    digests = [
+        Digest(digest, "the data of a tensor", start=a, stop=a + n) for a, n, digest in ranges
+    ]
     return [span for one in digests for span in _spans(one, [(one.start, one.stop)])], digests
 
 
@@ -102,7 +104,7 @@ def _rest(file: DCPFile) -> _Work:
     starts = [start for start, _, _ in file.ranges]
     stops = [start + nbytes for start, nbytes, _ in file.ranges]
     gaps = zip([0, *stops], [*starts, file.nbytes], strict=True)
-    digest = Digest(file.rest, "what is beside the tensors", is_of_many=True)
+    digest = Digest(file.rest, "the bytes around the tensors", is_of_many=True)
     return _spans(digest, gaps), [digest]
 
 
@@ -129,34 +131,34 @@ def _tensors(tensors: Iterable[ManifestTensor]) -> _Work:
 
 
 class Recomputation:
-    """Runs jobs; what they find is in the order of the jobs, however they ended."""
+    """Runs jobs in several threads, and returns their problems in the order of the jobs."""
 
     def __init__(self, files: InputFiles, jobs: Sequence[Job], *, threads: int) -> None:
-        """Set up; `run` starts the threads and ends them."""
+        """Prepare; `run` starts the threads and ends them."""
         self.total_nbytes = sum(job.nbytes for job in jobs)
         """Bytes to read."""
         self.done_nbytes = 0
-        """Bytes read."""
+        """Bytes read so far."""
         self.digest_count = 0
-        """Digests compared."""
+        """Digests compared so far."""
         self._files, self._jobs, self._threads = files, jobs, threads
         self._lock = threading.Lock()
         self._is_stopped = False
         self._sweeps: queue.SimpleQueue[Sweep] = queue.SimpleQueue()
 
     def run(self, tick: Callable[[], None]) -> list[Problem]:
-        """Do all jobs.
+        """Run all jobs and wait for them.
 
         Args:
-            tick: Called in this thread ten times a second; raises to stop.
+            tick: Called in this thread about ten times per second; raises to stop.
 
         Returns:
-            Digests that differ, parts of tensors that are not covered once, and files that cannot
-            be read.
+            Digests that differ, tensors whose blocks do not cover each byte once, and files that
+            cannot be read.
         """
-        is_local = isinstance(self._files, LocalFiles)
+        window = _LARGE_WINDOW_NBYTES if self._files.prefers_large_reads else WINDOW_NBYTES
         for _ in range(self._threads):
-            self._sweeps.put(Sweep(WINDOW_NBYTES if is_local else _REMOTE_WINDOW_NBYTES))
+            self._sweeps.put(Sweep(window))
         with ThreadPoolExecutor(self._threads, thread_name_prefix="dcp-hf-verify") as pool:
             futures = [pool.submit(self._do, job) for job in self._jobs]
             try:
@@ -221,7 +223,7 @@ class Recomputation:
 
 
 class _StoppedError(Exception):
-    """The caller does not want the result any more."""
+    """The caller stopped the run."""
 
 
 def _read(file: InputFile, buffer: memoryview, start: int) -> int:

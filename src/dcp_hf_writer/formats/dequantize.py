@@ -1,7 +1,7 @@
-"""Arithmetic of quantised checkpoints: codes and scales into floats, tile by tile.
+"""Turn the codes and scales of quantised checkpoints into floats, tile by tile.
 
-Pure: CPU tensors in, a CPU tensor filled. Temporary memory is a few MiB whatever the size of the
-tensor. Both functions compute in float32 and round once, to the dtype of the target.
+Pure: both functions read CPU tensors and fill a CPU tensor. Temporary memory is a few MiB, whatever
+the size of the tensor. They compute in float32 and round once, to the dtype of the target.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     Bytes = npt.NDArray[np.uint8]
 
 MX_GROUP = 32
-"""Values of mxfp4 that share a scale."""
+"""Number of mxfp4 values that share one scale."""
 MX_GROUP_NBYTES = MX_GROUP // 2
 
-# Elements worked on at once. Their float32 values and the tables stay in the second-level cache;
-# measured on 4096 columns, half or twice as many are no faster.
+# Elements per tile. Their float32 values and the lookup tables fit in the second-level cache.
+# Measured on 4096 columns: tiles of half or twice this size are no faster.
 _TILE_NUMEL = 1 << 17
 
-# E2M1 by code: sign, two bits of exponent, one of mantissa.
+# The value of each E2M1 code: one sign bit, two exponent bits, one mantissa bit.
 _FP4_VALUES = (
     0.0,
     0.5,
@@ -49,9 +49,9 @@ _FP4_VALUES = (
     -6.0,
 )
 _E8M0_BIAS = 127
-# A power of two moved from the scale to the values: 2 ** (255 - 127) is no float32, its products
-# with small values are.
-_MOVED = 2
+# The largest scale, 2 ** (255 - 127), overflows float32, but its product with a small value does
+# not. So the tables hold the values times 2 ** 2 and the scales times 2 ** -2.
+_SHIFT = 2
 
 
 def dequantize_blocks(
@@ -62,15 +62,15 @@ def dequantize_blocks(
     block: tuple[int, int],
     out: torch.Tensor,
 ) -> None:
-    """Write `codes * scale of their block` into `out`.
+    """Multiply each code by the scale of its block, into `out`.
 
     Args:
-        codes: A box of the weight, of a one-byte floating-point dtype, `(..., rows, columns)`.
-        scales: The scales of all blocks that the box touches, `(..., blocks, blocks)`; floats,
-            or bytes that are exponents of two with a bias of 127.
+        codes: A box of the weight, `(..., rows, columns)`, of a one-byte floating-point dtype.
+        scales: The scales of all blocks that the box touches, `(..., block rows, block columns)`;
+            either floats, or bytes that hold exponents of two with a bias of 127.
         first: Row and column of the box's first element within its block.
         block: Rows and columns of a block.
-        out: Target of the shape of `codes`; any floating-point dtype, any strides.
+        out: Target, with the shape of `codes`; any floating-point dtype, any strides.
     """
     pairs = _pairs_of_bytes(codes.dtype)
     scratch = _floats(min(codes.numel(), _TILE_NUMEL))
@@ -87,13 +87,13 @@ def dequantize_blocks(
 def dequantize_mxfp4(
     blocks: torch.Tensor, scales: torch.Tensor, *, skip: int, out: torch.Tensor
 ) -> None:
-    """Write the values of packed fp4 groups into `out`, which is transposed against them.
+    """Write the values of packed fp4 groups into `out`, with rows and columns swapped.
 
     Args:
-        blocks: Bytes of whole groups, `(experts, rows, groups, 16)`, two values a byte, the lower
-            four bits first.
+        blocks: Bytes of whole groups, `(experts, rows, groups, 16)`. A byte holds two values, the
+            first in its lower four bits.
         scales: Exponents of two with a bias of 127, `(experts, rows, groups)`.
-        skip: Values of the first group that come before the first of `out`.
+        skip: Number of values in the first group that precede the first value of `out`.
         out: Target `(experts, columns, rows)`; any floating-point dtype, any strides.
     """
     pairs, powers = _pairs_of_fp4(), _powers_of_two()
@@ -112,18 +112,18 @@ def dequantize_mxfp4(
         stop = min(columns.stop * MX_GROUP - skip, out.shape[1])
         before = start + skip - columns.start * MX_GROUP
         kept = by_group.flatten(1)[:, before : before + stop - start]
-        # Rounded before it is transposed: a transposed copy between dtypes is half as fast.
+        # Round first, then transpose: a transposed copy between two dtypes is half as fast.
         tile = rounded[: kept.numel()].view(kept.shape).copy_(kept)
         out[expert, start:stop, rows].copy_(tile.T)
 
 
 def _floats(numel: int) -> torch.Tensor:
-    # Trainers set a default dtype, and build models under a default device.
+    # dtype and device are explicit, because trainers change torch's defaults.
     return torch.empty(numel, dtype=torch.float32, device="cpu")
 
 
 def _tiles(rows: int, columns: int, numel: int) -> Iterator[tuple[slice, slice]]:
-    """Cut a matrix into tiles of at most `numel` elements, as wide as they can be."""
+    """Cut a matrix into tiles of at most `numel` elements, each as wide as possible."""
     width = max(1, min(columns, numel))
     height = max(1, numel // width)
     for row in range(0, rows, height):
@@ -135,9 +135,9 @@ def _tiles(rows: int, columns: int, numel: int) -> Iterator[tuple[slice, slice]]
 
 
 def _look_up(codes: Bytes, pairs: Words, out: npt.NDArray[np.float32]) -> None:
-    """Decode bytes by twos: one look-up a pair is six times as fast as torch's conversion."""
+    """Decode two bytes per table lookup, which is six times as fast as torch's conversion."""
     even = codes.size // 2 * 2
-    # Clipping never happens, but spares a buffer: every index is in the table.
+    # Every index is in the table, so nothing is clipped; numpy's default mode would buffer `out`.
     np.take(pairs, codes[:even].view(np.uint16), out=out[:even].view(np.uint64), mode="clip")
     if even < codes.size:
         last = np.array([codes[even], 0], np.uint8).view(np.uint16)
@@ -177,7 +177,7 @@ def _in_pairs(values: npt.NDArray[np.float32]) -> Words:
 
 @functools.cache
 def _pairs_of_bytes(dtype: torch.dtype) -> Words:
-    """Return the two floats of every two bytes, as one word of eight bytes."""
+    """Return the two floats for each pair of bytes, as one word of eight bytes."""
     values = (
         torch.arange(256, dtype=torch.uint8, device="cpu").view(dtype).to(torch.float32).numpy()
     )
@@ -186,14 +186,14 @@ def _pairs_of_bytes(dtype: torch.dtype) -> Words:
 
 @functools.cache
 def _pairs_of_fp4() -> Words:
-    """Return the two floats of every byte, as one word of eight bytes; times `2 ** _MOVED`."""
+    """Return the two floats for each byte, times `2 ** _SHIFT`, as one word of eight bytes."""
     codes = np.arange(256)
-    values = np.ldexp(np.array(_FP4_VALUES, np.float32), _MOVED)
+    values = np.ldexp(np.array(_FP4_VALUES, np.float32), _SHIFT)
     return _in_pairs(values[np.stack((codes & 0xF, codes >> 4), axis=1)])
 
 
 @functools.cache
 def _powers_of_two() -> npt.NDArray[np.float32]:
-    """Return the scale of every byte; times `2 ** -_MOVED`."""
-    exponents = np.arange(256) - _E8M0_BIAS - _MOVED
+    """Return the scale that each byte stands for, times `2 ** -_SHIFT`."""
+    exponents = np.arange(256) - _E8M0_BIAS - _SHIFT
     return np.ldexp(np.ones(256, np.float32), exponents)

@@ -26,21 +26,21 @@ class HFTensor:
     """One tensor of the export."""
 
     key: str
-    """Its HuggingFace name."""
+    """HuggingFace name."""
     dtype: str
-    """Its safetensors dtype name."""
+    """Name of the safetensors dtype."""
     shape: Shape
-    """Its shape in elements of torch; `()` for a scalar."""
+    """Shape in torch elements; `()` for a scalar."""
     nbytes: int = field(init=False, compare=False)
-    """Size of its data in bytes."""
+    """Size of the data in bytes."""
 
     def __post_init__(self) -> None:
-        """Count the bytes, which planning asks for again and again."""
+        """Compute `nbytes` once, because planning reads it many times."""
         object.__setattr__(self, "nbytes", math.prod(self.shape) * ITEMSIZE[self.dtype])
 
 
 def in_file_order(tensors: Sequence[HFTensor]) -> list[HFTensor]:
-    """Sort tensors as safetensors lays them out: by dtype, widest first, then by name.
+    """Sort tensors as safetensors does: by dtype, widest first, then by name.
 
     Names compare as UTF-8 bytes, as Rust strings do.
     """
@@ -53,13 +53,13 @@ def encode_header(
     """Encode the header of one output file.
 
     Args:
-        tensors: Tensors of the file, in file order.
-        metadata: Pairs that follow `format: pt` in `__metadata__`.
-        align: The data starts at a multiple of this many bytes; a multiple of 8.
+        tensors: The tensors of the file, in file order.
+        metadata: Entries to add to `__metadata__`, after `format: pt`.
+        align: Alignment in bytes of the start of the data; a multiple of 8.
 
     Returns:
-        The first bytes of the file, length field and padding included; and the offset of each
-        tensor's first byte, counted from the start of the file.
+        First, the bytes that the file starts with: length field, header and padding. Second, by
+        key, the offset of each tensor's first byte from the start of the file.
 
     Raises:
         LayoutError: If the header is larger than readers accept, or a scalar has a packed dtype.
@@ -82,13 +82,13 @@ def encode_header(
     body = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
     body += b" " * (-(_LENGTH_NBYTES + len(body)) % align)
     if len(body) > MAX_HEADER_NBYTES:
-        msg = "header of an output file is larger than readers accept"
+        msg = "the header of an output file is larger than readers accept"
         raise LayoutError(
             msg,
             phase="plan",
             expected=f"at most {MAX_HEADER_NBYTES} bytes",
             found=f"{len(body)} bytes for {len(tensors)} tensors",
-            hint="lower max_shard_size, so that the tensors spread over more files",
+            hint="lower max_shard_size to spread the tensors over more files",
         )
     header = len(body).to_bytes(_LENGTH_NBYTES, "little") + body
     return header, {key: start + len(header) for key, start in starts.items()}

@@ -1,9 +1,10 @@
-"""The bytes that `torch.save` writes for one tensor, without copying or summing its data.
+"""The bytes that `torch.save` writes around the data of one tensor.
 
-`torch.save` computes a CRC of every byte, which torch's reader does not check, and the switch that
-turns it off is process-wide. The archive of a tensor depends on its dtype, shape, strides and
-`requires_grad` alone, but for the data: so it is made once by torch's own archive writer with the
-CRC off, and kept as what stands before and after the data.
+`torch.save` computes a CRC over all data, which torch's reader does not check. The switch that
+turns the CRC off is process-wide, so this module does not use `torch.save`. Apart from its data,
+the archive of a tensor depends only on dtype, shape, strides and `requires_grad`. So torch's own
+archive writer makes each kind of archive once, with the CRC off, and this module keeps the bytes
+before and after the data. It never copies or reads the data.
 """
 
 from __future__ import annotations
@@ -21,15 +22,15 @@ from dcp_hf_writer.errors import WriteError
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-# The alignment of storages within an archive that torch.save uses by default.
+# The default alignment of storages in an archive of torch.save, in bytes.
 _STORAGE_ALIGNMENT = 64
 
-# Kinds of tensors of a model are few; this bounds what a model with thousands of shapes keeps.
+# Most models have few kinds of tensors; this limits the memory for one with thousands of shapes.
 _KEPT = 4096
 
 
 class _Capture:
-    """A stream that keeps what is written, but for the one write that is the tensor's data."""
+    """A stream that keeps everything written to it, except the tensor's data."""
 
     def __init__(self, address: int, nbytes: int) -> None:
         self._address = address
@@ -53,16 +54,17 @@ class _Capture:
         return view.nbytes
 
     def flush(self) -> None:
-        """Nothing is buffered."""
+        """Do nothing, because nothing is buffered."""
 
     def parts(self) -> tuple[bytes, bytes]:
-        """Return what was written before and after the data.
+        """Return the bytes before and after the data.
 
         Raises:
-            WriteError: If this torch writes archives in another way, so that it was not seen.
+            WriteError: If this version of torch writes archives differently, so that `write` never
+                saw the data.
         """
         if self._nbytes and not self._seen:
-            msg = "torch's archive writer does not pass a tensor's data on in one piece"
+            msg = "torch's archive writer did not write the data of a tensor in one call"
             raise WriteError(
                 msg,
                 phase="write",
@@ -74,17 +76,17 @@ class _Capture:
 
 
 def tensor_archive(tensor: torch.Tensor) -> tuple[bytes, bytes]:
-    """Return what `torch.save` writes before and after the data of a tensor.
+    """Return the bytes that `torch.save` writes before and after the data of a tensor.
 
     Args:
-        tensor: A CPU tensor whose storage holds its own bytes and no others.
+        tensor: A CPU tensor that fills its whole storage.
 
     Returns:
-        Two byte strings; the file is the first, the storage's bytes, the second. `torch.load` reads
-        it, also with `weights_only=True` and `mmap=True`.
+        Two byte strings. The archive is the first string, then the bytes of the storage, then the
+        second string. `torch.load` reads it, also with `weights_only=True` and `mmap=True`.
 
     Source:
-        torch.serialization, the zip archive of `torch.save`.
+        torch.serialization: the zip archive that `torch.save` writes.
     """
     return _archive_of(
         tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.requires_grad
@@ -98,13 +100,13 @@ def _archive_of(
     stride: tuple[int, ...],
     requires_grad: bool,  # noqa: FBT001 - part of the cache key
 ) -> tuple[bytes, bytes]:
-    # Never touched: the archive writer passes the data on by address, and the CRC is off.
+    # Nothing reads this memory: the archive writer passes on its address, and the CRC is off.
     tensor = torch.empty_strided(shape, stride, dtype=dtype, device="cpu")
     if requires_grad:
         tensor.requires_grad_()
     storage = tensor.untyped_storage()
     capture = _Capture(storage.data_ptr(), storage.nbytes())
-    # Positional in torch: no CRC. Private, as is `_save`; `torch.save` has no such option.
+    # `False` turns the CRC off. Both are private in torch; `torch.save` lacks this option.
     writer = torch._C.PyTorchFileWriter(capture, False, _STORAGE_ALIGNMENT)  # type: ignore[call-overload] # noqa: SLF001, FBT003
     _save(tensor, writer, pickle, 2, False)  # noqa: FBT003
     writer.write_end_of_file()

@@ -1,20 +1,34 @@
-"""How the files of a checkpoint are called.
+"""Names of the files in a checkpoint.
 
-Readers outside this package know all of these names, so none can change.
+Readers outside this package depend on all of these names, so none can change.
 """
 
 METADATA_NAME = ".metadata"
-"""DCP's own file; torch fixes its name."""
+"""DCP's own metadata; torch defines the name."""
 MANIFEST_NAME = "dcp-hf.json"
-"""The manifest, which is published last."""
+"""The manifest of this package, published last."""
 
 SUFFIX = ".safetensors"
-"""End of the names of files that hold weights in the HuggingFace format."""
+"""Suffix of files that hold weights in the HuggingFace format."""
 INDEX_SUFFIX = ".safetensors.index.json"
-"""End of the names of files that say which file holds which tensor."""
+"""Suffix of an index, which maps each tensor to its file."""
 SINGLE_NAME = "model.safetensors"
-"""The one file of weights, where one holds them all."""
+"""The weights, if one file holds all of them."""
 INDEX_NAME = "model.safetensors.index.json"
-"""The index, where several files hold the weights."""
+"""The index, if several files hold the weights."""
 CONFIG_NAME = "config.json"
 """The config of a HuggingFace model."""
+
+
+def weight_file_names(count: int) -> list[str]:
+    """Return the names of the files that hold the weights, in order.
+
+    Args:
+        count: Number of files.
+
+    Source:
+        huggingface_hub, "Save a state dict": the pattern that `save_pretrained` uses.
+    """
+    if count == 1:
+        return [SINGLE_NAME]
+    return [f"model-{i:05d}-of-{count:05d}{SUFFIX}" for i in range(1, count + 1)]

@@ -1,10 +1,11 @@
-"""DCP's `.metadata`, read without trust.
+"""Parse DCP's `.metadata` without trusting it.
 
-torch reads this file with `pickle.load`, which runs whatever the file says. Here its objects are
-made by `restricted_unpickle`, and each is what DCP's planners rely on before anyone else sees it.
+torch reads this file with `pickle.load`, which runs whatever code the file names. Here,
+`restricted_unpickle` builds the objects. This module then checks everything that DCP's planners
+rely on, before any other code sees the objects.
 
-A newer torch may add fields to its classes, as torch 2.15 added `TensorProperties.strides`. They
-are kept if they are plain; an unknown class is refused.
+A newer torch may add fields to its classes, as torch 2.15 added `TensorProperties.strides`. Such
+fields are kept if they are plain. An unknown class is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from dcp_hf_writer.errors import CorruptCheckpointError
 from dcp_hf_writer.formats.restricted_unpickle import Admitted, Class, Constant, Function, unpickle
-from dcp_hf_writer.formats.stored_once_places import (
+from dcp_hf_writer.formats.strict_json import shortened
+from dcp_hf_writer.formats.weights_once_places import (
     StoredOnce,
     StoredOnceDecoder,
     StoredPart,
@@ -38,14 +40,13 @@ from dcp_hf_writer.formats.stored_once_places import (
     is_once,
     is_part,
 )
-from dcp_hf_writer.formats.strict_json import shortened
 from dcp_hf_writer.tensors.strided_copies import Copy, Loop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
 
-# A hundred bytes a chunk: ten million of them; a file that claims more is not read.
+# Room for ten million chunks of a hundred bytes each; a larger file is refused unread.
 MAX_METADATA_NBYTES = 1 << 30
 
 _METADATA = "torch.distributed.checkpoint.metadata"
@@ -59,42 +60,45 @@ def parse_metadata(data: bytes, *, path: str) -> Metadata:
     """Parse the `.metadata` of a checkpoint.
 
     Args:
-        data: Its bytes.
-        path: Where they come from, for errors.
+        data: The bytes of the file.
+        path: The file, for error messages.
 
     Returns:
-        What torch's own reader would return, with two differences: `storage_meta.checkpoint_id`
-        is text, and the storage data of what is stored once is a `StoredOnce`.
+        The object that torch's own reader returns, with two differences: `checkpoint_id` of its
+        `storage_meta` is text, and the storage data of a chunk that is stored once is a
+        `StoredOnce`.
 
     Raises:
-        CorruptCheckpointError: If it says anything but the metadata of a checkpoint: another
-            class, code, a chunk outside its tensor, a size that cannot be.
+        CorruptCheckpointError: If `data` holds anything else than the metadata of a checkpoint: an
+            unexpected class, code, a chunk outside its tensor, an impossible size.
     """
     unknown: list[object] = []
     found = unpickle(data, _ADMITTED, path=path, unknown=unknown)
     if type(found) is not Metadata:
-        _refuse(path, "is no metadata", found=type(found).__name__)
+        _refuse(path, "is not a Metadata object", found=type(found).__name__)
     _check_tensors(found.state_dict_metadata, path)
     _check_storage(found.storage_data, path)
     _check_plain(found.planner_data, "planner data", path)
     _check_plain(unknown, "a field that this package does not know", path, also=_OF_TORCH)
     if type(found.storage_meta) not in {StorageMeta, type(None)}:
-        _refuse(path, "has no storage_meta", found=type(found.storage_meta).__name__)
+        _refuse(
+            path, "has a storage_meta of the wrong type", found=type(found.storage_meta).__name__
+        )
     return found
 
 
 def _check_tensors(tensors: object, path: str) -> None:
     if type(tensors) is not dict:
-        _refuse(path, "lists no tensors", found=type(tensors).__name__)
+        _refuse(path, "has no dict of tensors", found=type(tensors).__name__)
     for fqn, entry in tensors.items():
         if type(fqn) is not str:
-            _refuse(path, "names a tensor by what is no text", found=_shown(fqn))
+            _refuse(path, "has a tensor name that is not text", found=_shown(fqn))
         if type(entry) is TensorStorageMetadata:
             fault = _tensor_fault(entry)
             if fault is not None:
-                _refuse(path, "describes a tensor that cannot be", fqn=fqn, found=fault)
+                _refuse(path, "describes an impossible tensor", fqn=fqn, found=fault)
         elif type(entry) is not BytesStorageMetadata:
-            _refuse(path, "holds an unknown entry", fqn=fqn, found=type(entry).__name__)
+            _refuse(path, "has an entry of an unknown type", fqn=fqn, found=type(entry).__name__)
 
 
 def _tensor_fault(tensor: TensorStorageMetadata) -> str | None:
@@ -108,19 +112,19 @@ def _tensor_fault(tensor: TensorStorageMetadata) -> str | None:
         if not len(offsets) == len(sizes) == len(size) or any(
             o + s > n for o, s, n in zip(offsets, sizes, size, strict=True)
         ):
-            return f"a chunk at {list(offsets)} of size {list(sizes)} in one of {list(size)}"
+            return f"a chunk at {list(offsets)} of size {list(sizes)} in a tensor of {list(size)}"
     return None
 
 
 def _check_storage(storage: object, path: str) -> None:
     if type(storage) is not dict:
-        _refuse(path, "does not say where tensors are", found=type(storage).__name__)
+        _refuse(path, "has no dict of storage data", found=type(storage).__name__)
     decoder = StoredOnceDecoder(path)
     once: dict[MetadataIndex, StoredOnce] = {}
     for index, info in storage.items():
         if type(index) is not MetadataIndex or type(info) not in {_StorageInfo, StoredOnce}:
             found = f"{type(index).__name__}: {type(info).__name__}"
-            _refuse(path, "says in an unknown way where a tensor is", found=found)
+            _refuse(path, "has storage data of an unknown type", found=found)
         descriptors = getattr(info, "transform_descriptors", None)
         where = decoder.decode(descriptors) if descriptors else None
         if where is not None:
@@ -131,7 +135,7 @@ def _check_storage(storage: object, path: str) -> None:
 def _check_plain(
     value: object, what: str, path: str, *, also: frozenset[type] = frozenset()
 ) -> None:
-    """Check that a value is plain and not nested so deep that it breaks a recursion."""
+    """Check that a value is plain, and not nested so deeply that recursion overflows."""
     level = [value]
     for _ in range(_MAX_DEPTH):
         below: list[object] = []
@@ -141,22 +145,22 @@ def _check_plain(
             elif isinstance(one, (list, tuple)):
                 below.extend(one)
             elif type(one) not in _PLAIN and type(one) not in also:
-                _refuse(path, f"holds {what} that is not plain", found=type(one).__name__)
-        # A list may hold itself, or one list stand in many places.
+                _refuse(path, f"has {what} that is not plain", found=type(one).__name__)
+        # A list may contain itself or occur in many places, so visit each object once per level.
         level = list({id(one): one for one in below}.values())
         if not level:
             return
-    _refuse(path, f"holds {what} that is nested too deep", found=f"over {_MAX_DEPTH} levels")
+    _refuse(path, f"has {what} that is nested too deeply", found=f"over {_MAX_DEPTH} levels")
 
 
 def _shown(value: object) -> str:
-    """Return text for an error; never that of a container, which may be without end."""
+    """Return text for an error; for a container only its type, because its text may be endless."""
     return shortened(value) if type(value) in _PLAIN else f"a {type(value).__name__}"
 
 
 _PLAIN = frozenset({str, int, float, bool, bytes, type(None)})
 
-# What else a new field may hold; each object of these was checked when it was made.
+# Other types that a new field may hold. `unpickle` has checked each object of these types.
 _OF_TORCH = frozenset(
     {
         *(torch.dtype, torch.layout, _MEM_FORMAT_ENCODING, ChunkStorageMetadata, MetadataIndex),
@@ -177,10 +181,10 @@ def _building(
     *,
     is_key: bool = False,
 ) -> Callable[[Any, Any], object]:
-    """Return a function that gives an object attributes of these names and types.
+    """Return a function that sets attributes of these names and types.
 
-    It returns the values of all other attributes, or `None` if there are none. Those of a key must
-    be single values, because a newer torch may hash them.
+    The function returns the values of all other attributes, or `None` if there are none. In a dict
+    key, these must be plain scalars, because a newer torch may hash them.
     """
     known = {**required, **optional}
     needed = required.keys()
@@ -207,10 +211,10 @@ def _is_field(name: object) -> bool:
     return type(name) is str and name.isidentifier() and not name.startswith("__")
 
 
-# What `TensorProperties` has pickled since torch 2.0, in this order; 2.15 added `strides`.
+# Field types of a pickled `TensorProperties` since torch 2.0, in order; 2.15 adds `strides`.
 _PROPERTIES = (torch.dtype, torch.layout, bool, _MEM_FORMAT_ENCODING, bool)
 
-# Values that this torch's own class takes; one more would be refused by its `__setstate__`.
+# Number of fields that this version of torch has; its `__setstate__` refuses more.
 _PROPERTIES_TAKEN = len(TensorProperties(torch.float32).__getstate__())
 
 
@@ -227,12 +231,14 @@ def _build_properties(target: Any, state: Any) -> object:
 
 def _kinds(state: Any) -> str:
     return (
-        ", ".join(type(one).__name__ for one in state[:8]) if type(state) is tuple else "no tuple"
+        ", ".join(type(one).__name__ for one in state[:8])
+        if type(state) is tuple
+        else "something other than a tuple"
     )
 
 
 def _size(value: Any) -> torch.Size:
-    # torch refuses what is no integer, and what 64 bits do not hold.
+    # torch refuses values that are not integers, or need more than 64 bits.
     size = torch.Size(value)
     if size and min(size) < 0:
         msg = f"a size of {list(size)}"
@@ -259,7 +265,7 @@ def _build_info(target: Any, state: Any) -> object:
 
 
 def _building_slots(kind: type, check: Callable[[Any], bool]) -> Callable[[Any, Any], None]:
-    """Return a function that gives an object of a dataclass of ours its fields, in their order."""
+    """Return a function that sets the fields of one of our slotted dataclasses, in their order."""
     names = [field.name for field in fields(kind)]
 
     def build(target: Any, state: Any) -> None:
@@ -269,7 +275,7 @@ def _building_slots(kind: type, check: Callable[[Any], bool]) -> Callable[[Any, 
         for name, value in zip(names, state, strict=True):
             object.__setattr__(target, name, value)
         if not check(target):
-            msg = f"a {kind.__name__} that cannot be"
+            msg = f"a {kind.__name__} with invalid fields"
             raise ValueError(msg)
 
     return build
@@ -277,7 +283,7 @@ def _building_slots(kind: type, check: Callable[[Any], bool]) -> Callable[[Any, 
 
 def _path(*parts: Any) -> str:
     if not all(type(part) is str for part in parts):
-        msg = "a path of what is no text"
+        msg = "a path whose parts are not text"
         raise TypeError(msg)
     return str(PurePosixPath(*parts))
 
@@ -310,7 +316,7 @@ def _values_by_name(values: Iterable[object]) -> dict[str, Any]:
 DTYPES: Mapping[str, torch.dtype] = _values_by_name(
     {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 )
-"""torch's dtypes by the names that they are pickled under."""
+"""torch's dtypes, by their names in pickles."""
 
 _LAYOUTS: Mapping[str, torch.layout] = _values_by_name(
     {value for value in vars(torch).values() if isinstance(value, torch.layout)}
@@ -324,7 +330,7 @@ _ADMITTED: Mapping[tuple[str, str], Admitted] = {
     ("torch", "Size"): Function(_size),
     ("torch.serialization", "_get_layout"): Function(_layout),
     ("collections", "OrderedDict"): Function(_ordered_dict),
-    # What a Path given as checkpoint_id leaves; the module's name changed with Python 3.13.
+    # DCP pickles a Path if the caller passed one as checkpoint_id. Python 3.13 renamed its module.
     **{
         (module, name): Function(_path)
         for module in ("pathlib", "pathlib._local")
@@ -378,7 +384,7 @@ _ADMITTED: Mapping[tuple[str, str], Admitted] = {
         ),
     ),
     (_FILE_SYSTEM, "_StorageInfo"): Class(_StorageInfo, _build_info),
-    # Earlier versions pickled their own objects for weights stored once, under these names.
+    # Earlier versions of this package pickled their own classes for weights that are stored once.
     **{
         (f"dcp_hf_writer.{module}", kind.__name__): Class(kind, _building_slots(kind, check))
         for module, kind, check in (

@@ -1,7 +1,8 @@
-"""The header of a safetensors file, read without trust.
+"""Parse the header of a safetensors file without trusting it.
 
-Pure. The other direction is `encode_safetensors_header`. This parser refuses what safetensors' own
-reader refuses, and also a key that stands in a header twice, which that reader accepts.
+Pure. `encode_safetensors_header` is the other direction. This parser refuses everything that
+safetensors' own reader refuses. It also refuses some headers that safetensors accepts: a key that
+occurs twice, an empty key, unknown fields, white space before the JSON, more than 64 dimensions.
 """
 
 from __future__ import annotations
@@ -21,63 +22,64 @@ if TYPE_CHECKING:
     from dcp_hf_writer.tensors.boxes import Shape
 
 LENGTH_NBYTES = 8
-"""The length field that a file starts with: unsigned, little-endian."""
+"""Size of the length field at the start of a file; the field is unsigned and little-endian."""
 
 _METADATA = "__metadata__"
 _FIELDS = frozenset({"dtype", "shape", "data_offsets"})
 _MAX_NBYTES = 1 << 63
-# What torch can hold; it also keeps the product of a hostile shape a small number.
+# The limit of torch; it also keeps the product of a hostile shape from growing without bound.
 _MAX_DIMS = 64
 
-# Two values of F4 share a byte; a header counts values.
+# A header counts values, and two F4 values share a byte.
 _BITS = {name: 8 * nbytes for name, nbytes in ITEMSIZE.items()} | {"F4": 4}
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor as the header of its file declares it; the declaration has been checked."""
+    """A tensor as the header of its file declares it, already checked."""
 
     key: str
-    """Its HuggingFace name."""
+    """HuggingFace name."""
     dtype: str
-    """Its safetensors dtype name."""
+    """Name of the safetensors dtype."""
     shape: Shape
-    """Its shape as declared: F4 counts values here, of which torch packs two into one element."""
+    """Shape as declared. For F4 it counts values; torch packs two of them into one element."""
     start: int
-    """Offset of its first byte, from the start of the file."""
+    """Offset of the first byte, in bytes from the start of the file."""
     nbytes: int
-    """Size of its data."""
+    """Size of the data in bytes."""
 
     @property
     def torch_shape(self) -> Shape:
-        """Its shape in elements of torch."""
+        """Shape in torch elements."""
         return (*self.shape[:-1], self.shape[-1] // 2) if self.dtype == "F4" else self.shape
 
 
 @dataclass(frozen=True, slots=True)
 class FileHeader:
-    """A checked header: its tensors tile the rest of the file."""
+    """A checked header; its tensors cover the rest of the file without gap or overlap."""
 
     nbytes: int
-    """Its size with the length field; the first tensor starts here."""
+    """Size of header and length field in bytes; the first tensor starts here."""
     tensors: Mapping[str, StoredTensor]
-    """By key, in the order of their bytes."""
+    """Tensors by key, in the order of their data."""
     metadata: Mapping[str, str]
-    """`__metadata__`; empty where there is none."""
+    """The `__metadata__` entry; empty if the header has none."""
 
 
 def header_nbytes(start: bytes, *, file_nbytes: int, path: str) -> int:
-    """Return how many bytes of a file its header takes, length field included.
+    """Return the size of a file's header in bytes, including the length field.
 
-    Call this before reading the header: it says how much memory that needs.
+    Call this before you read the header, to know how much memory that needs.
 
     Args:
-        start: The first 8 bytes of the file, or all of them.
+        start: The first 8 bytes of the file; fewer only if the file is shorter.
         file_nbytes: Size of the file.
-        path: The file, for the error.
+        path: The file, for error messages.
 
     Raises:
-        CorruptCheckpointError: If the file cannot hold such a header, or readers refuse its size.
+        CorruptCheckpointError: If the file is too short for the header that it declares, or the
+            header is larger than readers accept.
     """
     if len(start) < LENGTH_NBYTES:
         _refuse(path, "a file is too short for a safetensors header", f"{file_nbytes} bytes")
@@ -102,12 +104,12 @@ def parse_header(header: bytes, *, file_nbytes: int, path: str) -> FileHeader:
     """Parse and check the header of a safetensors file.
 
     Args:
-        header: As many first bytes of the file as `header_nbytes` says.
+        header: The first bytes of the file, as many as `header_nbytes` returned.
         file_nbytes: Size of the file.
-        path: The file, for the error.
+        path: The file, for error messages.
 
     Raises:
-        CorruptCheckpointError: If it is no header, or does not tile the rest of the file.
+        CorruptCheckpointError: If the header is invalid, or its tensors leave a gap or overlap.
 
     Source:
         safetensors README, "Format", and `Metadata::validate` in its reader.
@@ -118,7 +120,9 @@ def parse_header(header: bytes, *, file_nbytes: int, path: str) -> FileHeader:
     entries = parse_json(body, path=path)
     metadata = entries.pop(_METADATA, {})
     if not isinstance(metadata, dict) or not all(map(is_text, metadata.values())):
-        _refuse(path, "the metadata of a safetensors header is not text by name", key=_METADATA)
+        _refuse(
+            path, "the metadata of a safetensors header does not map names to text", key=_METADATA
+        )
     tensors = [_tensor(key, entry, len(header), path) for key, entry in entries.items()]
     tensors.sort(key=lambda tensor: (tensor.start, tensor.nbytes))
     _check_tiling(tensors, len(header), file_nbytes, path)
@@ -127,23 +131,34 @@ def parse_header(header: bytes, *, file_nbytes: int, path: str) -> FileHeader:
 
 def _tensor(key: str, entry: Any, data_start: int, path: str) -> StoredTensor:
     if not key or not is_text(key):
-        _refuse(path, "a tensor has no name that can be used", shortened(key))
+        _refuse(path, "a tensor has no usable name", shortened(key))
     if not isinstance(entry, dict) or entry.keys() != _FIELDS:
         names = sorted(entry) if isinstance(entry, dict) else entry
-        _refuse(path, "a tensor is not declared as readers expect", shortened(names), key=key)
+        _refuse(
+            path,
+            "a tensor has other fields than readers expect",
+            shortened(names),
+            key=key,
+            expected=shortened(sorted(_FIELDS)),
+        )
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _BITS:
         _refuse(path, "a tensor has an unknown dtype", shortened(dtype), key=key)
     if not _are_counts(shape, _MAX_DIMS):
-        _refuse(path, "the shape of a tensor is not a list of extents", shortened(shape), key=key)
+        _refuse(path, "the shape of a tensor is not a list of sizes", shortened(shape), key=key)
     if not _are_counts(offsets, 2) or len(offsets) != 2:  # noqa: PLR2004 - start and stop
-        _refuse(path, "the offsets of a tensor are not two counts", shortened(offsets), key=key)
+        _refuse(
+            path,
+            "the data_offsets of a tensor are not two byte offsets",
+            shortened(offsets),
+            key=key,
+        )
     start, stop = offsets
     nbytes = _nbytes(dtype, shape, key, path)
     if stop - start != nbytes:
         _refuse(
             path,
-            "a tensor takes another number of bytes than its shape and dtype say",
+            "the data_offsets of a tensor do not match its shape and dtype",
             f"offsets {start} to {stop}",
             key=key,
             expected=f"{nbytes} bytes for {dtype} of shape {shape}",
@@ -158,9 +173,9 @@ def _are_counts(value: object, at_most: int) -> bool:
 def _nbytes(dtype: str, shape: list[int], key: str, path: str) -> int:
     bits = math.prod(shape) * _BITS[dtype]
     if bits >= _MAX_NBYTES or (0 in shape and math.prod(n for n in shape if n) >= _MAX_NBYTES):
-        _refuse(path, "a tensor has more elements than can be counted", f"shape {shape}", key=key)
+        _refuse(path, "a tensor has too many elements", f"shape {shape}", key=key)
     if dtype == "F4" and (not shape or shape[-1] % 2):
-        _refuse(path, "a tensor ends within a byte", f"{dtype} of shape {shape}", key=key)
+        _refuse(path, "a tensor ends in the middle of a byte", f"{dtype} of shape {shape}", key=key)
     return bits // 8
 
 
@@ -176,7 +191,7 @@ def _check_tiling(
                 f"tensors {what} in the data of a safetensors file",
                 f"a tensor at byte {tensor.start}",
                 key=tensor.key,
-                expected=f"one at byte {reached}",
+                expected=f"a tensor at byte {reached}",
             )
         reached += tensor.nbytes
     if reached != file_nbytes:

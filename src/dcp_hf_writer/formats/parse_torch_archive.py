@@ -1,7 +1,7 @@
-"""Where the data of a tensor lies in the archive that `torch.save` wrote for it.
+"""Find the data of a tensor in the archive that `torch.save` wrote for it.
 
-So that it can be read straight into its place: `torch.load` makes a tensor of fresh memory first,
-and reads the whole of it for a part.
+A load can then read any part of the data straight into its target. `torch.load` cannot: it reads
+the whole tensor into fresh memory first.
 """
 
 from __future__ import annotations
@@ -17,51 +17,50 @@ import torch
 from dcp_hf_writer.errors import CorruptCheckpointError
 from dcp_hf_writer.formats.parse_dcp_metadata import DTYPES
 from dcp_hf_writer.formats.restricted_unpickle import Admitted, Constant, Function, unpickle
+from dcp_hf_writer.formats.strict_json import are_counts
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from dcp_hf_writer.tensors.boxes import Shape
 
-Reader = "Callable[[int, int], bytes]"
-
 _END_NBYTES = 22
-"""Size of the record that ends an archive without a comment."""
+"""Size in bytes of the record that ends an archive; the record has no comment."""
 
-# All that is looked at of an archive is small; who claims otherwise is not believed.
+# Everything read from an archive here is small. This limits the memory for a hostile one.
 _MAX_NBYTES = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
 class ArchivedTensor:
-    """A tensor within an archive."""
+    """Where the data of a tensor is in its archive, and how it is laid out."""
 
     start: int
-    """Offset of its first element, in bytes from the first one of the archive."""
+    """Offset of the first element, in bytes from the start of the archive."""
     dtype: torch.dtype
     shape: Shape
     strides: Shape
-    """In elements, as it was stored: not always row-major."""
+    """Strides of the stored data, in elements; not always row-major."""
 
 
 class UnusualArchiveError(Exception):
-    """An archive that may well be right, but holds something else than one plain tensor."""
+    """A possibly valid archive that this parser does not support; `torch.load` may read it."""
 
 
 def find_tensor(read: Callable[[int, int], bytes], nbytes: int, *, path: str) -> ArchivedTensor:
     """Find the tensor in an archive.
 
     Args:
-        read: Returns so many bytes of the archive, given the first one and their number.
-        nbytes: Size of the archive.
-        path: Its file, for errors.
+        read: Returns bytes of the archive, given the offset of the first one and their count.
+        nbytes: Size of the archive in bytes.
+        path: The file, for error messages.
 
     Raises:
-        UnusualArchiveError: If only `torch.load` can tell what the archive holds.
-        CorruptCheckpointError: If it is no archive, or one that contradicts itself.
+        UnusualArchiveError: If the archive holds anything else than one plain, uncompressed tensor.
+        CorruptCheckpointError: If `torch.save` did not write it, or it contradicts itself.
 
     Source:
-        torch.serialization, `_save`; APPNOTE.TXT of zip, 4.3.7, for the local header.
+        torch.serialization, `_save`; for the local header, APPNOTE.TXT of zip, 4.3.7.
     """
     records = _directory(read, nbytes, path)
     pickles = [name for name in records if name.endswith("data.pkl")]
@@ -78,21 +77,25 @@ def find_tensor(read: Callable[[int, int], bytes], nbytes: int, *, path: str) ->
     if record.file_size != found.storage.nbytes:
         _refuse(
             path,
-            "holds another number of bytes than its tensor has",
+            "has a storage of the wrong size for its tensor",
             expected=f"{found.storage.nbytes} bytes",
             found=f"{record.file_size} bytes",
         )
     start = _data_start(read, record, nbytes, path)
     last = found.first + sum((n - 1) * s for n, s in zip(found.shape, found.strides, strict=True))
     if 0 not in found.shape and (last + 1) * found.dtype.itemsize > record.file_size:
-        _refuse(path, "ends before its tensor does", found=f"shape {list(found.shape)}")
+        _refuse(
+            path,
+            "has a storage that ends before its tensor does",
+            found=f"shape {list(found.shape)}",
+        )
     return ArchivedTensor(
         start + found.first * found.dtype.itemsize, found.dtype, found.shape, found.strides
     )
 
 
 class _View(io.RawIOBase):
-    """An archive as the file that `zipfile` wants."""
+    """Presents an archive to `zipfile` as a seekable file."""
 
     def __init__(self, read: Callable[[int, int], bytes], nbytes: int) -> None:
         self._read, self._nbytes, self._at = read, nbytes, 0
@@ -109,7 +112,7 @@ class _View(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._nbytes}[whence]
         if base + offset < 0:
-            raise OSError("a place before the start")
+            raise OSError("seek to before the start of the archive")
         self._at = base + offset
         return self._at
 
@@ -117,7 +120,7 @@ class _View(io.RawIOBase):
         left = max(0, self._nbytes - self._at)
         count = left if size is None or size < 0 else min(size, left)
         if count > _MAX_NBYTES:
-            raise zipfile.BadZipFile("a directory that is too large")
+            raise zipfile.BadZipFile("a zip directory that is too large")
         data = self._read(self._at, count)
         self._at += count
         return data
@@ -132,31 +135,33 @@ def _directory(
     except (zipfile.BadZipFile, NotImplementedError, ValueError, OverflowError, struct.error) as e:
         found = str(e)
     else:
-        # zipfile looks past what stands before and after an archive; torch leaves nothing there.
+        # zipfile ignores bytes before and after an archive; torch writes none there.
         end = read(nbytes - _END_NBYTES, _END_NBYTES)
         if (
             end.startswith(b"PK\x05\x06")
             and min((e.header_offset for e in entries), default=1) == 0
         ):
             return {entry.filename: entry for entry in entries}
-        found = "other bytes around it"
-    return _refuse(path, "is none of torch.save", found=found)
+        found = "other bytes before or after the archive"
+    return _refuse(path, "was not written by torch.save", found=found)
 
 
 def _data_start(
     read: Callable[[int, int], bytes], record: zipfile.ZipInfo, nbytes: int, path: str
 ) -> int:
-    """Return where the bytes of a record begin, which the directory does not say."""
+    """Return the offset of a record's data; only its local header tells it, not the directory."""
     if record.compress_type != zipfile.ZIP_STORED or record.flag_bits & 1:
-        raise UnusualArchiveError("compressed or encrypted")
+        raise UnusualArchiveError("a compressed or encrypted record")
     header_nbytes = 30
     if record.header_offset + header_nbytes > nbytes:
-        _refuse(path, "has a record beyond its end", found=record.header_offset)
+        _refuse(path, "has a record beyond its end", found=f"offset {record.header_offset}")
     header = read(record.header_offset, header_nbytes)
     mark, name_nbytes, extra_nbytes = struct.unpack("<4s22xHH", header)
     start: int = record.header_offset + header_nbytes + name_nbytes + extra_nbytes
     if mark != b"PK\x03\x04" or start + record.file_size > nbytes:
-        _refuse(path, "has no record where it says", found=f"{record.filename!r} at {start}")
+        _refuse(
+            path, "has no record where its directory says", found=f"{record.filename!r} at {start}"
+        )
     return start
 
 
@@ -171,7 +176,7 @@ def _content(
 @dataclass(frozen=True, slots=True)
 class _Storage:
     dtype: torch.dtype | None
-    """`None` for bytes without a dtype of their own."""
+    """`None` for an untyped storage."""
     key: str
     numel: int
 
@@ -193,7 +198,7 @@ def _describe(pickled: bytes, path: str) -> _Described:
     try:
         found = unpickle(pickled, _ADMITTED, path=path, persistent=_storage)
     except CorruptCheckpointError as error:
-        # torch's own loader for weights knows more classes of tensors, and runs nothing either.
+        # torch.load(weights_only=True) supports more classes of tensors, and runs no code either.
         raise UnusualArchiveError(str(error)) from error
     if not isinstance(found, _Described):
         raise UnusualArchiveError(type(found).__name__)
@@ -208,14 +213,10 @@ class _StorageKind:
 def _storage(value: Any) -> _Storage:
     word, kind, key, location, numel = value
     if word != "storage" or not isinstance(kind, _StorageKind) or type(location) is not str:
-        raise ValueError("a persistent id of another kind")
-    if type(key) is not str or not _are_counts((numel,)):
+        raise ValueError("a persistent id that is not a storage")
+    if type(key) is not str or not are_counts((numel,)):
         raise ValueError("a storage without a name or a size")
     return _Storage(kind.dtype, key, numel)
-
-
-def _are_counts(values: Any) -> bool:
-    return type(values) is tuple and all(type(n) is int and 0 <= n < 1 << 63 for n in values)
 
 
 def _rebuild(storage: Any, first: Any, shape: Any, strides: Any, *rest: Any) -> _Described:
@@ -231,11 +232,11 @@ def _described(storage: Any, dtype: Any, where: tuple[Any, Any, Any], rest: Any)
     first, shape, strides = where
     if not isinstance(storage, _Storage) or not isinstance(dtype, torch.dtype):
         raise TypeError("a tensor without a storage or a dtype")
-    if not _are_counts((first,)) or not _are_counts(shape) or not _are_counts(strides):
-        raise ValueError("a tensor of a shape that cannot be")
+    if not are_counts((first,)) or not are_counts(shape) or not are_counts(strides):
+        raise ValueError("a tensor with an invalid offset, shape or strides")
     requires_grad_and_hooks = 2
     if len(shape) != len(strides) or len(rest) != requires_grad_and_hooks or 0 in strides:
-        # Such as a conjugated tensor, whose bits are not its values.
+        # For example a conjugated tensor: its stored data differs from its values.
         raise ValueError("a tensor that is not plain")
     return _Described(storage, first, shape, strides, dtype)
 

@@ -1,9 +1,9 @@
-"""Quantised checkpoints of the hub, seen as the tensors that they stand for.
+"""Present the quantised checkpoints of the hub as the unquantised tensors that they encode.
 
-Pure: no I/O. Two forms are known, by the names and dtypes of the stored tensors:
+Pure: no I/O. This module recognises two forms by the names and dtypes of the stored tensors:
 
-- fp8: `X.weight` of a one-byte float, `X.weight_scale_inv` with one scale a block;
-- mxfp4: `P_blocks` and `P_scales`, which stand for `P`, transposed.
+- fp8: `X.weight` holds one-byte floats, and `X.weight_scale_inv` or `X.scale` one scale per block;
+- mxfp4: `P_blocks` and `P_scales` together encode `P`, with its last two dimensions swapped.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
 Headers = Mapping[str, tuple[str, Shape]]
-"""Name of each stored tensor -> its safetensors dtype and its shape."""
+"""Safetensors dtype and shape of each stored tensor, by name."""
 
 DEFAULT_BLOCK = (128, 128)
-"""What deepseek_v3 uses, and transformers assumes where the config says nothing."""
+"""Block size of deepseek_v3, and the default of transformers if the config gives none."""
 
 _METHODS = ("fp8", "mxfp8", "mxfp4")
 _FP8 = frozenset({"F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ"})
 _PACKED = frozenset({"I8", "U8", "F4"})
 _SCALES = frozenset({"F32", "F16", "BF16", "F8_E8M0", "U8"})
-# As a config names them; what is stored so needs nothing undone.
+# Dtypes by their name in a config. Tensors stored in one of them are not quantised.
 _PLAIN = {str(dtype).removeprefix("torch."): NAME_BY_TORCH[dtype] for dtype in CASTABLE}
 # Experts, rows, groups, bytes of a group.
 _MX_NDIM = 4
@@ -43,21 +43,21 @@ def logical_tensors(
     *,
     wanted: Collection[str] | None = None,
 ) -> dict[str, Stored]:
-    """Return what the tensors of a directory stand for.
+    """Return the logical tensors of a directory.
 
     Args:
-        headers: What is stored.
-        config: The model's `config.json`, if there is one.
-        wanted: Names that the load asks for. A quantised tensor whose scales are among them is
-            left as it is stored, for a model that computes with it. `None`: none is.
+        headers: The stored tensors.
+        config: The model's `config.json`, or `None` if there is none.
+        wanted: Names to load. If they include the scales of a quantised tensor, that tensor stays
+            as stored, because the model computes with its codes. `None` keeps no tensor as stored.
 
     Returns:
-        By name: quantised tensors under the name that they have in the unquantised model, without
-        their scales; all others as they are stored.
+        Logical tensors by name. A quantised tensor has its name in the unquantised model, and its
+        scales are left out. All other tensors are as stored.
 
     Raises:
-        PlanningError: If the checkpoint is quantised in a way that is not known here.
-        CorruptCheckpointError: If scales are missing or do not fit, or the config is no config.
+        PlanningError: If the checkpoint is quantised in a form that this module does not support.
+        CorruptCheckpointError: If scales are missing or do not fit, or the config is invalid.
     """
     asked = frozenset(wanted or ())
     quantization = _quantization(config)
@@ -83,17 +83,17 @@ def logical_tensors(
 
 @dataclass(frozen=True, slots=True)
 class _Group:
-    """A quantised tensor, found by one of its stored tensors."""
+    """A quantised tensor, and the stored tensors that encode it."""
 
     name: str
     tensor: Stored
     hidden: tuple[str, ...]
-    """Stored tensors that are no tensors of the unquantised model."""
+    """Stored tensors that the logical tensor replaces."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Rules:
-    """What decides which stored tensors belong together."""
+    """Rules that decide which stored tensors belong together."""
 
     headers: Headers
     asked: frozenset[str]
@@ -102,7 +102,7 @@ class _Rules:
     dtype: str
 
     def group(self, key: str) -> _Group | None:
-        """Return the quantised tensor whose codes are under `key`, if they are codes."""
+        """Return the quantised tensor with its codes at `key`; `None` to keep `key` as stored."""
         dtype, _ = self.headers[key]
         if dtype == "U8" and key.endswith("_blocks"):
             return self._packed(key.removesuffix("_blocks"))
@@ -122,10 +122,10 @@ class _Rules:
         shape, (dtype, scale_shape) = self.headers[key][1], self.headers[scale_key]
         if dtype not in _SCALES or len(shape) < len(DEFAULT_BLOCK):
             raise PlanningError(
-                "fp8 weight in a form that is not known",
+                "an fp8 weight has an unsupported form",
                 phase="plan",
                 key=key,
-                expected=f"two dimensions or more, scales of dtype {', '.join(sorted(_SCALES))}",
+                expected=f"two or more dimensions, scales of dtype {', '.join(sorted(_SCALES))}",
                 found=f"shape {list(shape)}, scales of dtype {dtype}",
             )
         block = _block_of(key, shape, scale_shape, self.block)
@@ -145,12 +145,12 @@ class _Rules:
                 "mxfp4 scales are missing or do not fit their blocks",
                 phase="plan",
                 key=scales,
-                expected=f"U8 of shape {list(shape[:3])} for blocks (experts, rows, groups, 16)",
+                expected=f"U8 of shape {list(shape[:3])}, for blocks (experts, rows, groups, 16)",
                 found=f"{dtype} of shape {list(scale_shape)}" if dtype else "nothing",
             )
         if name in self.headers:
             raise CorruptCheckpointError(
-                "tensor is stored both quantised and as it is",
+                "a tensor is stored twice, quantised and unquantised",
                 phase="plan",
                 key=name,
                 found=f"{name}, {blocks}, {scales}",
@@ -177,12 +177,12 @@ class _Rules:
             return
         kind = PlanningError if others else CorruptCheckpointError
         raise kind(
-            "fp8 weight without scales of a known form",
+            "an fp8 weight has no scales in a supported form",
             phase="plan",
             key=key,
             expected=f"{key}_scale_inv",
             found=", ".join(others) or "nothing",
-            hint="without its scale the values of this weight are unknown",
+            hint="restore or convert the scales; without them its values are unknown",
         )
 
     def _refuse_packed(self, key: str) -> None:
@@ -190,22 +190,23 @@ class _Rules:
         if scale_key is None or scale_key in self.asked:
             return
         raise PlanningError(
-            "weight with scales is not stored as fp8",
+            "a weight with fp8 scales is not stored as fp8",
             phase="plan",
             key=key,
             expected=f"one of {', '.join(sorted(_FP8))}",
             found=self.headers[key][0],
-            hint="packed fp4 is known as mxfp4 with _blocks and _scales only",
+            hint="packed fp4 is supported only as mxfp4, stored as _blocks and _scales",
         )
 
 
 def _block_of(
     key: str, shape: Shape, scale_shape: Shape, block: tuple[int, int] | None
 ) -> tuple[int, int]:
-    """Return rows and columns of a block.
+    """Return the rows and columns of a block.
 
-    The config's, if the scales are as many as that makes; else, as transformers does, what the
-    scales divide the weight into, if they do so evenly: a checkpoint may mix block sizes.
+    If the scales fit the block size of the config, use that size. Otherwise derive the size from
+    the scales, if they divide the weight evenly. A checkpoint may mix block sizes, and transformers
+    does the same.
     """
     rows, columns = shape[-2:]
     if whole(scale_shape).numel == 1:
@@ -219,34 +220,34 @@ def _block_of(
     ):
         return rows // scale_shape[-2], columns // scale_shape[-1]
     raise CorruptCheckpointError(
-        "scales of an fp8 weight do not fit it",
+        "the scales of an fp8 weight do not fit the weight",
         phase="plan",
         key=key,
-        expected=f"one per block of {list(block or shape[-2:])} in {list(shape)}",
-        found=f"shape {list(scale_shape)}",
+        expected=f"one scale per block of {list(block or shape[-2:])} in {list(shape)}",
+        found=f"scales of shape {list(scale_shape)}",
     )
 
 
 def _places(config: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
-    """Return the config and that of its text model, where multimodal models say it."""
+    """Return the config, and the `text_config` in which multimodal models nest some settings."""
     return [one for one in (config, (config or {}).get("text_config")) if isinstance(one, Mapping)]
 
 
 def _quantization(config: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """Return the quantisation that a config declares, for the whole or for its text model."""
+    """Return the first `quantization_config`, of the whole model or of its text model."""
     for place in _places(config):
         found = place.get("quantization_config")
         if isinstance(found, Mapping):
             return found
         if found is not None:
             raise CorruptCheckpointError(
-                "quantization_config of the config is no mapping", found=repr(found)[:200]
+                "quantization_config of the config is not a mapping", found=repr(found)[:200]
             )
     return None
 
 
 def _block(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the declared block; `None` if it is declared that there is none."""
+    """Return the declared block size, or the default; `None` if it is declared as null."""
     value = quantization.get("weight_block_size", DEFAULT_BLOCK)
     if value is None:
         return None
@@ -257,14 +258,14 @@ def _block(quantization: Mapping[str, Any]) -> tuple[int, int] | None:
     ):
         return value[0], value[1]
     raise CorruptCheckpointError(
-        "weight_block_size of the config is no pair of sizes",
+        "weight_block_size of the config is not a pair of sizes",
         expected="two positive integers",
         found=repr(value)[:200],
     )
 
 
 def _compute_dtype(config: Mapping[str, Any] | None) -> str:
-    """Return the dtype that the config gives for the unquantised model; bf16 if none."""
+    """Return the dtype of the unquantised model as the config gives it; BF16 if it does not."""
     for place in _places(config):
         for name in ("dtype", "torch_dtype"):
             value = place.get(name)
@@ -274,13 +275,13 @@ def _compute_dtype(config: Mapping[str, Any] | None) -> str:
 
 
 def _refuse_method(headers: Headers, method: object, *, wanted: Collection[str] | None) -> None:
-    """Let a method that is not known pass where nothing needs to be undone."""
+    """Refuse an unsupported method, unless the load needs nothing dequantised."""
     asked = frozenset(wanted or ())
     plain = {key for key, (dtype, _) in headers.items() if dtype in _PLAIN.values()}
     if wanted is not None and (asked >= headers.keys() or asked <= plain):
         return
     raise PlanningError(
-        "checkpoint is quantised by a method that cannot be undone on load",
+        "the checkpoint is quantised by an unsupported method",
         phase="plan",
         expected=f"quant_method {', '.join(_METHODS)}",
         found=repr(method)[:200],

@@ -1,7 +1,7 @@
-"""What a tensor of a HuggingFace directory is made of: itself, or codes and scales.
+"""Logical tensors of a HuggingFace directory: each is one stored tensor, or codes and scales.
 
-Pure: no I/O. A logical tensor says which boxes of which stored tensors a box of it needs, and turns
-them into its values.
+Pure: no I/O. A logical tensor tells which boxes of which stored tensors to read for a box of its
+own, and computes the values of its box from them.
 """
 
 from __future__ import annotations
@@ -25,42 +25,42 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Stored:
-    """A logical tensor of a HuggingFace directory; this class: stored as it is."""
+    """A logical tensor that is stored unchanged; the base class of the quantised forms."""
 
     shape: Shape
-    """Its shape."""
+    """Shape of the logical tensor."""
     dtype: str
-    """Its safetensors dtype; of a quantised one, what the model computes in."""
+    """Its safetensors dtype; for a quantised tensor, the dtype that the model computes in."""
     keys: tuple[str, ...]
-    """The stored tensors that it is made of."""
+    """Keys of the stored tensors that it is made of."""
 
     @property
     def is_plain(self) -> bool:
-        """Whether its bytes are those of its one stored tensor."""
+        """Whether the tensor is stored unchanged, as one stored tensor."""
         return True
 
     @property
     def dims_in_file(self) -> tuple[int, ...]:
-        """Its dimensions in the order of the file, outermost first.
+        """Dimensions in the order of the file, outermost first.
 
-        Parts that are cut along the first ones are long runs of the file.
+        A part cut along the first of them is one long run of bytes in the file.
         """
         return tuple(range(len(self.shape)))
 
     def raw_boxes(self, box: Box) -> dict[str, Box]:
-        """Return the boxes of the stored tensors that a box needs; none if it has no element."""
+        """Return, by key, the boxes to read for `box`; empty if `box` has no element."""
         return dict.fromkeys(self.keys, box) if box.numel else {}
 
     def dequantize(self, box: Box, raw: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        """Write the values of a box.
+        """Write the values of a box into `out`.
 
-        A value is computed in float32 and rounded once, to the dtype of `out`: give the target
-        itself, or memory of its dtype.
+        Each value is computed in float32 and rounded once, to the dtype of `out`. So pass the final
+        target, or memory of its dtype; otherwise the value is rounded twice.
 
         Args:
-            box: Part of the tensor; its borders may be anywhere.
-            raw: For each key of `raw_boxes(box)` that box, on the CPU, in the stored dtype.
-            out: Target of the shape of the box; any floating-point dtype, any strides.
+            box: Any part of the tensor; it need not align with blocks or groups.
+            raw: The data of each box in `raw_boxes(box)`, by key; on the CPU, in its stored dtype.
+            out: Target, with the shape of `box`; any floating-point dtype, any strides.
         """
         if box.numel:
             out.copy_(raw[self.keys[0]])
@@ -68,16 +68,16 @@ class Stored:
 
 @dataclass(frozen=True, slots=True)
 class BlockScaled(Stored):
-    """A float of one byte, multiplied by the scale of its block of the last two dimensions."""
+    """One-byte floats; each block of the last two dimensions has its own scale."""
 
     scale_shape: Shape
-    """Shape of the stored scales; one element: the scale of the whole tensor."""
+    """Shape of the stored scales; with one element, that scale holds for the whole tensor."""
     block: tuple[int, int]
-    """Rows and columns that share a scale; the last ones of a tensor may be fewer."""
+    """Rows and columns that share a scale; the last blocks of a tensor may be smaller."""
 
     @property
     def is_plain(self) -> bool:
-        """Whether its bytes are those of its one stored tensor."""
+        """Always False: reading it needs its scales."""
         return False
 
     @property
@@ -85,7 +85,7 @@ class BlockScaled(Stored):
         return whole(self.scale_shape).numel == 1
 
     def raw_boxes(self, box: Box) -> dict[str, Box]:
-        """Return the box itself of the weight, and the scales of all blocks that it touches."""
+        """Return `box` for the weight, and the box of the scales of all blocks that it touches."""
         if not box.numel:
             return {}
         weight, scales = self.keys
@@ -103,7 +103,7 @@ class BlockScaled(Stored):
         return {weight: box, scales: touched}
 
     def dequantize(self, box: Box, raw: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        """Write the values of a box; see `Stored.dequantize`."""
+        """Write the values of a box into `out`; see `Stored.dequantize`."""
         if not box.numel:
             return
         codes, scales = (raw[key] for key in self.keys)
@@ -115,20 +115,23 @@ class BlockScaled(Stored):
 
 @dataclass(frozen=True, slots=True)
 class PackedFp4(Stored):
-    """`(experts, columns, rows)` of bytes that hold two values, `(experts, rows, groups, 16)`."""
+    """mxfp4 values `(experts, columns, rows)`, stored as bytes `(experts, rows, groups, 16)`.
+
+    A byte holds two values.
+    """
 
     @property
     def dims_in_file(self) -> tuple[int, ...]:
-        """Its dimensions in the order of the file, outermost first."""
+        """Dimensions in the order of the file, outermost first."""
         return 0, 2, 1
 
     @property
     def is_plain(self) -> bool:
-        """Whether its bytes are those of its one stored tensor."""
+        """Always False: reading it needs its scales."""
         return False
 
     def raw_boxes(self, box: Box) -> dict[str, Box]:
-        """Return the whole groups that a box touches, and their scales."""
+        """Return the boxes of all groups that `box` touches, and of their scales."""
         if not box.numel:
             return {}
         blocks, scales = self.keys
@@ -141,7 +144,7 @@ class PackedFp4(Stored):
         }
 
     def dequantize(self, box: Box, raw: Mapping[str, torch.Tensor], out: torch.Tensor) -> None:
-        """Write the values of a box; see `Stored.dequantize`."""
+        """Write the values of a box into `out`; see `Stored.dequantize`."""
         if box.numel:
             blocks, scales = (raw[key] for key in self.keys)
             dequantize_mxfp4(blocks, scales, skip=box.offsets[1] % MX_GROUP, out=out)

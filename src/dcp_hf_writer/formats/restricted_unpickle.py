@@ -1,9 +1,10 @@
-"""A pickle interpreter that runs nothing: it builds plain values, and what the caller admits.
+"""A pickle interpreter that runs no foreign code: it builds plain values and admitted objects.
 
-Pure. Python's own unpickler calls whatever a stream names, reserves memory for whatever length a
-stream claims, and follows tuples of any depth in C when it hashes them. This one knows the opcodes
-that DCP's metadata and `torch.save` of a tensor consist of; everything else is refused. Nothing is
-imported: a name in the stream is looked up in a table.
+Pure. Python's own unpickler calls whatever function a stream names. It reserves memory for whatever
+length a stream claims, and when it hashes nested tuples, it recurses in C to any depth. This
+interpreter supports only the opcodes that occur in DCP's metadata and in `torch.save` of a tensor,
+and refuses all others. It imports nothing: it looks up each name of the stream in a table that the
+caller passes.
 """
 
 from __future__ import annotations
@@ -22,41 +23,41 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A value that a stream may name."""
+    """A value that a stream may refer to by name."""
 
     value: object
 
 
 @dataclass(frozen=True, slots=True)
 class Function:
-    """A function of ours that a stream may call, with whatever arguments it likes."""
+    """A function of this package that a stream may call, with any arguments."""
 
     call: Callable[..., Any]
-    """Refuses arguments by `TypeError` or `ValueError`."""
+    """Raises `TypeError` or `ValueError` to refuse its arguments."""
 
 
 @dataclass(frozen=True, slots=True)
 class Class:
-    """A class whose objects a stream may make."""
+    """A class that a stream may create objects of."""
 
     kind: type
-    """The class of what is made; its constructor is not called."""
+    """The class to create; its constructor is not called."""
     build: Callable[[Any, Any], object]
-    """Gives an object its state, once; refuses a state by `TypeError` or `ValueError`.
+    """Sets the state of an object, once; raises `TypeError` or `ValueError` to refuse it.
 
     Returns the values of fields that it does not know, or `None` if it knows all of them.
     """
     is_key: bool = False
-    """Whether it may be a key of a dict; it must hash fast then, whatever its state."""
+    """Whether objects may be dict keys; if so, they must hash fast, whatever their state."""
     has_state: bool = True
-    """Whether every object must be given a state."""
+    """Whether the stream must set a state on every object."""
 
 
 Admitted = Constant | Function | Class
 
 
 class _RefusedError(Exception):
-    """What is wrong with a stream."""
+    """The stream is refused; the text says what is wrong with it."""
 
 
 def unpickle(
@@ -67,24 +68,24 @@ def unpickle(
     persistent: Callable[[Any], Any] | None = None,
     unknown: list[Any] | None = None,
 ) -> Any:
-    """Interpret a pickle.
+    """Build the value that a pickle describes, without running foreign code.
 
     Args:
-        data: The stream; memory and time are bounded by its length.
-        admitted: What it may name, by module and name.
-        path: Where it comes from, for errors.
+        data: The stream. Its length bounds memory and time.
+        admitted: The globals that the stream may use, by module and name.
+        path: The file, for error messages.
         persistent: Resolves persistent ids; `None` refuses them.
         unknown: Receives what the `build` functions return, except `None`.
 
     Returns:
-        What the stream describes: `None`, bool, int, float, str, bytes, list, tuple, dict, objects
-        of admitted classes, and what admitted functions return. A list or dict in an object's state
-        may have changed after `build` saw it, and values may be nested as deep as the stream is
-        long: so look at all of it, and do not walk it by recursion.
+        The value: `None`, bool, int, float, str, bytes, list, tuple, dict, an object of an admitted
+        class, or the result of an admitted function. Check the whole value, and do not walk it by
+        recursion: a list or dict in an object's state may have changed after `build` saw it, and
+        values may be nested as deeply as the stream is long.
 
     Raises:
-        CorruptCheckpointError: If it does not end, or says anything that is not admitted; the
-            error names what.
+        CorruptCheckpointError: If the stream is truncated, or contains anything that is not
+            admitted; the error names it.
     """
     try:
         machine = _Machine(data, admitted, persistent)
@@ -92,7 +93,7 @@ def unpickle(
     except _RefusedError as error:
         problem: object = error
     except (LookupError, struct.error, UnicodeDecodeError):
-        problem = "a stream that is cut off, or none"
+        problem = "a truncated stream, or data that is not a pickle"
     except (TypeError, ValueError, AttributeError) as error:
         problem = f"values that do not fit: {str(error)[:200]}"
     else:
@@ -100,11 +101,11 @@ def unpickle(
             unknown.extend(machine.unknown)
         return found
     raise CorruptCheckpointError(
-        "a pickle says what it may not say",
+        "a pickle contains something that is not allowed",
         phase="read",
         path=path,
         found=problem,
-        hint="nothing of it was run; only who trusts its writer should load it by other means",
+        hint="nothing in it was run; load it by other means only if you trust who wrote it",
     )
 
 
@@ -116,12 +117,12 @@ _TUPLE1, _TUPLE2 = (_CODES[n] for n in ("TUPLE1", "TUPLE2"))
 _NEWOBJ, _BUILD, _REDUCE = (_CODES[n] for n in ("NEWOBJ", "BUILD", "REDUCE"))
 _SETITEMS, _BININT2 = (_CODES[n] for n in ("SETITEMS", "BININT2"))
 
-# No size or offset of a checkpoint needs more.
+# Limit of one integer, in bytes; no size or offset in a checkpoint needs more.
 _MAX_INT_NBYTES = 16
 
 
 class _Machine:
-    """A stack, the stacks below open marks, and a memo, as pickle has them; one a stream."""
+    """The machine of one stream: a stack, the stacks below open marks, and a memo, as in pickle."""
 
     def __init__(
         self,
@@ -143,10 +144,10 @@ class _Machine:
         self._key_kinds = {str, int} | {k for k, one in self._class_of.items() if one.is_key}
 
     def run(self) -> Any:  # noqa: C901, PLR0912, PLR0915 - see below
-        """Interpret up to the end of the stream."""
+        """Interpret the stream up to its end."""
         data, memo, stack, at = self.data, self.memo, self.stack, 0
-        # A call per opcode would double the time, and the metadata of a large job has 10^8 of them:
-        # the frequent ones stand here, in order of how often they come.
+        # A call per opcode would double the time, and the metadata of a large job has 10^8 opcodes.
+        # So the frequent opcodes are inlined here, the most frequent first.
         while True:
             code = data[at]
             at += 1
@@ -197,14 +198,14 @@ class _Machine:
                 handler(self)
                 stack, at = self.stack, self.at
         if len(stack) != 1 or self.marks:
-            raise _RefusedError("a stream that ends in the middle")
+            raise _RefusedError("a stream that ends too early")
         if self.unbuilt:
             kind = type(next(iter(self.unbuilt.values())))
             raise _RefusedError(f"a {kind.__name__} without a state")
         return stack[0]
 
     def take(self, count: int) -> bytes:
-        """Return the next bytes of the stream."""
+        """Return the next `count` bytes of the stream."""
         stop = self.at + count
         if stop > len(self.data):
             raise _RefusedError("a length beyond the end of the stream")
@@ -213,11 +214,11 @@ class _Machine:
         return found
 
     def skip(self, count: int) -> None:
-        """Pass over bytes that say nothing: protocol and framing."""
+        """Skip bytes without meaning here: protocol and framing."""
         self.at += count
 
     def number(self, nbytes: int) -> int:
-        """Return the next bytes as an unsigned integer."""
+        """Return the next `nbytes` bytes as an unsigned integer."""
         return int.from_bytes(self.take(nbytes), "little")
 
     def line(self) -> str:
@@ -228,29 +229,29 @@ class _Machine:
         return text
 
     def since_mark(self) -> list[Any]:
-        """Take what stands above the last mark, and the mark."""
+        """Take everything above the last mark off the stack, and the mark itself."""
         values = self.stack
         self.stack = self.marks.pop()
         return values
 
     def top(self, kind: type) -> Any:
-        """Return what stands on top, which must be of a kind."""
+        """Return the top of the stack, which must be of type `kind`."""
         found = self.stack[-1]
         if type(found) is not kind:
             raise _RefusedError(f"a {type(found).__name__} where a {kind.__name__} belongs")
         return found
 
     def look_up(self, module: object, name: object) -> Any:
-        """Return what a stream names."""
+        """Return the admitted entry for a global that the stream names."""
         if type(module) is not str or type(name) is not str:
-            raise _RefusedError("a global whose name is no text")
+            raise _RefusedError("a global whose name is not text")
         found = self._admitted.get((module, name))
         if found is None:
             raise _RefusedError(f"the global {shortened(f'{module}.{name}')}")
         return found.value if isinstance(found, Constant) else found
 
     def build(self, target: Any, state: Any) -> None:
-        """Give an object its state."""
+        """Set the state of an object."""
         made = self._class_of.get(type(target))
         if made is None:
             raise _RefusedError(f"a state for a {type(target).__name__}")
@@ -260,15 +261,15 @@ class _Machine:
         self.unbuilt.pop(id(target), None)
 
     def set_items(self, values: list[Any]) -> None:
-        """Set entries of the dict on top; `values` are keys and values in turn."""
+        """Set entries of the dict on top of the stack; `values` alternates keys and values."""
         target, keys = self.top(dict), values[::2]
-        # A tuple of tuples could take for ever to hash, or overflow C's stack.
+        # Hashing nested tuples could take forever, or overflow the C stack.
         if not self._key_kinds.issuperset(map(type, keys)) or len(values) % 2:
-            raise _RefusedError("a key that is none")
+            raise _RefusedError("a dict key that is not allowed, or one without a value")
         target.update(zip(keys, values[1::2], strict=True))
 
     def resolve(self, value: object) -> Any:
-        """Return what a persistent id stands for."""
+        """Return the value that a persistent id stands for."""
         if self._persistent is None:
             raise _RefusedError("a persistent id")
         return self._persistent(value)
@@ -284,7 +285,7 @@ def _call(machine: _Machine) -> None:
 def _make(machine: _Machine) -> None:
     arguments, made = machine.stack.pop(), machine.stack.pop()
     if not isinstance(made, Class) or type(arguments) is not tuple or arguments:
-        raise _RefusedError(f"an object of a {type(made).__name__}")
+        raise _RefusedError(f"an object made from a {type(made).__name__}")
     found: Any = object.__new__(made.kind)
     if made.has_state:
         machine.unbuilt[id(found)] = found

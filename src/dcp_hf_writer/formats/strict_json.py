@@ -1,4 +1,4 @@
-"""JSON from storage, read so that nothing in it is guessed, dropped or run."""
+"""Parse JSON from untrusted storage, without guessing or dropping anything."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from dcp_hf_writer.errors import CorruptCheckpointError
 def parse_json(data: bytes, *, path: str) -> Any:
     """Parse a JSON document of a checkpoint.
 
-    Unlike `json.loads`: UTF-8 only, no name twice in an object, no NaN or Infinity.
+    Stricter than `json.loads`: it refuses text that is not UTF-8, a name that occurs twice in an
+    object, NaN and Infinity.
 
     Args:
-        data: The whole document; the caller bounds its size.
-        path: File that it comes from, for the error.
+        data: The whole document; the caller limits its size.
+        path: The file, for error messages.
 
     Raises:
-        CorruptCheckpointError: If it is no such document.
+        CorruptCheckpointError: If `data` is not such a document.
     """
     try:
         return json.loads(
@@ -27,18 +28,18 @@ def parse_json(data: bytes, *, path: str) -> Any:
     except _DocumentError as error:
         found: object = error
     except UnicodeDecodeError as error:
-        found = f"a byte at {error.start} that is not UTF-8"
+        found = f"bytes at offset {error.start} that are not UTF-8"
     except RecursionError:
-        found = "values nested too deep"
+        found = "values that are nested too deep"
     except ValueError as error:
-        # Of the decoder: also a number of thousands of digits.
+        # The decoder raises this, also for a number of thousands of digits.
         found = error
-    msg = "a JSON document of the checkpoint cannot be read"
+    msg = "a JSON file of the checkpoint cannot be read"
     raise CorruptCheckpointError(msg, phase="read", path=path, found=found)
 
 
 class _DocumentError(ValueError):
-    """What the JSON decoder itself would accept."""
+    """Input that `json.loads` accepts and this module refuses."""
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -58,13 +59,13 @@ def _refuse_constant(name: str) -> NoReturn:
     raise _DocumentError(msg)
 
 
-# What is found in a hostile file goes into an error: enough to recognise it, no more.
+# An error may show a value from a hostile file: enough to recognise the value, not more.
 _SHOWN_CHARS = 80
 _SHOWN_ENTRIES = 8
 
 
 def shortened(value: object) -> str:
-    """Return the `repr` of a value from storage, cut to a length that fits in a message."""
+    """Return a value from storage as ASCII text, cut to a length that fits in an error message."""
     if isinstance(value, (list, dict)) and len(value) > _SHOWN_ENTRIES:
         return f"a {type(value).__name__} of {len(value)} entries"
     if isinstance(value, int) and not isinstance(value, bool) and value.bit_length() > _SHOWN_CHARS:
@@ -76,12 +77,17 @@ def shortened(value: object) -> str:
 
 
 def is_count(value: object, *, below: int = 1 << 63) -> bool:
-    """Whether a value from JSON is an integer from 0 to `below`, exclusive; bools are none."""
+    """Whether a value from JSON is an integer with `0 <= value < below`; a bool is not."""
     return type(value) is int and 0 <= value < below
 
 
+def are_counts(values: object) -> bool:
+    """Whether a value is a tuple of counts; see `is_count`."""
+    return type(values) is tuple and all(map(is_count, values))
+
+
 def is_text(value: object) -> bool:
-    """Whether a value from JSON is text that can be encoded: JSON may spell half a character."""
+    """Whether a value from JSON is text that UTF-8 can encode; a lone surrogate is not."""
     if not isinstance(value, str):
         return False
     try:

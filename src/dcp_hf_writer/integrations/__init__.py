@@ -1,4 +1,4 @@
-"""Specs and options asked of libraries that define or train models.
+"""Derive specs and export options from libraries that define or train models.
 
-A library is imported only when it is asked for.
+A function that needs a library imports it when it is called.
 """

@@ -1,7 +1,7 @@
-"""Exports of trainers that bring their own `StateDictAdapter`, as torchtitan does.
+"""Export options for trainers that have a `StateDictAdapter`, such as torchtitan.
 
-Nothing of torchtitan is imported: its protocol is `to_hf(state_dict) -> dict`, and where the files
-of the base model are, `hf_assets_path` and `fqn_to_index_mapping`.
+This module does not import torchtitan. It uses the attributes of the adapter: `to_hf(state_dict)
+-> dict`, and `hf_assets_path` and `fqn_to_index_mapping`, which locate the files of the base model.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer.errors import ConfigError
-from dcp_hf_writer.integrations.unsharded_twin import listed
+from dcp_hf_writer.integrations.unsharded_meta_model import listed
 from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.mapping.specs_from_function import derive
+from dcp_hf_writer.torch_seam.dtensor import local_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 def export_options(
     adapter: Any, state_dict: Mapping[str, Any], options: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the options of the `HFExport` of an adapter; see `HFExport.from_state_dict_adapter`.
+    """Return the `HFExport` options for an adapter; see `HFExport.from_state_dict_adapter`.
 
     Raises:
-        ConfigError: If `adapter` is none, or the state dict holds no tensors.
-        SpecError: If the adapter computes anything.
+        ConfigError: If `adapter` has no `to_hf`, or the state dict holds no tensors.
+        SpecError: If the adapter does more than rearrange and cast tensors.
     """
     if not callable(getattr(adapter, "to_hf", None)):
         raise ConfigError(
-            "the layout can be asked of a state-dict adapter only",
+            "adapter must be a state-dict adapter",
             expected="an object with to_hf(state_dict), such as torchtitan's StateDictAdapter",
             found=type(adapter).__name__,
         )
@@ -42,14 +42,15 @@ def export_options(
         raise ConfigError(
             "the state dict holds no tensors",
             expected="the model's state dict, {FQN: tensor}",
-            found=", ".join(map(repr, list(state_dict)[:5])) or "an empty one",
+            found=", ".join(map(repr, list(state_dict)[:5])) or "an empty state dict",
         )
     derived = derive(adapter.to_hf, tensors)
     specs = derived.specs | _aliases(derived.specs, tensors)
     _warn_of_gaps(specs, derived.hf.keys(), getattr(adapter, "fqn_to_index_mapping", None) or {})
     return {
         "specs": specs,
-        # In the order of the adapter; which tensors share storage is nothing that files need.
+        # One group per key, in the order of the adapter: tensors that share storage may go to
+        # different files.
         "groups": tuple((key,) for key in derived.hf),
         "expect_keys": frozenset(derived.hf),
         **_files(adapter, options),
@@ -60,7 +61,11 @@ def export_options(
 def _warn_of_gaps(
     specs: Mapping[str, LoadSpec], keys: Collection[str], expected: Iterable[str]
 ) -> None:
-    """Say what an adapter leaves out: buffers may be meant, experts under a new name are not."""
+    """Warn about tensors that the adapter leaves out.
+
+    An adapter may leave out buffers on purpose. If it leaves out a weight, for example because the
+    model renamed its experts, that is a mistake.
+    """
     left = [name for name, spec in specs.items() if not spec.hf_keys]
     lacking = [key for key in expected if key not in keys]
     for names, why in (
@@ -74,7 +79,7 @@ def _warn_of_gaps(
 def _aliases(
     specs: Mapping[str, LoadSpec], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, LoadSpec]:
-    """Return specs of the tensors that are left out because they are tied to one that is not."""
+    """Return alias specs of left-out tensors that share memory with an exported tensor."""
     kept: dict[object, str] = {}
     for name, spec in specs.items():
         if len(spec.hf_keys) == 1 and (memory := _memory(tensors[name])) is not None:
@@ -88,19 +93,19 @@ def _aliases(
 
 
 def _memory(tensor: torch.Tensor) -> tuple[object, ...] | None:
-    """Return what tied tensors have in common; `None` for one without memory here."""
-    local = tensor._local_tensor if isinstance(tensor, DTensor) else tensor  # noqa: SLF001 - no wait
+    """Return a value that only tied tensors share; `None` for a tensor without memory here."""
+    local = local_of(tensor)
     if local.is_meta or not local.numel():
         return None
     return local.device, local.data_ptr(), tuple(local.shape), tuple(tensor.shape)
 
 
 def _files(adapter: Any, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Return where the files beside the weights come from, and which file holds which key."""
+    """Return the options that say where assets come from, and which file holds which key."""
     path = getattr(adapter, "hf_assets_path", None)
     if not path or "like" in options or "assets" in options or not Path(path).is_dir():
         return {}
-    # Set where the directory has an index.
+    # The adapter sets this mapping if the directory has an index.
     if getattr(adapter, "fqn_to_index_mapping", None):
         return {"like": path}
     return {"assets": (path,)}

@@ -1,4 +1,4 @@
-"""What a transformers model is called and shaped on the hub, asked of transformers itself."""
+"""Derive the hub layout of a transformers model: the names and shapes of its tensors there."""
 
 from __future__ import annotations
 
@@ -10,13 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from dcp_hf_writer.errors import ConfigError
-from dcp_hf_writer.integrations.base_check import compare, read_base, square_keys, turned_dims
+from dcp_hf_writer.integrations.compare_with_base_model import (
+    compare,
+    read_base,
+    square_keys,
+    turned_dims,
+)
 from dcp_hf_writer.integrations.transformers_conversions import (
     saved_tensors,
     take_conversions,
     transposed_at_load,
 )
-from dcp_hf_writer.integrations.unsharded_twin import (
+from dcp_hf_writer.integrations.unsharded_meta_model import (
     listed,
     parted_names,
     runtime_tensors,
@@ -32,7 +37,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Mapping
 
-    from dcp_hf_writer.integrations.base_check import BaseTensor, Differences
+    from dcp_hf_writer.integrations.compare_with_base_model import BaseTensor, Differences
     from dcp_hf_writer.mapping.specs_from_function import Derivation
 
 Orientation = Literal["model", "base"]
@@ -45,9 +50,12 @@ class ModelLayout:
     specs: dict[str, LoadSpec]
     """A spec for each tensor of the state dict, by FQN."""
     groups: tuple[tuple[str, ...], ...]
-    """See `HFExport.groups`: the order and the storage of what `save_pretrained` saves."""
+    """The keys that `save_pretrained` saves, in its order; keys with shared storage form a group.
+
+    See `HFExport.groups`.
+    """
     total_parameters: int
-    """Elements of all parameters, tied ones once."""
+    """Number of elements of all parameters; tied parameters count once."""
 
     @property
     def keys(self) -> frozenset[str]:
@@ -61,30 +69,35 @@ def specs_from_transformers(
     base: str | os.PathLike[str] | None = None,
     orientation: Orientation = "model",
 ) -> dict[str, LoadSpec]:
-    """Ask transformers how the tensors of a model are called and shaped on the hub.
+    """Derive the names and shapes that the tensors of a transformers model have on the hub.
 
-    No table is kept here: what `save_pretrained` does before it writes is done to tensors without
-    data, in an unsharded twin of the model. Local, without communication; every rank may call it.
+    This package keeps no table of models. `save_pretrained` converts tensors before it writes them;
+    the same conversion runs here, on tensors without data, for an unsharded twin of the model. The
+    function does not communicate, and every rank may call it.
 
     Args:
-        model: A transformers model, also one that is sharded by FSDP2, by transformers' own tensor
-            or expert parallelism, compiled, or within DistributedDataParallel.
+        model: A transformers model. It may be sharded by FSDP2 or by transformers' own tensor or
+            expert parallelism, compiled, or inside DistributedDataParallel.
         base: Local directory of the checkpoint that the model came from. Names, shapes and kinds
-            of dtype are compared with its headers.
-        orientation: `"base"` transposes what the base has transposed; needs `base`.
+            of dtype are compared with the headers of its files.
+        orientation: `"base"` transposes each tensor that is transposed in `base`, and needs `base`.
 
     Returns:
         A spec for each tensor of the state dict, by the FQN that `get_model_state_dict` gives it,
-        with global shapes. Tied names are `alias_of` the name that is kept.
+        with global shapes. The spec of a tied tensor that is not stored has `alias_of`, the key of
+        the tensor that is.
 
     Raises:
-        ConfigError: If `model` is no transformers model, or `base` no model directory.
-        SpecError: If the model is not what its config says, its layout cannot be had by copies, or
-            is not that of `base`: other names or shapes. What the model does not have (MTP layers),
-            a quantised base and a resized vocabulary are warnings.
+        ConfigError: If `model` is not a transformers model, `base` is not a model directory, or
+            `orientation` cannot be used.
+        CorruptCheckpointError: If a header in `base` is invalid.
+        SpecError: If the model does not have the tensors that its config says, if its layout is
+            more than copies of elements, or if `base` has other names or shapes. Tensors that the
+            model does not have (MTP layers), a quantised base and a resized vocabulary are
+            warnings.
 
     Source:
-        transformers, `revert_weight_conversion`, the one function that `save_pretrained` uses.
+        transformers, `revert_weight_conversion`, which `save_pretrained` uses for all conversions.
     """
     return layout_of(model, base=base, orientation=orientation).specs
 
@@ -92,7 +105,7 @@ def specs_from_transformers(
 def layout_of(
     model: Any, *, base: str | os.PathLike[str] | None, orientation: Orientation
 ) -> ModelLayout:
-    """Do as `specs_from_transformers`, and return order and size of the export too.
+    """Derive specs as `specs_from_transformers` does; also return the order and the size.
 
     Raises:
         ConfigError: As `specs_from_transformers`.
@@ -100,9 +113,9 @@ def layout_of(
     """
     if orientation not in ("model", "base") or (orientation == "base" and base is None):
         raise ConfigError(
-            "orientation must be a known one",
-            expected='"model", or "base" with base=',
-            found=repr(orientation),
+            'orientation must be "model" or "base"',
+            expected='"model", or "base" together with base=<directory>',
+            found=f"orientation={orientation!r}, base={base!r}",
         )
     model = unwrapped(model)
     tensors = runtime_tensors(model)
@@ -111,9 +124,9 @@ def layout_of(
     tied = tied_names(model, tensors)
     if parted := parted_names(model, tied):
         warnings.warn(
-            f"{listed(parted)} should be tied to another tensor and became one of their own; the "
-            "export leaves them out. Put tied modules into one fully_shard group, or untie them in "
-            "the config.",
+            f"{listed(parted)} should be tied to another tensor, but each is a parameter of its "
+            "own now; the export leaves them out. Put tied modules into one fully_shard group, or "
+            "untie them in the config.",
             stacklevel=4,
         )
     ignored = set(getattr(model, "_keys_to_ignore_on_save", None) or ())
@@ -126,7 +139,7 @@ def layout_of(
         found.check(str(base))
         if found.warnings:
             text = "".join(f"\n  - {line}" for line in found.warnings)
-            warnings.warn(f"the export of a model and its base {base}:{text}", stacklevel=4)
+            warnings.warn(f"notes on the export compared with its base {base}:{text}", stacklevel=4)
     return _finished(derived, twin, tensors, tied)
 
 
@@ -137,7 +150,7 @@ def export_options(
     orientation: Orientation,
     options: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """Return the options of the `HFExport` of a model; see `HFExport.from_transformers`.
+    """Return the `HFExport` options for a model; see `HFExport.from_transformers`.
 
     Raises:
         ConfigError: As `specs_from_transformers`.
@@ -161,7 +174,10 @@ def export_options(
 
 
 def _saved_as(tensors: dict[str, Any], twin: Any, base: Mapping[str, BaseTensor]) -> dict[str, Any]:
-    """Return what is saved of a state dict, with the dims that `base` has exchanged exchanged."""
+    """Return what `save_pretrained` saves of a state dict, by HuggingFace key.
+
+    If `base` holds tensors, give each tensor the orientation that it has there.
+    """
     saved = saved_tensors(twin, tensors)
     shapes = {key: tuple(one.shape) for key, one in saved.items()}
     dims = turned_dims(shapes, base, transposed_at_load(twin)) if base else {}
@@ -187,7 +203,7 @@ def _base_differences(
     square = square_keys(shapes, transposed_at_load(twin)) if orientation == "model" else []
     if not square:
         return found
-    line = f"square, so that shapes cannot tell whether transposed: {listed(square)}"
+    line = f"square, so shapes cannot show whether the base has them transposed: {listed(square)}"
     return replace(found, warnings=(*found.warnings, line))
 
 
@@ -221,7 +237,7 @@ def _finished(
 def _kept_in_fp32(
     model: Any, specs: Mapping[str, LoadSpec], dtype: torch.dtype | None
 ) -> tuple[str, ...]:
-    """Return patterns of the keys that transformers would load in float32 whatever is stored.
+    """Return patterns of the keys that transformers loads in float32, whatever dtype is stored.
 
     Source:
         transformers, `PreTrainedModel._get_dtype_plan`.

@@ -1,10 +1,11 @@
-"""What transformers converts between its runtime layout and that of the hub."""
+"""The conversions of transformers between its runtime layout and the layout of the hub."""
 
 from __future__ import annotations
 
 from typing import Any
 
-# Where transformers keeps the operations that only lay tensors out; others quantise.
+# The module of transformers whose operations only rearrange tensors. Those in its other modules
+# quantise.
 _LAYOUT_MODULE = "transformers.core_model_loading"
 
 
@@ -12,8 +13,8 @@ def saved_tensors(twin: Any, tensors: dict[str, Any]) -> dict[str, Any]:
     """Return what `save_pretrained` saves of a state dict, by HuggingFace key.
 
     Args:
-        twin: Unsharded model that says which conversions there are.
-        tensors: The state dict, without tied names; any objects that can do what tensors can.
+        twin: Unsharded model, which determines the conversions.
+        tensors: The state dict without tied names. Values may be real or symbolic tensors.
     """
     from transformers.core_model_loading import revert_weight_conversion  # noqa: PLC0415
 
@@ -22,11 +23,12 @@ def saved_tensors(twin: Any, tensors: dict[str, Any]) -> dict[str, Any]:
 
 
 def take_conversions(model: Any, twin: Any) -> None:
-    """Tell the twin which conversions to revert, as far as the model's own record can be used.
+    """Tell the twin which conversions to revert, from the model's own record if it can be used.
 
-    A model from `from_pretrained` records what it converted. Where that includes quantisation, or
-    nothing, since it was loaded from runtime names, the registry of transformers decides; it does
-    not know which prefixes the checkpoint had, so those are taken from the record.
+    A model from `from_pretrained` records its conversions. The record cannot be used if it includes
+    quantisation, or if it is empty because the checkpoint had runtime names. Then the registry of
+    transformers decides. The registry lists every prefix that a checkpoint may have, so only the
+    prefixes in the record are kept.
     """
     from transformers import conversion_mapping  # noqa: PLC0415
 
@@ -37,7 +39,7 @@ def take_conversions(model: Any, twin: Any) -> None:
         twin._weight_conversions = record  # noqa: SLF001 - read by revert_weight_conversion
         return
     registry = conversion_mapping.get_model_conversion_mapping(twin, add_legacy=False)
-    # The order of the names depends on this too: sorted, once a model was loaded.
+    # Set this even if it is empty: transformers then sorts the names, as for a loaded model.
     prefixes = {_named(one) for one in record if _is_prefix(one)}
     twin._weight_conversions = [  # noqa: SLF001
         one for one in registry if not _is_prefix(one) or _named(one) in prefixes
@@ -64,7 +66,7 @@ def _named(conversion: Any) -> tuple[str, str | None]:
 
 
 def transposed_at_load(twin: Any) -> dict[str, tuple[int, int]]:
-    """Return patterns of keys that transformers transposes at load if their shape asks for it."""
+    """Return the dims that transformers exchanges at load if shapes require it, by key pattern."""
     from transformers.conversion_mapping import get_model_conversion_mapping  # noqa: PLC0415
 
     found = {}

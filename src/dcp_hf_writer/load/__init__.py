@@ -1,4 +1,4 @@
 """Planned reads from either half of a checkpoint into tensors.
 
-Modules here write no file, and trust none that they read.
+Modules here write no files, and check every file that they read.
 """

@@ -1,4 +1,4 @@
-"""The DCP half as a source: where the bytes of each item are, and objects that are no tensors."""
+"""Read from the DCP half: find the bytes of each tensor, and read objects that are not tensors."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from dcp_hf_writer.formats.parse_torch_archive import (
     UnusualArchiveError,
     find_tensor,
 )
-from dcp_hf_writer.formats.stored_once_places import StoredOnce
 from dcp_hf_writer.formats.strict_json import shortened
+from dcp_hf_writer.formats.weights_once_places import StoredOnce
 from dcp_hf_writer.load.read_phase import is_direct
 from dcp_hf_writer.load.read_plan import Expected, Fetch, fetch_of_copy
 from dcp_hf_writer.tensors.boxes import Box
@@ -36,24 +36,25 @@ if TYPE_CHECKING:
     from dcp_hf_writer.storage.input_contract import InputFile
     from dcp_hf_writer.storage.open_inputs import OpenInputs
 
-# Heads of archives that one task of a thread reads.
+# Number of archives that one task of a thread looks at.
 _GROUP = 64
 
-# What torch writes around the data of a tensor fits into this on either side.
+# What torch writes before the data of a tensor fits into this many bytes, and so does what it
+# writes after the data.
 _END_NBYTES = 2048
 
-# What stands before the data of an archive is far less; more is not worth keeping.
+# Usually far fewer bytes precede the data of an archive. A longer prefix is not kept.
 _MAX_PREFIX_NBYTES = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A part of a stored tensor, and where it goes."""
+    """A part of a stored tensor, and the tensor to read it into."""
 
     item: ReadItem
-    """The part."""
+    """The part, as DCP's planner requests it."""
     target: torch.Tensor
-    """Of the part's shape; any dtype, device and strides."""
+    """Has the shape of the part; any dtype, device and strides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,26 +69,26 @@ class DCPSource:
     """The DCP half of one checkpoint; thread-safe."""
 
     def __init__(self, inputs: OpenInputs, metadata: Metadata) -> None:
-        """Read items of `metadata`, as `parse_metadata` returned it."""
+        """Read the items of `metadata`, which `parse_metadata` returned."""
         self._inputs = inputs
         self._metadata = metadata
         self._storage: Mapping[MetadataIndex, _StorageInfo | StoredOnce] = (
             metadata.storage_data or {}
         )
-        # Archives of equal tensors differ in their data alone: what stands before it, by size of
-        # the archive, dtype and shape.
+        # Archives of the same length, dtype and shape differ only in the data of the tensor. For
+        # each such kind: the bytes before the data, and where the data is.
         self._known: dict[tuple[int, torch.dtype, torch.Size], tuple[bytes, ArchivedTensor]] = {}
 
     def fetches(self, wanted: Sequence[Wanted]) -> tuple[list[Fetch], list[WholeRead]]:
-        """Find the bytes of parts of tensors.
+        """Find the bytes of parts of tensors; looks at the archive of each tensor.
 
         Returns:
-            What to fetch; a target's number is its place in `wanted`. And what must be loaded as a
-            whole.
+            What to fetch, and what `load_whole` must load. The number of a target is its index in
+            `wanted`.
 
         Raises:
-            CorruptCheckpointError: If the files are not what the metadata says.
-            ReadError: If one cannot be read.
+            CorruptCheckpointError: If a file contradicts the metadata.
+            ReadError: If a file cannot be read.
         """
         places = self._places(wanted)
         return self._fetches(wanted, self._find_all(places))
@@ -95,17 +96,19 @@ class DCPSource:
     def guessed_fetches(
         self, wanted: Sequence[Wanted]
     ) -> tuple[list[Fetch], list[WholeRead], list[Expected]]:
-        """Find the bytes of parts of tensors without looking at each archive.
+        """Find the bytes of parts of tensors, but look only at one archive of each kind.
 
-        Archives of equal tensors are alike but for their data, so one of each kind is looked at.
+        Archives of the same length, dtype and shape differ only in the data of the tensor. So all
+        archives of a kind are assumed to be like the one looked at. The caller must compare the
+        bytes before the data of each, and call `fetches` for those where these bytes differ.
 
         Returns:
-            As `fetches`, and what must stand before the data of each archive if that is so; its
-            number is the first place in `wanted` of what is wrong if it is not.
+            As `fetches`, and the bytes that must precede the data of each archive that was not
+            looked at. Their number is an index in `wanted` of an item of that archive.
 
         Raises:
-            CorruptCheckpointError: If the files are not what the metadata says.
-            ReadError: If one cannot be read.
+            CorruptCheckpointError: If a file contradicts the metadata.
+            ReadError: If a file cannot be read.
         """
         places = self._places(wanted)
         users = {one.item.storage_index: number for number, one in enumerate(wanted)}
@@ -151,7 +154,9 @@ class DCPSource:
         """Load a tensor whose archive is unusual, and copy the wanted part of it.
 
         Raises:
-            CorruptCheckpointError: If it holds anything but a tensor of the shape in the metadata.
+            CorruptCheckpointError: If the archive holds anything but a tensor of the shape in the
+                metadata.
+            ReadError: If the file cannot be read.
         """
         item, where = read.wanted.item, read.where
         with self._inputs.use(where.relative_path) as file:
@@ -162,7 +167,13 @@ class DCPSource:
                 _refuse(file.path, "an archive holds no tensor", item, found=str(error)[:200])
             chunk = self._chunk_sizes(item.storage_index)
             if not isinstance(tensor, torch.Tensor) or tensor.shape != chunk:
-                _refuse(file.path, "an archive holds another tensor", item, found=type(tensor))
+                _refuse(
+                    file.path,
+                    "an archive holds another tensor than the metadata says",
+                    item,
+                    expected=f"a tensor of shape {list(chunk)}",
+                    found=getattr(tensor, "shape", type(tensor)),
+                )
         for dim, (offset, length) in enumerate(
             zip(item.storage_offsets, item.lengths, strict=True)
         ):
@@ -172,12 +183,22 @@ class DCPSource:
     def read_objects(
         self, items: Sequence[ReadItem], *, allow_pickled_objects: bool
     ) -> list[io.BytesIO]:
-        """Return the bytes of objects, which torch's planners load with all of pickle.
+        """Read the bytes of objects that are not tensors.
+
+        torch's planners unpickle these bytes without any restriction, so they are checked here.
+
+        Args:
+            items: The objects to read.
+            allow_pickled_objects: Skip the check.
 
         Raises:
-            PickledObjectError: If loading one would call anything but what torch considers safe.
+            PickledObjectError: If loading an object would call anything that torch does not
+                consider safe.
+            CorruptCheckpointError: If a file contradicts the metadata.
+            ReadError: If a file cannot be read.
         """
-        # A page cache answers faster than a thread starts; a store far away does not.
+        # A read from the page cache takes less time than starting a thread. A read from a remote
+        # store takes more.
         far = not self._inputs.files.reads_ahead
         with ThreadPoolExecutor(self._inputs.files.readers if far else 1) as pool:
             each = pool.map(self._read_object, items) if far else map(self._read_object, items)
@@ -185,7 +206,8 @@ class DCPSource:
         if not allow_pickled_objects:
             safe: set[bytes] = set()
             for item, data in zip(items, found, strict=True):
-                # Of the options of an optimizer there is one for each parameter, mostly alike.
+                # An optimizer stores its options once per parameter. Most are equal: check each
+                # distinct one once.
                 if data not in safe:
                     _check_object(data, item, f"{self._inputs.files.path}/{self.file_of(item)}")
                     safe.add(data)
@@ -194,13 +216,13 @@ class DCPSource:
     def _read_object(self, item: ReadItem) -> bytes:
         where = self._where(item)
         if isinstance(where, StoredOnce):
-            _refuse(self._inputs.files.path, "an object is stored as a tensor", item)
+            _refuse(self._inputs.files.path, "the metadata stores an object as a tensor", item)
         with self._inputs.use(where.relative_path) as file:
             _check_place(file, where, item)
             return file.read(where.offset, where.length)
 
     def file_of(self, item: ReadItem) -> str:
-        """Return the file that an object is in."""
+        """Return the name of the file that holds an object; empty if it is stored as a tensor."""
         where = self._where(item)
         return "" if isinstance(where, StoredOnce) else where.relative_path
 
@@ -223,7 +245,7 @@ class DCPSource:
     def _find_all(
         self, places: Mapping[MetadataIndex, _StorageInfo]
     ) -> dict[MetadataIndex, ArchivedTensor | None]:
-        """Find the data in many archives; `None` for an unusual one."""
+        """Find where the data is in many archives; `None` for an unusual archive."""
         ordered = sorted(places.items(), key=lambda one: (one[1].relative_path, one[1].offset))
         groups = [ordered[i : i + _GROUP] for i in range(0, len(ordered), _GROUP)]
         readers = min(self._inputs.files.readers, len(groups))
@@ -264,7 +286,7 @@ class DCPSource:
     def _kind(
         self, index: MetadataIndex, where: _StorageInfo
     ) -> tuple[int, torch.dtype, torch.Size]:
-        """Return what archives that differ in their data alone have in common."""
+        """Return length, dtype and shape: archives that agree in these differ only in the data."""
         entry = self._metadata.state_dict_metadata[index.fqn]
         assert isinstance(entry, TensorStorageMetadata)
         return where.length, entry.properties.dtype, self._chunk_sizes(index)
@@ -272,7 +294,7 @@ class DCPSource:
     def _check(self, index: MetadataIndex, where: _StorageInfo) -> None:
         if where.transform_descriptors:
             raise CorruptCheckpointError(
-                "a tensor was stored through an extension of torch's writer",
+                "an extension of torch's writer has transformed the bytes of a tensor",
                 phase="read",
                 path=where.relative_path,
                 fqn=index.fqn,
@@ -302,7 +324,7 @@ class DCPSource:
 
 
 class _Ends:
-    """The first and last bytes of an archive, read at once: a store far away is asked twice."""
+    """The first and last bytes of an archive; each end is one request to a remote store."""
 
     def __init__(self, file: InputFile, where: _StorageInfo) -> None:
         self._file, self._where = file, where
@@ -311,7 +333,7 @@ class _Ends:
         self._tail = file.read(where.offset + self._tail_start, where.length - self._tail_start)
 
     def read(self, start: int, nbytes: int) -> bytes:
-        """Return bytes of the archive."""
+        """Return `nbytes` bytes of the archive from `start` on."""
         if start >= self._tail_start:
             first = start - self._tail_start
             return self._tail[first : first + nbytes]
@@ -343,7 +365,7 @@ def _check_place(file: InputFile, where: _StorageInfo, item: ReadItem | Metadata
     if where.offset + where.length > file.nbytes:
         _refuse(
             file.path,
-            "a file ends before an item that the metadata places in it",
+            "a file is too short for an item that the metadata places in it",
             item,
             expected=f"at least {where.offset + where.length} bytes",
             found=f"{file.nbytes} bytes",
@@ -357,30 +379,36 @@ def _check_parts(where: StoredOnce, chunk: torch.Size, item: ReadItem, path: str
         for loop in copy.loops:
             last[loop.dim] += (loop.extent - 1) * loop.step
         if len(last) != len(chunk) or any(i >= n for i, n in zip(last, chunk, strict=True)):
-            _refuse(path, "the metadata places elements outside their chunk", item, found=last)
+            _refuse(
+                path,
+                "the metadata places elements outside their chunk",
+                item,
+                expected=f"indices within a chunk of shape {list(chunk)}",
+                found=last,
+            )
     if sum(copy.numel for copy in copies) != math.prod(chunk):
-        _refuse(path, "the metadata does not place each element of a chunk", item)
+        _refuse(path, "the metadata does not say where each element of a chunk is stored", item)
 
 
 def _check_object(data: bytes, item: ReadItem, path: str) -> None:
     try:
         torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
-        # Whatever it is that torch does not accept: the planner would run it.
+        # torch raises errors of many types. Whatever it refuses here, the planner would run.
         raise PickledObjectError(
-            "an object in the checkpoint can be loaded only by running what it names",
+            "loading an object of the checkpoint would run code that the object names",
             phase="read",
             path=path,
             fqn=item.storage_index.fqn,
             expected="numbers, text, tensors, and containers of them",
             found=_named(data) or str(error)[:200],
-            hint="if you trust who wrote it: torch.serialization.add_safe_globals([...]), or "
-            "HFDualReader(..., allow_pickled_objects=True)",
+            hint="if you trust its author, call torch.serialization.add_safe_globals([...]), or "
+            "pass HFDualReader(..., allow_pickled_objects=True)",
         ) from error
 
 
 def _named(data: bytes) -> str:
-    """Return what an object names that torch does not consider safe; empty if that is not known."""
+    """Return the globals of an object that torch does not consider safe; empty if unknown."""
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
     except Exception:  # noqa: BLE001 - only the text of an error depends on it

@@ -1,4 +1,4 @@
-"""Load tensors that are computed from several stored ones: a part at a time, in several threads."""
+"""Dequantise stored tensors into their targets: one part at a time, in several threads."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ if TYPE_CHECKING:
     from dcp_hf_writer.storage.open_inputs import OpenInputs
     from dcp_hf_writer.tensors.strided_copies import Copy
 
-# Values that are computed at a time: a few times this many bytes are in memory per thread.
+# Elements that one thread computes at a time. They take a few times this many bytes of memory.
 _MAX_ELEMENTS = 1 << 20
 
 
 def run_dequantized(
     inputs: OpenInputs, directory: HFDirectory, wanted: Sequence[Dequantized]
 ) -> None:
-    """Compute elements into their targets.
+    """Dequantise elements and copy them into their targets.
 
     Args:
-        inputs: Files of the directory.
-        directory: Where the stored tensors are.
-        wanted: What to compute.
+        inputs: The files of the directory.
+        directory: Says where each stored tensor is.
+        wanted: The elements to compute, with their targets.
 
     Raises:
         ReadError: If a file cannot be read.
@@ -55,7 +55,7 @@ def run_dequantized(
 
 
 def _in_file_order(one: Dequantized) -> Copy:
-    """Return a copy with its loops as the codes lie in the file, so that its parts are runs."""
+    """Put the loops of a copy in the order of the codes in the file, so that parts are runs."""
     place = one.stored.dims_in_file.index
     loops = sorted(one.copy.loops, key=lambda loop: (place(loop.hf_dim), -loop.hf_step))
     return replace(one.copy, loops=tuple(loops))
@@ -74,7 +74,7 @@ def _compute(inputs: OpenInputs, directory: HFDirectory, one: Dequantized, part:
 
 
 def _bounds(copy: Copy) -> Box:
-    """Return the smallest box of the HuggingFace tensor around what a copy visits."""
+    """Return the smallest box of the HuggingFace tensor that holds all elements of a copy."""
     sizes = [1] * len(copy.hf_start)
     for loop in copy.loops:
         sizes[loop.hf_dim] += (loop.extent - 1) * loop.hf_step
@@ -82,7 +82,7 @@ def _bounds(copy: Copy) -> Box:
 
 
 def _within(copy: Copy, box: Box) -> Copy:
-    """Return a copy with its HuggingFace side counted from the start of a box."""
+    """Return a copy whose HuggingFace indices count from the start of a box."""
     start = tuple(i - o for i, o in zip(copy.hf_start, box.offsets, strict=True))
     return type(copy)(start, copy.start, copy.loops)
 

@@ -1,6 +1,6 @@
-"""A HuggingFace directory, ours or a hub's, as the tensors that it stands for.
+"""Open a HuggingFace directory, written by this package or downloaded from a hub.
 
-Opening one reads its index and the header of every file, checked, and no weights.
+Opening a directory reads and checks its index and the header of every file. It reads no weights.
 """
 
 from __future__ import annotations
@@ -42,37 +42,40 @@ _MAX_CONFIG_NBYTES = 16 << 20
 
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 
-# What torch's own writer puts into files that hold pieces of tensors.
+# The key that torch's HuggingFaceStorageWriter adds to the metadata of files that hold pieces of
+# tensors.
 _PIECES = "DCP_SHARDING_INFO"
 
 _MANY = 8
 """How many names an error lists."""
 
-# As many headers of local files are read before a thread has started to help.
+# Reading this many headers of local files takes less time than starting a thread.
 _FEW = 8
 
 
 @dataclass(frozen=True, slots=True)
 class HFDirectory:
-    """What a directory holds."""
+    """The checked headers, index and config of a directory."""
 
     headers: Mapping[str, FileHeader]
-    """Header of each file of weights, by name."""
+    """Header of each file of weights, by file name."""
     file_of_key: Mapping[str, str]
-    """Which of them holds a stored tensor."""
+    """Name of the file that holds a stored tensor, by key."""
     config: Mapping[str, Any] | None
     """The model's `config.json`; `None` without one."""
 
     def stored(self, key: str) -> StoredTensor:
-        """Return where a stored tensor is in its file."""
+        """Return the entry of a stored tensor in the header of its file."""
         return self.headers[self.file_of_key[key]].tensors[key]
 
     def logical(self, wanted: Collection[str] | None = None) -> dict[str, Stored]:
-        """Return the tensors that the stored ones stand for; see `logical_tensors`.
+        """Return the tensors as a model sees them, such as one weight for codes and scales.
+
+        See `logical_tensors`.
 
         Raises:
-            PlanningError: If the checkpoint is quantised in a way that is not known here.
-            CorruptCheckpointError: If scales are missing or do not fit.
+            PlanningError: If the checkpoint is quantised in a way that this package cannot read.
+            CorruptCheckpointError: If scales are missing, or do not fit their weights.
         """
         kinds = {}
         for key in self.file_of_key:
@@ -82,7 +85,7 @@ class HFDirectory:
 
 
 def is_hf_directory(names: Collection[str]) -> bool:
-    """Whether file names are those of a directory with weights."""
+    """Whether a directory with these file names holds safetensors weights."""
     return any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in names)
 
 
@@ -90,13 +93,13 @@ def open_hf_directory(inputs: OpenInputs, *, only: str | None = None) -> HFDirec
     """Open a directory with weights.
 
     Args:
-        inputs: Its files.
-        only: Take this file of weights, or this index, and no other.
+        inputs: The files of the directory.
+        only: Name of the one file of weights, or of the index, to use; `None` finds the files.
 
     Raises:
-        ReadError: If it has no weights, or they cannot be read.
+        ReadError: If it has no weights, or a file cannot be read.
         CorruptCheckpointError: If index and files contradict each other, or a header is damaged;
-            if weights are pieces of tensors; if it is not clear which files are the weights.
+            if files hold pieces of tensors; if it is not clear which files belong together.
     """
     names = inputs.files.names()
     index, files = _weights(names if only is None else [only], inputs.files.path)
@@ -123,7 +126,7 @@ def _headers(inputs: OpenInputs, files: Sequence[str]) -> dict[str, FileHeader]:
 
 
 def _weights(names: Sequence[str], path: str) -> tuple[str | None, list[str]]:
-    """Return the index, or the files of weights where there is none."""
+    """Return the name of the index and no files, or `None` and the files if there is no index."""
     indices = [name for name in names if name.endswith(INDEX_SUFFIX)]
     if INDEX_NAME in indices or len(indices) == 1:
         return (INDEX_NAME if INDEX_NAME in indices else indices[0]), []
@@ -132,7 +135,7 @@ def _weights(names: Sequence[str], path: str) -> tuple[str | None, list[str]]:
         return None, [SINGLE_NAME]
     if not files:
         raise ReadError(
-            "no weights in the safetensors format here",
+            "there are no weights in the safetensors format",
             phase="read",
             path=path,
             expected=f"{SINGLE_NAME}, or {INDEX_NAME} and the files that it names",
@@ -141,10 +144,10 @@ def _weights(names: Sequence[str], path: str) -> tuple[str | None, list[str]]:
     if len(files) > 1 and not _is_complete(files):
         _refuse(
             path,
-            "several files of weights, and nothing that says which belong together",
+            "there are several files of weights, and no index says which belong together",
             expected=INDEX_NAME,
             found=some_of(map(repr, files), most=_MANY),
-            hint="pass the path of the one file, or of an index, that is meant",
+            hint="pass the path of the file to load, or of an index",
         )
     return None, files
 
@@ -164,7 +167,13 @@ def _read_index(inputs: OpenInputs, name: str) -> dict[str, str]:
         _refuse(path, "an index names no tensors")
     for key, file in weight_map.items():
         if not file.endswith(SUFFIX):
-            _refuse(path, "an index names what is no file of weights", key=key, found=file)
+            _refuse(
+                path,
+                "an index names a file that is not a file of weights",
+                key=key,
+                expected=f"a name that ends in {SUFFIX}",
+                found=file,
+            )
     return weight_map
 
 
@@ -172,7 +181,7 @@ def parse_index(data: bytes, *, path: str) -> tuple[dict[str, Any], dict[str, st
     """Return the metadata of an index, and the file of each key.
 
     Raises:
-        CorruptCheckpointError: If it is no index, or names a file elsewhere.
+        CorruptCheckpointError: If the data is not an index, or names a file in another directory.
     """
     fields = parse_json(data, path=path)
     weight_map = fields.get("weight_map") if isinstance(fields, dict) else None
@@ -181,8 +190,8 @@ def parse_index(data: bytes, *, path: str) -> tuple[dict[str, Any], dict[str, st
     seen: set[str] = set()
     for key, name in weight_map.items():
         if not key or not is_text(key):
-            _refuse(path, "an index names a tensor without a usable name", found=shortened(key))
-        # Thousands of tensors lie in a few files.
+            _refuse(path, "an index has a key that cannot name a tensor", found=shortened(key))
+        # Thousands of tensors share a few files, so check each file name only once.
         if not isinstance(name, str) or (name not in seen and not _is_plain_name(name)):
             _refuse(
                 path,
@@ -215,10 +224,10 @@ def _check_single(files: Sequence[str], names: Sequence[str], path: str) -> None
     if SINGLE_NAME in names and SINGLE_NAME not in files:
         _refuse(
             path,
-            "two sets of weights lie here, of which one is left from another save",
+            "the directory holds two sets of weights; one of them is left from another save",
             expected=f"either {SINGLE_NAME} or {INDEX_NAME}",
             found="both",
-            hint="remove the old one, or pass the path of the file that is meant",
+            hint="remove the old set, or pass the path of the file or index to load",
         )
 
 
@@ -226,8 +235,8 @@ def read_header(file: InputFile) -> FileHeader:
     """Read and check the header of an open safetensors file.
 
     Raises:
-        CorruptCheckpointError: If it cannot be one.
-        ReadError: If the storage refuses.
+        CorruptCheckpointError: If the file has no valid header.
+        ReadError: If the file cannot be read.
     """
     start = file.read(0, min(LENGTH_NBYTES, file.nbytes))
     nbytes = header_nbytes(start, file_nbytes=file.nbytes, path=file.path)
@@ -240,7 +249,7 @@ def _whole_tensors(inputs: OpenInputs, name: str) -> FileHeader:
     if _PIECES in header.metadata:
         _refuse(
             file.path,
-            "a file holds pieces of tensors, as torch's HuggingFaceStorageWriter leaves them",
+            "a file holds pieces of tensors, as torch's HuggingFaceStorageWriter writes them",
             expected="whole tensors",
             found=_PIECES,
             hint="consolidate them with torch.distributed.checkpoint, or load them with "
@@ -257,13 +266,13 @@ def _files_of_keys(
         for key in header.tensors:
             if key in found and key not in indexed:
                 path = f"{inputs.files.path}/{name}"
-                _refuse(path, "two files hold one tensor", key=key, found=found[key])
+                _refuse(path, "another file holds the same tensor", key=key, found=found[key])
             found[key] = name
     lost = [key for key, name in indexed.items() if key not in headers[name].tensors]
     if lost:
         _refuse(
             f"{inputs.files.path}/{indexed[lost[0]]}",
-            "tensors are not in the files that the index names",
+            "tensors are missing from the files that the index names for them",
             key=lost[0],
             found=f"{len(lost)} missing: {some_of(map(shortened, lost), most=_MANY)}",
         )
@@ -276,7 +285,11 @@ def _read_config(inputs: OpenInputs, names: Collection[str]) -> Mapping[str, Any
     data = inputs.files.read_whole(CONFIG_NAME, max_nbytes=_MAX_CONFIG_NBYTES)
     found = parse_json(data, path=f"{inputs.files.path}/{CONFIG_NAME}")
     if not isinstance(found, dict):
-        _refuse(f"{inputs.files.path}/{CONFIG_NAME}", "a config is no object", found=type(found))
+        _refuse(
+            f"{inputs.files.path}/{CONFIG_NAME}",
+            "a config is not a JSON object",
+            found=type(found).__name__,
+        )
     return found
 
 

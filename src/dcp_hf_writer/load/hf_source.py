@@ -1,4 +1,4 @@
-"""The HuggingFace half as a source: which stored elements a box of a runtime tensor is made of."""
+"""Read from the HuggingFace half: find the stored elements for each box of a runtime tensor."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from dcp_hf_writer.errors import MismatchError
-from dcp_hf_writer.excerpts import some_of
+from dcp_hf_writer.excerpts import MOST_NAMES, some_of
 from dcp_hf_writer.formats.strict_json import shortened
 from dcp_hf_writer.load.read_phase import is_direct
 from dcp_hf_writer.load.read_plan import Fetch, fetch_of_box, fetch_of_copy
 from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.plan.layout import PartTarget
 from dcp_hf_writer.plan.regions import Region, TargetTable
-from dcp_hf_writer.plan.stored_once import is_whole
+from dcp_hf_writer.plan.weights_once import is_whole
 from dcp_hf_writer.tensors.dtypes import CASTABLE, TORCH_BY_NAME
 from dcp_hf_writer.tensors.strided_copies import covered, runtime_loops, strides_of
 
@@ -27,55 +27,52 @@ if TYPE_CHECKING:
     from dcp_hf_writer.tensors.boxes import Box, Shape
     from dcp_hf_writer.tensors.strided_copies import Copy
 
-_MANY = 20
-"""How many names of each kind an error lists."""
-
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """A box of a runtime tensor, and the tensor in memory that it goes to."""
+class WantedBlock:
+    """A box of a runtime tensor, and the tensor in memory to read it into."""
 
     name: str
     """Name of the runtime tensor within the model."""
     box: Box
-    """Part of it."""
+    """The part of the runtime tensor to load."""
     target: torch.Tensor
-    """Of the box's shape; any device and strides."""
+    """Has the shape of the box; any device and strides."""
 
 
 @dataclass(frozen=True, slots=True)
 class Dequantized:
-    """Elements that must be computed from several stored tensors."""
+    """Elements that must be computed from several stored tensors, such as codes and scales."""
 
     stored: Stored
-    """What they are elements of."""
+    """The quantised tensor that has the elements."""
     copy: Copy
-    """Which, and where they go."""
+    """The elements, and where each goes in `target`."""
     target: torch.Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class Jobs:
-    """What makes up some blocks."""
+    """The work that loads some blocks."""
 
     fetches: tuple[Fetch, ...]
-    """Stored elements; a target's number is the place of its block."""
+    """Elements to read as they are; the number of a target is the index of its block."""
     computed: tuple[Dequantized, ...]
-    """Elements that are no stored ones."""
+    """Elements to compute from stored ones."""
     padded: tuple[torch.Tensor, ...]
-    """Targets with elements that are padding; to be filled with zeros before all else."""
+    """Targets that contain padding; fill them with zeros before anything else."""
 
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """How a directory fits what is loaded from it; each as text, by name."""
+    """Differences between a checkpoint and the tensors to load; each text starts with a name."""
 
     missing: tuple[str, ...] = ()
-    """Runtime tensors for which the directory lacks something."""
+    """Runtime tensors that the checkpoint does not hold in full."""
     mismatched: tuple[str, ...] = ()
-    """Runtime tensors that are not what the directory holds."""
+    """Runtime tensors whose shape or dtype does not fit the stored tensors."""
     unexpected: tuple[str, ...] = ()
-    """Tensors of the directory that nobody asked for."""
+    """Stored tensors that no runtime tensor is loaded from."""
 
     def refuse(self, path: str, *, hint: str | None = None) -> None:
         """Raise one error that lists everything.
@@ -111,18 +108,19 @@ class HFSource:
         names: Collection[str],
         tied: Mapping[str, str],
     ) -> None:
-        """Look a directory at through specs.
+        """Map the stored tensors of a directory to runtime tensors.
 
         Args:
             directory: The directory.
-            specs: Specs by name; a tensor without one has its name as its key.
-            names: Names of the runtime tensors that are loaded, as far as they are known: a model
-                that holds scales itself takes its weights as they are stored.
-            tied: Keys that the directory leaves out, and the key that holds their bytes.
+            specs: Specs by name. A tensor without a spec is stored under its own name.
+            names: Names of the runtime tensors to load, as far as they are known. If a model has
+                tensors for the scales, its weights are loaded as stored, not dequantised.
+            tied: Keys that the directory leaves out because they are tied -> the key that holds
+                their bytes.
 
         Raises:
-            PlanningError: If the checkpoint is quantised in a way that is not known.
-            CorruptCheckpointError: If it is, and scales are missing.
+            PlanningError: If the checkpoint is quantised in a way that this package cannot read.
+            CorruptCheckpointError: If scales are missing, or do not fit their weights.
         """
         self.directory = directory
         self._tied = tied
@@ -132,20 +130,20 @@ class HFSource:
         self.specs = {name: self._as_stored(spec) for name, spec in specs.items()}
         self._own: dict[str, LoadSpec] = {}
         self._targets: dict[str, TargetTable] = {}
-        # Tensors of which keys hold an element twice, so that counting does not find what is none.
+        # Tensors whose keys store an element twice; counting elements cannot reveal their padding.
         self._repeated: set[str] = set()
         self._number_of_file = {name: i for i, name in enumerate(directory.headers)}
         self._files = list(directory.headers)
 
     def _as_stored(self, spec: LoadSpec) -> LoadSpec:
-        """Return a spec, or one without renaming for a directory that has the runtime's names."""
+        """Return the spec, or one that renames nothing if the directory uses the runtime name."""
         has_any = any(self._key(key) in self.stored for key in self._keys(spec))
         if has_any or spec.name not in self.stored or not spec.hf_keys:
             return spec
         return LoadSpec(spec.name, spec.name, spec.global_shape, shards=spec.shards)
 
     def names(self) -> list[str]:
-        """Return the runtime tensors that the directory holds all of."""
+        """Return the names of the runtime tensors that the directory holds in full."""
         taken = {key for spec in self.specs.values() for key in spec.hf_keys}
         found = [name for name in self.specs if not self.missing_keys(name)]
         found += [key for key in self.stored if key not in taken and key not in self.specs]
@@ -158,7 +156,10 @@ class HFSource:
         return found
 
     def spec(self, name: str) -> LoadSpec | None:
-        """Return the spec of a runtime tensor, or one that says it is stored under its name."""
+        """Return the spec of a runtime tensor; without one, a spec that changes nothing.
+
+        `None` if the tensor has no spec and is not stored.
+        """
         spec = self.specs.get(name) or self._own.get(name)
         stored = self.stored.get(self._key(name))
         if spec is None and stored is not None:
@@ -172,24 +173,24 @@ class HFSource:
         return [key for key in keys if self._key(key) not in self.stored]
 
     def keys_of(self, name: str) -> set[str]:
-        """Return the keys of the directory that a runtime tensor takes."""
+        """Return the keys of the directory that a runtime tensor is loaded from."""
         spec = self.specs.get(name)
         return {self._key(key) for key in ((name,) if spec is None else self._keys(spec))}
 
     def kind(self, name: str) -> tuple[Shape, torch.dtype]:
-        """Return shape and stored dtype of a tensor that is there; of a fused one the first's."""
+        """Return the shape of a stored runtime tensor, and the stored dtype of its first key."""
         own = self._unmapped(name)
         if own is not None:
             return own.shape, TORCH_BY_NAME[own.dtype]
         spec = self.specs[name]
         keys = [self._key(key) for key in self._keys(spec)]
-        # Of one without keys nothing is read, so nothing follows from its dtype.
+        # Nothing is read for a spec without keys, so its dtype does not matter.
         nothing = spec.dtype or torch.float32
         dtype = TORCH_BY_NAME[self.stored[keys[0]].dtype] if keys else nothing
         return spec.global_shape, dtype
 
     def _unmapped(self, name: str) -> Stored | None:
-        """Return what is stored of a runtime tensor that no spec maps; `None` for others."""
+        """Return the stored tensor of a runtime tensor without a spec; `None` for others."""
         return None if name in self.specs else self.stored.get(self._key(name))
 
     def fault(self, name: str, shape: Shape, dtype: torch.dtype) -> str | None:
@@ -206,15 +207,15 @@ class HFSource:
             stored = self.stored[self._key(self._alias(spec, part.key))]
             if stored.shape != part.shape:
                 return (
-                    f"key {shortened(part.key)} of shape {list(stored.shape)}, "
-                    f"where its spec says {list(part.shape)}"
+                    f"key {shortened(part.key)} has shape {list(stored.shape)}, "
+                    f"but its spec says {list(part.shape)}"
                 )
             if not can_cast(TORCH_BY_NAME[stored.dtype], dtype):
                 return f"{dtype}, stored as {TORCH_BY_NAME[stored.dtype]}"
         return None
 
-    def jobs(self, blocks: Sequence[Block]) -> Jobs:
-        """Find what makes up blocks."""
+    def jobs(self, blocks: Sequence[WantedBlock]) -> Jobs:
+        """Plan the work that loads blocks."""
         fetches: list[Fetch] = []
         computed: list[Dequantized] = []
         padded: list[torch.Tensor] = []
@@ -236,8 +237,8 @@ class HFSource:
                     computed.append(Dequantized(stored, region.copy, block.target))
         return Jobs(tuple(fetches), tuple(computed), tuple(padded))
 
-    def _fetch_box(self, own: Stored, number: int, block: Block) -> Fetch:
-        """Return what fetches a box of a tensor that is stored as it is."""
+    def _fetch_box(self, own: Stored, number: int, block: WantedBlock) -> Fetch:
+        """Return the fetch of a box of a tensor that is stored unchanged."""
         (key,) = own.keys
         file = self.directory.file_of_key[key]
         dtype = TORCH_BY_NAME[own.dtype]
@@ -288,7 +289,7 @@ class HFSource:
         return tuple(self._alias(spec, key) for key in spec.hf_keys)
 
     def _alias(self, spec: LoadSpec, key: str) -> str:
-        """Return the key that holds a tied tensor: its own, if that was stored nevertheless."""
+        """Return `key` if it is stored or not tied, else the key that it is tied to."""
         if spec.alias_of is None or key in self.stored:
             return key
         return spec.alias_of
@@ -298,7 +299,7 @@ class HFSource:
 
 
 def _has_repeats(targets: Sequence[PartTarget], shape: Shape) -> bool:
-    """Whether targets may hold an element of a runtime tensor twice, and others not at all."""
+    """Whether some element of a runtime tensor lies in `targets` twice."""
     copies = [copy for target in targets for copy in target.copies]
     if is_whole(copies, shape):
         return False
@@ -307,9 +308,9 @@ def _has_repeats(targets: Sequence[PartTarget], shape: Shape) -> bool:
 
 
 def can_cast(stored: torch.dtype, wanted: torch.dtype) -> bool:
-    """Whether a stored tensor may be loaded into one of another dtype: floats may, codes not."""
+    """Whether values of one dtype may be cast to another on load: floats may, codes may not."""
     return stored == wanted or {stored, wanted} <= CASTABLE
 
 
 def _some(names: Iterable[str]) -> str:
-    return some_of(sorted(names), most=_MANY, separator="; ")
+    return some_of(sorted(names), most=MOST_NAMES, separator="; ")

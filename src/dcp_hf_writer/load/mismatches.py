@@ -1,4 +1,4 @@
-"""Whether what a planner loads is in a checkpoint, and of the same shape: one answer for all of it.
+"""Find every tensor to load that the checkpoint lacks or holds in another shape.
 
 torch's planners stop at the first tensor that does not fit.
 """
@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch.distributed.checkpoint._traverse import traverse_state_dict_v_2_3
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from dcp_hf_writer.errors import PlanningError
-from dcp_hf_writer.mapping.flattening import fqn_of
+from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.tensors.boxes import Box, intersect
-from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
+from dcp_hf_writer.torch_seam.multi_block_tensors import blocked_tensors
+from dcp_hf_writer.torch_seam.names_before_torch_2_4 import names_before_2_4
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -23,29 +23,43 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
     from dcp_hf_writer.mapping.load_spec import LoadSpec
-    from dcp_hf_writer.torch_seam.blocked_tensors import BlockedTensor
+    from dcp_hf_writer.torch_seam.multi_block_tensors import BlockedTensor
 
 
-def loaded_values(planner: LoadPlanner | None) -> dict[str, Any]:
-    """Return what a planner loads, flat; empty if it does not show that."""
+def loaded_values(planner: LoadPlanner, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the flat state dict that a planner loads into.
+
+    If the planner does not show it, return the tensors of `given`, by FQN.
+    """
     flat = getattr(planner, "state_dict", None)
     if not isinstance(flat, dict):
-        return {}
+        return {fqn: tensor for fqn, (_, tensor) in flat_tensors(given).items()}
     blocked = getattr(planner, "_blocked", {})
     return {**flat, **blocked}
 
 
-def misfits(planner: LoadPlanner | None, metadata: Metadata) -> tuple[list[str], dict[str, str]]:
-    """Compare what a planner loads with what is there.
+def misfits(
+    planner: LoadPlanner, given: Mapping[str, Any], metadata: Metadata
+) -> tuple[list[str], dict[str, str]]:
+    """Compare the state dict of a planner with the metadata of a checkpoint.
+
+    Args:
+        planner: The planner.
+        given: The nested state dict that it was set up with.
+        metadata: Metadata of the checkpoint.
 
     Returns:
-        FQNs that are missing, unless the planner does without them; and why others do not fit, by
-        FQN.
+        The missing FQNs, and the reason why a tensor does not fit, by FQN. No FQN counts as missing
+        if the planner allows missing tensors. A planner that does not show its state dict may
+        rename tensors, so only that planner can find the missing ones.
     """
-    wanted, there = loaded_values(planner), metadata.state_dict_metadata
+    wanted, there = loaded_values(planner, given), metadata.state_dict_metadata
     missing = [fqn for fqn in wanted if fqn not in there]
+    is_shown = isinstance(getattr(planner, "state_dict", None), dict)
     if missing and (
-        getattr(planner, "allow_partial_load", False) or _has_old_names(planner, there)
+        not is_shown
+        or getattr(planner, "allow_partial_load", False)
+        or _has_old_names(planner, wanted, there)
     ):
         missing = []
     faults: dict[str, str] = {}
@@ -55,29 +69,28 @@ def misfits(planner: LoadPlanner | None, metadata: Metadata) -> tuple[list[str],
             continue
         size = getattr(value, "size", None)
         if size is None:
-            faults[fqn] = f"a {type(value).__name__}, stored as a tensor of {list(entry.size)}"
+            stored = f"a tensor of shape {list(entry.size)}"
+            faults[fqn] = f"a {type(value).__name__}, stored as {stored}"
         elif tuple(size()) != tuple(entry.size):
             faults[fqn] = f"shape {list(size())}, stored as {list(entry.size)}"
     return missing, faults
 
 
-def _has_old_names(planner: LoadPlanner | None, there: Iterable[str]) -> bool:
-    """Whether a checkpoint is of torch before 2.4, which torch's planner then finds out too."""
+def _has_old_names(planner: LoadPlanner, wanted: Mapping[str, Any], there: Iterable[str]) -> bool:
+    """Whether a checkpoint has the FQNs of torch before 2.4, which torch's planner accepts too."""
     nested = getattr(planner, "original_state_dict", None)
     if not isinstance(nested, dict):
         return False
-    names: set[str] = set()
-    traverse_state_dict_v_2_3(nested, lambda path, _: names.add(fqn_of(path)))
-    return bool(names.intersection(set(there) - loaded_values(planner).keys()))
+    return bool(names_before_2_4(nested).intersection(set(there) - wanted.keys()))
 
 
 def plans_alone(planner: LoadPlanner | None) -> bool:
-    """Whether what a rank reads is up to its own plan, as torch's planner has it."""
+    """Whether the local plan of each rank is final, as it is with torch's own planner."""
     return has_methods_of(DefaultLoadPlanner, planner, "create_global_plan", "finish_plan")
 
 
 def has_methods_of(kind: type, one: object, *names: str) -> bool:
-    """Whether neither a subclass nor the object itself has others of these methods."""
+    """Whether `one` has these methods of `kind`: neither a subclass nor `one` replaces them."""
     return all(
         getattr(getattr(one, name, None), "__func__", None) is getattr(kind, name) for name in names
     )
@@ -85,30 +98,42 @@ def has_methods_of(kind: type, one: object, *names: str) -> bool:
 
 def check_blocks(
     plan: LoadPlan,
-    planner: LoadPlanner | None,
+    planner: LoadPlanner,
+    given: Mapping[str, Any],
     specs: Mapping[str, LoadSpec],
     *,
     key: str | None,
 ) -> None:
-    """Check that tensors of several blocks are planned as such: torch's planner takes them for one.
+    """Check that a plan treats the blocks of a tensor one by one.
+
+    A rank may hold several blocks of a tensor. torch's planner plans them as one block.
+
+    Args:
+        plan: The plan that the planner made on this rank.
+        planner: The planner.
+        given: The nested state dict that it was set up with.
+        specs: Specs by name; they declare which tensors are shards.
+        key: Entry that holds the model, as in `HFDualReader`.
 
     Raises:
-        PlanningError: Naming the tensor, and the planner to use.
+        PlanningError: If the plan joins blocks; it names the tensor and the planner to use.
     """
     flat, mappings = getattr(planner, "state_dict", None), getattr(planner, "mappings", {})
     if not isinstance(flat, dict):
-        return
+        tensors = flat_tensors(given)
+        flat = {fqn: tensor for fqn, (_, tensor) in tensors.items()}
+        mappings = {fqn: path for fqn, (path, _) in tensors.items()}
     items: dict[str, list[ReadItem]] = {}
     for item in plan.items:
         items.setdefault(item.dest_index.fqn, []).append(item)
     for fqn, tensor in blocked_tensors(flat, mappings, specs, key=key).items():
         if not all(_is_of(item, tensor) for item in items.get(fqn, ())):
             raise PlanningError(
-                "a rank holds several blocks of a tensor, which its planner takes for one",
+                "a rank holds several blocks of a tensor, but its planner plans them as one",
                 phase="plan",
                 fqn=fqn,
                 expected=f"{len(tensor.blocks)} blocks of {list(tensor.shape)}",
-                found=f"one, by {type(planner).__name__}",
+                found=f"one block, planned by {type(planner).__name__}",
                 hint="pass planner=HFLoadPlanner(specs) to dcp.load, or use load_hf",
             )
 

@@ -1,6 +1,6 @@
-"""Run planned reads: several in flight, each straight into its tensors or through a reused buffer.
+"""Run planned reads in several threads, straight into tensors or through a reused buffer.
 
-System calls and copies run without the interpreter lock, so threads do them side by side.
+System calls and copies release the interpreter lock, so the threads run them in parallel.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ if TYPE_CHECKING:
     from dcp_hf_writer.load.read_plan import Read, Scatter
     from dcp_hf_writer.storage.input_contract import InputFiles
 
-# With room for the alignment of the parts of one read.
+# The extra bytes leave room to align the parts of one read.
 _BUFFER_NBYTES = BOUNCE_NBYTES + (128 << 10)
 _MAX_SPARE = 4
 
-# A kernel reads ahead of whoever reads on from where it stopped. So each thread reads on to the end
-# of its share, in an open file of its own. Measured from disk, two ranks and threads: in one share
-# each 0.35 s for 1 GiB, in shares of 64 MiB 0.45 s, of 32 MiB 0.52 s; threads that take turns with
-# reads of 8 MiB in one open file took twice as long, and three times the processor's time.
+# The kernel reads ahead in a file that is read in sequence. So each thread opens the file itself
+# and reads its whole share in sequence. Measured from disk with two ranks and two threads, 1 GiB:
+# 0.35 s with one share per thread, 0.45 s with shares of 64 MiB, 0.52 s with shares of 32 MiB.
+# Threads that took turns with reads of 8 MiB in one open file took twice as long, and three times
+# the processor time.
 _MIN_SHARE_NBYTES = 32 << 20
 
 _NO_MEMORY = torch.empty(0, dtype=torch.uint8, device="cpu")
 
-# Each part of the buffer starts at a multiple of this, so that it can be seen as any dtype.
+# Each part of the buffer starts at a multiple of this, so that it can be viewed as any dtype.
 _ALIGN = 64
 
 
 def is_direct(target: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether a tensor takes bytes of `dtype` as they are."""
+    """Whether stored elements of `dtype` can be read straight into the memory of a tensor."""
     return target.device.type == "cpu" and target.dtype == dtype and not target.is_conj()
 
 
@@ -49,20 +50,20 @@ def run_reads(
     *,
     readers: int | None = None,
 ) -> list[int]:
-    """Run reads to the end, or to the first error; no thread is left then.
+    """Run all reads, or stop at the first error. All threads have ended on return.
 
     Args:
         inputs: The files.
-        reads: As planned; in any order.
+        reads: The planned reads, in any order.
         targets: The tensors in memory, by number; on any device, with any strides.
-        readers: Reads in flight; `None` is what suits the storage.
+        readers: Number of reads in flight; `None` takes the number that suits the storage.
 
     Returns:
-        Numbers of what was to be compared and differs.
+        The number of each `Expected` whose bytes differ from the file.
 
     Raises:
         ReadError: If the storage refuses, or a file is shorter than planned.
-        CorruptCheckpointError: If a file's name leads elsewhere.
+        CorruptCheckpointError: If a file name leads out of the directory.
     """
     if not reads:
         return []
@@ -75,14 +76,14 @@ def run_reads(
     with ThreadPoolExecutor(helpers, thread_name_prefix="dcp-hf-read") as pool:
         working = [pool.submit(shared.work) for _ in range(helpers)]
         shared.work()
-    # What the first error stopped may have failed too, but has nothing to say.
+    # Several threads may have failed. One error is enough: the first `result` that fails raises.
     for future in working:
         future.result()
     return shared.landing.differing
 
 
 def _shares(reads: Sequence[Read], readers: int, files: InputFiles) -> Sequence[Sequence[Read]]:
-    """Divide reads among threads, each share in order."""
+    """Divide reads into shares, one thread for each; a share keeps the order of its reads."""
     if not files.reads_ahead:
         return [[read] for read in reads]
     nbytes = max(_MIN_SHARE_NBYTES, -(-sum(read.nbytes for read in reads) // readers))
@@ -98,7 +99,7 @@ def _shares(reads: Sequence[Read], readers: int, files: InputFiles) -> Sequence[
 
 
 class _Shared:
-    """What the threads of one load share."""
+    """The state that the threads of one load share."""
 
     def __init__(
         self,
@@ -114,7 +115,7 @@ class _Shared:
         self._is_stopped = False
 
     def work(self) -> None:
-        """Run reads until there are none, or one failed in some thread."""
+        """Run shares until none is left, or until a read fails in any thread."""
         buffer = self.landing.buffer()
         try:
             while not self._is_stopped:
@@ -146,21 +147,21 @@ class _Shared:
 
 
 class Landing:
-    """Where planned reads land: the tensors of a load, straight or through a buffer."""
+    """The memory that planned reads fill: the tensors of a load, directly or through a buffer."""
 
     def __init__(self, targets: Sequence[torch.Tensor]) -> None:
-        """Take tensors by number."""
+        """Fill `targets`; a read names a tensor by its index."""
         self._targets = [target.detach() for target in targets]
         self._is_pinned = any(target.is_cuda for target in self._targets)
         self.differing: list[int] = []
-        """Numbers of what was compared and differs."""
+        """The number of each `Expected` whose bytes differ from the file."""
 
     def buffer(self) -> Buffer:
         """Return a buffer for one read at a time."""
         return Buffer(is_pinned=self._is_pinned)
 
     def memory(self, read: Read, buffer: Buffer) -> list[memoryview]:
-        """Return the memory that takes the bytes of each part of a read."""
+        """Return the memory to read the bytes of each part of a read into."""
         found, used = [], 0
         bounced = sum(_aligned(part.nbytes) for part in read.parts if isinstance(part, Bounce))
         scratch = buffer.view(bounced) if bounced else memoryview(b"")
@@ -173,7 +174,7 @@ class Landing:
         return found
 
     def scatter(self, read: Read, buffer: Buffer) -> None:
-        """Compare what a read left in the buffer, and copy it to where it belongs."""
+        """Compare the bytes that a read put into the buffer, and copy them to their tensors."""
         used = 0
         for part in read.parts:
             if not isinstance(part, Bounce):
@@ -190,7 +191,7 @@ class Landing:
     def _copy(self, buffer: torch.Tensor, start: int, scatter: Scatter) -> None:
         target, dtype = self._targets[scatter.target], scatter.dtype
         if target.dtype == dtype and dtype.itemsize == 1:
-            # Not every dtype of one byte can be copied, but bytes can.
+            # torch cannot copy every dtype of one byte, so copy the bytes.
             target, dtype = target.view(torch.uint8), torch.uint8
         sizes = [extent for extent, _, _ in scatter.loops]
         strides = [stride for _, stride, _ in scatter.loops]
@@ -203,7 +204,7 @@ class Landing:
 
 
 class Buffer:
-    """The buffer of one thread; its memory is kept for the next load: fresh pages are dear."""
+    """The buffer of one thread; its memory is kept for the next load, as new pages are slow."""
 
     _spare: ClassVar[list[torch.Tensor]] = []
 
@@ -211,10 +212,10 @@ class Buffer:
         self._is_pinned = is_pinned
         self.tensor = _NO_MEMORY
         self.bytes = memoryview(b"")
-        """The same memory."""
+        """The memory of `tensor`."""
 
     def view(self, nbytes: int) -> memoryview:
-        """Return at least this much memory; what was in it before is lost."""
+        """Return memory of at least `nbytes`; its old content may be lost."""
         if self.tensor.numel() < nbytes:
             self.tensor = self._memory(max(nbytes, _BUFFER_NBYTES))
             self.bytes = self.tensor.numpy().data
@@ -241,7 +242,7 @@ def _aligned(nbytes: int) -> int:
 
 
 def _bytes_of(tensor: torch.Tensor, part: Direct) -> memoryview:
-    """Return the memory of a part of a tensor in host memory."""
+    """Return the memory of a part of a tensor; the tensor is in host memory."""
     first, itemsize = part.target_start // tensor.itemsize, tensor.itemsize
     flat = tensor.as_strided((part.nbytes // itemsize,), (1,), tensor.storage_offset() + first)
     found: memoryview = flat.view(torch.uint8).numpy().data

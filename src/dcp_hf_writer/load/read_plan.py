@@ -1,8 +1,8 @@
-"""Plan reads: elements of stored tensors that are wanted in memory -> few large reads, in order.
+"""Plan a few large reads, in order, for the stored elements that a load needs.
 
-Pure: no I/O. What is contiguous in the file and in memory goes from one to the other without a stop
-in between. The rest (casts, devices, short runs of a column shard) goes through a buffer: the span
-from its first to its last byte is read at once where the holes in it are small.
+Pure: no I/O. Bytes that are contiguous both in the file and in memory are read straight into
+memory. The rest (casts, other devices, short runs of a column shard) goes through a buffer. If the
+gaps between such runs are small, one read takes the span from the first to the last byte.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
     from dcp_hf_writer.tensors.strided_copies import Copy
 
 PIECE_NBYTES = 8 << 20
-"""One read takes at most about this much, so that several threads share a large tensor."""
+"""Approximate limit of one read. It lets several threads share a large tensor."""
 
 BOUNCE_NBYTES = 4 << 20
-"""At most this much of a read goes through the buffer; it fits a cache."""
+"""Limit of the bytes of one read that go through the buffer. They fit into the CPU cache."""
 
-# Up to here, what lies between two wanted ranges is read too: a system call and a seek cost more.
+# Gaps up to this size between two ranges are read too: a system call and a seek cost more.
 MAX_GAP_NBYTES = 64 << 10
 
-# Shorter runs go through the buffer, from which they are copied faster than a call each reads them.
+# Shorter runs go through the buffer: a copy from there is faster than a system call for each run.
 MIN_RUN_NBYTES = 128 << 10
 
-# Buffers of one read; a system call takes 1024.
+# Limit of the buffers of one read; one system call takes 1024.
 _MAX_PARTS = 1000
 
 Loops = tuple[tuple[int, int, int], ...]
@@ -40,22 +40,22 @@ Loops = tuple[tuple[int, int, int], ...]
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Elements of one stored tensor that are wanted in one tensor in memory."""
+    """Elements of one stored tensor to read into one tensor in memory."""
 
     file: str
     """Name of the file."""
     start: int
-    """Offset of the first of them in the file, in bytes."""
+    """Offset of the first element in the file, in bytes."""
     dtype: torch.dtype
-    """Their dtype in the file."""
+    """Dtype of the elements in the file."""
     target: int
     """Number of the tensor in memory."""
     target_start: int
-    """Where the first of them goes, in elements from the first one of that tensor."""
+    """Where the first element goes, in elements from the first element of that tensor."""
     loops: Loops
-    """In any order; all strides are at least 1."""
+    """Loops over the elements, in any order; all strides are at least 1."""
     is_direct: bool
-    """Whether memory takes the bytes as they are: host memory of the same dtype."""
+    """Whether the bytes can be read straight into memory: host memory of the same dtype."""
 
 
 def fetch_of_copy(
@@ -69,17 +69,17 @@ def fetch_of_copy(
     target_strides: Sequence[int],
     is_direct: bool,
 ) -> Fetch:
-    """Return what fetches the elements of a copy.
+    """Return the fetch of the elements of a copy.
 
     Args:
-        copy: Its HuggingFace side is the stored tensor, its runtime side the one in memory.
+        copy: Its HuggingFace side is the stored tensor, its runtime side the tensor in memory.
         file: Name of the file.
         start: Offset of the stored tensor's first element in the file, in bytes.
-        dtype: Its dtype.
-        strides: Its strides, in elements.
+        dtype: Dtype of the stored tensor.
+        strides: Strides of the stored tensor, in elements.
         target: Number of the tensor in memory.
-        target_strides: Its strides, in elements.
-        is_direct: Whether memory takes the bytes as they are.
+        target_strides: Strides of the tensor in memory, in elements.
+        is_direct: As in `Fetch`.
     """
     first = sum(i * s for i, s in zip(copy.hf_start, strides, strict=True))
     return Fetch(
@@ -107,7 +107,7 @@ def fetch_of_box(
     target_strides: Sequence[int],
     is_direct: bool,
 ) -> Fetch:
-    """Return what fetches a box of a stored tensor into one of its shape; see `fetch_of_copy`."""
+    """Return the fetch of a box into a tensor of the same shape; see `fetch_of_copy`."""
     first = sum(o * s for o, s in zip(box.offsets, strides, strict=True))
     loops = tuple(zip(box.sizes, strides, target_strides, strict=True))
     return Fetch(file, start + first * dtype.itemsize, dtype, target, 0, loops, is_direct)
@@ -124,35 +124,35 @@ class Scatter:
     target: int
     """Number of the tensor in memory."""
     target_start: int
-    """Where the first element goes, in elements from the first one of that tensor."""
+    """Where the first element goes, in elements from the first element of that tensor."""
     loops: Loops
-    """Outermost first."""
+    """Loops over the elements, outermost first."""
 
 
 @dataclass(frozen=True, slots=True)
 class Expected:
-    """Bytes of a file that are known, if it is what it is taken for."""
+    """Bytes that a file must hold at some offset if the caller's assumption about it is right."""
 
     file: str
     """Name of the file."""
     start: int
-    """Offset of the first of them."""
+    """Offset of the first byte in the file."""
     content: bytes
-    """What they should be."""
+    """The bytes."""
     number: int
-    """By which the caller is told that they are not."""
+    """Number that the caller gets back if the file holds other bytes."""
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Bytes in the buffer that are compared with what they should be."""
+    """Bytes in the buffer to compare with expected bytes."""
 
     start: int
     """First byte within the part of the buffer."""
     content: bytes
-    """What they should be."""
+    """The expected bytes."""
     number: int
-    """That of the `Expected`."""
+    """Number of the `Expected`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,12 +163,12 @@ class Direct:
     target: int
     """Number of the tensor in memory."""
     target_start: int
-    """Where they go, in bytes from the first one of that tensor."""
+    """Where the first byte goes, in bytes from the start of that tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Bounce:
-    """Bytes that go into the buffer, and from there to tensors; to none, if nobody wants them."""
+    """Bytes that go into the buffer and are copied to tensors from there; a gap has no copies."""
 
     nbytes: int
     scatters: tuple[Scatter, ...] = ()
@@ -187,7 +187,7 @@ class Read:
     start: int
     """Offset of the first byte."""
     parts: tuple[Part, ...]
-    """Where they go, one after another."""
+    """Where the bytes go; the parts follow one another in the file."""
 
     @property
     def nbytes(self) -> int:
@@ -196,7 +196,7 @@ class Read:
 
 
 def span_of(fetch: Fetch) -> int:
-    """Return the bytes from the first to the last one of a fetch; 0 if it has no element."""
+    """Return the number of bytes from the first to the last byte of a fetch; 0 if it is empty."""
     if any(extent == 0 for extent, _, _ in fetch.loops):
         return 0
     return _span(fetch.loops) * fetch.dtype.itemsize
@@ -206,11 +206,12 @@ def plan_reads(fetches: Iterable[Fetch], expected: Iterable[Expected] = ()) -> l
     """Plan the reads that fetch everything.
 
     Args:
-        fetches: What is wanted in memory.
-        expected: What is to be compared on the way.
+        fetches: The elements to read.
+        expected: Bytes to compare with the file in the same reads.
 
     Returns:
-        Reads, by file and ascending. Overlapping reads only where two fetches want the same bytes.
+        Reads, ascending by file and offset. They overlap only where two fetches need the same
+        bytes.
     """
     extents = [extent for fetch in dict.fromkeys(fetches) for extent in _extents(fetch)]
     for one in expected:
@@ -232,7 +233,7 @@ def plan_reads(fetches: Iterable[Fetch], expected: Iterable[Expected] = ()) -> l
 
 @dataclass(frozen=True, slots=True)
 class _Extent:
-    """Consecutive bytes of one file that go one way."""
+    """Consecutive bytes of one file that become one part of a read."""
 
     file: str
     start: int
@@ -240,7 +241,7 @@ class _Extent:
 
 
 class _Builder:
-    """Collects extents of one file, ascending, into one read."""
+    """Collects extents of one file, in ascending order, into one read."""
 
     def __init__(self, file: str) -> None:
         self._file = file
@@ -249,7 +250,7 @@ class _Builder:
         self._bounced = 0
 
     def add(self, extent: _Extent) -> bool:
-        """Add an extent; `False` if it belongs to a new read."""
+        """Add an extent; return `False` if it must start a new read."""
         if not self._parts:
             self._start = self._stop = extent.start
         gap = extent.start - self._stop
@@ -272,7 +273,7 @@ class _Builder:
         return True
 
     def _add_overlapping(self, extent: _Extent) -> bool:
-        """Add what begins within the last part, if both go through the buffer."""
+        """Add an extent that begins within the last part, if both go through the buffer."""
         last, part = self._parts[-1], extent.part
         if not isinstance(last, Bounce) or not isinstance(part, Bounce):
             return False
@@ -292,12 +293,12 @@ class _Builder:
         return True
 
     def read(self) -> Read:
-        """Return what was collected."""
+        """Return the read of the collected extents."""
         return Read(self._file, self._start, tuple(self._parts))
 
 
 def merged(loops: Loops) -> Loops:
-    """Return the same loops, outermost in the file first, as few as can be."""
+    """Merge loops into as few as possible; the outermost loop in the file comes first."""
     kept = [loop for loop in loops if loop[0] > 1]
     if len(kept) > 1:
         kept.sort(key=lambda loop: (-loop[1], -loop[2]))
@@ -352,22 +353,23 @@ def _starts(fetch: Fetch, loops: Loops) -> Iterator[tuple[int, int]]:
 
 
 def _span(loops: Sequence[tuple[int, int, int]]) -> int:
-    """Return the elements from the first to the last one that loops visit in the file."""
+    """Return the number of elements from the first to the last that loops visit in the file."""
     return 1 + sum((extent - 1) * stride for extent, stride, _ in loops)
 
 
 def _cut(loops: Loops, max_elements: int, max_gap: int) -> Iterator[tuple[int, int, Loops]]:
-    """Cut loops into some whose span is to be read at once.
+    """Cut loops into groups; one read takes the whole span of a group.
 
     Yields:
-        First element in the file and in memory, counted from those of the whole, and loops.
+        The first element of a group in the file and in memory, counted from the first elements of
+        all loops; and the loops of the group.
     """
     if not loops:
         yield 0, 0, loops
         return
     (extent, stride, target_stride), inner = loops[0], loops[1:]
     span = _span(inner)
-    # Steps of this loop that are read together.
+    # Number of steps of this loop that are read together.
     together = 1
     if stride - span <= max_gap and span <= max_elements:
         together = min(extent, 1 + (max_elements - span) // stride)

@@ -1,4 +1,4 @@
-"""What the user declares: specs, export options, tied names, specs of a function.
+"""What the user declares: specs, export options, tied names, specs derived from a function.
 
 Pure: modules here open no file and start no process.
 """

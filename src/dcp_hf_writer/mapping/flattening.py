@@ -1,7 +1,7 @@
-"""The tensors of a nested state dict, and the names that DCP gives them.
+"""Find the tensors of a nested state dict, and give them the FQNs that DCP gives them.
 
-Pure. torch's own `flatten_state_dict` is private, and reads a variable of its module that planners
-of other threads may have changed for a moment.
+Pure. This module does not call torch's `flatten_state_dict`. That function is private, and it reads
+a module variable that a planner in another thread may change for a moment.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def walk_tensors(
 
     Args:
         state_dict: A nested state dict.
-        into_tuples: Whether to look into tuples too. DCP does not: a tuple is one value to it.
+        into_tuples: Whether to search tuples too. DCP does not: it saves a tuple as one value.
     """
     found: list[tuple[Path, torch.Tensor]] = []
     _visit(state_dict, (), (list, tuple) if into_tuples else (list,), found)
@@ -39,7 +39,7 @@ def walk_tensors(
 def _visit(
     value: Any, path: Path, lists: tuple[type[Any], ...], found: list[tuple[Path, torch.Tensor]]
 ) -> None:
-    # A list and not a generator: nested generators take twice the time, and training waits.
+    # Fill a list instead of yielding: nested generators take twice the time, and training waits.
     if isinstance(value, torch.Tensor):
         found.append((path, value))
     elif isinstance(value, Mapping):
@@ -54,7 +54,7 @@ def flat_tensors(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, torch.T
     """Return the tensors of a nested state dict, with their paths, by the FQN that DCP gives them.
 
     Raises:
-        PlanningError: If two tensors have one FQN, which DCP does not take either.
+        PlanningError: If two tensors have the same FQN; DCP refuses them too.
 
     Source:
         torch, `flatten_state_dict`: the keys of mappings as text and the indices of lists, joined
@@ -65,10 +65,10 @@ def flat_tensors(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, torch.T
         fqn = fqn_of(path)
         if fqn in found:
             raise PlanningError(
-                "two tensors of the state dict have one FQN",
+                "two tensors of the state dict have the same FQN",
                 phase="plan",
                 fqn=fqn,
-                expected="keys that stay apart when they are joined with dots",
+                expected="keys that give distinct FQNs when they are joined with dots",
                 found=f"{list(found[fqn][0])} and {list(path)}",
             )
         found[fqn] = (path, tensor)

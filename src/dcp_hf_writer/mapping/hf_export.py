@@ -1,4 +1,4 @@
-"""HFExport: what the HuggingFace half of a checkpoint shall look like."""
+"""HFExport: the options of the HuggingFace half of a checkpoint."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ if TYPE_CHECKING:
 
     import torch
 
-# Decimal, as huggingface_hub reads them: "5GB" is 5 * 10**9 bytes.
+# Decimal units, as in huggingface_hub: "5GB" is 5 * 10**9 bytes.
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]B)?\s*", re.IGNORECASE)
 
-# The data of a safetensors file starts on a multiple of this at least (safetensors >= 0.4).
+# The data of a safetensors file starts at a multiple of 8 bytes (safetensors >= 0.4).
 _MIN_ALIGN = 8
 
 Order = Literal["auto", "state_dict", "natural"]
 
 
 def size_in_bytes(value: int | str, *, option: str) -> int:
-    """Read a size: a positive integer of bytes, or text such as `"5GB"` in decimal units.
+    """Parse a size: an integer number of bytes, or text such as `"5GB"` in decimal units.
 
     Raises:
-        ConfigError: If it is neither, or not above zero.
+        ConfigError: If the value is neither, or is not above zero.
     """
     nbytes: int | None = None
     if isinstance(value, int) and not isinstance(value, bool):
@@ -49,52 +49,66 @@ def size_in_bytes(value: int | str, *, option: str) -> int:
 
 @dataclass(frozen=True, eq=False)
 class HFExport:
-    """Options of the HuggingFace half; frozen, and reused by every save of a run.
+    """Options of the HuggingFace half. One object, which is frozen, serves every save of a run.
 
     Raises:
         ConfigError: If an option cannot be used as given.
     """
 
     key: str | None = None
-    """Entry of the state dict that holds the model, dots for nested entries; `None` finds it."""
+    """Entry of the state dict that holds the model, with dots between nested entries.
+
+    `None` searches for the entry.
+    """
     specs: Mapping[str, LoadSpec] | Iterable[LoadSpec] | None = None
-    """Tensors that are not exported under their own name and shape, by FQN within the model."""
+    """Specs of tensors that are renamed, split, reshaped, left out, or sharded by hand.
+
+    A mapping by FQN within the model, or an iterable of specs. A tensor without a spec keeps its
+    name and shape.
+    """
     dtype: torch.dtype | str | None = None
-    """Dtype on disk of floating-point tensors; fp8, integers and bools are never cast."""
+    """Dtype on disk of floating-point tensors; `None` keeps their own.
+
+    fp8, integers and bools are never cast.
+    """
     keep_dtype: Sequence[str] = ()
     """Regular expressions (`re.search`) of HuggingFace keys that keep their own dtype."""
     max_shard_size: int | str = "5GB"
-    """Most data bytes of one output file; one larger tensor gets a file of its own."""
+    """Largest data size of an output file. A tensor that is larger gets a file of its own."""
     like: str | os.PathLike[str] | None = None
-    """Model directory whose index gives the file of each key, and whose other files are copied."""
-    assets: Any = ()
-    """Files beside the weights: paths, objects with `save_pretrained`, or `{file name: bytes}`.
+    """Model directory to follow.
 
-    One of these or a sequence of them. A transformers model stands for its config and generation
-    config; its weights are not touched. They are read once, at the first save (or `warm_up`) that
-    uses this object; make a new `HFExport` when they change.
+    Its index decides which file holds which key. Its other files are copied.
+    """
+    assets: Any = ()
+    """Files to put beside the weights.
+
+    A path, an object with `save_pretrained`, a mapping `{file name: bytes}`, or a sequence of
+    these. A transformers model adds its config and generation config, not its weights. The assets
+    are read once, at the first save (or `warm_up`) that uses this object. Make a new `HFExport`
+    when they change.
     """
     subdir: str = "hf"
     """Directory of the export within the checkpoint."""
     tied: Mapping[str, str] | None = None
-    """`{dropped: kept}` names of tied tensors; `None` finds them by shared storage."""
+    """`{dropped: kept}` names of tied tensors; `None` finds ties by shared storage."""
     expect_keys: Iterable[str] | None = None
-    """The keys that the export must have, no more and no less."""
+    """Exactly the keys that the export must have; `None` skips this check."""
     header_align: int = 8
-    """The data of each file starts on a multiple of this many bytes; 4096 suits mapped reads."""
+    """The data of each file starts at a multiple of this many bytes; 4096 suits mapped reads."""
     metadata: Mapping[str, str] | None = None
-    """Pairs for `__metadata__` of each file, after `format: pt`."""
+    """Pairs to add to the `__metadata__` of each file, after `format: pt`."""
     order: Order = "auto"
-    """Order in which tensors fill the files: that of the state dict, or natural order of the names.
+    """Order in which tensors fill the files: state-dict order, or natural order of the names.
 
-    `"auto"` is the order of `save_pretrained`: natural where a spec renames or splits a tensor, or
-    where a model among the assets came from `from_pretrained`; else the state dict's.
+    `"auto"` gives the order of `save_pretrained`: natural order if a spec renames or splits a
+    tensor, or if a model among the assets came from `from_pretrained`; otherwise state-dict order.
     """
     groups: Iterable[Sequence[str]] | None = None
     """Groups of HuggingFace keys in the order in which they fill the files; overrides `order`.
 
     The keys of a group stay in one file, as `save_pretrained` keeps views of one storage together.
-    Keys in no group follow.
+    Keys that are in no group come last.
     """
     total_parameters: int | None = None
     """`total_parameters` of the index; `None` counts the elements of all exported tensors."""
@@ -102,10 +116,10 @@ class HFExport:
     """`"sha256"` adds `checksums.json`, which SGLang's `--model-checksum` reads.
 
     The coordinator then reads every byte of the export once more before it commits; the log and the
-    manifest say how long that took. The manifest's own digests need no such pass.
+    manifest say how long that took. The digests in the manifest do not need this extra read.
     """
     spec_by_fqn: dict[str, LoadSpec] = field(init=False, repr=False)
-    """`specs`, by the FQN that each one names."""
+    """`specs`, by the FQN of their tensors."""
     max_shard_nbytes: int = field(init=False, repr=False)
     """`max_shard_size` in bytes."""
     is_in_natural_order: bool = field(init=False, repr=False)
@@ -137,25 +151,28 @@ class HFExport:
         orientation: Literal["model", "base"] = "model",
         **options: Any,
     ) -> HFExport:
-        """Make the export that equals what `save_pretrained` writes of the unsharded model.
+        """Make options for an export equal to what `save_pretrained` writes of the unsharded model.
 
-        Specs, tied names, the order of the files and the keys to expect are asked of transformers,
-        see `specs_from_transformers`; the config and generation config are the model's. With
-        `dtype`, what transformers keeps in float32 keeps its dtype. Every rank calls it.
+        transformers decides the specs, the tied names, the order of the files and the expected
+        keys; see `specs_from_transformers`. The config and generation config come from the model.
+        With `dtype`, tensors that transformers keeps in float32 keep their dtype. Every rank calls
+        this method.
 
         Args:
             model: A transformers model, sharded or not.
             tokenizer: A tokenizer or processor to save beside the weights.
-            base: Local directory of the checkpoint that the model came from, to compare with.
-            orientation: `"base"` transposes what `base` has transposed.
-            **options: Options of `HFExport`; `assets` and `keep_dtype` are added to, the others
-                override what is found.
+            base: Local directory of the checkpoint that the model came from. The layout of the
+                export is compared with it.
+            orientation: `"base"` transposes each tensor that is transposed in `base`.
+            **options: Options of `HFExport`. `assets` and `keep_dtype` add to what this method
+                finds; the others replace it.
 
         Raises:
-            ConfigError: If it is no transformers model, or an option cannot be used as given.
-            SpecError: If the layout cannot be had, or is not that of `base`.
+            ConfigError: If `model` is not a transformers model, or an option cannot be used as
+                given.
+            SpecError: If the layout cannot be derived, or differs from the layout of `base`.
         """
-        # Planning imports no integration, which would import the library that it is for.
+        # Import on the call only: `mapping` must load without the libraries of `integrations`.
         module = importlib.import_module("dcp_hf_writer.integrations.transformers")
         return cls(**module.export_options(model, tokenizer, base, orientation, options))
 
@@ -163,20 +180,23 @@ class HFExport:
     def from_state_dict_adapter(
         cls, adapter: Any, state_dict: Mapping[str, Any], **options: Any
     ) -> HFExport:
-        """Make the export of what a `StateDictAdapter` (torchtitan's protocol) makes of a model.
+        """Make options for the layout that a `StateDictAdapter` (torchtitan's protocol) produces.
 
-        `adapter.to_hf` is called once, with stand-ins that have no data; what it does with them is
-        the layout. Where `adapter.hf_assets_path` holds an index, the files are cut as it says.
+        This method calls `adapter.to_hf` once, with stand-ins for the tensors that have no data,
+        and records where their elements go. If `adapter.hf_assets_path` holds an index, that index
+        decides which file holds which key.
 
         Args:
             adapter: An object with `to_hf(state_dict)`.
-            state_dict: State dict of the whole model; only names, global shapes and dtypes matter,
-                so under pipeline parallelism that of a model on the meta device will do.
-            **options: Options of `HFExport`, which override what is found.
+            state_dict: State dict of the whole model. Names, global shapes and dtypes matter, and
+                shared memory, which shows ties. Under pipeline parallelism, pass the state dict of
+                a whole model on the meta device; it shows no ties.
+            **options: Options of `HFExport`, which replace what this method finds.
 
         Raises:
-            ConfigError: If it is no adapter, or an option cannot be used as given.
-            SpecError: If the adapter does more than lay tensors out.
+            ConfigError: If `adapter` is not an adapter, the state dict holds no tensors, or an
+                option cannot be used as given.
+            SpecError: If the adapter does more than rearrange and cast tensors.
         """
         # As above.
         module = importlib.import_module("dcp_hf_writer.integrations.torchtitan")
@@ -184,7 +204,7 @@ class HFExport:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """Name of the options that a layout follows from, equal for equal options."""
+        """Hash of the options that decide the layout; equal options have equal hashes."""
         parts = (
             self.key,
             [_global_part(spec) for _, spec in sorted(self.spec_by_fqn.items())],
@@ -213,8 +233,8 @@ class HFExport:
         if "format" in pairs or not all(
             isinstance(k, str) and isinstance(v, str) for k, v in pairs.items()
         ):
-            msg = "metadata must map text to text, and leaves format to us"
-            raise ConfigError(msg, expected="str -> str without 'format'", found=repr(pairs))
+            msg = "metadata must map text to text, without the key 'format', which is always 'pt'"
+            raise ConfigError(msg, expected="{str: str} without 'format'", found=repr(pairs))
         if self.checksums not in (None, "sha256"):
             msg = "checksums must be a known kind"
             raise ConfigError(msg, expected='"sha256" or None', found=repr(self.checksums))
@@ -228,7 +248,8 @@ class HFExport:
         if self.order != "auto":
             return self.order == "natural"
         assets = self.assets if isinstance(self.assets, (list, tuple)) else (self.assets,)
-        # transformers sets this when it loads a model, and then sorts the names when it saves.
+        # transformers sets this attribute when it loads a model, and sorts the names of such a
+        # model when it saves.
         is_loaded = any(getattr(a, "_weight_conversions", None) is not None for a in assets)
         return is_loaded or any(
             s.hf_keys != (fqn,) or s.pieces for fqn, s in self.spec_by_fqn.items()
@@ -236,16 +257,16 @@ class HFExport:
 
 
 def _global_part(spec: LoadSpec) -> tuple[object, ...]:
-    """Return what a spec says on every rank: all but how a rank's part was cut."""
+    """Return the fields of a spec that are equal on every rank: all but `shards`."""
     plain = (spec.name, spec.hf_keys, spec.global_shape, spec.fused_dim, spec.fused_sizes)
     return (*plain, spec.origin_shape, spec.dtype, spec.pieces, spec.alias_of)
 
 
 def specs_by_name(specs: Mapping[str, LoadSpec] | Iterable[object] | None) -> dict[str, LoadSpec]:
-    """Return specs by the FQN that each one names.
+    """Index specs by the FQN of their tensors.
 
     Raises:
-        ConfigError: If one is no `LoadSpec`, or two name one tensor.
+        ConfigError: If an item is not a `LoadSpec`, or two specs name the same tensor.
     """
     found: dict[str, LoadSpec] = {}
     for spec in specs.values() if isinstance(specs, Mapping) else specs or ():
@@ -253,8 +274,8 @@ def specs_by_name(specs: Mapping[str, LoadSpec] | Iterable[object] | None) -> di
             msg = "specs must be LoadSpec objects"
             raise ConfigError(msg, expected="LoadSpec", found=repr(spec))
         if spec.name in found:
-            msg = "two specs name one runtime tensor"
-            raise ConfigError(msg, fqn=spec.name, expected="one spec a tensor")
+            msg = "two specs name the same runtime tensor"
+            raise ConfigError(msg, fqn=spec.name, expected="one spec per tensor")
         found[spec.name] = spec
     return found
 
@@ -268,5 +289,7 @@ def _patterns(values: Sequence[str]) -> tuple[str, ...]:
             re.compile(value)
         except re.error as error:
             msg = "keep_dtype holds an invalid regular expression"
-            raise ConfigError(msg, expected=str(error), found=repr(value)) from error
+            raise ConfigError(
+                msg, expected="a pattern that re.compile accepts", found=f"{value!r}: {error}"
+            ) from error
     return tuple(values)

@@ -1,4 +1,4 @@
-"""LoadSpec: how one runtime tensor stands for HuggingFace tensors."""
+"""LoadSpec: which HuggingFace tensors a runtime tensor holds, and where."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ __all__ = ["LoadSpec", "Piece", "ShardSpec", "SpecPart"]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Elements of a runtime tensor, and where each stands in a HuggingFace tensor.
+    """Elements of a runtime tensor, and their places in a HuggingFace tensor.
 
-    `hf[hf_start + sum(i * hf_step)] = runtime[start + sum(i * step)]` for each `i` of each loop.
-    Indices and steps count elements of the row-major tensors.
+    `hf[hf_start + sum(i * hf_step)] = runtime[start + sum(i * step)]` for each combination of the
+    loop indices `i`. Both tensors are flat here: indices and steps count elements in row-major
+    order.
     """
 
     key: str
@@ -37,60 +38,65 @@ class Piece:
     loops: tuple[tuple[int, int, int], ...]
     """`(extent, hf_step, step)` of each nested loop, in any order; steps are at least 1."""
     hf_start: int = 0
-    """First element in the HuggingFace tensor."""
+    """Flat index of the first element in the HuggingFace tensor."""
     start: int = 0
-    """First element in the runtime tensor of the spec's `global_shape`."""
+    """Flat index of the first element in the runtime tensor of shape `global_shape`."""
 
 
 @dataclass(frozen=True, slots=True)
 class SpecPart:
-    """A HuggingFace tensor, and the elements that a runtime tensor gives to it."""
+    """A HuggingFace tensor, and the elements of one runtime tensor that go into it."""
 
     key: str
     """HuggingFace name."""
     shape: Shape
-    """Its shape."""
+    """Shape of the HuggingFace tensor."""
     copies: tuple[Copy, ...]
-    """The elements; none for a tensor without elements."""
+    """Copies of the elements; empty for a tensor without elements."""
 
 
 @dataclass(frozen=True, slots=True, init=False)
 class LoadSpec:
-    """How one runtime tensor stands for HuggingFace tensors.
+    """Which HuggingFace tensors one runtime tensor holds, and where.
 
-    The plain form: one key renames the tensor; several keys are the parts that the runtime tensor
-    fuses along `fused_dim`, in order: equal parts, or of the extents in `fused_sizes` (as
-    grouped-query attention has them). The general form: `pieces`; `pieces=()` without keys leaves
-    the tensor out of the export. A tensor without a spec keeps its name.
+    Plain form: one key renames the tensor. Several keys mean that the runtime tensor fuses several
+    HuggingFace tensors, one after another along `fused_dim`, in the order of the keys. These parts
+    have equal sizes, or the sizes in `fused_sizes` (grouped-query attention needs them).
+
+    General form: `pieces` says for each element where it goes. `pieces=()` without keys leaves the
+    tensor out of the export.
+
+    A tensor without a spec keeps its name and shape.
     """
 
     name: str
     """FQN of the runtime tensor within the model's entry of the state dict."""
     hf_keys: tuple[str, ...]
-    """HuggingFace names, in the order in which the runtime tensor holds them."""
+    """HuggingFace names, in the order in which the runtime tensor holds their tensors."""
     global_shape: Shape
     """Shape of the whole runtime tensor, padding included."""
     fused_dim: int
     """Dimension along which the parts follow one another."""
     shards: tuple[ShardSpec, ...]
-    """How this rank's part of a plain tensor was cut, in order; empty for a whole one.
+    """The cuts that made this rank's shard of a tensor, in order; empty for a whole tensor.
 
-    A DTensor is taken as its placements say, whatever stands here.
+    A DTensor of the shape `global_shape` is read by its placements alone, and this field is
+    ignored. Any other DTensor is taken as a shard made by these cuts and then placed on its mesh.
     """
     origin_shape: Shape
-    """Shape without runtime padding; what lies beyond it is not exported, and loads as zeros."""
+    """Shape without runtime padding. Padding is not exported, and a load fills it with zeros."""
     fused_sizes: tuple[int, ...] | None
     """Extent of each part along `fused_dim`; `None` means equal parts."""
     dtype: torch.dtype | None
-    """Dtype on disk; overrides the export's."""
+    """Dtype on disk, which overrides `HFExport.dtype`; `None` overrides nothing."""
     pieces: tuple[Piece, ...] | None
     """The general form; `None` for the plain one."""
     alias_of: str | None
-    """HuggingFace name of the tensor that this one is tied to; nothing is written for it."""
+    """HuggingFace name of the tensor that this one is tied to. The export stores only that one."""
     parts: tuple[SpecPart, ...] = field(repr=False, compare=False)
-    """What it compiles to: one part a HuggingFace name, in order."""
+    """The compiled form: one part per HuggingFace name, in order."""
 
-    def __init__(  # noqa: PLR0917 - the order is a promise
+    def __init__(  # noqa: PLR0917 - the order is public
         self,
         name: str,
         hf_keys: Sequence[str] | str = (),
@@ -104,7 +110,7 @@ class LoadSpec:
         pieces: Iterable[Piece] | None = None,
         alias_of: str | None = None,
     ) -> None:
-        """Check, normalise and compile; one key may be a string, `fused_dim` may be negative.
+        """Check, normalise and compile. One key may be a string; `fused_dim` may be negative.
 
         Raises:
             SpecError: If keys, shapes, sizes and pieces do not fit together.
@@ -143,14 +149,14 @@ class LoadSpec:
         fused_dim: int | None = None,
         origin_shape: Sequence[int] | None = None,
     ) -> LoadSpec:
-        """Make the spec of a runtime tensor; a DTensor gives its global shape and its shards.
+        """Make the spec of a runtime tensor. A DTensor gives its global shape and its shards.
 
-        The shards are those of this rank at this time; what is saved or loaded as a DTensor is
-        taken as its own placements say.
+        The shards are those that this rank holds now. A later save or load of a DTensor reads the
+        placements of that DTensor instead.
 
         Raises:
             SpecError: As the constructor.
-            PlanningError: If a DTensor is placed in a way that cannot be saved, as `Partial` is.
+            PlanningError: If a DTensor has a placement that cannot be saved, such as `Partial`.
         """
         return cls(name, hf_keys, tuple(tensor.shape), fused_dim, _shards_of(tensor), origin_shape)
 
@@ -173,9 +179,9 @@ class LoadSpec:
             shape = shapes.setdefault(piece.key, piece.shape)
             if shape != piece.shape or piece.key not in found:
                 self._refuse(
-                    f"the pieces of {piece.key!r} do not agree",
-                    expected=f"one of {list(found)}, shape {list(shape)}",
-                    found=f"shape {list(piece.shape)}",
+                    f"a piece of {piece.key!r} disagrees with hf_keys or with an earlier piece",
+                    expected=f"a key of {list(found)}, and shape {list(shape)} for this key",
+                    found=f"key {piece.key!r}, shape {list(piece.shape)}",
                 )
             try:
                 copies = copies_of(
@@ -188,12 +194,14 @@ class LoadSpec:
             except ValueError as error:
                 self._refuse(
                     f"a piece of {piece.key!r} cannot be copied",
-                    expected="loops that stay in both tensors and along their dimensions",
+                    expected="steps of at least 1, and loops that stay within both tensors",
                     found=str(error),
                 )
             found[piece.key].append(copies)
         if len(shapes) != len(found):
-            self._refuse("a key has no piece", found=sorted(found.keys() - shapes.keys()))
+            self._refuse(
+                "a key of hf_keys has no piece", found=sorted(found.keys() - shapes.keys())
+            )
         return tuple(SpecPart(key, shapes[key], _joined(copies)) for key, copies in found.items())
 
     def _part_sizes(self) -> tuple[int, ...]:
@@ -219,11 +227,11 @@ class LoadSpec:
                 found=self.shards,
             )
         if self.alias_of is not None and len(self.hf_keys) != 1:
-            self._refuse("a tied tensor must have one key", found=self.hf_keys)
+            self._refuse("a spec with alias_of must have exactly one key", found=self.hf_keys)
         if self.pieces is None:
             self._check_parts()
         elif self.fused_sizes is not None or origin != shape:
-            self._refuse("pieces say what is exported; fused_sizes and origin_shape must not")
+            self._refuse("a spec with pieces must not have fused_sizes or origin_shape as well")
 
     def _check_parts(self) -> None:
         if len(self.hf_keys) == 1 and self.fused_sizes is None:
@@ -248,7 +256,7 @@ class LoadSpec:
 
 
 def _shards_of(tensor: torch.Tensor) -> tuple[ShardSpec, ...]:
-    # Asked of what a DTensor has, since specs are plain data and need no process group.
+    # Read the attributes of a DTensor without importing its class, which needs torch.distributed.
     mesh = getattr(tensor, "device_mesh", None)
     coordinate = None if mesh is None else mesh.get_coordinate()
     if mesh is None or coordinate is None:
@@ -261,7 +269,8 @@ def _ints(values: Iterable[int]) -> Shape:
 
 
 def _joined(copies: Sequence[tuple[Copy, ...]]) -> tuple[Copy, ...]:
-    # A tuple that many specs share is checked once.
+    # Return the tuple itself, not a copy: specs of equal layers share it, and `plan` checks each
+    # shared tuple once.
     return copies[0] if len(copies) == 1 else tuple(itertools.chain.from_iterable(copies))
 
 

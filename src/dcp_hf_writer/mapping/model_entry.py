@@ -1,7 +1,7 @@
 """Which entry of a state dict holds the model, and what its tensors are called within it.
 
-Pure. A path is the sequence of keys that leads to a value in the nested state dict, as DCP's
-flattening records it; the FQN of DCP joins it with dots.
+Pure. A path is the sequence of keys that leads to a value in the nested state dict. DCP records
+the paths when it flattens the state dict, and joins each path with dots to make the FQN.
 """
 
 from __future__ import annotations
@@ -33,13 +33,14 @@ def model_prefix(paths: Mapping[str, Path], *, key: str | None) -> Path:
 
     Args:
         paths: Path of each tensor of the state dict, by FQN.
-        key: Entry that the user names, dots for nested entries, or `None`.
+        key: Entry that the user names, with dots between nested entries; `None` to search for it.
 
     Returns:
-        The path that the FQNs of the model start with; `()` if the state dict is the model's own.
+        The path of that entry; `()` if the state dict is the model's own.
 
     Raises:
-        ModelKeyError: If `key` leads to no tensor, or if more than one entry could be meant.
+        ModelKeyError: If `key` leads to no tensor, or if no entry or more than one could hold the
+            model.
     """
     if key is not None:
         return _named(paths, key)
@@ -63,7 +64,7 @@ def model_prefix(paths: Mapping[str, Path], *, key: str | None) -> Path:
 
 
 def _named(paths: Mapping[str, Path], key: str) -> Path:
-    # A key may contain dots of its own, so compare with the joined start of each path.
+    # A key of the state dict may itself contain dots, so join the start of each path and compare.
     for path in paths.values():
         for length in range(1, len(path)):
             if ".".join(map(str, path[:length])) == key:
@@ -88,7 +89,7 @@ def _refuse(problem: str, paths: Mapping[str, Path]) -> None:
 
 
 def names_in_model(paths: Mapping[str, Path], prefix: Path) -> dict[str, str]:
-    """Return the name within the model of each tensor below `prefix`, by FQN, in order."""
+    """Map the FQN of each tensor below `prefix` to its name within the model, in order."""
     return {
         fqn: ".".join(map(str, path[len(prefix) :]))
         for fqn, path in paths.items()
@@ -97,5 +98,5 @@ def names_in_model(paths: Mapping[str, Path], prefix: Path) -> dict[str, str]:
 
 
 def _beside(path: Path, prefix: Path) -> bool:
-    # At the top level the model's own tensors lie beside the optimizer and the rest.
+    # A state dict of the model itself may hold the optimizer and other entries at the same level.
     return not prefix and (len(path) > 1 or path[0] in NOT_WEIGHTS)

@@ -1,13 +1,8 @@
-"""Which spec a tensor of the state dict belongs to: parameters, their optimizer state, copies.
+"""Which spec applies to a tensor of the state dict: to parameters, optimizer state and copies.
 
-Pure. A spec names a parameter within the model's entry. What is kept for a parameter beside it is
-cut as the parameter is, so the spec holds for it too:
-
-- optimizer state: `[...].state.<name>.<one more>`, in one key or nested, such as
-  `optim.state.layers.0.w.exp_avg`;
-- a copy in another entry, whose keys below that entry (or the next) spell the name: `ema.<name>`.
-
-A spec may also name any tensor by its whole dotted path, and then holds for that one first.
+Pure. A spec names a parameter within the model's entry. It applies to the optimizer state and the
+copies of that parameter too, which are cut in the same way; `optimizer_state` finds them. A spec
+may also name any tensor by its full dotted path. Such a spec takes precedence.
 """
 
 from __future__ import annotations
@@ -16,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS, model_prefix, names_in_model
+from dcp_hf_writer.mapping.optimizer_state import owner_of_copy, owner_of_state
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -23,30 +19,25 @@ if TYPE_CHECKING:
     from dcp_hf_writer.mapping.load_spec import LoadSpec
     from dcp_hf_writer.mapping.model_entry import Path
 
-_STATE = "state"
-
-# Depth of the entry that a copy of the model lies in: `ema`, or `ema.model`.
-_COPY_DEPTHS = (1, 2)
-
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The spec that a tensor belongs to."""
+    """The spec that applies to a tensor."""
 
     spec: LoadSpec
     is_kept_beside: bool
-    """Whether the tensor is optimizer state or a copy, and not what the spec names."""
+    """Whether the tensor is optimizer state or a copy, not the tensor that the spec names."""
 
 
 def match_specs(
     paths: Mapping[str, Path], specs: Mapping[str, LoadSpec], *, key: str | None
 ) -> dict[str, Match]:
-    """Find the spec of each tensor that has one, by FQN.
+    """Find the spec that applies to each tensor, by FQN; tensors without a spec are left out.
 
     Args:
         paths: Path of each tensor of the state dict, by FQN.
         specs: Specs by name.
-        key: Entry that holds the model, as `HFExport` takes it.
+        key: Entry that holds the model, as in `HFExport.key`.
 
     Raises:
         ModelKeyError: If it is not clear which entry holds the model.
@@ -61,7 +52,9 @@ def match_specs(
 
 
 def model_names(paths: Mapping[str, Path], *, key: str | None) -> dict[str, str]:
-    """Return the name within the model of each of its tensors, by FQN; none if there is no model.
+    """Map the FQN of each tensor of the model to its name within the model.
+
+    Empty if every entry is one that never holds a model, such as `optim`.
 
     Raises:
         ModelKeyError: If it is not clear which entry holds the model.
@@ -78,20 +71,9 @@ def _match(
     if named is not None:
         return Match(named, is_kept_beside=False)
     owner = None
-    # In a flat state dict nothing tells the model's own tensors from those beside it.
+    # In a flat state dict, only its name tells optimizer state from a tensor of the model.
     if name is None or len(path) == 1:
-        owner = _owner_of_state(dotted.split("."), specs)
+        owner = owner_of_state(dotted.split("."), specs)
     if name is None and owner is None:
-        owner = _owner_of_copy(path, specs)
+        owner = owner_of_copy(path, specs)
     return None if owner is None else Match(owner, is_kept_beside=True)
-
-
-def _owner_of_state(parts: list[str], specs: Mapping[str, LoadSpec]) -> LoadSpec | None:
-    starts = (i + 1 for i, part in enumerate(parts) if part == _STATE)
-    found = (specs.get(".".join(parts[start:-1])) for start in starts)
-    return next(filter(None, found), None)
-
-
-def _owner_of_copy(path: Path, specs: Mapping[str, LoadSpec]) -> LoadSpec | None:
-    found = (specs.get(".".join(map(str, path[depth:]))) for depth in _COPY_DEPTHS)
-    return next(filter(None, found), None)

@@ -1,6 +1,7 @@
-"""LoadSpecs of a function that turns runtime tensors into HuggingFace tensors.
+"""Derive LoadSpecs from a function that turns runtime tensors into HuggingFace tensors.
 
-Pure. The function runs once, on symbolic tensors; what it does with them is the mapping.
+Pure. The function runs once, on symbolic tensors. They record where each element goes, and this
+record becomes the specs.
 """
 
 from __future__ import annotations
@@ -28,11 +29,11 @@ class HFSide:
     """One HuggingFace tensor that the function returns."""
 
     shape: Shape
-    """Its shape."""
+    """Shape of the HuggingFace tensor."""
     dtype: torch.dtype
-    """Its dtype."""
+    """Dtype of the HuggingFace tensor."""
     runs: tuple[Run, ...]
-    """Where its elements come from."""
+    """The runtime elements that fill it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,33 +41,33 @@ class Derivation:
     """What a function does with the tensors of a model."""
 
     specs: dict[str, LoadSpec]
-    """A spec for each runtime tensor, by FQN; one without keys for a tensor that is left out."""
+    """A spec for each runtime tensor, by FQN. The spec of a left-out tensor has no keys."""
     hf: dict[str, HFSide]
     """The HuggingFace tensors by key, in the order in which the function returns them."""
     groups: tuple[tuple[str, ...], ...]
-    """Keys whose tensors would share memory, in that order; see `HFExport.groups`."""
+    """Keys, grouped by the memory that their tensors share; see `HFExport.groups`."""
 
 
 def specs_from_function(
     function: Callable[[dict[str, Any]], Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]
 ) -> dict[str, LoadSpec]:
-    """Derive the specs of a function that turns a state dict into HuggingFace tensors.
+    """Derive specs from a function that turns a state dict into HuggingFace tensors.
 
     The function is called once, with stand-ins that have shapes and dtypes but no data. It may
-    rename, index, slice, split, join, transpose, reshape and cast; its specs then do the same
-    piece by piece.
+    rename, index, slice, split, join, transpose, reshape and cast. The specs then describe where
+    each element goes.
 
     Args:
         function: Takes `{FQN: tensor}` and returns `{HuggingFace key: tensor}`.
-        tensors: Runtime tensors by FQN, of their global shapes; a DTensor has that, a tensor on
-            the meta device will do.
+        tensors: Runtime tensors by FQN, with their global shapes, as DTensors have them. Tensors
+            on the meta device will do.
 
     Returns:
         A spec for each of `tensors`, by FQN. A cast becomes `LoadSpec.dtype`. A tensor that the
         function leaves out gets a spec without keys.
 
     Raises:
-        SpecError: If the function computes anything, or returns what is not made of `tensors`.
+        SpecError: If the function computes new values, or returns a value not made of `tensors`.
     """
     return derive(function, tensors).specs
 
@@ -74,7 +75,7 @@ def specs_from_function(
 def derive(
     function: Callable[[dict[str, Any]], Mapping[str, Any]], tensors: Mapping[str, torch.Tensor]
 ) -> Derivation:
-    """Do as `specs_from_function`, and return what is known of the HuggingFace side too.
+    """Derive specs as `specs_from_function` does, and describe the HuggingFace tensors too.
 
     Raises:
         SpecError: As `specs_from_function`.
@@ -89,7 +90,7 @@ def derive(
 
 
 def specs_of(hf: Mapping[str, HFSide], tensors: Mapping[str, torch.Tensor]) -> dict[str, LoadSpec]:
-    """Turn the HuggingFace tensors around: say of each runtime tensor where its elements go.
+    """Invert the mapping: return for each runtime tensor where its elements go.
 
     Raises:
         SpecError: If one runtime tensor is cast to several dtypes.
@@ -107,21 +108,21 @@ def specs_of(hf: Mapping[str, HFSide], tensors: Mapping[str, torch.Tensor]) -> d
 def _hf_side(key: str, value: Any) -> HFSide:
     if not isinstance(value, SymbolicTensor):
         raise SpecError(
-            "the layout returns what is not made of the model's tensors",
+            "the function returns a value that is not made of the model's tensors",
             phase="plan",
             key=key,
-            expected="views and copies of the tensors that were given",
+            expected="a view or a copy of the tensors that the function was given",
             found=type(value).__name__,
         )
     shape = tuple(value.shape)
     runs = value.runs(strides_of(shape))
     sources = value.memory.sources
     if not runs and len(sources) == 1:
-        # A tensor without elements has no run that would name its source.
+        # A tensor without elements has no runs, so name the only source of its memory.
         runs = [Run(next(iter(sources)), 0, 0, ((0, 1, 1),))]
     if not runs:
         raise SpecError(
-            "it is not clear which tensor an empty one is made of",
+            "cannot tell which runtime tensor an empty HuggingFace tensor is made of",
             phase="plan",
             key=key,
             found=f"shape {list(shape)}",
@@ -137,7 +138,7 @@ def _spec(name: str, tensor: torch.Tensor, by_key: dict[str, tuple[HFSide, list[
             "the parts of a tensor are cast to several dtypes",
             phase="plan",
             fqn=name,
-            expected="one dtype a runtime tensor",
+            expected="one dtype per runtime tensor",
             found=", ".join(sorted(map(str, dtypes))),
         )
     dtype = next((one for one in dtypes if one != tensor.dtype), None)
@@ -158,7 +159,10 @@ def _spec(name: str, tensor: torch.Tensor, by_key: dict[str, tuple[HFSide, list[
 def _fused(
     shape: Shape, by_key: Mapping[str, tuple[HFSide, list[Run]]]
 ) -> tuple[int | None, tuple[int, ...] | None] | None:
-    """Return dimension and sizes if the keys are the parts of a tensor along one dimension."""
+    """Return `(dimension, sizes)` if the keys are the parts of a tensor along one dimension.
+
+    `(None, None)` if one key is the whole tensor; `None` if the plain form of a spec does not fit.
+    """
     shapes = [side.shape for side, _ in by_key.values()]
     runs = [run for _, many in by_key.values() for run in many]
     if len(runs) != len(shapes) or any(len(one) != len(shape) for one in shapes):
@@ -182,7 +186,7 @@ def _fused(
 
 
 def _is_box(run: Run, hf_shape: Shape, shape: Shape, start: int) -> bool:
-    """Whether a run is a whole HuggingFace tensor, and a box of the runtime tensor."""
+    """Whether a run fills a whole HuggingFace tensor from a box of the runtime tensor."""
     if not math.prod(hf_shape):
         return True
     loops: Iterable[tuple[int, int, int]] = zip(

@@ -1,9 +1,9 @@
-"""Symbolic tensors: they find out how a function lays tensors out anew, without any data.
+"""Symbolic tensors: they record how a function rearranges tensors, without any data.
 
-A `SymbolicTensor` has shape, dtype and strides as a real tensor would have them after the same
-operations, and knows of each element which runtime tensor it comes from. torch itself computes
-the views, on the meta device; what is recorded here is what each piece of memory was filled with.
-An operation that does more than view or copy elements is refused.
+A `SymbolicTensor` has the shape, dtype and strides that a real tensor would have after the same
+operations. It also records which runtime tensor each element comes from. torch itself computes the
+views, on the meta device; this module records what fills each piece of memory. It refuses an
+operation that does more than view, copy or cast elements.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _aten = torch.ops.aten
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Elements of one runtime tensor, and where they stand in something else."""
+    """Elements of one runtime tensor, and their positions in a `Memory` or another tensor."""
 
     source: str
     """FQN of the runtime tensor."""
     at: int
-    """First position in the memory, or in the tensor, that holds them."""
+    """First position in that memory or tensor."""
     start: int
     """First element in the runtime tensor."""
     loops: tuple[Loop, ...]
@@ -38,27 +38,27 @@ class Run:
 
 
 class Memory:
-    """What one piece of memory is filled with: each position once."""
+    """One piece of memory, and the runs that fill it, each position once."""
 
     def __init__(self, meta: torch.Tensor, runs: Iterable[Run]) -> None:
-        """Keep `meta`, which allocated the memory, so that no other memory gets its number."""
+        """Keep `meta`, which allocated the memory: while it lives, the number stays unique."""
         self.meta = meta
         self.number = _number(meta)
         self.runs = tuple((run, run.at + span(run.loops)) for run in runs)
 
     @property
     def sources(self) -> set[str]:
-        """FQNs of the runtime tensors that it was filled from."""
+        """FQNs of the runtime tensors whose elements fill this memory."""
         return {run.source for run, _ in self.runs}
 
 
 class SymbolicTensor(torch.Tensor):
-    """A tensor without data that knows where each of its elements comes from."""
+    """A tensor without data that records where each of its elements comes from."""
 
     meta: torch.Tensor
-    """Its shape, strides and dtype, on the meta device."""
+    """A tensor on the meta device with the same shape, strides and dtype."""
     memory: Memory
-    """What it is a view of."""
+    """The memory that this tensor is a view of."""
     dtype_of: Mapping[str, torch.dtype]
     """Dtype of each runtime tensor, by FQN."""
 
@@ -73,7 +73,7 @@ class SymbolicTensor(torch.Tensor):
         """Run one operation of torch.
 
         Raises:
-            SpecError: If it is no view and no copy of elements.
+            SpecError: If the operation neither views nor copies elements.
         """
         copy = _COPIES.get(func)
         if copy is not None:
@@ -83,7 +83,7 @@ class SymbolicTensor(torch.Tensor):
         return _view(func, args[0], args[1:], kwargs or {})
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
-        """Say what is known; the elements are not."""
+        """Show shape, dtype and sources; there are no elements to show."""
         return f"SymbolicTensor({list(self.shape)}, {self.dtype}, of {sorted(self.memory.sources)})"
 
     def __deepcopy__(self, _: Any) -> Any:
@@ -94,24 +94,24 @@ class SymbolicTensor(torch.Tensor):
         _refuse("access to the data of a tensor", self.memory.sources)
 
     def data_ptr(self) -> int:
-        """Return an address as it could be: aligned memory, equal for equal views of it."""
+        """Return a made-up address: aligned, and equal for equal views of one memory."""
         return (self.memory.number << 64) + int(self.storage_offset()) * self.itemsize
 
-    # What torch answers without an operation, and would answer wrongly here.
+    # torch answers these without running an operation, and without data its answer would be wrong.
     numpy = tolist = storage = untyped_storage = _no_data
     __array__ = __dlpack__ = _no_data
 
     def runs(self, steps: tuple[int, ...]) -> list[Run]:
-        """Return where the elements come from.
+        """Return the runs of runtime tensors that the elements come from.
 
         Args:
-            steps: How far a step along each dimension moves in the positions to be named.
+            steps: For each dimension, how many positions of the returned runs one index moves.
 
         Raises:
-            SpecError: If an element stands in the tensor twice.
+            SpecError: If the tensor holds an element twice.
         """
         strides = zip(self.meta.shape, self.meta.stride(), steps, strict=True)
-        # A dimension of one index moves nowhere, whatever stride torch gives it.
+        # A dimension of extent 1 has no second index, so its stride means nothing.
         view = [(extent, step, to) for extent, step, to in strides if extent != 1]
         if not visits_once(view):
             _refuse("expand, or another view that repeats elements", self.memory.sources)
@@ -122,7 +122,7 @@ class SymbolicTensor(torch.Tensor):
         found = []
         for run, run_stop in self.memory.runs:
             if run.at <= first and stop <= run_stop and len(run.loops) == 1 == run.loops[0][1]:
-                # The view is of an unbroken run, as that of a whole runtime tensor is.
+                # The view lies within one contiguous run, as views of a runtime tensor do.
                 step = run.loops[0][2]
                 start = run.start + (first - run.at) * step
                 within = [(extent, to, over * step) for extent, over, to in loops]
@@ -136,14 +136,14 @@ class SymbolicTensor(torch.Tensor):
 def _symbolic(
     meta: torch.Tensor, memory: Memory, dtype_of: Mapping[str, torch.dtype]
 ) -> SymbolicTensor:
-    """Wrap a view of some memory."""
+    """Make a symbolic tensor of a view of `memory`."""
     made: SymbolicTensor = torch.Tensor._make_wrapper_subclass(  # noqa: SLF001
         SymbolicTensor,
         meta.shape,
         strides=meta.stride(),
         storage_offset=meta.storage_offset(),
         dtype=meta.dtype,
-        # Not the meta device: code asks for that one to see whether a tensor has data.
+        # Not the meta device: functions test for it to find tensors without data.
         device=torch.device("cpu"),
     )
     made.meta, made.memory, made.dtype_of = meta, memory, dtype_of
@@ -167,12 +167,12 @@ def symbolic_tensors(tensors: Mapping[str, torch.Tensor]) -> dict[str, SymbolicT
 
 
 def _number(meta: torch.Tensor) -> int:
-    """Return a number that tensors on the same memory share, as long as one of them lives."""
+    """Return a number that identifies the memory as long as one of its tensors lives."""
     return int(meta.untyped_storage()._cdata)  # noqa: SLF001
 
 
 def _may_view(func: Any) -> bool:
-    """Whether an operation returns nothing but views of its arguments, and writes to none."""
+    """Whether an operation returns only views of its arguments, and writes to none of them."""
     known = _is_view.get(func)
     if known is None:
         schema = func._schema  # noqa: SLF001
@@ -181,7 +181,7 @@ def _may_view(func: Any) -> bool:
     return known
 
 
-# A reshape of a copy, which no one else can see.
+# The schema of `_unsafe_view` declares no view. It reshapes a new copy that nothing else uses.
 _is_view: dict[Any, bool] = {_aten._unsafe_view.default: True}  # noqa: SLF001
 
 
@@ -193,7 +193,8 @@ def _view(func: Any, source: SymbolicTensor, args: Any, kwargs: Any) -> Any:
 
 
 def _wrapped(func: Any, viewed: torch.Tensor, source: SymbolicTensor) -> SymbolicTensor:
-    # What the schema promises is checked: bits that are read in another way are other elements.
+    # Check what the schema promises: a view of another dtype, or a conjugated or negated view, has
+    # other elements.
     if (
         _number(viewed) != source.memory.number
         or viewed.dtype != source.dtype
@@ -207,12 +208,12 @@ def _wrapped(func: Any, viewed: torch.Tensor, source: SymbolicTensor) -> Symboli
 def _filled(
     func: Any, made: torch.Tensor, parts: Iterable[tuple[torch.Tensor, SymbolicTensor]]
 ) -> SymbolicTensor:
-    """Return a new tensor on memory of its own.
+    """Return a new tensor with its own memory.
 
     Args:
-        func: The operation, for the error.
-        made: The tensor, on the meta device.
-        parts: Views of it that together are all of it, and what fills each.
+        func: The operation, to name it in an error.
+        made: The new tensor, on the meta device.
+        parts: Views that together cover `made`, each with the tensor that fills it.
     """
     runs: list[Run] = []
     dtype_of: Mapping[str, torch.dtype] = {}
@@ -227,7 +228,7 @@ def _filled(
 
 
 def _check_cast(func: Any, source: str, dtypes: tuple[torch.dtype, ...]) -> None:
-    """Refuse a cast of what was cast before, which rounds twice, and one that is never made."""
+    """Refuse a second cast, which would round twice, and dtypes that an export never casts."""
     runtime, old, new = dtypes
     if runtime != old or old not in CASTABLE or new not in CASTABLE:
         _refuse(f"{func}, a cast from {old} to {new} of a tensor of {runtime}", {source})
@@ -235,7 +236,7 @@ def _check_cast(func: Any, source: str, dtypes: tuple[torch.dtype, ...]) -> None
 
 def _copy_one(func: Any) -> Callable[..., SymbolicTensor]:
     def copy(source: SymbolicTensor, **options: Any) -> SymbolicTensor:
-        # Where the copy is to be, and whether pinned, is nothing that a mapping holds.
+        # Device, layout and pinning of a copy do not change where elements go.
         for name in ("device", "layout", "pin_memory", "non_blocking"):
             options.pop(name, None)
         made = func(source.meta, **options)
@@ -251,7 +252,7 @@ def _join(func: Any, part_of: Callable[..., torch.Tensor]) -> Callable[..., Symb
         made = func([one.meta for one in tensors], dim)
         parts, position = [], 0
         for one in tensors:
-            # torch.cat skips tensors of shape (0,), whatever the others are.
+            # torch.cat skips tensors of shape (0,), whatever shape the others have.
             if one.numel():
                 place = part_of(made, dim, position, one)
                 parts.append((place, one))
@@ -288,7 +289,7 @@ def _sources(values: Any) -> set[str]:
 def _refuse(operation: object, sources: set[str]) -> NoReturn:
     names = sorted(sources)
     raise SpecError(
-        "the layout of a tensor does more than copy elements",
+        "an operation on a tensor does more than copy elements",
         phase="plan",
         fqn=names[0] if len(names) == 1 else str(names),
         expected="views, and copies such as contiguous, clone, reshape, cat, stack and to(dtype)",

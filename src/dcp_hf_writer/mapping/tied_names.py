@@ -1,9 +1,11 @@
-"""Which names an export leaves out because they are tied, and which keys hold their bytes.
+"""Find the tied names that an export leaves out, and the keys that hold their bytes.
 
-Pure. Save and stream both take their ties from here, so they leave out the same names. A tie is
-found, because a rank sees that tensors share their memory, or declared, by `LoadSpec.alias_of` or
-`HFExport.tied`. It is named by the tensor that is left out, within the model, or by a key of it.
-What is kept has the key that the export gives it.
+Pure. Save and stream both use this module, so they leave out the same names. There are two kinds of
+ties. Ranks find a tie when they see that tensors share their memory. Users declare a tie by
+`LoadSpec.alias_of` or `HFExport.tied`.
+
+A tie maps a dropped name to a kept name. The dropped name is a name within the model or a
+HuggingFace key. The kept name is the HuggingFace key that holds the bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import LayoutError
-from dcp_hf_writer.excerpts import some_of
+from dcp_hf_writer.excerpts import MOST_NAMES, some_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -19,24 +21,25 @@ if TYPE_CHECKING:
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.tensors.boxes import Shape
 
-_MANY = 20
-"""How many names an error lists."""
+
+_CHANGE_TIES = "change HFExport.tied, or alias_of in the LoadSpec"
 
 Groups = tuple[tuple[str, ...], ...]
 
 
 def shared_groups(found: Iterable[Sequence[str]], fqns: Iterable[str]) -> Groups:
-    """Join the groups of tensors that ranks found to share their memory.
+    """Join the groups of tensors that share their memory, as each rank found them.
 
-    A rank that holds no element of a tensor cannot tell, so ranks may see a tie in parts: `a` and
-    `c` are the same on one rank, `b` and `c` on another. All three are then one tensor.
+    A rank that holds no element of a tensor cannot see its ties, so a rank may see only a part of a
+    tie. Suppose that one rank finds that `a` and `c` share their memory, and another rank finds the
+    same for `b` and `c`. Then all three are one tensor.
 
     Args:
-        found: Groups of FQNs, of all ranks in any order.
-        fqns: FQNs of the model's tensors in state-dict order; others do not join groups.
+        found: Groups of FQNs from all ranks, in any order.
+        fqns: FQNs of the model's tensors in state-dict order. Other FQNs are ignored.
 
     Returns:
-        Connected components of the groups, those with two FQNs or more, in state-dict order.
+        Connected components of the groups that have two FQNs or more, in state-dict order.
     """
     order = {fqn: i for i, fqn in enumerate(fqns)}
     first = list(range(len(order)))
@@ -61,14 +64,18 @@ def shared_groups(found: Iterable[Sequence[str]], fqns: Iterable[str]) -> Groups
 def tie_fault(
     shared: Iterable[Sequence[str]], memory: Mapping[str, int], *, phase: str
 ) -> LayoutError | None:
-    """Say which tensors of one group are different tensors on this rank.
+    """Return an error if tensors of one group do not share their memory on this rank.
 
-    Leaving one of them out would lose data, so no rank may go on.
+    Such tensors are different, so an export without one of them would lose data. No rank may go on.
 
     Args:
-        shared: Groups of FQNs, as `shared_groups` joined them.
-        memory: Number of the memory of each tensor that has elements on this rank, by FQN.
+        shared: Groups of FQNs, from `shared_groups`.
+        memory: A number for the memory of each tensor, by FQN; equal if tensors share their memory.
+            Tensors without elements on this rank are left out.
         phase: What this rank is doing.
+
+    Returns:
+        The error for the first such tensor; `None` if there is none.
     """
     for group in shared:
         here = [fqn for fqn in group if fqn in memory]
@@ -78,9 +85,9 @@ def tie_fault(
                     "tensors share their memory on some ranks only",
                     phase=phase,
                     fqn=fqn,
-                    expected=f"the memory of {here[0]!r}, as on another rank",
-                    found="memory of its own",
-                    hint="pass HFExport(tied={...}), with {} for tensors that are not tied",
+                    expected=f"the same memory as {here[0]!r}, as on another rank",
+                    found="other memory on this rank",
+                    hint="declare the ties by HFExport(tied={...}), or pass tied={} for no ties",
                 )
     return None
 
@@ -88,35 +95,36 @@ def tie_fault(
 def tied_names(
     found: Iterable[Sequence[str]], names: Mapping[str, str], export: HFExport
 ) -> dict[str, str]:
-    """Join the ties that ranks found with those that are declared.
+    """Combine the ties that ranks found with the ties that are declared.
 
-    The names of one tie are one tensor, of which one name is kept: the one whose key a spec's
-    `alias_of` names; else the one that `export.tied` keeps; else the first in state-dict order. A
-    tensor whose spec leaves it out altogether is never the one that is kept. Given `export.tied`,
-    what ranks found does not count.
+    All names of one tie stand for one tensor, and the export keeps one of these names. If a spec's
+    `alias_of` gives the key of one name, the export keeps that name. Otherwise it keeps the name
+    that `export.tied` keeps, or else the first name in state-dict order. It never keeps a name
+    whose spec leaves the tensor out. If `export.tied` is set, the ties that ranks found are
+    ignored.
 
     Args:
-        found: Groups of FQNs that share their memory, of all ranks in any order.
-        names: Name within the model of each of its tensors, by FQN in state-dict order.
+        found: Groups of FQNs that share their memory, from all ranks, in any order.
+        names: Name of each tensor within the model, by FQN in state-dict order.
         export: Options of the export.
 
     Returns:
-        `{dropped: kept}`: a name within the model, or a key; and the key that holds its bytes, or
-        the name of a tensor that specs take apart.
+        `{dropped: kept}`. `dropped` is a name within the model, or a key. `kept` is the key that
+        holds the bytes; for a tensor that its spec splits into several keys, it is the name.
     """
     aliases = {
         spec.name: spec.alias_of
         for spec in export.spec_by_fqn.values()
         if spec.alias_of is not None
     }
-    # Every key that an alias leads to is kept, also where two of them turn out to be one tensor.
+    # The export keeps every key that an alias leads to, even if two of these keys are one tensor.
     needed = frozenset(aliases.values())
     tied = dict(aliases)
     for members in _ties(found, names, export):
         owner, kept = _kept(members, aliases, export)
         if kept is None:
             continue
-        # A declared tie of a name to itself stays in, for `checked_ties` to refuse.
+        # Keep a declared tie of a name to itself, so that `checked_ties` refuses it.
         others = members[1:] if owner == members[0] else [n for n in members if n != owner]
         for name in others:
             keys = _keys_of(name, export)
@@ -126,11 +134,11 @@ def tied_names(
 
 
 def declared_ties(export: HFExport, names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Yield names within the model that are declared to be tied: one left out, and one kept.
+    """Yield each declared tie as two names within the model: the dropped name and the kept name.
 
     Args:
         export: Options of the export.
-        names: Names of all tensors of the model.
+        names: Names of all tensors within the model.
     """
     name_of = {
         spec.hf_keys[0]: spec.name
@@ -148,15 +156,16 @@ def declared_ties(export: HFExport, names: Collection[str]) -> Iterator[tuple[st
 def checked_ties(
     shapes: Mapping[str, Shape], tied: Mapping[str, str], export: HFExport
 ) -> dict[str, str]:
-    """Return ties, checked.
+    """Check ties, and return a copy of them.
 
     Args:
         shapes: Shape of each tensor of the model, by its name.
-        tied: Ties, as `tied_names` returned them.
+        tied: Ties from `tied_names`.
         export: Options of the export.
 
     Raises:
-        LayoutError: If one leads to another tie, to nothing, or to a tensor of another shape.
+        LayoutError: If a tie leads to another tie, to an unknown name, or to a tensor of another
+            shape.
     """
     keys = {key for spec in export.spec_by_fqn.values() for key in spec.hf_keys}
     known, kept = shapes.keys() | keys, set(tied.values())
@@ -165,15 +174,23 @@ def checked_ties(
         own = _keys_of(drop, export)
         if not kept.isdisjoint(own if len(own) == 1 else (drop, *own)) or keep not in known:
             msg = "tied names must lead from a dropped tensor to one that is kept"
-            raise LayoutError(msg, phase="plan", key=drop, expected="a kept tensor", found=keep)
+            raise LayoutError(
+                msg,
+                phase="plan",
+                key=drop,
+                expected="a name or key that the export keeps",
+                found=keep,
+                hint=_CHANGE_TIES,
+            )
         if shape_of.get(drop, ()) != shape_of.get(keep, ()) and {drop, keep} <= shape_of.keys():
-            msg = "tied names must be names of one tensor, these have different shapes"
+            msg = "tied names must stand for one tensor, but their tensors have different shapes"
             raise LayoutError(
                 msg,
                 phase="plan",
                 key=drop,
                 expected=f"shape {list(shape_of[keep])}, as {keep!r}",
                 found=f"shape {list(shape_of[drop])}",
+                hint=_CHANGE_TIES,
             )
     return dict(tied)
 
@@ -181,18 +198,19 @@ def checked_ties(
 def tied_keys(
     dropped: Mapping[str, str], stored: Collection[str], export: HFExport
 ) -> dict[str, str]:
-    """Say ties in the names that readers of the export know.
+    """Translate ties into HuggingFace keys, which readers of the export use.
 
     Args:
-        dropped: Ties, as `checked_ties` returned them.
+        dropped: Ties from `checked_ties`.
         stored: Keys of the export.
         export: Options of the export.
 
     Returns:
-        `{dropped: kept}` keys; names of tensors whose keys do not go in pairs.
+        `{dropped: kept}` keys. If two tied tensors have different numbers of keys, it has their
+        names instead.
 
     Raises:
-        LayoutError: If nothing is left of what is tied.
+        LayoutError: If the export does not have the kept tensor of a tie either.
     """
     tied: dict[str, str] = {}
     for drop, keep in dropped.items():
@@ -205,16 +223,17 @@ def tied_keys(
     lost = set(tied.values()) - set(stored) - apart
     if lost:
         msg = "tied names lead to tensors that are not exported either"
-        found = some_of(map(repr, sorted(lost)), most=_MANY)
-        raise LayoutError(msg, phase="plan", expected="kept tensors", found=found)
-    # A tensor that is left out may have had the name that another one is given.
+        found = some_of(map(repr, sorted(lost)), most=MOST_NAMES)
+        expected = "tensors that the export keeps"
+        raise LayoutError(msg, phase="plan", expected=expected, found=found, hint=_CHANGE_TIES)
+    # A spec may give the name of a dropped tensor to another tensor, which is then stored.
     return {drop: keep for drop, keep in tied.items() if drop not in stored}
 
 
 def _ties(
     found: Iterable[Sequence[str]], names: Mapping[str, str], export: HFExport
 ) -> Iterator[list[str]]:
-    """Yield the names of each tie: first the one to keep as far as specs say nothing."""
+    """Yield the names of each tie, starting with the name to keep unless a spec says otherwise."""
     if export.tied is None:
         for group in shared_groups(found, names):
             yield [names[fqn] for fqn in group]
@@ -229,7 +248,11 @@ def _ties(
 def _kept(
     members: Sequence[str], aliases: Mapping[str, str], export: HFExport
 ) -> tuple[str | None, str | None]:
-    """Return which name of a tie is kept, if it is one of them, and its key; `None` without one."""
+    """Return the kept name of a tie, and its key.
+
+    The name is `None` if an alias leads to a key outside the tie. Both are `None` if specs leave
+    every name out.
+    """
     needed = frozenset(aliases.values())
     own = [name for name in members if name not in aliases and _keys_of(name, export)]
     for name in own:

@@ -1,6 +1,7 @@
-"""The manifest `dcp-hf.json`: what a checkpoint consists of, with a digest of every byte.
+"""Encode the manifest `dcp-hf.json`, which lists the content of a checkpoint with all digests.
 
-Published last. A checkpoint counts when its manifest does.
+The digests cover every byte. A save publishes the manifest last: once it is there, the checkpoint
+is complete.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ class WholeFile:
     name: str
     """Path within the checkpoint."""
     nbytes: int
-    """Its size."""
+    """Its size, in bytes."""
     digest: str
     """xxh3_64 of its bytes, in hex."""
 
@@ -52,18 +53,18 @@ def encode_manifest(
     Args:
         save_id: Id of the save.
         target: Path that the checkpoint is published under.
-        owner: The coordinator's process.
-        step: Training step, where the path tells it.
+        owner: Fields that identify the coordinator's process.
+        step: Training step, if the path contains it.
         subdir: Directory of the export.
         layout: The export; `None` without one.
-        once: FQNs of the tensors that the DCP half leaves to the export.
-        reports: One per rank.
+        once: FQNs of the tensors that only the export stores.
+        reports: The reports of all ranks, one per rank.
         whole_files: Files written in one piece, by path within the checkpoint.
-        seconds: Time the coordinator spent by phase.
-        export_error: Why there is no export although one was asked for.
+        seconds: Seconds that the coordinator spent in each phase.
+        export_error: Why a requested export failed; `None` if it did not, or none was requested.
 
     Returns:
-        JSON, compact but for one line per top-level entry; the last one is the digest of all bytes
+        JSON with one compact line per top-level entry. The last entry is the digest of all bytes
         before it.
     """
     fields: dict[str, Any] = {

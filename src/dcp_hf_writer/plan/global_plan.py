@@ -1,4 +1,8 @@
-"""What travels with DCP's plans, and the global plan that DCP's cache hides from us."""
+"""The global plan of the coordinator, and the data that DCP's plans carry between ranks.
+
+With plan caching, DCP may reuse the plans of an earlier save and show the coordinator empty ones.
+The types here carry the ids by which each side notices that.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
 from dcp_hf_writer.mapping.tied_names import shared_groups, tie_fault
-from dcp_hf_writer.plan.layout import Layout, PartTarget, RuntimeTensor, plan_layout
+from dcp_hf_writer.plan.assign_hf_keys import RuntimeTensor
+from dcp_hf_writer.plan.layout import Layout, PartTarget, plan_layout
 from dcp_hf_writer.plan.regions import TargetTable
-from dcp_hf_writer.plan.stored_once import targets_stored_once
+from dcp_hf_writer.plan.weights_once import targets_stored_once
 from dcp_hf_writer.tensors.boxes import BoxTable, Shape
 
 if TYPE_CHECKING:
@@ -28,29 +33,32 @@ _DCP_ONLY = "dcp-only"
 
 @dataclass(frozen=True, slots=True)
 class LocalFacts:
-    """What only a rank knows before the global plan; its local plan carries it."""
+    """Facts that only the rank itself has before global planning. Its local plan carries them."""
 
     host: str
-    """Id of its kernel instance."""
+    """Id of the page cache that its writes go through: its kernel and the mounted file system."""
     order: tuple[str, ...] | None
     """FQNs in state-dict order, from the coordinator; `None` from the others."""
     tied: tuple[tuple[str, ...], ...]
-    """Groups of FQNs whose tensors are the same memory."""
+    """Groups of FQNs whose tensors share one memory on this rank."""
     samples: bytes = b""
-    """Of the tensors that may pass for replicas, as `hand_sharded` compares them."""
+    """Samples of tensors that may look like replicas; `detect_hand_sharded` compares them."""
+    stamp: str = ""
+    """Unique to this rank and save: DCP's plan cache may show the facts of an earlier save."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankPlan:
-    """What a rank needs to write its part; its final plan carries it.
+    """What a rank needs to write its part. The final plan of the rank carries it.
 
-    Holds no path, time or id of a save: with plan caching DCP hands out that of an earlier save.
+    It holds no path, time or id of a save: with plan caching, DCP hands out the plan of an earlier
+    save.
     """
 
     dcp: Any
     """`storage_data` of the DCP writer."""
     plan_id: str
-    """Of the global plan; the coordinator announces the one that it works from."""
+    """Id of the global plan. The coordinator announces the id of the plan that it uses."""
     host_rank: int
     """Index among the ranks of the same host."""
     host_size: int
@@ -58,16 +66,16 @@ class RankPlan:
     files: tuple[tuple[str, int], ...]
     """`(name, bytes)` of each output file."""
     targets: Mapping[str, tuple[PartTarget, ...]]
-    """Where the parts of each tensor go that this rank writes, by FQN."""
+    """By FQN, the targets of each tensor that this rank writes."""
     once: Mapping[str, tuple[PartTarget, ...]]
-    """Where tensors are that the DCP half leaves to the export, by FQN; as `targets`, and tied."""
+    """By FQN, the targets of this rank's tensors that only the export stores; tied ones too."""
     tied: tuple[tuple[str, ...], ...]
-    """Groups of FQNs that are taken for one tensor because ranks found them to be."""
+    """Groups of FQNs that the plan treats as one tensor because a rank found one memory."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlannedTensor:
-    """What all ranks together write of one tensor, in columns: there are millions of items."""
+    """What all ranks together write of one tensor. A job has millions of items, hence columns."""
 
     data: TensorWriteData
     """Shape and dtype, from the first item."""
@@ -83,24 +91,24 @@ class PlannedTensor:
 
 @dataclass(frozen=True, slots=True)
 class GlobalPlan:
-    """The coordinator's result."""
+    """The result of global planning, kept by the coordinator."""
 
     plans: list[SavePlan]
-    """One a rank, as DCP made them, without ours."""
+    """DCP's plans, one per rank, without our data."""
     layout: Layout | None
     """The export; `None` without one."""
     plan_id: str
-    """Unique: a rank that kept a part of another plan must not write it, be it ever so similar."""
+    """Unique id. A rank must not write from another plan that it kept, even a similar one."""
     options: str
-    """Fingerprint of the export options that led to it."""
+    """Fingerprint of the export options that led to this plan."""
     hosts: tuple[str, ...]
     """Host of each rank."""
     tensors: Mapping[str, PlannedTensor]
     """Every tensor of the plans, by FQN; empty without an export."""
     once: Mapping[str, tuple[PartTarget, ...]]
-    """Where tensors are that the DCP half leaves to the export, by FQN."""
+    """By FQN, the targets of the tensors that only the export stores."""
     tied: tuple[tuple[str, ...], ...]
-    """Groups of FQNs that are taken for one tensor because ranks found them to be."""
+    """Groups of FQNs that the plan treats as one tensor because a rank found one memory."""
 
 
 def plan_globally(
@@ -114,14 +122,15 @@ def plan_globally(
     """Plan the export from DCP's deduplicated plans (coordinator).
 
     Args:
-        plans: DCP's plans, one a rank.
+        plans: DCP's plans, one per rank.
         export: The export; `None` for the DCP half only.
-        options: Fingerprint of all options that the plan follows from.
+        options: Fingerprint of all options that the plan depends on.
         file_of_key: File of each key, from the index of `export.like`.
-        once: Whether the DCP half leaves to the export what it holds bit for bit.
+        once: Whether the DCP half leaves out the tensors that the export stores bit for bit.
 
     Raises:
-        PlanningError: If the state dict cannot be exported as asked.
+        PlanningError: If the state dict cannot be exported with these options, or if a rank's plan
+            does not carry `LocalFacts`.
     """
     facts = [_facts(plan) for plan in plans]
     hosts = tuple(fact.host for fact in facts)
@@ -146,11 +155,11 @@ def plan_globally(
 
 
 def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
-    """Attach to each rank's plan what it needs, and nothing of the others'.
+    """Attach to each rank's plan the data that this rank needs, and no data of other ranks.
 
     Args:
         plan: The global plan.
-        dcp: The same plans as the DCP writer prepared them.
+        dcp: The same plans, after the DCP writer prepared them.
     """
     seen: dict[str, int] = {}
     sizes = {host: plan.hosts.count(host) for host in set(plan.hosts)}
@@ -178,7 +187,10 @@ def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
 def _by_rank(
     targets: Mapping[str, tuple[PartTarget, ...]], plan: GlobalPlan
 ) -> list[dict[str, tuple[PartTarget, ...]]]:
-    """Return the targets of what each rank writes: an expert of its own, not those of the rest."""
+    """Return for each rank the targets near the rows that it writes.
+
+    A rank that holds one expert of a layer does not get the targets of the other experts.
+    """
     found: list[dict[str, tuple[PartTarget, ...]]] = [{} for _ in plan.plans]
     for fqn, parts in targets.items():
         tensor = plan.tensors[fqn]
@@ -196,7 +208,7 @@ def _by_rank(
 
 
 def options_fingerprint(export: HFExport | None, file_of_key: Mapping[str, str] | None) -> str:
-    """Name the options that a layout follows from, equal for equal options."""
+    """Return a fingerprint of the options that a layout depends on; equal for equal options."""
     if export is None:
         return _DCP_ONLY
     like = None if file_of_key is None else sorted(file_of_key.items())
@@ -218,9 +230,9 @@ def _facts(plan: SavePlan) -> LocalFacts:
 
 
 def _planned_tensors(plans: Iterable[SavePlan]) -> dict[str, PlannedTensor]:
-    """Collect what the ranks write of each tensor."""
-    # The one pass over every item of every rank: this is what grows with the job. Each attribute is
-    # read once, as most of the time goes into fetching the objects from memory.
+    """Collect for each tensor what all ranks write."""
+    # Only this loop visits every item of every rank, so its time grows with the job. It reads each
+    # attribute once: most of the time is spent on fetching the objects from memory.
     found: dict[str, PlannedTensor] = {}
     for rank, plan in enumerate(plans):
         paths = plan.planner_data if isinstance(plan.planner_data, dict) else {}
@@ -264,20 +276,20 @@ def _runtime_tensors(
 def _checked_groups(
     shared: Iterable[tuple[str, ...]], export: HFExport, plan: Layout, once: Collection[str]
 ) -> tuple[tuple[str, ...], ...]:
-    """Return the groups by which something is stored once only, in the export or altogether."""
-    # Ties that are given are taken as given: those found then save no more than a second copy in
-    # the DCP half.
+    """Return the tied groups that every rank checks: the save leaves tensors out for them."""
+    # With `HFExport(tied=...)` the user declares what the export leaves out. The ties that ranks
+    # find then only let the DCP half leave out a tensor that is not exported under its own name.
     if export.tied is None:
         return tuple(shared)
-    leaning = once - plan.targets.keys()
-    return tuple(group for group in shared if not leaning.isdisjoint(group))
+    left_out = once - plan.targets.keys()
+    return tuple(group for group in shared if not left_out.isdisjoint(group))
 
 
 def check_tied(shared: Iterable[tuple[str, ...]], memory: Mapping[str, int], *, rank: int) -> None:
-    """Check that tensors which some rank found tied are not different ones here.
+    """Check that tensors which another rank found tied are not different tensors on this rank.
 
     Raises:
-        LayoutError: If they are, so that leaving one out would lose data.
+        LayoutError: If they are different: leaving one out would lose data.
     """
     fault = tie_fault(shared, memory, phase="write")
     if fault is not None:

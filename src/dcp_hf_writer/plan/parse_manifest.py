@@ -1,8 +1,9 @@
-"""The manifest `dcp-hf.json`, read without trust.
+"""Parse the manifest `dcp-hf.json`, which may be damaged or hostile.
 
-Pure. The other direction is `encode_manifest`. Every returned field has been checked: types,
-ranges, names of files, and that the tensors of an output file and the ranges of a DCP file fit
-into it. Whether the blocks of a tensor tile it is checked by those who read the bytes.
+Pure. `encode_manifest` is the reverse. The parser checks every field that it returns: types, ranges
+and file names. It also checks that the tensors of an output file, and the ranges of a DCP file, fit
+into the file. It does not check that the blocks of a tensor tile it: the callers that read the
+bytes do.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 
 MAX_MANIFEST_NBYTES = 512 << 20
-"""Larger ones are refused before they are read; a block takes about 60 bytes."""
+"""Callers refuse a larger manifest before they read it. A block takes about 60 bytes."""
 
 _LAST_LINE = re.compile(rb'"digest_above": "([0-9a-f]{16})"\n\}\n')
 _LAST_LINE_NBYTES = 37
@@ -50,18 +51,18 @@ _FIELDS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class StoredBlock:
-    """Elements of one tensor on disk that one rank wrote."""
+    """A block of one tensor on disk: elements that one rank wrote."""
 
     rank: int
     """The rank."""
     offsets: Shape
     """Index of its first element."""
     extent: Shape | IndexLoops
-    """Its sizes, one a dimension; or its loops, in the order of their bytes."""
+    """Its sizes, one per dimension; or its loops, in the order of the bytes."""
     digest: str
-    """xxh3_64, in hex, of its bytes in the order of the file."""
+    """xxh3_64 of its bytes in file order, in hex."""
     runs: ByteRuns | None
-    """Where its bytes are in the file, ascending; `None` if it has none."""
+    """Where its bytes are in the file, ascending; `None` if the block is empty."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +76,9 @@ class ManifestTensor:
     dtype: str
     """safetensors name of its dtype."""
     shape: Shape
-    """Its shape in elements of torch."""
+    """Its shape, counted in torch elements."""
     blocks: tuple[StoredBlock, ...]
-    """What the ranks wrote of it."""
+    """The blocks that the ranks wrote."""
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +99,7 @@ class ManifestFile:
     header: str
     """Digest of the header."""
     tensors: Mapping[str, ManifestTensor]
-    """By key, ascending."""
+    """Its tensors by key, in the order of their bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,21 +109,21 @@ class ManifestExport:
     subdir: str
     """Its directory within the checkpoint."""
     tied: Mapping[str, str]
-    """Names that were left out, and the name that holds their bytes."""
+    """Names that the export left out, each with the name that holds its bytes."""
     files: Mapping[str, ManifestFile]
     """Output files by name."""
 
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a checkpoint says of itself."""
+    """The checked content of a manifest."""
 
     save_id: str
     """Id of the save."""
     target: str
     """Path that it was saved under."""
     step: int | None
-    """Training step, where the path told it."""
+    """Training step, if the path contained it."""
     world_size: int
     """Number of ranks that saved it."""
     files: Mapping[str, WholeFile]
@@ -130,13 +131,13 @@ class Manifest:
     dcp: Mapping[str, DCPFile]
     """Files of the DCP half, by path within the checkpoint."""
     once: tuple[str, ...]
-    """FQNs of the tensors that are stored in the export alone."""
+    """FQNs of the tensors that only the export stores."""
     hf: ManifestExport | None
     """The export; `None` without one."""
     export_error: str | None
-    """Why there is none although one was asked for."""
+    """Why a requested export failed; `None` if it did not."""
     seconds: Mapping[str, float]
-    """What the save took on the coordinator, by phase."""
+    """Seconds that the coordinator spent in each phase."""
 
     def sizes(self) -> dict[str, int]:
         """Return the size of every file but the manifest, by path within the checkpoint."""
@@ -152,10 +153,10 @@ def parse_manifest(data: bytes, *, path: str) -> Manifest:
 
     Args:
         data: The whole file, of at most `MAX_MANIFEST_NBYTES`.
-        path: The file, for the error.
+        path: Path of the file, for the error.
 
     Raises:
-        CorruptCheckpointError: If it is damaged, of another version, or says what cannot be.
+        CorruptCheckpointError: If it is damaged, has another version, or holds an invalid value.
     """
     _check_digest(data, path)
     return _Parser(path).manifest(parse_json(data, path=path))
@@ -180,12 +181,12 @@ def _check_digest(data: bytes, path: str) -> None:
         )
     tail = _LAST_LINE.fullmatch(data[-_LAST_LINE_NBYTES:])
     if tail is None:
-        msg = "the manifest does not end as one"
+        msg = "the end of the manifest is missing or damaged"
         raise CorruptCheckpointError(
             msg,
             phase="read",
             path=path,
-            expected="a last line with the digest of all above it",
+            expected="a last line with the digest of all bytes above it",
             found=shortened(data[-_LAST_LINE_NBYTES:]),
         )
     found = xxhash.xxh3_64_hexdigest(memoryview(data)[:-_LAST_LINE_NBYTES])
@@ -197,7 +198,7 @@ def _check_digest(data: bytes, path: str) -> None:
 
 
 class _Parser:
-    """Checks values against what they must be; every refusal names the place."""
+    """Checks and converts values; each error names the field that is invalid."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -214,7 +215,7 @@ class _Parser:
                 "version",
                 f"{FORMAT_VERSION}",
                 value.get("version"),
-                hint="another version of this package wrote it, and one like it can read it",
+                hint="another version of this package wrote it; read it with that version",
             )
         fields = self._object(value, "the manifest", _FIELDS)
         if fields["digest"] != DIGEST_NAME:
@@ -309,10 +310,10 @@ class _Parser:
         start, dtype, shape, blocks = self._list(value, where, length=4)
         start = self._count(start, f"the start of {where}")
         if not isinstance(dtype, str) or dtype not in ITEMSIZE:
-            self._refuse(f"the dtype of {where}", "one of safetensors", dtype)
+            self._refuse(f"the dtype of {where}", "a dtype of safetensors", dtype)
         shape = self._counts(shape, f"the shape of {where}")
         if math.prod(n for n in shape if n) * ITEMSIZE[dtype] >= 1 << 63:
-            self._refuse(f"the shape of {where}", "of fewer elements", shape)
+            self._refuse(f"the shape of {where}", "of fewer elements, below 2^63 bytes", shape)
         at = f"a block of {where}"
         found = tuple(
             self._block(one, at, shape, itemsize=ITEMSIZE[dtype], tensor_start=start)
@@ -346,7 +347,7 @@ class _Parser:
     def _phases(self, value: Mapping[str, Any]) -> dict[str, float]:
         for phase, seconds in value.items():
             if type(seconds) not in (int, float) or not 0 <= seconds < float("inf"):
-                self._refuse(f"the time of {shortened(phase)}", "seconds", seconds)
+                self._refuse(f"the time of {shortened(phase)}", "a number of seconds >= 0", seconds)
         return dict(value)
 
     def _check_names(self, manifest: Manifest) -> None:
@@ -411,7 +412,7 @@ class _Parser:
     def _refuse(
         self, where: str, expected: str, found: object, *, hint: str | None = None
     ) -> NoReturn:
-        msg = "the manifest says what cannot be"
+        msg = "the manifest holds an invalid value"
         raise CorruptCheckpointError(
             msg,
             phase="read",

@@ -1,6 +1,6 @@
-"""Blocks of a manifest: offsets and an extent from storage become bytes of a tensor.
+"""Turn the offsets and extent of a block in a manifest into byte runs of its tensor.
 
-Pure. The layers of a model are cut alike, so a place that was found good is looked up again.
+Pure. The layers of a model have equal blocks, so `Places` checks each distinct block only once.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ _Key = tuple[tuple[int, ...], tuple[int, ...], "Shape", int]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class BlockPlace:
     """Where a block lies in its tensor; checked."""
 
     offsets: Shape
     """Index of its first element."""
     extent: Shape | IndexLoops
-    """Its sizes, one a dimension; or its loops, in the order of their bytes."""
+    """Its sizes, one per dimension; or its loops, in the order of the bytes."""
     runs: ByteRuns | None
-    """Its bytes, ascending, from the first byte of the tensor; `None` if it has none."""
+    """Its bytes, ascending, counted from the tensor's first byte; `None` if the block is empty."""
 
 
 class Places:
     """Places of blocks, each computed once."""
 
     def __init__(self) -> None:
-        """Know none."""
-        self._known: dict[_Key, Place] = {}
+        """Start empty."""
+        self._known: dict[_Key, BlockPlace] = {}
 
-    def find(self, offsets: Any, extent: Any, shape: Shape, itemsize: int) -> Place:
+    def find(self, offsets: Any, extent: Any, shape: Shape, itemsize: int) -> BlockPlace:
         """Return the place that values from a manifest describe.
 
         Raises:
-            ValueError: If they describe none; the text says what they should.
+            ValueError: If the values are invalid. Its text completes "expected a block to be ...".
         """
         if not isinstance(offsets, list) or not isinstance(extent, list):
             msg = "of offsets and an extent"
             raise ValueError(msg)  # noqa: TRY004 - what storage says is a value
-        # An integer by its type: `true` and `1.0` would be found as 1.
+        # Look up values of type int only: `true` and `1.0` equal 1 and would be accepted as 1.
         if not {*map(type, offsets), *map(type, extent)} <= {int}:
             return _place(offsets, extent, shape, itemsize)
         key = (tuple(offsets), tuple(extent), shape, itemsize)
@@ -59,13 +59,13 @@ class Places:
         return place
 
 
-def _place(offsets: list[Any], extent: list[Any], shape: Shape, itemsize: int) -> Place:
+def _place(offsets: list[Any], extent: list[Any], shape: Shape, itemsize: int) -> BlockPlace:
     is_solid = not (extent and isinstance(extent[0], list))
     if len(offsets) != len(shape) or (is_solid and len(extent) != len(shape)):
         msg = f"of {len(shape)} dimensions"
         raise ValueError(msg)
     if not all(map(is_count, offsets)):
-        msg = "at a list of counts"
+        msg = "at offsets that are whole numbers >= 0"
         raise ValueError(msg)
     loops = _loops([[n, d, 1] for d, n in enumerate(extent)] if is_solid else extent, shape)
     _check_within(offsets, loops, shape)
@@ -75,7 +75,7 @@ def _place(offsets: list[Any], extent: list[Any], shape: Shape, itemsize: int) -
         start = itemsize * sum(o * s for o, s in zip(offsets, strides, strict=True))
         steps = [(count, step * strides[dim] * itemsize) for count, dim, step in loops]
         runs = _byte_runs(start, steps, itemsize)
-    return Place(tuple(offsets), tuple(extent) if is_solid else loops, runs)
+    return BlockPlace(tuple(offsets), tuple(extent) if is_solid else loops, runs)
 
 
 def _loops(values: list[Any], shape: Shape) -> IndexLoops:
@@ -84,14 +84,14 @@ def _loops(values: list[Any], shape: Shape) -> IndexLoops:
         raise ValueError(msg)
     for value in values:
         if not isinstance(value, list) or len(value) != len(("count", "dim", "step")):
-            msg = "of loops of a count, a dimension and a step"
+            msg = "of loops `[count, dimension, step]`"
             raise ValueError(msg)
         count, dim, step = value
         if not is_count(count) or not is_count(dim, below=len(shape)) or not is_count(step):
-            msg = f"of counts, and of dimensions below {len(shape)}"
+            msg = f"of loops of whole numbers >= 0, with dimensions below {len(shape)}"
             raise ValueError(msg)
         if step == 0:
-            msg = "of loops that move"
+            msg = "of loops with steps above 0"
             raise ValueError(msg)
     return tuple((count, dim, step) for count, dim, step in values)
 
@@ -105,14 +105,14 @@ def _check_within(offsets: list[int], loops: IndexLoops, shape: Shape) -> None:
 
 
 def _byte_runs(start: int, loops: list[tuple[int, int]], itemsize: int) -> ByteRuns:
-    """Merge loops of `(count, byte stride)` around an element."""
+    """Merge loops of `(count, byte stride)` into runs; the innermost run starts as one element."""
     merged: list[tuple[int, int]] = []
     run = reach = itemsize
     for count, stride in reversed(loops):
         if count == 1:
             continue
         if stride < reach:
-            msg = "in the order of its bytes"
+            msg = "of loops in the order of its bytes"
             raise ValueError(msg)
         reach += (count - 1) * stride
         if not merged and stride == run:

@@ -1,4 +1,4 @@
-"""What a rank tells the coordinator about its part of a save, and the checks made of it."""
+"""The report of a rank to the coordinator about its part of a save, and the coverage check."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ DIGEST_NAME = "xxh3_64"
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class WrittenBlock:
     """Elements of one tensor on disk, written by one rank."""
 
     key: str
@@ -29,9 +29,9 @@ class Block:
     offsets: Shape
     """Index of its first element in the tensor on disk."""
     extent: Shape | IndexLoops
-    """Its sizes, one a dimension, where it has no gaps; else its loops."""
+    """Its sizes, one per dimension, if it is a box without gaps; else its loops."""
     digest: str
-    """xxh3_64, in hex, of its bytes as stored: row-major, or in order of its loops."""
+    """xxh3_64 of its stored bytes, in hex; they are row-major, or in the order of its loops."""
 
 
 def is_solid(extent: Shape | IndexLoops) -> TypeGuard[Shape]:
@@ -55,29 +55,34 @@ class DCPFile:
 
 @dataclass(slots=True)
 class RankReport:
-    """What one rank did; sent as the storage data of one extra `WriteResult`."""
+    """What one rank did. It travels as the storage data of one extra `WriteResult`."""
 
     rank: int
     host: str
-    blocks: list[Block] = field(default_factory=list)
+    blocks: list[WrittenBlock] = field(default_factory=list)
     dcp_files: list[DCPFile] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
-    """Time spent by phase."""
+    """Seconds spent in each phase."""
     nbytes: dict[str, int] = field(default_factory=dict)
-    """Bytes written by half: `dcp`, `hf`."""
+    """Bytes written for each half, `dcp` and `hf`."""
     export_error: ExportError | None = None
     """Why this rank could not write its part of the export."""
+    stamp: str = ""
+    """Stamp of this rank's `LocalFacts` in this save."""
+    samples: bytes | None = None
+    """Samples of the `LocalFacts`, if DCP's plan cache did not send them to the coordinator."""
 
 
 def check_coverage(layout: Layout, reports: Sequence[RankReport]) -> None:
-    """Check that what the ranks report tiles every tensor of every output file exactly.
+    """Check that the reported blocks tile every tensor of every output file exactly.
 
-    A slice that nobody wrote would be a valid file with zeros in it.
+    Without this check, a file with a slice that no rank wrote would look valid, with zeros there.
 
     Raises:
-        CoverageError: Naming the first key that is not covered once.
+        CoverageError: If the blocks do not cover a key exactly once, or a rank reports a key that
+            the export does not have. It names the first such key.
     """
-    written: dict[str, list[Block]] = {}
+    written: dict[str, list[WrittenBlock]] = {}
     for report in reports:
         for block in report.blocks:
             written.setdefault(block.key, []).append(block)
@@ -85,7 +90,7 @@ def check_coverage(layout: Layout, reports: Sequence[RankReport]) -> None:
     for key, (shape, itemsize, file) in shapes.items():
         fault = _fault(written.pop(key, ()), shape)
         if fault is not None:
-            msg = "the bytes that ranks report do not tile a tensor of the export"
+            msg = "the blocks that ranks report do not tile a tensor of the export"
             raise CoverageError(
                 msg,
                 phase="finish",
@@ -93,14 +98,14 @@ def check_coverage(layout: Layout, reports: Sequence[RankReport]) -> None:
                 key=key,
                 expected=f"each of {_count(shape) * itemsize} bytes once",
                 found=fault,
-                hint="nothing was published; this is a defect, please report it",
+                hint="nothing was published; this is a bug in dcp-hf-writer, please report it",
             )
     if written:
         msg = "a rank reports a tensor that is not in the export"
         raise CoverageError(msg, phase="finish", key=next(iter(written)))
 
 
-def _fault(blocks: Iterable[Block], shape: Shape) -> str | None:
+def _fault(blocks: Iterable[WrittenBlock], shape: Shape) -> str | None:
     boxes, parts = [], []
     for block in blocks:
         if is_solid(block.extent):

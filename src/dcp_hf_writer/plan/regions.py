@@ -1,6 +1,6 @@
-"""What of a rank's chunk goes where in the output files: the same for save, load and streaming.
+"""Cut a rank's chunk into regions, each with its place in an output file.
 
-Pure.
+Pure. Save, load and streaming use the same regions.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 
 class TargetTable:
-    """The targets of one runtime tensor, to be looked up by the rows of a chunk."""
+    """Finds the targets of one runtime tensor by the rows of a chunk."""
 
     def __init__(self, targets: Sequence[PartTarget]) -> None:
-        """Sort targets by their rows of the runtime tensor."""
+        """Sort the targets by the rows of the runtime tensor that they take elements from."""
         spans = [(*_rows(target), i) for i, target in enumerate(targets)]
         spans.sort()
         self._targets = tuple(targets[i] for _, _, i in spans)
@@ -40,7 +40,7 @@ class TargetTable:
         return len(self._targets)
 
     def near(self, chunk: Box | ChunkStorageMetadata) -> tuple[PartTarget, ...]:
-        """Return the targets that may have elements in a chunk, and few others."""
+        """Return all targets that have elements in a chunk, and possibly a few others."""
         if not chunk.offsets:
             return self._targets
         first = chunk.offsets[0]
@@ -48,10 +48,10 @@ class TargetTable:
         return self._targets[start:stop]
 
     def near_rows(self, rows: frozenset[tuple[int, int]]) -> tuple[PartTarget, ...]:
-        """Return the targets that may have elements in rows, and few others, each once.
+        """Return all targets that have elements in some rows, each once, and possibly a few others.
 
         Args:
-            rows: First row and the one after the last, of each chunk.
+            rows: For each chunk, its first row and one past its last row.
         """
         # Ranks that share these rows get the same tuple.
         found = self._known.get(rows)
@@ -85,7 +85,7 @@ class Region:
     """The elements; `start` is within the rank's chunk."""
 
     def hf_runs(self) -> ByteRuns:
-        """Return the bytes of the file that it fills, in order of the copy's loops."""
+        """Return the bytes of the file that this region fills, in the order of the copy's loops."""
         target = self.target
         return copy_runs(
             self.copy, target.shape, itemsize=ITEMSIZE[target.dtype], tensor_start=target.start
@@ -93,7 +93,7 @@ class Region:
 
 
 def chunk_regions(chunk: Box, targets: Iterable[PartTarget]) -> list[Region]:
-    """Cut one chunk of a runtime tensor into what goes to each of its targets.
+    """Cut one chunk of a runtime tensor into the regions that go to its targets.
 
     Args:
         chunk: The chunk, in indices of the runtime tensor; a rank holds it as a local tensor.
@@ -110,5 +110,5 @@ def chunk_regions(chunk: Box, targets: Iterable[PartTarget]) -> list[Region]:
 
 
 def needs_cast(dtype: torch.dtype, target: PartTarget) -> bool:
-    """Whether a tensor of `dtype` is stored in another one."""
+    """Whether the target stores a tensor of `dtype` in another dtype."""
     return NAME_BY_TORCH.get(dtype) != target.dtype

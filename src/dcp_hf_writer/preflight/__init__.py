@@ -1,4 +1,4 @@
-"""What is checked or explained before bytes move: options, rank facts, ties, dry runs.
+"""Checks and explanations before bytes move: options, rank facts, ties, dry runs.
 
 Modules here write nothing.
 """

@@ -1,8 +1,8 @@
-"""Ties that a user or a model's configuration declares, and whether they are true on this rank.
+"""Check on this rank that tensors which a user or a model's config declares to be tied are equal.
 
-A tied name is left out of the export. Two parameters that were one, and that sharding has made two
-(FSDP2 keeps a tie only within one group), drift apart as they are trained: an export of one of them
-would then serve another model than the one that was trained.
+The export leaves a tied name out. Sharding can turn one tied parameter into two: FSDP2 keeps a tie
+only within one group. Training then changes the two differently, and an export of only one of them
+would serve another model than the trained one.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ from torch.distributed.tensor import DTensor
 from dcp_hf_writer.errors import ExportError
 from dcp_hf_writer.mapping.spec_match import model_names
 from dcp_hf_writer.mapping.tied_names import declared_ties
-from dcp_hf_writer.torch_seam.frames import planned_paths, planned_state_dict
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from torch.distributed.checkpoint.planner import SavePlanner
-
     from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.torch_seam.caller_frames import Planned
 
 
 HOW_TO_TIE = (
@@ -32,23 +30,22 @@ HOW_TO_TIE = (
 
 
 def untrue_tie(
-    planner: SavePlanner | None, export: HFExport, memory: Mapping[str, int], *, rank: int
+    planned: Planned, export: HFExport, memory: Mapping[str, int], *, rank: int
 ) -> ExportError | None:
-    """Compare tensors that are declared to be tied, where they are not one memory.
+    """Compare tensors that are declared to be tied but do not share memory.
 
     Args:
-        planner: Planner of the save; nothing can be compared if it does not show its state dict.
+        planned: What this rank plans to save.
         export: Options of the export.
-        memory: Number of the memory of each tensor, by FQN.
+        memory: Number of each tensor's memory, by FQN; equal numbers mean shared memory.
         rank: This rank.
 
     Returns:
-        What is wrong, if two of them have different bytes on this rank.
+        An error if two such tensors have different bytes on this rank; otherwise `None`.
     """
-    state_dict = planned_state_dict(planner)
+    state_dict, paths = planned.state_dict, planned.paths
     if not any(declared_ties(export, ())) or not state_dict:
         return None
-    paths = planned_paths(planner)
     tensors = {
         fqn: paths.get(fqn, (fqn,)) for fqn, v in state_dict.items() if isinstance(v, torch.Tensor)
     }
@@ -60,8 +57,8 @@ def untrue_tie(
         rank=rank,
         phase="plan",
         fqn=drifted[0],
-        expected=f"the values of {drifted[1]!r}, as only these would be exported",
-        found="others",
+        expected=f"the values of {drifted[1]!r}, because the export keeps only those",
+        found="different values",
         hint=HOW_TO_TIE,
     )
 
@@ -72,16 +69,17 @@ def drifted_tie(
     export: HFExport,
     memory: Mapping[str, int],
 ) -> tuple[str, str] | None:
-    """Find two tensors that are declared to be tied, and differ on this rank.
+    """Find two tensors that are declared to be tied but differ on this rank.
 
     Args:
-        tensors: Tensors by FQN; other values may be among them.
+        tensors: Values by FQN; not all need to be tensors.
         names: Name within the model of each of its tensors, by FQN.
         export: Options of the export.
-        memory: Number of the memory of each tensor, by FQN.
+        memory: Number of each tensor's memory, by FQN; equal numbers mean shared memory.
 
     Returns:
-        FQN of the one that would be left out, and of the one that would be kept.
+        FQN of the tensor that the export would leave out, and of the one that it would keep;
+        `None` if no two differ.
     """
     fqn_of = {name: fqn for fqn, name in names.items()}
     for drop, keep in dict(declared_ties(export, fqn_of)).items():
@@ -94,7 +92,7 @@ def drifted_tie(
 
 
 def _differ(one: Any, other: Any) -> bool:
-    """Whether two tensors differ in bytes here; `False` where they are not held alike."""
+    """Whether two tensors differ in bytes on this rank; `False` if they are sharded differently."""
     if isinstance(one, DTensor) and isinstance(other, DTensor):
         if (one.device_mesh, one.placements) != (other.device_mesh, other.placements):
             return False

@@ -1,6 +1,6 @@
-"""A dry run of a save: the plans that a save makes, by the same functions, and no bytes.
+"""A dry run of a save: it plans with the same functions as a save, and writes no bytes.
 
-Nothing is staged, and the storage is not touched.
+It stages nothing and does not touch the target's storage.
 """
 
 from __future__ import annotations
@@ -16,24 +16,27 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import WriteItemType
-from torch.distributed.checkpoint.utils import _DistWrapper
 
 from dcp_hf_writer.digests.digest_sweep import extent_of
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.formats.names_on_disk import INDEX_NAME
 from dcp_hf_writer.mapping.model_entry import model_prefix
 from dcp_hf_writer.plan.global_plan import GlobalPlan, RankPlan, plan_globally, rank_plans
+from dcp_hf_writer.preflight.drifted_ties import untrue_tie
 from dcp_hf_writer.preflight.explanation import Explanation
 from dcp_hf_writer.preflight.explanation_rows import FileSum, RankSum, Row, left_out
-from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts, note_memory
-from dcp_hf_writer.save.attempt import Attempt
+from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts
 from dcp_hf_writer.save.export_assets import file_of_key_in_like
 from dcp_hf_writer.save.hf_half import regions_by_file, way_of
-from dcp_hf_writer.save.tensor_source import TensorSource, chunk_of
+from dcp_hf_writer.save.save_context import RankView
+from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
 from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
 from dcp_hf_writer.tensors.strided_copies import hf_box
-from dcp_hf_writer.torch_seam.frames import planned_state_dict
+from dcp_hf_writer.torch_seam.caller_frames import Planned
+from dcp_hf_writer.torch_seam.dtensor import local_of
 from dcp_hf_writer.torch_seam.future_guard import own_error
+from dcp_hf_writer.torch_seam.plan_cache import without_cache
+from dcp_hf_writer.torch_seam.planning_collectives import steps_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -49,12 +52,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class _Local:
-    """What one rank adds."""
+    """What one rank contributes to the explanation."""
 
     rows: list[Row]
     total: RankSum
     error: ExportError | None
-    """Why there would be no export."""
+    """Why the checkpoint would have no export."""
 
 
 @dataclass(slots=True)
@@ -65,24 +68,27 @@ class DryRun:
     export: HFExport | None
     group: dist.ProcessGroup | None
     planner: SavePlanner
-    """A planner that no save uses."""
+    """A planner that no save uses (`fresh_planner`)."""
     is_once: bool
-    """Whether the DCP half leaves weights to the export."""
-    _attempt: Attempt = field(init=False)
+    """Whether only the export stores the weights (`weights="once"`)."""
+    _rank: int = field(init=False)
+    _is_coordinator: bool = field(init=False)
+    _view: RankView = field(init=False)
+    _error: ExportError | None = field(init=False, default=None)
+    """Why the checkpoint would have no export, as far as this rank knows."""
     _plan: GlobalPlan | None = field(init=False, default=None)
-    """On the coordinator."""
+    """The global plan; only the coordinator has it."""
     _files: Mapping[str, str] | None = field(init=False, default=None)
-    """File of each key in `like`, on the coordinator."""
+    """File name of each key in `like`; only the coordinator has it."""
 
     def run(self, state_dict: Mapping[str, Any]) -> Explanation:
-        """Plan a save, and gather what all ranks would write (collective).
+        """Plan a save, and gather what each rank would write (collective: all ranks call it).
 
         Raises:
-            PlanningError: As the save would, on every rank.
+            CheckpointError: If planning fails; every rank raises what the save would raise.
         """
-        ranks = _DistWrapper(self.group, dist.is_available() and dist.is_initialized(), 0)
-        self._attempt = Attempt(self.path, deadline=0.0, staged=None, lease=None)
-        self._attempt.rank, self._attempt.is_coordinator = ranks.rank, ranks.is_coordinator
+        ranks = steps_of(self.group)
+        self._rank, self._is_coordinator = ranks.rank, ranks.is_coordinator
         try:
             plan = ranks.reduce_scatter(
                 "plan", lambda: self._plan_local(state_dict), self._plan_all
@@ -98,24 +104,32 @@ class DryRun:
         self.planner.set_up_planner(
             state_dict=dict(state_dict),
             storage_meta=StorageMeta(checkpoint_id=self.path),
-            is_coordinator=self._attempt.is_coordinator,
+            is_coordinator=self._is_coordinator,
         )
         plan = self.planner.create_local_plan()
-        note_memory(self._attempt, self.planner)
+        view = self._view = RankView.of(Planned.of(self.planner, state_dict), None)
         facts = local_facts(
-            plan, self.planner, attempt=self._attempt, export=self.export, group=self.group
+            plan,
+            view,
+            target=self.path,
+            is_coordinator=self._is_coordinator,
+            export=self.export,
+            group=self.group,
         )
+        if self.export is not None:
+            self._error = untrue_tie(view.planned, self.export, view.memory, rank=self._rank)
         return replace(plan, storage_data=facts)
 
     def _plan_all(self, plans: list[SavePlan]) -> list[SavePlan]:
         found, _ = self.planner.create_global_plan(plans)
-        check_facts(plans, found)
+        check_facts(found)
         export, files = self.export, None
         if export is not None:
             files = file_of_key_in_like(export)
             export = _without_expectations(export)
         plan = plan_globally(found, export, options="", file_of_key=None, once=self.is_once)
-        # Keys that `like` has not are shown, and the files are then those of an export without it.
+        # If the index of `like` lacks some keys, the explanation shows those keys, and the files
+        # are those of an export without `like`.
         if files is not None and set(_keys(plan.layout)) <= files.keys():
             plan = plan_globally(found, export, options="", file_of_key=files, once=self.is_once)
         self._plan, self._files = plan, files
@@ -133,7 +147,7 @@ class DryRun:
         ]
         kept = [item for item in tensors if item.index.fqn not in own.once]
         total = RankSum(
-            rank=self._attempt.rank,
+            rank=self._rank,
             host=socket.gethostname(),
             dcp_nbytes=sum(map(_item_nbytes, kept)),
             dcp_tensors=len(kept),
@@ -142,7 +156,7 @@ class DryRun:
             blocks=len(rows),
             files=len(work),
         )
-        return _Local(rows, total, self._attempt.export_error)
+        return _Local(rows, total, self._error)
 
     def _row(
         self, item: WriteItem, region: Region, files: Sequence[str], source: TensorSource
@@ -154,7 +168,7 @@ class DryRun:
             fqn=item.index.fqn,
             shape=tuple(item.tensor_data.size) if item.tensor_data is not None else (),
             dtype=NAME_BY_TORCH[tensor.dtype],
-            rank=self._attempt.rank,
+            rank=self._rank,
             chunk_offsets=chunk.offsets,
             chunk_sizes=chunk.sizes,
             key=target.key,
@@ -171,9 +185,13 @@ class DryRun:
         )
 
     def _as_staged(self, item: WriteItem, tensor: torch.Tensor) -> torch.Tensor:
-        """Return a tensor with the strides of its staged copy; of a block, those of the block."""
-        held = planned_state_dict(self.planner).get(item.index.fqn)
-        local = getattr(held, "_local_tensor", held)
+        """Return a tensor with the strides that `way_of` sees in a save.
+
+        Staging makes a whole local tensor contiguous, so this returns an empty contiguous tensor
+        for one that is not. A block of a local tensor keeps its strides.
+        """
+        held = self._view.planned.state_dict.get(item.index.fqn)
+        local = local_of(held) if isinstance(held, torch.Tensor) else None
         if tensor.is_contiguous() or local is None or local.shape != tensor.shape:
             return tensor
         return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
@@ -209,14 +227,10 @@ class DryRun:
 
 
 def fresh_planner(planner: SavePlanner | None) -> SavePlanner:
-    """Return a planner that plans as a given one does, and keeps nothing for a later save."""
+    """Return a planner that plans like the given one, and keeps nothing for a later save."""
     if planner is None:
         return DefaultSavePlanner()
-    fresh = copy.copy(planner)
-    # torch keeps plans on the class: a dry run must neither be found there nor answered from there.
-    if getattr(fresh, "_enable_plan_caching", False):
-        fresh._enable_plan_caching = False  # type: ignore[attr-defined]  # noqa: SLF001
-    return fresh
+    return without_cache(planner)
 
 
 def _without_expectations(export: HFExport) -> HFExport:
@@ -250,7 +264,7 @@ def _ordered(plan: GlobalPlan) -> dict[str, PlannedTensor]:
 
 
 def _in_order(plan: GlobalPlan, rows: Iterable[Row]) -> tuple[Row, ...]:
-    """Sort rows as the state dict and the specs go."""
+    """Sort rows by the order of the state dict, then of the specs, then of the bytes."""
     targets = {} if plan.layout is None else plan.layout.targets
     names = ((fqn, target.key) for fqn in _ordered(plan) for target in targets.get(fqn, ()))
     place = {name: i for i, name in enumerate(names)}
@@ -270,7 +284,7 @@ def _problems(
     errors: Iterable[ExportError], missing: set[str], unexpected: set[str]
 ) -> Iterator[str]:
     for error in errors:
-        yield f"there would be no export: {error}"
+        yield f"the checkpoint would have no export: {error}"
     if missing or unexpected:
         yield (
             "the save would be refused: the export would not have the expected keys, "

@@ -1,4 +1,4 @@
-"""What `HFDualWriter.explain` returns: what a save would write, and what it would not."""
+"""The result of `HFDualWriter.explain`: what a save would write, and what it would leave out."""
 
 from __future__ import annotations
 
@@ -15,38 +15,40 @@ _WIDTH = 120
 
 @dataclass(frozen=True, slots=True)
 class Explanation:
-    """What a save would write, and what it would not; the same on every rank.
+    """What a save would write, and what it would leave out; the same on every rank.
 
-    `print` shows it as tables in which the layers of a model are one line; `rows` has all of it.
+    `print` shows tables with one line for equal layers of a model; `rows` lists every block.
     """
 
     path: str
     """Path of the checkpoint."""
     entry: str
-    """Entry of the state dict that holds the model; empty if the state dict is the model's own."""
+    """Entry of the state dict that holds the model; empty if the whole state dict is the model."""
     rows: tuple[Row, ...]
-    """Each block of the export, tensor by tensor in state-dict order."""
+    """Every block of the export; tensors are in state-dict order."""
     files: tuple[FileSum, ...]
     """Output files; the last one is the index, if there is one."""
     ranks: tuple[RankSum, ...]
-    """What each rank writes in all."""
+    """What each rank writes in total."""
     left_out: tuple[LeftOut, ...]
-    """What the DCP half alone holds: other entries, values, tied names, padding."""
+    """What only the DCP half holds: other entries, values, tied names, padding."""
     stored_once: tuple[str, ...]
-    """FQNs of tensors that the DCP half leaves to the export."""
+    """FQNs of tensors that only the export stores."""
     missing_keys: tuple[str, ...]
-    """Keys of `expect_keys`, or else of the index of `like`, that the export would not have."""
+    """Keys that are expected, but that the export would not have. `expect_keys` lists the expected
+    keys; without it, the index of `like` does."""
     unexpected_keys: tuple[str, ...]
-    """Keys that the export would have and `expect_keys`, or else that index, has not."""
+    """Keys that the export would have, but that are not expected."""
     problems: tuple[str, ...]
-    """Why the save would be refused, or its export left out."""
+    """Why the save would be refused, or why it would have no export."""
 
     def table(self, *, width: int = _WIDTH, collapse: bool = True) -> str:
-        """Return tables for a terminal; `0..9` are some ranks or files from the first to the last.
+        """Return tables for a terminal; `0..9` stands for some ranks or files between 0 and 9.
 
         Args:
-            width: Characters of a line, where what it shows allows it.
-            collapse: Show the layers of a model as one line; else each block, with its bytes.
+            width: Characters per line; a line with a long name or cell may be longer.
+            collapse: Show equal layers of a model as one line. If `False`, show each block with its
+                byte range.
         """
         said = [self._headline(), *(f"! {problem}" for problem in self.problems)]
         parts = [tables.wrapped(text, width) for text in said]

@@ -1,4 +1,4 @@
-"""What a dry run finds: blocks, files, ranks, and what is left out.
+"""The parts of a dry run's result: blocks, files, ranks, and what the export leaves out.
 
 Pure.
 """
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.mapping.spec_match import model_names
-from dcp_hf_writer.plan.stored_once import is_whole
+from dcp_hf_writer.plan.weights_once import is_whole
 from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
 from dcp_hf_writer.tensors.strided_copies import covered, runtime_loops
 
@@ -33,45 +33,45 @@ class Row:
     """One block that one rank writes into one output file."""
 
     fqn: str
-    """Runtime tensor that it comes from, by FQN in the state dict."""
+    """FQN of the runtime tensor that the block comes from."""
     shape: Shape
     """Shape of the whole runtime tensor."""
     dtype: str
-    """Its dtype, as safetensors names it."""
+    """Dtype of the runtime tensor, as safetensors names it."""
     rank: int
     """Rank that writes the block, within the process group of the save."""
     chunk_offsets: Shape
-    """Where the part of the runtime tensor lies that this rank holds, in elements."""
+    """First index of this rank's chunk of the runtime tensor per dimension, in elements."""
     chunk_sizes: Shape
-    """Extents of that part."""
+    """Extents of that chunk, in elements."""
     key: str
-    """HuggingFace name."""
+    """HuggingFace name of the tensor that the block goes to."""
     hf_shape: Shape
     """Shape of the whole HuggingFace tensor."""
     hf_dtype: str
-    """Its dtype on disk."""
+    """Dtype of the HuggingFace tensor on disk."""
     hf_offsets: Shape
     """Index of the block's first element in the HuggingFace tensor."""
     hf_sizes: Shape | None
-    """Extents of the block there; `None` for one with gaps."""
+    """Extents of the block in the HuggingFace tensor; `None` for a block with gaps."""
     file: str
-    """Output file."""
+    """Name of the output file."""
     start: int
-    """First byte in that file."""
+    """First byte of the block in that file."""
     stop: int
-    """One past the last byte; other blocks may lie between the runs."""
+    """One past the last byte of the block; other blocks may lie between its runs."""
     runs: int
     """Number of runs of consecutive bytes."""
     run_nbytes: int
-    """Length of each run."""
+    """Length of each run, in bytes."""
     way: Way
-    """`direct`: from the staged copy as it lies there; `cast`: through the bounce buffer, which
-    changes the dtype; `strided`: through the bounce buffer, which brings elements into the order of
-    the file, as a transpose needs."""
+    """How the bytes get into the file. `direct`: from the staged copy, unchanged. `cast`: through
+    the bounce buffer, which changes the dtype. `strided`: through the bounce buffer, which brings
+    the elements into the order of the file, for example for a transpose."""
 
     @property
     def nbytes(self) -> int:
-        """Bytes that are written."""
+        """Number of bytes in the block."""
         return self.runs * self.run_nbytes
 
 
@@ -82,54 +82,55 @@ class FileSum:
     name: str
     """File name within the export directory."""
     nbytes: int
-    """Its whole size."""
+    """Size of the whole file, in bytes."""
     tensors: int
-    """Number of its tensors."""
+    """Number of tensors in the file; 0 for the index."""
     header_nbytes: int
-    """Bytes before its data."""
+    """Bytes before the tensor data; 0 for the index."""
 
 
 @dataclass(frozen=True, slots=True)
 class RankSum:
-    """What one rank writes in all."""
+    """What one rank writes in total."""
 
     rank: int
     """Rank within the process group of the save."""
     host: str
-    """Name of its host."""
+    """Host name of the rank."""
     dcp_nbytes: int
-    """Bytes of tensors for the DCP half, archives around them not counted."""
+    """Bytes of tensor data in the DCP half, without the archives around the data."""
     dcp_tensors: int
-    """Tensors, or blocks of tensors, for the DCP half."""
+    """Number of tensors, or blocks of tensors, in the DCP half."""
     values: int
-    """Other values for the DCP half, of unknown size."""
+    """Number of other values in the DCP half; their size is unknown."""
     hf_nbytes: int
-    """Bytes for the export."""
+    """Bytes in the export."""
     blocks: int
-    """Blocks for the export."""
+    """Number of blocks in the export."""
     files: int
-    """Output files that they lie in."""
+    """Number of output files that the blocks lie in."""
 
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """What of the state dict is in the DCP half alone."""
+    """A part of the state dict that only the DCP half holds."""
 
     fqn: str
     """FQN in the state dict."""
     why: Why
-    """`beside` the model's entry; a `value` that is no tensor; a `tied` name; `padding`; in no
-    piece of its spec, `unmapped`; left out by its `spec`."""
+    """Why the export does not hold it. `beside`: in an entry beside the model. `value`: not a
+    tensor. `tied`: a tied name. `padding`: padding. `unmapped`: in no piece of its spec. `spec`:
+    its spec leaves it out."""
     reason: str
     """The same in words, with names."""
     shape: Shape | None
-    """Shape of the whole runtime tensor; `None` for a value that is no tensor."""
+    """Shape of the whole runtime tensor; `None` for a value that is not a tensor."""
     dtype: str | None
-    """Its dtype, as safetensors or else torch names it."""
+    """Dtype of the tensor, as safetensors names it; torch's name if safetensors has none."""
     elements: int
-    """Number of its elements that are not exported."""
+    """Number of elements that the export does not hold."""
     nbytes: int
-    """Their bytes; 0 for a value that is no tensor."""
+    """Bytes of those elements; 0 for a value that is not a tensor."""
 
 
 def left_out(
@@ -138,13 +139,13 @@ def left_out(
     layout: Layout | None,
     export: HFExport | None,
 ) -> Iterator[LeftOut]:
-    """Yield what is not exported, and why; nothing without an export, which has nothing else.
+    """Yield what the export leaves out, and why; yields nothing if there is no export.
 
     Args:
         tensors: Every tensor of the plans, by FQN.
-        values: FQNs of values that are no tensors.
-        layout: The export.
-        export: Its options.
+        values: FQNs of values that are not tensors.
+        layout: Layout of the export; `None` without an export.
+        export: Options of the export; `None` without one.
     """
     if export is None or layout is None:
         return
@@ -157,7 +158,7 @@ def left_out(
             continue
         name = names.get(fqn)
         why: Why = "beside"
-        reason = f"entry {tensor.path[0]!r} is beside the model"
+        reason = f"entry {tensor.path[0]!r} is not part of the model"
         if name is not None:
             spec = export.spec_by_fqn.get(name)
             why, reason = _why(name, spec, layout.tied, is_partial=bool(parts))
@@ -168,7 +169,7 @@ def left_out(
 
 
 def _missing(parts: Iterable[PartTarget], shape: Shape) -> int:
-    """Count the elements of a runtime tensor that no part holds."""
+    """Count the elements of a runtime tensor that no part covers."""
     copies = [copy for part in parts for copy in part.copies]
     if is_whole(copies, shape):
         return 0

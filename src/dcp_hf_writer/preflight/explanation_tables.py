@@ -1,7 +1,7 @@
-"""What a dry run finds, as tables for a terminal.
+"""The result of a dry run as tables for a terminal.
 
-Pure. Tensors that differ in numbers of their names alone, as those of the layers of a model do, are
-one line; tensors that keep their names are, if they differ in words as well.
+Pure. Tensors whose names differ only in numbers share one line, as the layers of a model do.
+Tensors that keep their names in the export share a line even if the names differ in words.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer.mapping.name_patterns import patterns, ranges, template
+from dcp_hf_writer.mapping.abbreviated_names import patterns, ranges, template
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 
 if TYPE_CHECKING:
@@ -26,15 +26,15 @@ _UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 _GAP = "  "
 _ARROW = "  -> "
 
-# Lines of a list that are shown before its middle is left out, and names that are.
+# A longer table shows this many lines, without its middle; a longer list shows this many names.
 _SHOWN, _NAMES = 12, 4
 
-# Ranges of ranks or files that are shown; of more than these, first and last.
+# A cell shows at most this many ranges of ranks or files; otherwise only the first and the last.
 _RANGES = 3
 
 _WAYS = {
-    "direct": "bytes of the staged copy go to the file as they lie there",
-    "runs": "the same, in runs between those of other blocks",
+    "direct": "the bytes of the staged copy go to the file unchanged",
+    "runs": "several runs of bytes, with other blocks between them",
     "cast": "through the bounce buffer, to change the dtype",
     "strided": "through the bounce buffer, to change the order of elements",
 }
@@ -44,14 +44,14 @@ Cells = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """A name, and what stands in the columns after it."""
+    """One line of a table: a name, and the cells after it."""
 
     name: str
     cells: Cells = ()
 
 
 def size_text(nbytes: float) -> str:
-    """Return a size in decimal units, with three digits where there are as many."""
+    """Return a size in decimal units, with three digits if it has as many: `4.61 kB`, `36 B`."""
     for unit, name in _UNITS:
         if nbytes >= unit:
             value = nbytes / unit
@@ -61,25 +61,25 @@ def size_text(nbytes: float) -> str:
 
 
 def count_text(count: int, what: str) -> str:
-    """Return a number of things: `1 file`, `2 files`."""
+    """Return a count with its noun: `1 file`, `2 files`."""
     return f"{count:,} {what}{'' if count == 1 else 's'}"
 
 
 def wrapped(text: str, width: int) -> str:
-    """Break a sentence into lines; words are not broken."""
+    """Break a sentence into lines, only between words."""
     return textwrap.fill(
         text, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
     )
 
 
 def aligned(head: Line, lines: Sequence[Line], *, width: int, left: frozenset[int]) -> list[str]:
-    """Lay out lines in columns; a name that is too long has a line of its own.
+    """Lay out lines in columns; a name that is too long gets a line of its own.
 
     Args:
-        head: What stands above the columns.
-        lines: With no cells, or as many as the head has.
-        width: Most characters of a line, where names and cells allow it.
-        left: Columns of text; numbers stand at the right of theirs.
+        head: The line above the columns.
+        lines: Lines with no cells, or with as many cells as `head`.
+        width: Characters per line; a line with a long name or cell may be longer.
+        left: Columns to align left (text); the others are aligned right (numbers).
     """
     full = [head, *(line for line in lines if line.cells)]
     widths = [max(len(line.cells[i]) for line in full) for i in range(len(head.cells))]
@@ -101,7 +101,7 @@ def aligned(head: Line, lines: Sequence[Line], *, width: int, left: frozenset[in
 
 
 def mapping_table(rows: Iterable[Row], entry: str, files: Sequence[FileSum], width: int) -> str:
-    """Return the table of runtime tensors and what becomes of them."""
+    """Return the table of runtime tensors and the HuggingFace tensors made from them."""
     number = {file.name: i for i, file in enumerate(files, 1)}
     lines = [line for group in _groups(rows, entry) for line in _group_lines(group, number)]
     head = Line(
@@ -112,7 +112,7 @@ def mapping_table(rows: Iterable[Row], entry: str, files: Sequence[FileSum], wid
 
 
 def block_table(rows: Iterable[Row], entry: str, files: Sequence[FileSum], width: int) -> str:
-    """Return the table of every block."""
+    """Return the table with a line for every block."""
     number = {file.name: str(i) for i, file in enumerate(files, 1)}
     lines = []
     for name, of_tensor in _by_name(rows, entry).items():
@@ -165,7 +165,7 @@ def rank_table(ranks: Sequence[RankSum], width: int) -> str:
 
 
 def left_out_list(left_out: Iterable[LeftOut], entry: str, width: int) -> str:
-    """Return what is in the DCP half alone, by reason."""
+    """Return the list of what only the DCP half holds, grouped by reason."""
     by_reason: dict[str, list[LeftOut]] = {}
     for one in left_out:
         by_reason.setdefault(one.reason, []).append(one)
@@ -182,12 +182,12 @@ def left_out_list(left_out: Iterable[LeftOut], entry: str, width: int) -> str:
 
 
 def key_list(title: str, keys: Sequence[str], width: int) -> str:
-    """Return a list of keys, as few patterns."""
+    """Return a list of keys, abbreviated to a few patterns."""
     return "\n".join([f"{title} ({len(keys):,}):", *_few(keys, width)])
 
 
 def legend(rows: Iterable[Row]) -> str:
-    """Return what the words for the way of a block mean, of those that occur."""
+    """Return the meaning of each word that the column `how` uses for these rows."""
     found = {word for row in rows for word in _way(row).split("+")}
     return "\n".join(f"{word:>9}: {text}" for word, text in _WAYS.items() if word in found)
 
@@ -200,7 +200,7 @@ def _by_name(rows: Iterable[Row], entry: str) -> dict[str, list[Row]]:
 
 
 def _groups(rows: Iterable[Row], entry: str) -> list[dict[str, list[Row]]]:
-    """Sort tensors into those that make one line, or one and what becomes of them."""
+    """Group the tensors that share one line, and with it the lines of their HuggingFace tensors."""
     by_name = _by_name(rows, entry)
     by_kind: dict[tuple[object, ...], dict[str, list[Row]]] = {}
     for name, some in by_name.items():
@@ -214,7 +214,7 @@ def _groups(rows: Iterable[Row], entry: str) -> list[dict[str, list[Row]]]:
 
 
 def _kind(name: str, rows: Sequence[Row]) -> tuple[object, ...]:
-    """Return what tensors of one group have in common."""
+    """Return what all tensors of a group have in common."""
     first = rows[0]
     ways = frozenset(map(_way, rows))
     if all(row.key == name for row in rows):
@@ -270,7 +270,7 @@ def _files(rows: Iterable[Row], number: Mapping[str, int]) -> str:
 
 
 def _span(numbers: Iterable[int]) -> str:
-    """Return numbers as ranges, or first and last of those that lie here and there."""
+    """Return numbers as ranges; if there are too many ranges, only the first and last number."""
     found = list(numbers)
     text = ranges(found)
     return text if text.count(",") < _RANGES else f"{min(found)}..{max(found)}"

@@ -1,63 +1,80 @@
-"""Refuse a rank's plan that leaves out blocks which the rank holds: DCP would, without a word."""
+"""Refuse a rank's plan that leaves out blocks which the rank holds; DCP silently loses them."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from torch.distributed.checkpoint.planner import SavePlan
+
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.excerpts import some_of
-from dcp_hf_writer.save.tensor_source import chunk_of
+from dcp_hf_writer.save.tensor_bytes import chunk_of
 from dcp_hf_writer.tensors.boxes import intersect
-from dcp_hf_writer.torch_seam.blocked_tensors import blocked_tensors
-from dcp_hf_writer.torch_seam.frames import planned_paths, planned_state_dict
+from dcp_hf_writer.torch_seam.multi_block_tensors import blocked_tensors
+from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+    from torch.distributed.checkpoint.planner import WriteItem
 
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.tensors.boxes import Box
-    from dcp_hf_writer.torch_seam.blocked_tensors import BlockedTensor
+    from dcp_hf_writer.torch_seam.caller_frames import Planned
+    from dcp_hf_writer.torch_seam.multi_block_tensors import BlockedTensor
 
 _SHOWN = 4
 
 
-def check_plan(plan: SavePlan, planner: SavePlanner | None, export: HFExport | None) -> None:
-    """Check that tensors of several blocks, and declared shards, are planned as what they are.
+def check_plan(plan: SavePlan, planned: Planned, export: HFExport | None) -> None:
+    """Check that the plan covers all blocks of tensors with several blocks or declared shards.
 
     Args:
-        plan: What the planner made on this rank; not usable if it is that of the save before.
-        planner: Planner of the save; one that shows no `state_dict` cannot be checked.
+        plan: The planner's plan on this rank; marked not usable if the planner reuses the plan of
+            the previous save.
+        planned: Planner of the save, and what it plans.
         export: Options of the export, whose specs declare shards.
 
     Raises:
-        PlanningError: If a tensor is planned otherwise, naming the planner to pass.
+        PlanningError: If the items of a tensor are not its blocks. The error names the planner to
+            pass.
+        UnsupportedTorchError: If the planner reuses a plan and does not show it.
     """
     specs, key = ({}, None) if export is None else (export.spec_by_fqn, export.key)
-    state_dict = planned_state_dict(planner)
-    expected = blocked_tensors(state_dict, planned_paths(planner), specs, key=key)
-    made: SavePlan = plan if plan.usable else getattr(planner, "plan", plan)
+    expected = blocked_tensors(planned.state_dict, planned.paths, specs, key=key)
+    made = plan if plan.usable or not expected else _reused_plan(planned)
     found: dict[str, list[WriteItem]] = {fqn: [] for fqn in expected}
     for item in made.items:
         if item.index.fqn in found:
             found[item.index.fqn].append(item)
     for fqn, tensor in expected.items():
-        if made.usable and not _plans(found[fqn], tensor):
+        if not _plans(found[fqn], tensor):
             raise PlanningError(
-                "a rank holds blocks of a tensor that the planner does not plan as such",
+                "the planner does not plan the blocks of a tensor that a rank holds",
                 phase="plan",
                 fqn=fqn,
                 expected=_text(block.global_box for block in tensor.blocks)
                 + f" of {list(tensor.shape)}",
-                found=_text(map(chunk_of, found[fqn])) + f", by {type(planner).__name__}",
-                hint="pass planner=HFSavePlanner(specs) to the save, with the specs of the export, "
-                "or none for DTensors",
+                found=_text(map(chunk_of, found[fqn])) + f", by {type(planned.planner).__name__}",
+                hint="pass planner=HFSavePlanner(specs) to the save, with the specs of the export; "
+                "for DTensors alone, HFSavePlanner() is enough",
             )
 
 
+def _reused_plan(planned: Planned) -> SavePlan:
+    made = getattr(planned.planner, "plan", None)
+    if not isinstance(made, SavePlan) or not made.usable:
+        raise unsupported_torch(
+            "the plan that a rank reuses from the previous save and did not send",
+            phase="plan",
+            expected="the attribute plan of DefaultSavePlanner",
+            hint="pass a planner with enable_plan_caching=False",
+        )
+    return made
+
+
 def _plans(items: Sequence[WriteItem], tensor: BlockedTensor) -> bool:
-    """Whether items are the blocks of a tensor, or parts of them; they do not overlap."""
+    """Whether items cover exactly the blocks of a tensor; items are assumed not to overlap."""
     boxes = [box for box in map(chunk_of, items) if box.numel]
     blocks = [block.global_box for block in tensor.blocks]
     return (

@@ -1,83 +1,112 @@
-"""What a rank finds out for its local plan: whether it can be right, and what to tell of itself."""
+"""The facts that a rank sends with its local plan, and the checks before and after sending."""
 
 from __future__ import annotations
 
+import uuid
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from dcp_hf_writer.plan.global_plan import LocalFacts
-from dcp_hf_writer.preflight.drifted_ties import untrue_tie
-from dcp_hf_writer.preflight.hand_sharded import check_samples, samples_of
+from dcp_hf_writer.preflight.detect_hand_sharded import check_samples, samples_of
 from dcp_hf_writer.preflight.plan_check import check_plan
-from dcp_hf_writer.save.save_owner import page_cache_id
-from dcp_hf_writer.staging.memory_identity import memory_of, tied_groups
-from dcp_hf_writer.torch_seam.frames import planned_state_dict
+from dcp_hf_writer.save.owner_process import page_cache_id
+from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+    from torch.distributed.checkpoint.planner import SavePlan
 
     from dcp_hf_writer.mapping.hf_export import HFExport
-    from dcp_hf_writer.save.attempt import Attempt
-
-
-def note_memory(attempt: Attempt, planner: SavePlanner | None) -> tuple[tuple[str, ...], ...]:
-    """Note the memory of this rank's tensors; returns the groups of FQNs that are the same."""
-    if attempt.staged is not None:
-        attempt.memory = attempt.staged.memory
-    else:
-        attempt.memory = memory_of(planned_state_dict(planner))
-    return tied_groups(attempt.memory)
+    from dcp_hf_writer.plan.rank_report import RankReport
+    from dcp_hf_writer.save.save_context import RankView
 
 
 def local_facts(
     plan: SavePlan,
-    planner: SavePlanner | None,
+    view: RankView,
     *,
-    attempt: Attempt,
+    target: str,
+    is_coordinator: bool,
     export: HFExport | None,
     group: dist.ProcessGroup | None,
 ) -> LocalFacts:
-    """Check a rank's plan, and return what it shall carry.
+    """Check a rank's plan, and return the facts to send with it.
 
-    Notes why the export would be wrong if it would.
+    Args:
+        plan: The planner's plan on this rank.
+        view: What this rank is to save.
+        target: Path of the checkpoint.
+        is_coordinator: Whether this rank is the coordinator.
+        export: Options of the export.
+        group: Process group of the save.
 
     Raises:
-        PlanningError: If the plan leaves out what this rank holds.
+        PlanningError: If the plan leaves out blocks that this rank holds.
+        UnsupportedTorchError: If the planner reuses a plan and does not show it.
     """
-    check_plan(plan, planner, export)
-    if export is not None:
-        attempt.export_error = untrue_tie(planner, export, attempt.memory, rank=attempt.rank)
+    check_plan(plan, view.planned, export)
     return LocalFacts(
-        host=page_cache_id(attempt.target),
-        order=_order(plan, planner) if attempt.is_coordinator else None,
-        tied=tied_groups(attempt.memory),
+        host=page_cache_id(target),
+        order=_order(plan, view) if is_coordinator else None,
+        tied=view.tied(),
         samples=samples_of(
-            planner,
+            view.planned,
             key=None if export is None else export.key,
             world_size=dist.get_world_size(group) if dist.is_initialized() else 1,
         ),
+        stamp=uuid.uuid4().hex,
     )
 
 
-def _order(plan: SavePlan, planner: SavePlanner | None) -> tuple[str, ...]:
+def _order(plan: SavePlan, view: RankView) -> tuple[str, ...]:
     """Return FQNs in state-dict order."""
-    # A plan has no item for a tensor that other ranks hold altogether, though it has its place.
+    # Not from the plan alone: it has no item for a tensor that only other ranks hold, but the
+    # state dict gives that tensor a place in the order.
     planned = (item.index.fqn for item in plan.items)
-    return tuple(dict.fromkeys((*planned_state_dict(planner), *planned)))
+    return tuple(dict.fromkeys((*view.planned.state_dict, *planned)))
 
 
-def check_facts(plans: Sequence[SavePlan], whole: Sequence[SavePlan]) -> None:
-    """Check that what the ranks told of themselves goes together (coordinator).
+def check_facts(plans: Sequence[SavePlan]) -> None:
+    """Check that the facts of the ranks agree (coordinator).
 
     Args:
-        plans: As the ranks sent them.
-        whole: The global plan.
+        plans: Plan of each rank, in rank order. A plan without `LocalFacts` is skipped here; global
+            planning refuses it.
 
     Raises:
         PlanningError: If ranks hold different tensors under one name.
     """
     facts = [plan.storage_data for plan in plans]
-    check_samples([fact.samples if isinstance(fact, LocalFacts) else b"" for fact in facts], whole)
+    check_samples([fact.samples if isinstance(fact, LocalFacts) else b"" for fact in facts], plans)
+
+
+def check_reported_facts(plans: Sequence[SavePlan], reports: Sequence[RankReport]) -> None:
+    """Check the facts that DCP's plan cache withheld from the coordinator in the planning step.
+
+    The ranks have sent these facts with their reports instead.
+
+    Args:
+        plans: Plan of each rank, in rank order, with the facts of this save or of an earlier one.
+        reports: One report for each rank, in rank order.
+
+    Raises:
+        PlanningError: If ranks hold different tensors under one name.
+        UnsupportedTorchError: If a rank's facts are in neither its plan nor its report.
+    """
+    samples = []
+    for plan, report in zip(plans, reports, strict=True):
+        facts, found = plan.storage_data, report.samples
+        if isinstance(facts, LocalFacts) and facts.stamp == report.stamp:
+            found = facts.samples
+        if found is None:
+            raise unsupported_torch(
+                "the facts that a rank sent along with its plan",
+                rank=report.rank,
+                phase="finish",
+                expected="the storage_data of each plan of this save",
+                hint="pass a planner with enable_plan_caching=False",
+            )
+        samples.append(found)
+    check_samples(samples, plans)

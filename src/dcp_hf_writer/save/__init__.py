@@ -1,4 +1,4 @@
-"""Running a save: the attempt, the records of the ranks, both halves, the commit.
+"""Run a save: the attempt, the records of the ranks, both halves, the commit.
 
-Modules here do not plan: what goes where comes from `plan`.
+Modules here do not plan: `plan` decides which bytes go where.
 """

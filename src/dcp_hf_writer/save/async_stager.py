@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+import weakref
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
@@ -13,28 +15,22 @@ from dcp_hf_writer.errors import StagingBusyError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.save import export_assets
 from dcp_hf_writer.save.failure_explanations import guard_process_save
-from dcp_hf_writer.staging.stager import (
-    Copies,
-    Handover,
-    Staged,
+from dcp_hf_writer.staging.staged_state_dict import (
     StagedStateDict,
-    Stager,
-    StagingMode,
+    failed_state_dict,
     staging_error,
-    wait_before_step,
 )
+from dcp_hf_writer.staging.stager import STAGER, Copies, Staged, StagingMode, wait_before_step
 
 if TYPE_CHECKING:
     import torch
 
     from dcp_hf_writer.mapping.hf_export import HFExport
-
-# The slab outlives the writers of this process.
-_stager = Stager()
+    from dcp_hf_writer.staging.slab import Lease
 
 
 class SlabStager(AsyncStager):
-    """Stages into the slab of the process; the part of `HFDualWriter` that trainers wait for."""
+    """Stages state dicts into the slab of this process; trainers wait for this part of a save."""
 
     path: str
     export: HFExport | None
@@ -42,17 +38,20 @@ class SlabStager(AsyncStager):
     timeout_s: float
     process_group: dist.ProcessGroup | None
     _copies: Copies | None = None
-    """Of the latest overlapped staging; not its state dict, whose end must be seen."""
+    """Copies of the latest overlapped staging. Its state dict is not kept: the lease ends when the
+    state dict is freed."""
+    _lease: weakref.ref[Lease] | None = None
+    """Lease of the latest staging. A weak reference, because a lease keeps its slab mapped."""
 
     def stage(self, state_dict: dict[str, Any]) -> Any:
-        """Copy a state dict into the slab; what changes afterwards reaches no file.
+        """Copy a state dict into the slab; later changes to the tensors do not reach the files.
 
-        Called by `async_save` in the training thread, on every rank. Waits for a save in flight.
+        `async_save` calls this in the training thread, on every rank. Waits for a save in flight.
 
         Returns:
-            The staged state dict, or with overlapped staging its future. If it cannot be staged,
-            an empty one: the error is raised in the plan, so that every rank gets it and none waits
-            for this one in a collective.
+            The staged state dict, or with overlapped staging a future of it. If staging fails, the
+            returned state dict holds only the error. The planning step raises it, so that every
+            rank gets it and no rank waits for this one in a collective.
 
         Raises:
             StagingBusyError: If an earlier save is still in flight at the deadline.
@@ -60,57 +59,67 @@ class SlabStager(AsyncStager):
         deadline = time.monotonic() + self.timeout_s
         self._read_assets()
         try:
-            staged = _stager.stage(state_dict, mode=self.staging, what=self.path, deadline=deadline)
+            staged = STAGER.stage(state_dict, mode=self.staging, what=self.path, deadline=deadline)
         except StagingBusyError:
-            # The save in flight is stuck in a collective: another one must not begin beside it.
+            # The save in flight may be stuck in a collective: no other save may begin beside it.
             raise
         except Exception as error:  # noqa: BLE001 - raised in the plan
             self._copies = None
             failed = _failed(deadline, error, self.path)
             return failed if self.staging == "blocking" else _done(failed)
         reach("staged")
-        self._copies = staged.copies
+        self._copies, self._lease = staged.copies, weakref.ref(staged.lease)
         result, lease, target = staged.state_dict, staged.lease, self.path
-        result.handover = Handover(deadline, staged.info)
         result.on_send = lambda: guard_process_save(lease, deadline=deadline, target=target)
         return result if staged.copies is None else _when_copied(staged, deadline, target)
 
     @property
     def should_synchronize_after_execute(self) -> bool:
-        """Whether `async_save` shall wait for staging: never, it is done or the guard waits."""
+        """Always `False`: staging has finished, or `guard` waits for it."""
         return False
 
     def synchronize_staging(self) -> None:
-        """Wait until the copies of the latest `stage` are done."""
+        """Wait until the copies of the latest `stage` are complete."""
         if self._copies is not None:
             self._copies.copying.result(timeout=self.timeout_s)
 
     def close(self) -> None:
-        """Nothing to give back: the slab is the process's, for its next save."""
+        """Do nothing: the slab belongs to the process, which reuses it in its next save."""
 
     def guard(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Make `optimizer.step()` wait for overlapped copies; for `staging="overlap"`.
+        """Make `optimizer.step()` wait for overlapped copies; use it with `staging="overlap"`.
 
-        On CUDA the device waits. Parameters must be changed by optimizers that are guarded, or not
-        before `staging_completion` is done.
+        On CUDA the device waits, not the host. Change parameters only with guarded optimizers, or
+        wait for `staging_completion` first.
 
         Returns:
-            The handle of the hook; `remove()` undoes it.
+            The handle of the hook; its `remove()` removes the hook.
         """
         return wait_before_step(optimizer, lambda: self._copies)
 
     def warm_up(self, state_dict: dict[str, Any]) -> int:
-        """Allocate the slab and read the assets before the first save, off the training's clock.
+        """Allocate the slab and read the assets, so that the first save does not have to.
 
         Returns:
-            Bytes of the staged copy on this rank.
+            Size of the staged copy on this rank, in bytes.
         """
         self._read_assets()
-        return _stager.warm_up(state_dict, deadline=time.monotonic() + self.timeout_s)
+        return STAGER.warm_up(state_dict, deadline=time.monotonic() + self.timeout_s)
+
+    def _give_back_staged(self) -> None:
+        """Release the latest lease if it still waits for a save that will not come.
+
+        A synchronous save runs in the thread that stages. It leaves the lease alone, because the
+        lease belongs to an asynchronous save that comes later.
+        """
+        lease = None if self._lease is None else self._lease()
+        is_mine = lease is not None and lease.stager is threading.current_thread()
+        if lease is not None and lease.is_pending and not is_mine:
+            lease.release()
 
     def _read_assets(self) -> None:
-        # Now, in the training thread: config objects may change while the save runs. Errors are
-        # kept and raised in the plan, where every rank learns of them.
+        # Read now, in the training thread: config objects may change while the save runs. Errors
+        # are kept and raised in the planning step, where every rank learns of them.
         is_first = not dist.is_initialized() or dist.get_rank(self.process_group) == 0
         if self.export is not None and is_first:
             export_assets.preload(self.export)
@@ -123,19 +132,18 @@ def _done(value: Any) -> Future[Any]:
 
 
 def _failed(deadline: float, error: BaseException, target: str) -> StagedStateDict:
-    """Return a state dict whose save raises what went wrong while it was staged."""
-    failed = StagedStateDict()
-    failed.handover = Handover(deadline, error=staging_error(error))
+    """Return a state dict whose save raises the error that staging met."""
+    failed = failed_state_dict(staging_error(error))
     failed.on_send = lambda: guard_process_save(None, deadline=deadline, target=target)
     return failed
 
 
 def _when_copied(staged: Staged, deadline: float, target: str) -> Future[Any]:
-    """Return the future of the staged state dict; of a failed one if a copy failed."""
+    """Return a future of the staged state dict; if a copy fails, of one that holds the error."""
     result: Future[Any] = Future()
     lease, copies = staged.lease, staged.copies
-    # Emptied by `done`, which the writer keeps: the lease ends with the state dict where no save
-    # takes it up, and the result holds it too.
+    # If no save takes up the lease, it ends when the state dict is freed. The writer keeps `done`,
+    # and the result holds the state dict too: so `done` must drop its references to both.
     handed = [(result, staged.state_dict)]
 
     def done(copying: Future[None]) -> None:
@@ -145,7 +153,8 @@ def _when_copied(staged: Staged, deadline: float, target: str) -> Future[Any]:
             future.set_result(state_dict)
         else:
             lease.release()
-            # Raised in the plan: an error here would leave the others in a collective.
+            # The planning step raises it: an error here would leave the other ranks waiting in a
+            # collective.
             future.set_result(_failed(deadline, error, target))
 
     if copies is not None:

@@ -1,4 +1,4 @@
-"""One attempt at one save: its deadline, its directory, and whether it may still commit."""
+"""One attempt at one save: how far it has come, and what it must give back when it ends."""
 
 from __future__ import annotations
 
@@ -8,26 +8,30 @@ import socket
 import threading
 import time
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import (
+    PlanningError,
     RankLostError,
     SaveAbortedError,
     SaveTimeoutError,
     StagingBusyError,
 )
-from dcp_hf_writer.save.rendezvous import Progress, Rendezvous
+from dcp_hf_writer.save.commit_state import CommitState
+from dcp_hf_writer.save.rank_progress import Progress
+from dcp_hf_writer.save.save_context import Membership, SentFacts
+from dcp_hf_writer.storage.output_fsync import OpenFiles
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dcp_hf_writer.errors import CheckpointError, ExportError
+    from dcp_hf_writer.errors import ExportError
     from dcp_hf_writer.plan.encode_manifest import WholeFile
     from dcp_hf_writer.plan.global_plan import GlobalPlan
     from dcp_hf_writer.save.commit import StagingDirectory
+    from dcp_hf_writer.save.save_context import RankView, SaveContext
     from dcp_hf_writer.staging.slab import Lease
-    from dcp_hf_writer.staging.stager import StagedInfo
-    from dcp_hf_writer.storage.open_outputs import OpenFiles
 
 _log = logging.getLogger(__name__)
 
@@ -36,57 +40,126 @@ _POLL_S = 0.01
 
 
 class Attempt:
-    """State of one save on one rank.
+    """One save on one rank: its fixed facts, its progress, and the resources it holds.
 
-    The thread of the save works; a watchdog may give the save up from another thread. What decides
-    is the lock in here: after `give_up` nothing is committed, and once `committing` began the
-    watchdog can only say that the outcome is open.
+    Each step of the save records its results by calling a method; no caller sets an attribute.
     """
 
-    def __init__(
-        self,
-        target: str,
-        *,
-        deadline: float,
-        staged: StagedInfo | None,
-        lease: Lease | None,
-    ) -> None:
-        """Begin; `staged` and `lease` are `None` for a synchronous save."""
-        self.target = target
-        self.deadline = deadline
-        self.staged = staged
-        self.lease = lease
-        self.thread = threading.current_thread()
-        self.began = time.monotonic()
-        self.staging_error: CheckpointError | None = None
-        self.rank = 0
-        self.is_coordinator = True
-        self.phase = "plan"
-        self.rendezvous: Rendezvous | None = None
-        self.count = 0
-        self.directory: StagingDirectory | None = None
-        self.global_plan: GlobalPlan | None = None
-        self.files: OpenFiles | None = None
-        self.whole_files: list[WholeFile] = []
-        """Files of the export that the coordinator wrote in one piece."""
-        self.export_error: ExportError | None = None
-        """Why the export is left out, as far as the coordinator knows."""
-        self.memory: dict[str, int] = {}
-        """Number of the memory that each tensor of this rank is, by FQN."""
-        self.seconds: dict[str, float] = {}
-        self._lock = threading.Lock()
-        self._given_up = False
-        self._committing = False
-        self._ended = False
+    def __init__(self, context: SaveContext, *, lease: Lease | None = None) -> None:
+        """Begin the attempt.
 
-    def wait_until_over(self) -> None:
-        """Wait for a save of the same writer that another thread runs.
+        Args:
+            context: The fixed facts of the save.
+            lease: Lease of the staged copy; released when the save ends.
+        """
+        self.context = context
+        self.member = Membership()
+        """This rank's part in the save; known after `enter`."""
+        self.sent = SentFacts()
+        """Facts that this rank sent with its local plan; known after `send`."""
+        self.phase = "plan"
+        self.global_plan: GlobalPlan | None = None
+        """What the coordinator planned; `None` on the other ranks."""
+        self.are_facts_checked = False
+        """Whether the coordinator compared the facts of all ranks in the planning step."""
+        self.directory: StagingDirectory | None = None
+        """Where the save writes the checkpoint; the coordinator removes it at the end."""
+        self.files: OpenFiles | None = None
+        """Open files of the save."""
+        self.whole_files: tuple[WholeFile, ...] = ()
+        """Export files that the coordinator wrote whole, such as the index and the assets."""
+        self.export_error: ExportError | None = None
+        """Why the checkpoint will have no export, as far as this rank knows."""
+        self.seconds: dict[str, float] = {}
+        """Seconds spent in each phase; `timed` adds to them."""
+        self._view: RankView | None = None
+        self._lease = lease
+        self._state = CommitState()
+        if context.staged is not None:
+            self.seconds["stage"] = context.staged.stall_s
+            self.seconds["stage wait"] = context.staged.waited_s
+
+    @property
+    def target(self) -> str:
+        """Path of the checkpoint."""
+        return self.context.target
+
+    @property
+    def rank(self) -> int:
+        """Rank within the process group of the save."""
+        return self.member.rank
+
+    @property
+    def view(self) -> RankView:
+        """What this rank is to save.
 
         Raises:
-            StagingBusyError: If it is not over by its deadline.
+            PlanningError: If torch did not set the save up, or the save has ended.
+        """
+        if self._view is None:
+            msg = "the save was not set up"
+            raise PlanningError(msg, rank=self.rank, path=self.target)
+        return self._view
+
+    def enter(self, member: Membership) -> None:
+        """Record this rank's part, and tell the other ranks that this rank has arrived."""
+        self.member = member
+        self.post("plan")
+
+    def see(self, view: RankView) -> None:
+        """Record what this rank is to save."""
+        self._view = view
+
+    def send(self, facts: SentFacts) -> None:
+        """Record the facts that go out with the local plan."""
+        self.sent = facts
+
+    def plan(self, plan: GlobalPlan, *, are_facts_checked: bool) -> None:
+        """Record the global plan (coordinator)."""
+        self.global_plan, self.are_facts_checked = plan, are_facts_checked
+
+    def save_alone(self) -> None:
+        """Record that no other rank takes part, whatever the process group says."""
+        self.member = replace(self.member, rendezvous=None)
+
+    def work_in(self, directory: StagingDirectory, *, count: int | None = None) -> None:
+        """Record the directory of the save and, if given, the coordinator's save count."""
+        self.directory = directory
+        if count is not None:
+            self.member = replace(self.member, count=count)
+
+    def open_files(self) -> OpenFiles:
+        """Return the files of the save; `end` abandons them unless `close_files` comes first."""
+        if self.files is None:
+            self.files = OpenFiles()
+        return self.files
+
+    def close_files(self) -> None:
+        """Close the files of the save; all of them must be durable."""
+        if self.files is not None:
+            self.files.close()
+        self.files = None
+
+    def begin_finish(self) -> None:
+        """Enter the last phase, in which only the coordinator works; other ranks are not told."""
+        self.phase = "finish"
+
+    def add_whole_files(self, *files: WholeFile) -> None:
+        """Record export files that the coordinator wrote whole."""
+        self.whole_files += files
+
+    def leave_out_export(self, error: ExportError) -> None:
+        """Record why the checkpoint will have no export; the first reason is kept."""
+        self.export_error = self.export_error or error
+
+    def wait_until_over(self) -> None:
+        """Wait until this save is over; another thread runs it for the same writer.
+
+        Raises:
+            StagingBusyError: If the save is not over by its deadline.
         """
         while not self.is_over:
-            if time.monotonic() > self.deadline:
+            if time.monotonic() > self.context.deadline:
                 msg = "an earlier save of this writer is still in flight"
                 raise StagingBusyError(
                     msg, path=self.target, hint="its process group may have lost a rank"
@@ -95,8 +168,8 @@ class Attempt:
 
     @property
     def is_over(self) -> bool:
-        """Whether nothing runs any more for this attempt."""
-        return self._ended or not self.thread.is_alive()
+        """Whether the attempt has ended, or its thread has."""
+        return self._state.is_ended or not self.context.thread.is_alive()
 
     def post(self, phase: str) -> None:
         """Enter a phase and tell the other ranks.
@@ -105,11 +178,11 @@ class Attempt:
             RankLostError: If the store that carries the records is gone.
         """
         self.phase = phase
-        if self.rendezvous is None:
+        if self.member.rendezvous is None:
             return
-        progress = Progress(self.count, phase, socket.gethostname(), os.getpid())
+        progress = Progress(self.member.count, phase, socket.gethostname(), os.getpid())
         try:
-            self.rendezvous.post(progress)
+            self.member.rendezvous.post(progress)
         except RuntimeError as error:
             msg = "the store of the process group does not answer"
             raise RankLostError(
@@ -118,45 +191,40 @@ class Attempt:
                 phase=phase,
                 path=self.target,
                 found=f"{type(error).__name__}",
-                hint="the process that hosts it, mostly rank 0, is gone; restart the run",
+                hint="the process that hosts the store, usually rank 0, is gone; restart the run",
             ) from error
 
     def withdraw(self) -> None:
-        """Take back the record of the save; what is committed does not hang on it."""
-        if self.rendezvous is None:
+        """Remove the save's record from the store; a committed checkpoint does not need it."""
+        if self.member.rendezvous is None:
             return
         try:
-            self.rendezvous.withdraw(self.target)
+            self.member.rendezvous.withdraw(self.target)
         except RuntimeError as error:
-            _log.warning("the record of the save stays in the store: %s", error)
-
-    def left_s(self) -> float:
-        """Return the seconds to the deadline, not below zero."""
-        return max(0.0, self.deadline - time.monotonic())
+            _log.warning("could not remove the record of the save from the store: %s", error)
 
     def check(self) -> None:
         """Raise if the save was given up, or its deadline has passed.
 
         Raises:
-            SaveAbortedError: If it was given up.
+            SaveAbortedError: If the save was given up.
             SaveTimeoutError: If the deadline has passed.
         """
-        if self._given_up:
-            msg = "the save was given up; this rank stops writing"
-            raise SaveAbortedError(msg, rank=self.rank, phase=self.phase, path=self.target)
-        if time.monotonic() > self.deadline:
+        if self._state.is_given_up:
+            raise self._aborted()
+        if time.monotonic() > self.context.deadline:
             msg = "the deadline of the save passed"
             raise SaveTimeoutError(
                 msg,
                 rank=self.rank,
                 phase=self.phase,
                 path=self.target,
-                hint="raise timeout_s, or find what slows the storage down",
+                hint="raise timeout_s, or find out what slows the storage down",
             )
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        """Add the time of the block to a phase."""
+        """Add the time that the `with` block takes to a phase."""
         began = time.monotonic()
         try:
             yield
@@ -165,53 +233,63 @@ class Attempt:
 
     @contextmanager
     def committing(self) -> Iterator[None]:
-        """Enter the step that publishes; a save that was given up does not enter.
+        """Enter the step that publishes the checkpoint, unless the save was given up.
 
         Raises:
-            SaveAbortedError: If it was given up.
+            SaveAbortedError: If the save was given up.
             SaveTimeoutError: If the deadline has passed.
         """
-        with self._lock:
-            self.check()
-            self._committing = True
+        self.check()
+        if not self._state.begin_commit():
+            raise self._aborted()
         yield
 
+    def _aborted(self) -> SaveAbortedError:
+        msg = "the save was given up; this rank stops writing"
+        return SaveAbortedError(msg, rank=self.rank, phase=self.phase, path=self.target)
+
     def give_up(self) -> bool:
-        """Keep the attempt from committing; returns `False` if it is doing so already."""
-        with self._lock:
-            self._given_up = True
-            return not self._committing
+        """Keep the attempt from committing; returns `False` if the commit has already begun."""
+        return self._state.give_up()
 
     def end(self) -> None:
         """Close and remove what the attempt holds; safe to call twice.
 
-        A published directory has another name by now, so there is nothing to remove then.
+        After a commit there is no directory to remove, because the rename gave it its final name.
         """
-        with self._lock:
-            if self._ended:
-                return
-            self._ended = True
+        if not self._state.end():
+            return
         if self.files is not None:
             self.files.abandon()
-        if self.is_coordinator and self.directory is not None:
+        if self.member.is_coordinator and self.directory is not None:
             self.directory.remove()
-        if self.lease is not None:
-            self.lease.release()
-            # The slab may be replaced by a larger one now, and must not stay mapped through this.
-            self.lease = None
+        if self._lease is not None:
+            self._lease.release()
+        # Another save may now replace the slab by a larger one. These references would keep the
+        # old slab mapped.
+        self._lease = self._view = None
 
 
-_live: list[Attempt] = []
-_live_lock = threading.Lock()
+class LiveAttempts:
+    """The saves of this process that have not ended yet."""
+
+    def __init__(self) -> None:
+        """Start with none."""
+        self._lock = threading.Lock()
+        self._attempts: list[Attempt] = []
+
+    def add(self, attempt: Attempt) -> None:
+        """Add an attempt, and end earlier attempts whose thread has ended or now runs this one.
+
+        torch does not tell a storage writer that a save failed in planning or on another rank.
+        """
+        thread = attempt.context.thread
+        with self._lock:
+            over = [a for a in self._attempts if a.is_over or a.context.thread is thread]
+            self._attempts = [a for a in self._attempts if a not in over] + [attempt]
+        for old in over:
+            old.end()
 
 
-def register(attempt: Attempt) -> None:
-    """Note an attempt, and end those of which no thread is left to do so.
-
-    torch calls nothing on a storage writer when a save fails in planning or on another rank.
-    """
-    with _live_lock:
-        over = [a for a in _live if a.is_over or a.thread is attempt.thread]
-        _live[:] = [a for a in _live if a not in over] + [attempt]
-    for old in over:
-        old.end()
+LIVE = LiveAttempts()
+"""One list for the whole process: a thread that has ended may have served any writer."""

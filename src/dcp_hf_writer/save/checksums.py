@@ -1,8 +1,8 @@
-"""A sha256 of each file of an export, in the form that SGLang's `--model-checksum` reads.
+"""The sha256 of each file of an export, in the form that SGLang's `--model-checksum` reads.
 
 Source:
     SGLang, `sglang.srt.utils.model_file_verifier`: `{"files": {name: {"sha256", "size"}}}`, no
-    other fields; the names are relative to the model's directory.
+    other fields; names are relative to the model directory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from dcp_hf_writer.plan.encode_manifest import WholeFile
 from dcp_hf_writer.save.export_assets import CHECKSUMS_NAME
-from dcp_hf_writer.save.tensor_source import digest_of
+from dcp_hf_writer.save.tensor_bytes import digest_of
 from dcp_hf_writer.storage.posix_outputs import write_file
 
 if TYPE_CHECKING:
@@ -30,17 +30,17 @@ _MAX_THREADS = 8
 
 
 def add_checksums(directory: str, subdir: str, *, check: Callable[[], None]) -> WholeFile:
-    """Write the checksums of an export whose files are all there (coordinator).
+    """Write the checksum file of an export whose other files are complete (coordinator).
 
-    Every byte is read once more, from the page cache where this host wrote it.
+    Reads every byte of the export once more; bytes that this host wrote come from its page cache.
 
     Args:
-        directory: Directory of the save in the making.
+        directory: Directory that the save writes into.
         subdir: Directory of the export within it.
         check: Called before each piece of a file; raises if the save was given up.
 
     Returns:
-        The file that was written; it is durable.
+        The checksum file; it is durable.
 
     Raises:
         OSError: If a file cannot be read.
@@ -62,7 +62,7 @@ def add_checksums(directory: str, subdir: str, *, check: Callable[[], None]) -> 
     data = (json.dumps({"files": files}, indent=2, sort_keys=True) + "\n").encode()
     write_file(os.path.join(export, CHECKSUMS_NAME), data)
     _log.info(
-        "sha256 of %d files of the export, %d bytes, took %.2f s",
+        "computing the sha256 of %d export files (%d bytes) took %.2f s",
         len(names),
         sum(nbytes for _, nbytes in found),
         time.monotonic() - began,

@@ -1,8 +1,9 @@
-"""The directory of a save in the making, and the one rename that publishes it.
+"""The directory that a save writes into, and the one rename that publishes it.
 
-A save writes into `.incomplete-<save id>` beside its target. The name holds nothing of the
-target's, since trainers look for `step-<n>` anywhere in a name; the record inside says whose it is.
-What a dead save left is found by that record and removed by the next save to the same target.
+A save writes into `.incomplete-<save id>` beside its target. The name contains no part of the
+target's name, because trainers look for `step-<n>` anywhere in a name. A record inside the
+directory names the target and the process that saves. By that record, the next save to the same
+target finds and removes what a dead save left.
 """
 
 from __future__ import annotations
@@ -23,7 +24,13 @@ from dcp_hf_writer.errors import (
     WriteError,
 )
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
-from dcp_hf_writer.save.save_owner import Owner, is_abandoned, is_over_here, mark_active, mark_ended
+from dcp_hf_writer.save.owner_process import (
+    Owner,
+    is_abandoned,
+    is_over_here,
+    mark_active,
+    mark_ended,
+)
 from dcp_hf_writer.storage.linux_calls import UnsupportedCallError, exchange
 from dcp_hf_writer.storage.posix_outputs import (
     OutputFile,
@@ -39,40 +46,40 @@ _RECORD_NAME = ".dcp-hf-save.json"
 _INCOMPLETE = ".incomplete-"
 _REPLACED = ".replaced-"
 
-# What marks a directory as a checkpoint, which overwriting may replace.
+# A directory with one of these files is a checkpoint, so `overwrite=True` may replace it.
 _CHECKPOINT_FILES = (MANIFEST_NAME, METADATA_NAME)
 
 _probed: set[str] = set()
 
-# Saves of this process whose name is not known to be durable.
+# Ids of this process's saves that are visible, but whose name may not be durable.
 _kept: set[str] = set()
 
 
 @dataclass(frozen=True, slots=True)
 class StagingDirectory:
-    """A save in the making; the same values on every rank."""
+    """The directory of one save; the same values on every rank."""
 
     target: str
-    """Absolute path that the checkpoint will have."""
+    """Absolute path of the checkpoint once it is published."""
     save_id: str
     """Id of the save."""
 
     @property
     def path(self) -> str:
-        """Where the save writes until it is published."""
+        """Where the save writes until the commit."""
         return os.path.join(os.path.dirname(self.target), _INCOMPLETE + self.save_id)
 
     def create(self, *, overwrite: bool) -> OutputFile:
-        """Make the directory (coordinator). Nothing is left behind if this raises.
+        """Make the directory (coordinator). If this raises, it leaves nothing behind.
 
         First finishes or removes what dead saves to this target left.
 
         Returns:
-            The open record of the save, to be synced while the rest is written.
+            The open record file of the save; the caller syncs it while it writes the rest.
 
         Raises:
             TargetExistsError: If the target exists and may not be replaced.
-            WriteError: If the file system does not allow it.
+            WriteError: If the file system refuses an operation.
         """
         parent = os.path.dirname(self.target)
         make_directories(parent)
@@ -101,10 +108,10 @@ class StagingDirectory:
         return file
 
     def check_visible(self, *, rank: int) -> None:
-        """Check, on any rank, that this is the coordinator's directory and no namesake.
+        """Check on any rank that this path leads to the directory that the coordinator made.
 
         Raises:
-            NodeLocalPathError: If this rank does not see it.
+            NodeLocalPathError: If this rank sees no directory or another one.
         """
         record = _read_json(os.path.join(self.path, _RECORD_NAME))
         found = record.get("save_id") if record else None
@@ -123,11 +130,12 @@ class StagingDirectory:
     def publish(self, *, overwrite: bool) -> None:
         """Make the checkpoint visible under its name, in one step; durable on return.
 
-        The files in it must be durable already.
+        The files in the directory must be durable already.
 
         Raises:
             TargetExistsError: If the target appeared in the meantime.
-            CommitError: If it could not be published; the message says what is visible.
+            CommitError: If the checkpoint could not be published, or its name may not be durable.
+                The message says which.
         """
         parent = os.path.dirname(self.target)
         try:
@@ -150,22 +158,22 @@ class StagingDirectory:
                 path=self.target,
                 found=f"{errno.errorcode.get(error.errno or 0, '?')}: {error.strerror}",
                 errno=error.errno,
-                hint="the earlier checkpoints are untouched; the save may be repeated",
+                hint="earlier checkpoints are untouched; you may repeat the save",
             ) from error
         try:
             sync_directory(parent)
         except WriteError as error:
-            # What an exchange replaced is the only durable checkpoint now: it stays.
+            # After an exchange, only the replaced checkpoint is known to be durable: keep it.
             self.keep()
             msg = "the checkpoint is visible, but its name may not survive a power cut"
             raise CommitError(
                 msg, phase="commit", path=self.target, found=error.found, errno=error.errno
             ) from error
-        # After an exchange this is what the new checkpoint replaced.
+        # After an exchange, this path holds the checkpoint that the new one replaced.
         self.remove()
 
     def keep(self) -> None:
-        """Leave what is left of the directory to the next save, which proves its case anew."""
+        """Keep what is left of the directory; the next save decides again whether to remove it."""
         _kept.add(self.save_id)
         mark_ended(self.save_id)
 
@@ -174,7 +182,7 @@ class StagingDirectory:
         try:
             exchange(self.path, self.target)
         except UnsupportedCallError:
-            # Two renames; `_recover` finishes or undoes what a crash between them leaves.
+            # Two renames instead. If a crash comes between them, `_recover` finishes or undoes it.
             aside = os.path.join(parent, _REPLACED + self.save_id)
             os.rename(self.target, aside)
             try:
@@ -185,13 +193,13 @@ class StagingDirectory:
             sync_directory(parent)
             remove_tree(aside)
         except OSError:
-            # As in `publish_new`: it may be done and still report an error.
+            # As in `publish_new`: the exchange may have happened although it reports an error.
             new = _read_json(os.path.join(self.target, MANIFEST_NAME))
             if new is None or new.get("save_id") != self.save_id:
                 raise
 
     def remove(self) -> None:
-        """Remove what is left of the directory, unless it is kept; a second call finds nothing."""
+        """Remove what is left of the directory, unless `keep` was called; safe to call twice."""
         mark_ended(self.save_id)
         if self.save_id not in _kept:
             remove_tree(self.path)
@@ -201,17 +209,17 @@ def check_target(target: str, *, overwrite: bool) -> None:
     """Check that a checkpoint may take this name.
 
     Raises:
-        TargetExistsError: If something is there that may not be replaced.
+        TargetExistsError: If the target exists and may not be replaced.
     """
     if not os.path.lexists(target):
         return
     if not overwrite:
         raise _exists(target, "pass overwrite=True to replace it, or save under another name")
     if os.path.islink(target) or not os.path.isdir(target):
-        raise _exists(target, "it is not a directory, so it is not replaced")
+        raise _exists(target, "it is not a directory, so it is not replaced; use another name")
     names = os.listdir(target)
     if names and not any(name in names for name in _CHECKPOINT_FILES):
-        raise _exists(target, "it is a directory that holds no checkpoint, so it is not replaced")
+        raise _exists(target, "it holds no checkpoint, so it is not replaced; use another name")
 
 
 def _exists(target: str, hint: str) -> TargetExistsError:
@@ -219,10 +227,10 @@ def _exists(target: str, hint: str) -> TargetExistsError:
     if os.path.isdir(target) and not os.path.islink(target):
         kind = "a directory" if os.listdir(target) else "an empty directory"
     return TargetExistsError(
-        "the target of the save exists",
+        "the target of the save already exists",
         phase="plan",
         path=target,
-        expected="a name that is free",
+        expected="a free name",
         found=kind,
         hint=hint,
         errno=errno.EEXIST,
@@ -230,17 +238,17 @@ def _exists(target: str, hint: str) -> TargetExistsError:
 
 
 def remove_tree(path: str) -> None:
-    """Remove a tree; what cannot be removed is logged and left to the next save."""
+    """Remove a directory tree; if that fails, log it and leave the rest to the next save."""
     try:
         shutil.rmtree(path)
     except FileNotFoundError:
         return
     except OSError as error:
-        _log.warning("%s could not be removed (%s); the next save tries again", path, error)
+        _log.warning("could not remove %s (%s); the next save tries again", path, error)
 
 
 def _probe_once(parent: str, save_id: str) -> None:
-    """Rename a directory where the commit will, before a byte is written.
+    """Rename an empty directory in `parent`, to find out early whether the commit can do so.
 
     Equal device numbers prove nothing: two bind mounts of one file system refuse renames.
     """
@@ -270,7 +278,7 @@ def _read_json(path: str) -> dict[str, Any] | None:
 
 
 def _recover(target: str) -> None:
-    """Finish or undo an overwrite by two renames that a crash cut in half."""
+    """Finish or undo an overwrite that a crash interrupted between its two renames."""
     parent = os.path.dirname(target)
     for entry in _entries(parent, _REPLACED):
         save_id = entry.name[len(_REPLACED) :]
@@ -290,16 +298,17 @@ def _recover(target: str) -> None:
 
 
 def _collect_leftovers(target: str) -> None:
-    """Remove what dead saves to this target left; never by age, never of a live save."""
+    """Remove what dead saves to this target left; age does not count, and live saves are safe."""
     parent = os.path.dirname(target)
     committed = _read_json(os.path.join(target, MANIFEST_NAME)) or {}
     if os.path.isdir(StagingDirectory(target, str(committed.get("save_id"))).path):
-        # The exchange may not be durable yet; what it replaced goes only when it is.
+        # An earlier exchange may not be durable yet. Make it so before the loop below removes the
+        # checkpoint that it replaced.
         sync_directory(parent)
     for entry in _entries(parent, _INCOMPLETE):
         save_id = entry.name[len(_INCOMPLETE) :]
         if committed.get("save_id") == save_id:
-            # Exchanged with the target: this is the checkpoint that it replaced.
+            # That save was exchanged with the target: this is the checkpoint that it replaced.
             remove_tree(entry.path)
             continue
         record = _read_json(os.path.join(entry.path, _RECORD_NAME)) or _read_json(
@@ -317,8 +326,8 @@ def _collect_leftovers(target: str) -> None:
             remove_tree(entry.path)
         elif abandoned is None:
             _log.warning(
-                "%s belongs to process %d of %s, which cannot be seen from here; remove it by hand "
-                "if that job is gone",
+                "%s belongs to process %d on %s, which cannot be seen from here; remove the "
+                "directory by hand if that job is gone",
                 entry.path,
                 owner.pid,
                 owner.host,
@@ -326,10 +335,10 @@ def _collect_leftovers(target: str) -> None:
 
 
 def _remove_unclaimed(path: str, save_id: str) -> None:
-    """Remove a directory that does not say whose it is, if its save is over on this host.
+    """Remove a directory without a record, if its name tells that its save is over on this host.
 
-    Its process was killed before the record was whole, or while it removed the directory; or it
-    could not remove it.
+    The process of that save was killed before the record was complete or while it removed the
+    directory, or it could not remove the directory.
     """
     if is_over_here(save_id.partition(".")[0]):
         remove_tree(path)

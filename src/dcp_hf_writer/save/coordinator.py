@@ -1,4 +1,4 @@
-"""What the coordinator does around the writing: make the directory, and publish it."""
+"""What the coordinator does before and after the ranks write: make the files, publish them."""
 
 from __future__ import annotations
 
@@ -23,16 +23,15 @@ from dcp_hf_writer.errors import (
 )
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.names_on_disk import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
-from dcp_hf_writer.formats.stored_once_places import NOTICE
+from dcp_hf_writer.formats.weights_once_places import NOTICE
 from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
 from dcp_hf_writer.plan.rank_report import RankReport, check_coverage
 from dcp_hf_writer.save.commit import remove_tree
 from dcp_hf_writer.save.dcp_half import digest_file
 from dcp_hf_writer.save.export_assets import CHECKSUMS_NAME
-from dcp_hf_writer.save.save_owner import Owner
-from dcp_hf_writer.save.tensor_source import digest_of
+from dcp_hf_writer.save.owner_process import Owner
+from dcp_hf_writer.save.tensor_bytes import digest_of
 from dcp_hf_writer.save.write_phase import export_error
-from dcp_hf_writer.storage.open_outputs import OpenFiles
 from dcp_hf_writer.storage.posix_outputs import (
     COHERENT,
     OutputFile,
@@ -55,6 +54,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
     from dcp_hf_writer.save.export_assets import Assets
+    from dcp_hf_writer.storage.output_fsync import OpenFiles
 
 _log = logging.getLogger(__name__)
 
@@ -62,10 +62,16 @@ _STEP = re.compile(r"(\d+)$")
 
 
 def check_strategy(*, hosts: Sequence[str], fs_type: str, strategy: str, path: str) -> None:
-    """Refuse parts of one file from several hosts where their page caches may clash.
+    """Refuse that several hosts write parts of one file where their page caches may conflict.
 
-    Pure. One host is one page cache. Local file systems seen from several hosts are found out by
-    each rank's look at the coordinator's directory.
+    Pure.
+
+    Args:
+        hosts: Page cache of each rank (`page_cache_id`); equal values mean one page cache.
+        fs_type: Type of the file system; empty if unknown. A node-local file system passes here;
+            `StagingDirectory.check_visible` finds it on the ranks.
+        strategy: `"direct"` skips the check.
+        path: Path of the checkpoint, for the message.
 
     Raises:
         IncoherentStorageError: If the file system is not known to be coherent.
@@ -80,35 +86,35 @@ def check_strategy(*, hosts: Sequence[str], fs_type: str, strategy: str, path: s
         path=path,
         expected="a file system that keeps the page caches of its clients coherent",
         found=f"{fs_type or 'an unknown type'}, written from {count} hosts",
-        hint='pass strategy="direct" if you know that it is coherent (an NFS mount with '
-        "noalignwrite, a parallel file system behind FUSE), or export=None",
+        hint='pass strategy="direct" if you know that the file system is coherent (an NFS mount '
+        "with noalignwrite, a parallel file system behind FUSE), or export=None",
     )
 
 
 def check_names(layout: Layout, assets: Assets, export: HFExport) -> None:
-    """Refuse assets that would take the name of a file that the export makes.
+    """Refuse an asset that has the name of a file which the export makes itself.
 
     Raises:
-        LayoutError: Naming the file.
+        LayoutError: If there is such an asset; the error names the file.
     """
     made = {file.name for file in layout.files} | {INDEX_NAME}
     if export.checksums is not None:
         made.add(CHECKSUMS_NAME)
     taken = made & assets.files.keys()
     if taken:
-        msg = "an asset has the name of a file that the export makes"
+        msg = "an asset has the name of a file that the export makes itself"
         raise LayoutError(msg, phase="plan", path=min(taken), hint="leave it out of assets")
 
 
 def make_directory(directory: StagingDirectory, *, overwrite: bool, attempt: Attempt) -> None:
-    """Make the directory of a save. Nothing is left behind if this raises.
+    """Make the directory of a save. If this raises, it leaves nothing behind.
 
     Raises:
-        StorageError: If the target exists, or the file system does not allow it.
+        StorageError: If the target exists, or the file system refuses an operation.
     """
-    files = attempt.files = OpenFiles()
+    files = attempt.open_files()
     record = files.keep(directory.create(overwrite=overwrite))
-    attempt.directory = directory
+    attempt.work_in(directory)
     reach("directory made")
     files.sync(files.take(record.path) or record)
 
@@ -116,10 +122,15 @@ def make_directory(directory: StagingDirectory, *, overwrite: bool, attempt: Att
 def make_export(
     plan: GlobalPlan, assets: Assets | None, attempt: Attempt, *, strategy: str, subdir: str
 ) -> bool:
-    """Make the files of the export; `False` if they cannot be made, so that it is left out.
+    """Make the files of the export.
+
+    Returns:
+        `False` if the files cannot be made: the checkpoint then has no export. `True` if they were
+        made, or if no export was planned.
 
     Raises:
-        IncoherentStorageError: If hosts may not share files here.
+        IncoherentStorageError: If several hosts may not write one file here.
+        CommitError: If the files cannot be made and what was made cannot be removed.
     """
     directory, files = attempt.directory, attempt.files
     if plan.layout is None or assets is None or directory is None or files is None:
@@ -131,12 +142,13 @@ def make_export(
         path=attempt.target,
     )
     try:
-        attempt.whole_files = prepare_export(directory, plan.layout, assets, files, subdir=subdir)
+        whole = prepare_export(directory, plan.layout, assets, files, subdir=subdir)
+        attempt.add_whole_files(*whole)
     except WriteError as error:
         path = os.path.join(directory.path, subdir)
         files.discard_below(path)
         drop_export(directory, subdir)
-        attempt.export_error = export_error(error, rank=attempt.rank, path=path)
+        attempt.leave_out_export(export_error(error, rank=attempt.rank, path=path))
         return False
     return True
 
@@ -144,13 +156,13 @@ def make_export(
 def prepare_export(
     directory: StagingDirectory, layout: Layout, assets: Assets, files: OpenFiles, *, subdir: str
 ) -> list[WholeFile]:
-    """Make the output files with headers, the index and the assets; ranks may write after this.
+    """Make the output files with headers, the index and the assets; then the ranks may write.
 
     Returns:
-        The files written whole, by path within the checkpoint.
+        The index and the assets, which are complete.
 
     Raises:
-        WriteError: If the file system does not allow it, or has no space.
+        WriteError: If the file system refuses an operation, or has no space.
     """
     _check_space(layout, directory)
     fs_type = file_system_type(directory.path)
@@ -179,16 +191,16 @@ def _write_whole(files: OpenFiles, root: str, subdir: str, name: str, data: byte
 
 
 def _check_space(layout: Layout, directory: StagingDirectory) -> None:
-    # A look ahead only: where space is reserved, that is what counts.
+    # Only an early check: `set_size` reserves the space where the file system can.
     needed = sum(file.nbytes for file in layout.files)
     free = free_bytes(directory.path)
     if free is not None and free < needed:
-        msg = "there is no space for the export"
+        msg = "there is not enough space for the export"
         raise WriteError(
             msg,
             phase="plan",
             path=directory.target,
-            expected=f"{needed} bytes",
+            expected=f"{needed} bytes free",
             found=f"{free} bytes free",
             errno=errno.ENOSPC,
             hint="free space on the device, or remove old checkpoints; nothing was published",
@@ -210,15 +222,15 @@ def _warn_without_config(names: Mapping[str, bytes]) -> None:
 
 
 def step_of(target: str) -> int | None:
-    """Read the training step off a path such as `run/step-100`; for the manifest only."""
+    """Return the training step in a path such as `run/step-100`; only the manifest uses it."""
     found = _STEP.search(os.path.basename(target))
     return int(found[1]) if found else None
 
 
 def share_text(results: Iterable[Sequence[WriteResult]]) -> None:
-    """Make equal descriptors of weights stored once one object: pickle then writes each once.
+    """Replace equal descriptors of weights stored once by one object; pickle then writes it once.
 
-    Every rank sends its own copies of file names and geometries.
+    Otherwise `.metadata` would repeat the file names and geometries that every rank sends.
     """
     known: dict[str, str] = {}
     for result in itertools.chain.from_iterable(results):
@@ -235,10 +247,10 @@ def check_files(
     reports: Sequence[RankReport],
     subdir: str,
 ) -> None:
-    """Check that all files are there and have the sizes that were planned or reported.
+    """Check that every file exists and has the planned or reported size.
 
     Raises:
-        CoverageError: Naming the file that does not.
+        CoverageError: If a file does not; the error names it.
     """
     sizes = {file.name: file.nbytes for report in reports for file in report.dcp_files}
     for output in () if layout is None else layout.files:
@@ -250,17 +262,17 @@ def check_files(
         except OSError as error:
             found = errno.errorcode.get(error.errno or 0, str(error))
         if found != f"{nbytes} bytes":
-            msg = "a file of the checkpoint is not as it was written"
+            msg = "a file of the checkpoint is missing or has the wrong size"
             raise CoverageError(
                 msg, phase="finish", path=path, expected=f"{nbytes} bytes", found=found
             )
 
 
 def check_dcp_stands_alone(plan: GlobalPlan, error: ExportError) -> None:
-    """Refuse to publish a DCP half whose weights are in the export that failed.
+    """Refuse to publish a DCP half whose weights are stored in the failed export.
 
     Raises:
-        WriteError: If they are.
+        WriteError: If the plan stores weights once.
     """
     if plan.once:
         raise WriteError(
@@ -270,15 +282,15 @@ def check_dcp_stands_alone(plan: GlobalPlan, error: ExportError) -> None:
             path=error.path,
             found=error.found,
             errno=error.errno,
-            hint='nothing was published; with weights="both" the DCP half is saved in any case',
+            hint='nothing was published; with weights="both" the DCP half is saved even then',
         ) from error
 
 
 def drop_export(directory: StagingDirectory, subdir: str) -> None:
-    """Take the export out of a checkpoint whose DCP half shall be published alone.
+    """Remove the failed export, so that the DCP half can be published alone.
 
     Raises:
-        CommitError: If it cannot be removed, so that nothing may be published.
+        CommitError: If the export cannot be removed; then nothing may be published.
     """
     path = os.path.join(directory.path, subdir)
     remove_tree(path)
@@ -302,8 +314,11 @@ def publish(
     """Write the manifest, make all names durable, and give the checkpoint its name.
 
     Raises:
-        CoverageError: If the ranks' reports do not tile the files.
-        StorageError: If the file system does not allow it.
+        CoverageError: If the reported blocks do not cover each file exactly once, or a file is
+            missing or has the wrong size.
+        StorageError: If the file system refuses an operation.
+        SaveAbortedError: If the save was given up.
+        SaveTimeoutError: If the deadline has passed.
     """
     layout = plan.layout if error is None else None
     reach("before manifest")
@@ -326,7 +341,7 @@ def publish(
         once=sorted(plan.once),
         reports=reports,
         whole_files=[*(whole_files if error is None else ()), *others],
-        seconds={**attempt.seconds, "total": time.monotonic() - attempt.began, **extra},
+        seconds={**attempt.seconds, "total": time.monotonic() - attempt.context.began, **extra},
         export_error=None if error is None else str(error),
     )
     write_file(os.path.join(directory.path, MANIFEST_NAME), manifest)
@@ -339,7 +354,7 @@ def publish(
 
 
 def _plain_files(path: str) -> list[str]:
-    """Return the files at the top of the checkpoint, without the record of the save."""
+    """Return the names of the files at the top of the checkpoint, except the save's record."""
     with os.scandir(path) as entries:
         return sorted(
             e.name for e in entries if e.is_file() and not e.name.startswith(".dcp-hf-save")
@@ -351,7 +366,7 @@ def _directories(root: str) -> list[str]:
 
 
 def committed_save_id(target: str) -> str | None:
-    """Return the id of the save that is visible under a path."""
+    """Return the id of the save that is visible under a path; `None` without a valid manifest."""
     try:
         with open(os.path.join(target, MANIFEST_NAME), "rb") as file:
             value = json.load(file)

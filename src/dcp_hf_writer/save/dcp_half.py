@@ -1,8 +1,8 @@
 """The DCP half: torch's own writer decides names, plan and metadata; the bytes come from the slab.
 
-torch's `FileSystemWriter` clones a tensor whose storage is larger than it, sums every byte for a
-CRC that no reader checks, and drops the errors of its threads. So of that class all is kept but the
-loop that writes a file.
+torch's `FileSystemWriter` clones each tensor whose storage is larger than the tensor, computes a
+CRC over every byte that no reader checks, and drops the errors of its threads. So this module
+replaces its loop that writes a file, and keeps the rest of the class.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dcp_hf_writer.errors import CoverageError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.encode_torch_archive import tensor_archive
 from dcp_hf_writer.plan.rank_report import DCPFile
-from dcp_hf_writer.save.tensor_source import TensorSource, host_bytes, row_major_bytes
+from dcp_hf_writer.save.tensor_bytes import TensorSource, host_bytes, row_major_bytes
 from dcp_hf_writer.storage.posix_outputs import PIECE_NBYTES, OutputFile
 
 if TYPE_CHECKING:
@@ -31,15 +31,15 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
-# Buffers gathered for one system call; three an item.
+# Buffers collected for one system call; each tensor adds three.
 _GROUP = 1000
 
 
 class SlabFileSystemWriter(FileSystemWriter):
-    """torch's writer, but for the bytes: no clone, no CRC, one thread whose errors are seen."""
+    """torch's writer with another write loop: no clone, no CRC, one thread, and errors raised."""
 
     def __init__(self, path: str, *, checkpoint_id: str) -> None:
-        """Write into `path`; the metadata names `checkpoint_id`, where the files will be."""
+        """Write into `path`; the metadata names `checkpoint_id`, the path after the commit."""
         super().__init__(path, single_file_per_rank=True, sync_files=True, thread_count=1)
         self._final_id = checkpoint_id
         self.files: list[DCPFile] = []
@@ -48,11 +48,11 @@ class SlabFileSystemWriter(FileSystemWriter):
         self.check: Callable[[], None] = lambda: None
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Leave the plan as it is: the directory is made by the coordinator, and is new."""
+        """Return the plan unchanged: the coordinator has already made a new directory."""
         return plan
 
     def storage_meta(self) -> StorageMeta:
-        """Name the place where the checkpoint will be, not the one where it is written."""
+        """Name the final path of the checkpoint, not the directory that the save writes into."""
         return StorageMeta(checkpoint_id=self._final_id, save_id=self.save_id)
 
     def _write_data(
@@ -123,7 +123,7 @@ class _FileWriter:
         self._check()
         reach("mid dcp")
         tensor = self._source.tensor(item)
-        # A block of a larger tensor is stored in row-major order, as torch's writer would.
+        # A block of a larger tensor is stored in row-major order, as torch's writer stores it.
         kind = tensor if tensor.is_contiguous() else tensor.new_empty(tensor.shape, device="meta")
         before, after = tensor_archive(kind)
         start = self._position
@@ -135,7 +135,7 @@ class _FileWriter:
         return self._result(item, start)
 
     def _add_data(self, item: WriteItem, tensor: torch.Tensor) -> str:
-        """Add the data of a tensor; returns its digest."""
+        """Append the data of a tensor; returns the digest of the data."""
         if tensor.is_contiguous():
             data = host_bytes(tensor)
             whole = self._source.digest(item, data)
@@ -172,10 +172,10 @@ class _FileWriter:
 
 
 def check_results(items: Sequence[WriteItem], results: Sequence[WriteResult], rank: int) -> None:
-    """Check that a writer reports every item: torch's own drops the errors of its threads.
+    """Check that a writer reports every item: torch's own writer drops errors of its threads.
 
     Raises:
-        CoverageError: Naming an item that was not written.
+        CoverageError: If an item was not written; the error names its tensor.
     """
     missing = {item.index for item in items} - {result.index for result in results}
     if missing:
@@ -187,7 +187,7 @@ def check_results(items: Sequence[WriteItem], results: Sequence[WriteResult], ra
             fqn=min(index.fqn for index in missing),
             expected=f"{len(items)} items",
             found=f"{len(missing)} missing",
-            hint="a thread of the writer failed; its error is in the log",
+            hint="a thread of the writer failed; look for its error in the log",
         )
 
 
@@ -200,10 +200,11 @@ def run_given_writer(
     is_coordinator: bool,
     rank: int,
 ) -> list[WriteResult]:
-    """Let a writer of the user's write the DCP half into the directory of the save.
+    """Let the user's storage writer write the DCP half into the directory of the save.
 
-    Its `prepare_local_plan` runs now, when the directory is known, so what it attaches to the plan
-    does not reach its `prepare_global_plan`; torch's own writers attach nothing.
+    The writer's `prepare_local_plan` runs here, because the directory is known only now. So its
+    `prepare_global_plan` does not see what `prepare_local_plan` attaches to the plan; torch's own
+    writers attach nothing.
     """
     storage_data = plan.storage_data
     writer.reset(path)
@@ -218,7 +219,7 @@ def run_given_writer(
 
 
 def digest_file(path: str) -> tuple[int, str]:
-    """Return size and digest of a file."""
+    """Return the size of a file in bytes and its xxh3_64, in hex."""
     digest, nbytes = xxhash.xxh3_64(), 0
     with open(path, "rb") as file:
         while data := file.read(PIECE_NBYTES):

@@ -1,4 +1,4 @@
-"""The files of an export beside its weights: config, tokenizer, processor, a base model's files."""
+"""The files of an export other than weights: config, tokenizer, processor, base model files."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
     from dcp_hf_writer.mapping.hf_export import HFExport
 
 CHECKSUMS_NAME = "checksums.json"
-"""What `sglang ... --model-checksum <directory>/checksums.json` is given."""
+"""File name for `sglang ... --model-checksum <directory>/checksums.json`."""
 
 
-# Weights in any format: the export brings its own.
+# Weights in any format; they are not copied, because the export writes its own.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
 _WEIGHT_INDEXES = (INDEX_SUFFIX, ".bin.index.json")
 
 
 @dataclass(frozen=True, slots=True)
 class Assets:
-    """What `HFExport.assets` and `HFExport.like` come to."""
+    """What was read from `HFExport.assets` and `HFExport.like`."""
 
     files: Mapping[str, bytes]
     """Content by path within the export directory."""
     file_of_key: Mapping[str, str] | None
-    """File of each key in `like`; `None` without `like`."""
+    """File name of each key in `like`; `None` without `like`."""
 
 
 _cache: weakref.WeakKeyDictionary[HFExport, Assets | CheckpointError] = weakref.WeakKeyDictionary()
@@ -48,18 +48,19 @@ _cache_lock = threading.Lock()
 
 
 def assets_of(export: HFExport) -> Assets:
-    """Return the files of an export, read once per `HFExport` and process.
+    """Return the assets of an export; each process reads them once per `HFExport`.
 
     Raises:
-        ExportError: If an asset cannot be written by its library, or read.
-        ConfigError: If `assets` or `like` is not what it must be.
+        ExportError: If `save_pretrained` of an asset fails, or a file cannot be read.
+        ConfigError: If `assets` or `like` is invalid.
     """
     with _cache_lock:
         found = _cache.get(export)
         if found is None:
             found = _cache[export] = _read(export)
     if isinstance(found, CheckpointError):
-        # A copy: the traceback of one that is raised holds what the save holds.
+        # Raise a copy: the traceback of a raised error keeps the save's objects alive, and the
+        # cache keeps this error.
         rebuild, facts = found.__reduce__()
         raise rebuild(*facts)
     return found
@@ -78,25 +79,25 @@ def _read(export: HFExport) -> Assets | CheckpointError:
 
 
 def preload(export: HFExport) -> None:
-    """Read the files of an export now; an error is kept for `assets_of`."""
+    """Read the assets of an export now; `assets_of` raises the error later if this fails."""
     with contextlib.suppress(CheckpointError):
         assets_of(export)
 
 
 def known(export: HFExport) -> Assets | CheckpointError | None:
-    """Return what was read for an export, without reading."""
+    """Return what this process has read for an export, or `None`; reads nothing."""
     with _cache_lock:
         return _cache.get(export)
 
 
 def preset(export: HFExport, assets: Assets | CheckpointError) -> None:
-    """Use what another process has read for this export."""
+    """Store what another process has read for this export."""
     with _cache_lock:
         _cache[export] = assets
 
 
 def without_objects(export: HFExport) -> HFExport:
-    """Return the export without its assets, to travel beside what was read of them."""
+    """Return a copy of the export without assets and `like`, to be sent with the `Assets`."""
     bare = copy.copy(export)
     object.__setattr__(bare, "assets", ())
     object.__setattr__(bare, "like", None)
@@ -104,17 +105,21 @@ def without_objects(export: HFExport) -> HFExport:
 
 
 def file_of_key_in_like(export: HFExport) -> dict[str, str] | None:
-    """Return the file of each key in `like`, reading nothing else; `None` without `like`.
+    """Return the file name of each key in `like`; `None` without `like`.
+
+    Reads the index, or else the header of the only safetensors file, and nothing more.
 
     Raises:
-        ConfigError: If `like` is not what it must be.
+        ConfigError: If `like` is not a directory, or its index or weights cannot be read.
     """
     if export.like is None:
         return None
     base = Path(export.like)
     if not base.is_dir():
         msg = "like must be a model directory"
-        raise ConfigError(msg, path=str(base), expected="a directory", found="none")
+        raise ConfigError(
+            msg, path=str(base), expected="a directory", found="no directory at this path"
+        )
     return _file_of_key(base)
 
 
@@ -151,8 +156,8 @@ def _render_one(asset: Any) -> dict[str, bytes]:
         return _configs_of(asset)
     if hasattr(asset, "save_pretrained"):
         return _save_pretrained(asset)
-    msg = "assets must be paths, objects with save_pretrained, or bytes by file name"
-    raise ConfigError(msg, expected="such as (config, tokenizer)", found=type(asset).__name__)
+    msg = "assets must be paths, objects with save_pretrained, or a dict of file name to bytes"
+    raise ConfigError(msg, expected="for example (config, tokenizer)", found=type(asset).__name__)
 
 
 def _as_bytes(name: Any, data: Any) -> bytes:
@@ -160,8 +165,8 @@ def _as_bytes(name: Any, data: Any) -> bytes:
         return data.encode()
     if isinstance(data, (bytes, bytearray, memoryview)):
         return bytes(data)
-    msg = "an asset given by file name must be bytes or text"
-    raise ConfigError(msg, key=str(name), expected="bytes", found=type(data).__name__)
+    msg = "the content of an asset file must be bytes or text"
+    raise ConfigError(msg, key=str(name), expected="bytes or str", found=type(data).__name__)
 
 
 def _read_path(path: Path) -> dict[str, bytes]:
@@ -173,11 +178,11 @@ def _read_path(path: Path) -> dict[str, bytes]:
 
 
 def _configs_of(model: Any) -> dict[str, bytes]:
-    """Return what `model.save_pretrained` writes beside the weights, without touching the weights.
+    """Return the files that `model.save_pretrained` writes besides weights; reads no weights.
 
     Source:
-        transformers, `PreTrainedModel.save_pretrained`: the config names the class, less the
-        prefix that FSDP2 puts before it, and the dtype of the parameters.
+        transformers, `PreTrainedModel.save_pretrained`: the config names the dtype of the
+        parameters and the class, without the prefix that FSDP2 adds to the class name.
     """
     config = copy.deepcopy(model.config)
     config.architectures = [type(model).__name__.removeprefix("FSDP")]
@@ -202,10 +207,10 @@ def _save_pretrained(asset: Any) -> dict[str, bytes]:
 
 
 def _other_files(base: Path) -> dict[str, bytes]:
-    """Return every file of a directory that is not weights, hidden or in a cache.
+    """Return every file below a directory, except hidden files, weights and checksums.
 
-    Weights beside those of the export would be loaded with them, or instead; checksums of other
-    weights would not be theirs.
+    Readers would load foreign weights together with the export's own weights, or instead of them.
+    Checksums of other weights would be wrong for the export.
     """
     files = {}
     for path in sorted(base.rglob("*")):
@@ -219,38 +224,38 @@ def _other_files(base: Path) -> dict[str, bytes]:
 
 
 def _file_of_key(base: Path) -> dict[str, str]:
-    """Return the file of each key of a model directory, from its index or its one file."""
+    """Return the file name of each key of a model directory, from its index or its only file."""
     indexes = sorted(base.glob("*" + INDEX_SUFFIX))
     if indexes:
         try:
             weight_map = json.loads(indexes[0].read_bytes())["weight_map"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            msg = "the index of `like` cannot be read"
+            msg = "the index in the `like` directory cannot be read"
             raise ConfigError(msg, path=str(indexes[0]), found=repr(error)) from error
         for name in weight_map.values():
             _check_name(name)
         return dict(weight_map)
     weights = sorted(base.glob("*.safetensors"))
     if len(weights) != 1:
-        msg = "like has no index and not exactly one safetensors file"
-        raise ConfigError(msg, path=str(base), found=[path.name for path in weights])
+        msg = "like must be a directory with an index, or with exactly one safetensors file"
+        raise ConfigError(msg, path=str(base), found=[path.name for path in weights] or "neither")
     try:
         with safe_open(str(weights[0]), framework="pt") as file:
             return dict.fromkeys(file.keys(), weights[0].name)
     except (SafetensorError, OSError) as error:
-        msg = "the weights of `like` cannot be read"
+        msg = "the weights in the `like` directory cannot be read"
         raise ConfigError(msg, path=str(weights[0]), found=str(error)) from error
 
 
 def _check_name(name: str) -> None:
     pure = PurePosixPath(name)
     if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
-        msg = "a file of the export must lie within its directory"
+        msg = "the name of an export file must stay within the export directory"
         raise ConfigError(msg, path=name, expected="a relative path without '..'")
 
 
 def _with_dtype(config: bytes, dtype: torch.dtype | str) -> bytes:
-    """Say the dtype of the exported weights in the config, which readers take as their default."""
+    """Write the dtype of the exported weights into the config; readers load in that dtype."""
     values = json.loads(config)
     name = str(dtype).removeprefix("torch.")
     keys = [key for key in ("dtype", "torch_dtype") if key in values] or ["dtype"]

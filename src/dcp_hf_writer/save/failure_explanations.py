@@ -1,4 +1,4 @@
-"""What the future of a save is given when it fails: errors that name the rank and the cause."""
+"""The errors that the future of a failed save raises: they name the rank and the cause."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dcp_hf_writer.errors import SaveAbortedError, SaveTimeoutError
 from dcp_hf_writer.save.coordinator import committed_save_id
-from dcp_hf_writer.save.rendezvous import POST_MORTEM_S, Progress, lost_ranks_error
-from dcp_hf_writer.torch_seam.frames import current_save
-from dcp_hf_writer.torch_seam.future_guard import FutureGuard, current_future, own_error
+from dcp_hf_writer.save.rank_progress import POST_MORTEM_S, Progress, lost_ranks_error
+from dcp_hf_writer.torch_seam.future_guard import FutureGuard, find_future, own_error
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,22 +26,29 @@ _log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
 
 
-def guard_save(attempt: Attempt) -> None:
+def guard_save(attempt: Attempt, *, anchor: object | None, is_async: bool) -> None:
     """Guard the future of the save that the calling thread runs.
 
-    A synchronous save has none: what it holds is given back when torch's frames of it go, which
-    takes a garbage collection where this rank failed, or when the interpreter ends.
+    A synchronous save has no future. Its resources are released when `anchor` is freed with torch's
+    stack frames, or at interpreter exit. If this rank failed, that takes a garbage collection.
+
+    Args:
+        attempt: The save.
+        anchor: An object that lives as long as the save; `None` if the save is refused.
+        is_async: Whether the save must have a future.
+
+    Raises:
+        UnsupportedTorchError: If the save must have a future, and none can be found.
     """
-    future = current_future()
+    future = find_future(is_async=is_async)
     if future is None:
-        save = current_save()
-        if save is not None:
-            weakref.finalize(save, attempt.end)
+        if anchor is not None:
+            weakref.finalize(anchor, attempt.end)
         return
 
     FutureGuard(
         future,
-        deadline=attempt.deadline,
+        deadline=attempt.context.deadline,
         on_deadline=lambda: _at_deadline(attempt),
         translate=lambda error: _explain(attempt, error),
         on_end=attempt.end,
@@ -50,10 +56,13 @@ def guard_save(attempt: Attempt) -> None:
 
 
 def guard_process_save(lease: Lease | None, *, deadline: float, target: str) -> None:
-    """Guard the future of a save that a checkpointer process does; called where it is sent."""
-    future = current_future()
-    if future is None:
-        return
+    """Guard the future of a save that a checkpointer process runs; called as the save is sent.
+
+    Raises:
+        UnsupportedTorchError: If the future cannot be found.
+    """
+    future = find_future(is_async=True)
+    assert future is not None
 
     def at_deadline() -> BaseException:
         msg = "the checkpointer process did not finish the save by its deadline"
@@ -63,7 +72,7 @@ def guard_process_save(lease: Lease | None, *, deadline: float, target: str) -> 
             path=target,
             expected="an answer by the deadline",
             found=_outcome(target, None),
-            hint="the process may be stuck in the storage; training can go on",
+            hint="the process may be waiting for the storage; training can go on",
         )
 
     FutureGuard(
@@ -75,13 +84,13 @@ def guard_process_save(lease: Lease | None, *, deadline: float, target: str) -> 
     )
 
 
-# The store and the storage may be what is silent: how long each may take to say what it knows.
+# The store or the storage itself may hang: how long to wait for an answer of either.
 _ASK_S = 2.0
-# At the deadline the other ranks, which began a little later, may take this long to pass it too.
+# The other ranks began a little later, so their deadlines pass up to this much later.
 _SKEW_S = 1.0
 
-_OPEN = "outcome open: the path alone tells whether the checkpoint is there"
-_STORE_IS_SILENT: Sequence[str] = ("the host of the store, mostly rank 0",)
+_OPEN = "outcome open: only the path tells whether the checkpoint is there"
+_STORE_IS_SILENT: Sequence[str] = ("the host of the store, usually rank 0",)
 
 
 def _explain_process(target: str, error: BaseException) -> BaseException:
@@ -95,7 +104,7 @@ def _explain_process(target: str, error: BaseException) -> BaseException:
         phase="write",
         path=target,
         found=f"{error}; {_OPEN}",
-        hint="torch does not start that process anew: restart the run, or save in a thread"
+        hint="torch does not restart that process: restart the run, or save in a thread"
         if is_dead
         else None,
     )
@@ -107,8 +116,8 @@ def _at_deadline(attempt: Attempt) -> BaseException:
     may_commit = not attempt.give_up()
     phase = attempt.phase
     silent = _ask(lambda: _silent_at_deadline(attempt, phase), otherwise=_STORE_IS_SILENT)
-    # A rank that has not reported knows that nobody could commit without it.
-    is_open = may_commit or (not attempt.is_coordinator and phase == "written")
+    # The coordinator cannot commit before every rank has reported what it wrote ("written").
+    is_open = may_commit or (not attempt.member.is_coordinator and phase == "written")
     outcome = _outcome_of(attempt) if is_open else "not committed"
     if silent:
         return _lost(attempt, silent, phase=phase, outcome=outcome)
@@ -118,9 +127,9 @@ def _at_deadline(attempt: Attempt) -> BaseException:
         rank=attempt.rank,
         phase=phase,
         path=attempt.target,
-        expected=f"done within {attempt.deadline - attempt.began:.0f} s",
+        expected=f"done within {attempt.context.deadline - attempt.context.began:.0f} s",
         found=outcome,
-        hint="raise timeout_s, or find what slows the storage down",
+        hint="raise timeout_s, or find out what slows the storage down",
     )
 
 
@@ -128,12 +137,13 @@ def _explain(attempt: Attempt, error: BaseException) -> BaseException:
     own = own_error(error)
     if own is not None:
         return own
-    if attempt.rendezvous is None or isinstance(error, CheckpointException):
+    if attempt.member.rendezvous is None or isinstance(error, CheckpointException):
         return error
-    # A broken collective names an address at best: ask the records who went silent.
+    # The error of a broken collective names an address at best. The records in the store tell which
+    # ranks went silent.
     attempt.give_up()
     phase = attempt.phase
-    wait_s = min(POST_MORTEM_S, attempt.left_s())
+    wait_s = min(POST_MORTEM_S, attempt.context.left_s())
     silent = _ask(
         lambda: _silent_after_failure(attempt, wait_s=wait_s),
         otherwise=_STORE_IS_SILENT,
@@ -160,19 +170,21 @@ def _lost(attempt: Attempt, silent: Sequence[str], *, phase: str, outcome: str) 
 
 
 def _silent_at_deadline(attempt: Attempt, phase: str) -> Sequence[str]:
-    if attempt.rendezvous is None:
+    if attempt.member.rendezvous is None:
         return ()
-    behind = attempt.rendezvous.silent_ranks(Progress(attempt.count, phase, "", 0), wait_s=0.0)
-    # Where all have come equally far, those are silent that do not notice the deadline.
+    behind = attempt.member.rendezvous.silent_ranks(
+        Progress(attempt.member.count, phase, "", 0), wait_s=0.0
+    )
+    # If all ranks are in the same phase, the lost ranks are those that do not report the deadline.
     return behind or _silent_after_failure(attempt, wait_s=_SKEW_S)
 
 
 def _silent_after_failure(attempt: Attempt, *, wait_s: float) -> Sequence[str]:
-    if attempt.rendezvous is None:
+    if attempt.member.rendezvous is None:
         return ()
     attempt.post("failed")
-    mine = Progress(attempt.count, "failed", "", 0)
-    return attempt.rendezvous.silent_ranks(mine, wait_s=wait_s)
+    mine = Progress(attempt.member.count, "failed", "", 0)
+    return attempt.member.rendezvous.silent_ranks(mine, wait_s=wait_s)
 
 
 def _outcome_of(attempt: Attempt) -> str:
@@ -189,14 +201,20 @@ def _outcome(target: str, save_id: str | None) -> str:
 def _ask(
     question: Callable[[], _Answer], *, otherwise: _Answer, limit_s: float = _ASK_S
 ) -> _Answer:
-    """Return the answer to a question that may hang in the store or the storage."""
+    """Return the answer to a question, or `otherwise` if the store or the storage hangs or fails.
+
+    Args:
+        question: Asks the store or the storage; runs in a thread of its own.
+        otherwise: Returned when there is no answer.
+        limit_s: How long to wait for the answer, in seconds.
+    """
     answers: list[_Answer] = []
 
     def ask() -> None:
         try:
             answers.append(question())
         except (RuntimeError, TimeoutError) as error:
-            # Errors of the store, as torch raises them, and ours that say so.
+            # torch raises these when the store fails; `Attempt.post` raises a TimeoutError then.
             _log.debug("no answer: %s", error)
 
     asking = threading.Thread(target=ask, name="dcp-hf-ask", daemon=True)
@@ -204,6 +222,6 @@ def _ask(
         asking.start()
         asking.join(limit_s)
     except RuntimeError as error:
-        # The interpreter is exiting and starts no threads any more.
+        # The interpreter is exiting and does not start threads any more.
         _log.debug("not asked: %s", error)
     return answers[0] if answers else otherwise

@@ -1,42 +1,41 @@
-"""The HuggingFace half: a rank's own blocks of the output files, written where they belong."""
+"""The HuggingFace half: each rank writes its own blocks at their offsets in the output files."""
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Literal
 
-import torch
 import xxhash
 
 from dcp_hf_writer.failpoints import reach
-from dcp_hf_writer.plan.rank_report import Block
+from dcp_hf_writer.plan.rank_report import WrittenBlock
 from dcp_hf_writer.plan.regions import Region, TargetTable, needs_cast
-from dcp_hf_writer.save.tensor_source import TensorSource, chunk_of, digest_of, host_bytes
+from dcp_hf_writer.save.bounce_buffer import BounceBuffer
+from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of, digest_of, host_bytes
 from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
 from dcp_hf_writer.tensors.strided_copies import hf_box, hf_loops, runtime_view, split
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    import torch
     from torch.distributed.checkpoint.planner import WriteItem
 
     from dcp_hf_writer.plan.layout import PartTarget
     from dcp_hf_writer.storage.posix_outputs import OutputFile
     from dcp_hf_writer.tensors.boxes import ByteRuns
 
-# Casts and blocks that are not contiguous go through at most this much reused memory: fresh pages
-# cost ten times the copy.
-MAX_BOUNCE_NBYTES = 8 << 20
-
 
 def regions_by_file(
     items: Iterable[WriteItem], targets: Mapping[str, Sequence[PartTarget]]
 ) -> dict[int, list[tuple[WriteItem, Region]]]:
-    """Sort a rank's blocks by output file, ascending within each.
+    """Group a rank's blocks by output file, in ascending order within each file.
 
     Args:
         items: Tensor items that this rank writes.
         targets: Where the parts of each tensor go, by FQN.
+
+    Returns:
+        The blocks of each output file, by its number in the layout.
     """
     found: dict[int, list[tuple[WriteItem, Region]]] = {}
     tables: dict[str, TargetTable] = {}
@@ -44,7 +43,8 @@ def regions_by_file(
         fqn = item.index.fqn
         if fqn not in targets:
             continue
-        # A rank may hold many blocks of one tensor, and write to many others from it.
+        # One table per FQN: a rank may hold many blocks of a tensor, and a tensor may go to many
+        # HuggingFace tensors.
         if fqn not in tables:
             tables[fqn] = TargetTable(targets[fqn])
         for region in tables[fqn].regions(chunk_of(item)):
@@ -55,20 +55,20 @@ def regions_by_file(
 
 
 def is_interleaved(blocks: Iterable[tuple[WriteItem, Region]]) -> bool:
-    """Whether blocks are runs between those of other ranks, as column shards are."""
+    """Whether a block has several runs, so that other ranks write between them (column shards)."""
     return any(region.hf_runs().count > 1 for _, region in blocks)
 
 
 def way_of(tensor: torch.Tensor, region: Region) -> Literal["direct", "cast", "strided"]:
-    """Say how a block gets into its file: as it lies in memory, or through the bounce buffer.
+    """Return how a block gets into its file: directly, or through the bounce buffer.
 
     Args:
-        tensor: What the rank holds, on any device.
-        region: A block of it.
+        tensor: Tensor that the rank holds, on any device.
+        region: A block of that tensor.
 
     Returns:
-        `"cast"` if the buffer changes the dtype, `"strided"` if it only brings the elements into
-        the order of the file.
+        `"direct"` if the bytes in memory are those of the file, `"cast"` if the buffer changes the
+        dtype, `"strided"` if the buffer only brings the elements into the order of the file.
     """
     if needs_cast(tensor.dtype, region.target):
         return "cast"
@@ -76,12 +76,11 @@ def way_of(tensor: torch.Tensor, region: Region) -> Literal["direct", "cast", "s
 
 
 class BlockWriter:
-    """Writes blocks of one rank; keeps its bounce buffer from save to save."""
+    """Writes blocks of one rank; keeps its bounce buffer from one save to the next."""
 
     def __init__(self) -> None:
         """Start without a buffer."""
-        self._bounce = torch.empty(0, dtype=torch.uint8, device="cpu")
-        self._bounce_nbytes = MAX_BOUNCE_NBYTES
+        self._bounce = BounceBuffer()
 
     def write_file(
         self,
@@ -91,31 +90,31 @@ class BlockWriter:
         *,
         check: Callable[[], None],
         bounce_nbytes: int,
-    ) -> list[Block]:
+    ) -> list[WrittenBlock]:
         """Write this rank's blocks of one output file.
 
         Args:
-            file: Open for writing, of its final size.
-            blocks: What to write, ascending.
+            file: The output file, open for writing and of its final size.
+            blocks: Blocks to write, in ascending order.
             source: Resolves items to tensors.
             check: Called before each block; raises if the save was given up.
-            bounce_nbytes: Size of the buffer for casts and blocks that are not contiguous.
+            bounce_nbytes: Size of the bounce buffer, in bytes.
 
         Returns:
-            One block a region.
+            One reported block, with its digest, for each of `blocks`.
 
         Raises:
-            WriteError: If the file system does not take the bytes.
+            WriteError: If the file system refuses a write.
         """
         written = []
-        self._bounce_nbytes = bounce_nbytes
+        self._bounce.resize(bounce_nbytes)
         for item, region in blocks:
             check()
             reach("mid hf")
             digest = self._write_block(file, item, region, source)
             box = hf_box(region.copy)
             extent = hf_loops(region.copy) if box is None else box.sizes
-            written.append(Block(region.target.key, region.copy.hf_start, extent, digest))
+            written.append(WrittenBlock(region.target.key, region.copy.hf_start, extent, digest))
         return written
 
     def _write_block(
@@ -129,19 +128,14 @@ class BlockWriter:
             return source.digest(item, data) if is_item else digest_of(data)
         digest = xxhash.xxh3_64()
         dtype = TORCH_BY_NAME[region.target.dtype]
-        for part in split(region.copy, self._bounce_nbytes // dtype.itemsize):
+        for part in split(region.copy, self._bounce.nbytes // dtype.itemsize):
             view = runtime_view(tensor, part)
-            buffer = self._buffer(dtype, view.shape)
+            buffer = self._bounce.take(dtype, view.shape)
             buffer.copy_(view)
             data = host_bytes(buffer)
             digest.update(data)
             _write_runs(file, data, Region(region.target, part).hf_runs())
         return str(digest.hexdigest())
-
-    def _buffer(self, dtype: torch.dtype, sizes: tuple[int, ...]) -> torch.Tensor:
-        if self._bounce.nbytes < self._bounce_nbytes:
-            self._bounce = torch.zeros(self._bounce_nbytes, dtype=torch.uint8, device="cpu")
-        return self._bounce[: math.prod(sizes) * dtype.itemsize].view(dtype).view(sizes)
 
 
 def _write_runs(file: OutputFile, data: memoryview, runs: ByteRuns) -> None:

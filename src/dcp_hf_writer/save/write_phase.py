@@ -1,8 +1,8 @@
-"""What a rank writes: its DCP file and its ranges of the output files, in a rotated order.
+"""The write phase of a rank: its DCP file and its ranges of the output files, in rotated order.
 
-The kernel locks a file for each buffered write, so the ranks of a host that walk the same files in
-the same order wait for each other. Each starts elsewhere in the list of its files; the DCP file,
-which is its own, is one of them.
+The kernel locks a file during each buffered write. Ranks of a host that go through the same files
+in the same order would wait for each other. So each rank starts at another place in its list of
+files. The list includes the rank's DCP file, which no other rank writes.
 """
 
 from __future__ import annotations
@@ -28,18 +28,17 @@ from dcp_hf_writer.errors import (
     SlotTimeoutError,
 )
 from dcp_hf_writer.failpoints import reach
-from dcp_hf_writer.formats.stored_once_places import NOTICE, encode_stored_once
+from dcp_hf_writer.formats.weights_once_places import NOTICE, encode_stored_once
 from dcp_hf_writer.plan.rank_report import RankReport
 from dcp_hf_writer.plan.regions import TargetTable
-from dcp_hf_writer.plan.stored_once import stored_once
+from dcp_hf_writer.plan.weights_once import stored_once
 from dcp_hf_writer.save.dcp_half import (
     SlabFileSystemWriter,
     check_results,
     run_given_writer,
 )
 from dcp_hf_writer.save.hf_half import BlockWriter, is_interleaved, regions_by_file
-from dcp_hf_writer.save.tensor_source import TensorSource, chunk_of
-from dcp_hf_writer.storage.open_outputs import OpenFiles
+from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
 from dcp_hf_writer.storage.posix_outputs import OutputFile
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 
@@ -53,17 +52,21 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.regions import Region
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
+    from dcp_hf_writer.storage.output_fsync import OpenFiles
     from dcp_hf_writer.storage.write_slots import WriteSlots
 
 _log = logging.getLogger(__name__)
 
-# The FQN of the extra result that carries a rank's report; taken out before DCP sees the results.
+# FQN of the extra result that carries a rank's report. `take_reports` removes the result before DCP
+# sees it.
 _REPORT_FQN = "\0dcp-hf-report"
 
-# These end the save whichever half they hit; any other error in the export spares the DCP half.
+# These errors end the save in either half. After any other error in the export, the DCP half goes
+# on.
 _FATAL = (SaveAbortedError, SaveTimeoutError, SlotTimeoutError)
 
-# The block writer of the latest save, kept for its buffer; a save beside another makes its own.
+# The block writer of the latest save, kept to reuse its buffer. A save that runs at the same time
+# as another one makes its own.
 _idle_blocks: list[BlockWriter] = []
 
 
@@ -74,7 +77,7 @@ class WritePhase:
     attempt: Attempt
     directory: StagingDirectory
     plan: SavePlan
-    """The final plan; its `storage_data` is what the DCP writer attached."""
+    """The final plan; its `storage_data` comes from the DCP writer."""
     own: RankPlan
     planner: SavePlanner
     dcp_writer: StorageWriter | None
@@ -82,22 +85,25 @@ class WritePhase:
     slots: WriteSlots
     subdir: str
     bounce_nbytes: int
-    """Size of the buffer for casts and blocks that are not contiguous."""
+    """Size in bytes of the buffer for casts and for blocks that are not contiguous."""
     blocks: BlockWriter = field(default_factory=BlockWriter, init=False)
-    """Writes blocks for this save and no other at the same time."""
+    """Writes the blocks of this save; no other save uses it at the same time."""
 
     def run(self) -> list[WriteResult]:
         """Write everything, make it durable, and report.
 
+        Returns:
+            The results of the DCP half, and one extra result that carries the rank's report.
+
         Raises:
-            CheckpointError: If the DCP half failed, or the save was given up. Errors of the export
-                are part of the report instead.
+            CheckpointError: If the DCP half failed, or the save was given up. The report carries
+                errors of the export instead.
         """
         attempt = self.attempt
         report = RankReport(attempt.rank, socket.gethostname())
         report.export_error = attempt.export_error
-        files = attempt.files or OpenFiles()
-        attempt.files = files
+        report.stamp, report.samples = attempt.sent.stamp, attempt.sent.withheld_samples
+        files = attempt.open_files()
         source = TensorSource(self.planner)
         results: list[WriteResult] = []
         with contextlib.suppress(IndexError):
@@ -122,8 +128,9 @@ class WritePhase:
                     if job is None:
                         results = self._write_dcp(files, source, report)
                     elif report.export_error is None:
-                        # Pages that other ranks fill too would go to the device once for each of
-                        # them. The last files of the rotation are those the others had before.
+                        # Defer the fsync of a file whose pages other ranks fill too: otherwise the
+                        # device writes such a page once for each rank. The other ranks have already
+                        # written the last files of this rank's rotation, so these need no deferral.
                         defer = job not in settled and is_interleaved(work[job])
                         self._write_export(job, work[job], files, source, report, defer=defer)
                     if not shares:
@@ -135,8 +142,7 @@ class WritePhase:
                 self._join(files, report)
         _idle_blocks[:] = [self.blocks]
         reach("after fsync")
-        files.close()
-        attempt.files = None
+        attempt.close_files()
         report.seconds = dict(attempt.seconds)
         report.nbytes = {
             "dcp": sum(result.size_in_bytes for result in results),
@@ -145,7 +151,7 @@ class WritePhase:
         return [*results, *left_out, WriteResult(MetadataIndex(_REPORT_FQN), 0, report)]
 
     def _stored_once(self, items: Iterable[WriteItem]) -> list[WriteResult]:
-        """Say of each item that the DCP half leaves to the export where its bytes will be."""
+        """Return a result for each item that only the export stores; it tells where they are."""
         tables = {fqn: TargetTable(parts) for fqn, parts in self.own.once.items()}
         paths = [f"{self.subdir}/{name}" for name, _ in self.own.files]
         results = []
@@ -163,7 +169,7 @@ class WritePhase:
         self.plan = replace(self.plan, items=kept)
 
     def _jobs(self, files: Sequence[int]) -> list[int | None]:
-        """Return this rank's files, `None` being its DCP file, from where it starts."""
+        """Return this rank's files in rotated order; `None` stands for its DCP file."""
         jobs: list[int | None] = [None, *files]
         start = self.own.host_rank * len(jobs) // max(self.own.host_size, 1)
         return jobs[start:] + jobs[:start]
@@ -174,14 +180,14 @@ class WritePhase:
                 self.slots.hold(
                     self.directory.path,
                     "dcp" if half == "dcp" else "hf",
-                    deadline=self.attempt.deadline,
+                    deadline=self.attempt.context.deadline,
                 )
             )
 
     def _join(self, files: OpenFiles, report: RankReport) -> None:
         export = os.path.join(self.directory.path, self.subdir, "")
         try:
-            for path, error in files.join(deadline=self.attempt.deadline):
+            for path, error in files.join(deadline=self.attempt.context.deadline):
                 if not path.startswith(export) or not isinstance(error, Exception):
                     raise error
                 if report.export_error is None:
@@ -205,7 +211,7 @@ class WritePhase:
                         self.plan,
                         self.planner,
                         path=self.directory.path,
-                        is_coordinator=attempt.is_coordinator,
+                        is_coordinator=attempt.member.is_coordinator,
                         rank=attempt.rank,
                     )
                 )
@@ -220,7 +226,7 @@ class WritePhase:
     ) -> list[WriteResult]:
         writer = SlabFileSystemWriter(self.directory.path, checkpoint_id=self.directory.target)
         writer.set_up_storage_writer(
-            self.attempt.is_coordinator, rank=self.attempt.rank, use_collectives=True
+            self.attempt.member.is_coordinator, rank=self.attempt.rank, use_collectives=True
         )
         writer.source = source
         writer.finish_file = files.sync
@@ -273,7 +279,7 @@ class WritePhase:
 
 
 def export_error(error: Exception, *, rank: int, path: str) -> ExportError:
-    """Say of the export what failed, for the ranks that did not see it."""
+    """Make the error that tells all ranks why the export failed."""
     msg = "the HuggingFace export could not be written"
     return ExportError(
         msg,
@@ -289,7 +295,11 @@ def export_error(error: Exception, *, rank: int, path: str) -> ExportError:
 def take_reports(
     results: Sequence[Sequence[WriteResult]],
 ) -> tuple[list[list[WriteResult]], list[RankReport]]:
-    """Part DCP's results from the ranks' reports."""
+    """Separate DCP's results from the ranks' reports.
+
+    Returns:
+        DCP's results of each rank, and the reports.
+    """
     plain: list[list[WriteResult]] = []
     reports: list[RankReport] = []
     for rank_results in results:

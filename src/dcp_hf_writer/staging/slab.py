@@ -1,9 +1,9 @@
 """The slab: one reused block of host memory per process that holds the staged copy of a state dict.
 
-It is a memory file without a name: one file descriptor in all, which a checkpointer process maps as
-well, and which the kernel frees when the last process that maps it is gone, so that a dead run
-leaves nothing behind. Its pages are faulted in when it is made: a fresh page costs ten times the
-copy that goes into it. Where CUDA is present it is pinned.
+The slab is a memory file without a name, so it needs only one file descriptor. A checkpointer
+process maps the same file. The kernel frees it when the last process that maps it has ended, so a
+dead run leaves nothing behind. The slab faults in all its pages when it is made: a fault takes ten
+times as long as the copy into the page. If CUDA is in use, the slab is pinned.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 import weakref
+from dataclasses import dataclass
 from multiprocessing import reduction
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +25,7 @@ import torch
 from dcp_hf_writer.errors import StagingBusyError, StagingError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
 _log = logging.getLogger(__name__)
 
@@ -37,23 +38,52 @@ _MADV_POPULATE_WRITE = 23
 # cudaHostRegisterPortable: pinned for all contexts of the process.
 _PORTABLE = 1
 
-# Small growth of a state dict (a new buffer, a longer list of metrics) must not move the slab.
+# A state dict that grows a little (a new buffer, a longer list of metrics) must still fit.
 _HEADROOM = 1 / 64
 
 _POLL_S = 0.02
 _SAY_AFTER_S = 1.0
 
 
+@dataclass(frozen=True)
+class StagedInfo:
+    """Facts about a state dict that staging collects; they travel with the save."""
+
+    memory: dict[str, int]
+    """By FQN, a number for the memory of each tensor; equal for tied ones, absent if empty here."""
+    nbytes: int
+    """Bytes copied."""
+    waited_s: float
+    """Seconds spent waiting for the slab; part of `stall_s`."""
+    stall_s: float
+    """Seconds for which staging blocked the caller, waiting included."""
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """What staging passes to the save that follows. It belongs to the slab that staging filled.
+
+    The save whose tensors lie in that slab takes it, in this process or in a checkpointer process.
+    """
+
+    deadline: float
+    """`time.monotonic()` by which the save must be done; processes of a host share the clock."""
+    info: StagedInfo
+    """The facts that staging collected."""
+
+
 class Slab:
-    """A shared memory file of fixed size, mapped into this process. Not thread-safe by itself."""
+    """A shared memory file of fixed size, mapped into this process. Not thread-safe."""
 
     def __init__(self, nbytes: int, *, fd: int | None = None, slab_id: str | None = None) -> None:
-        """Make a slab, or map the one behind `fd`, which is taken over.
+        """Make a slab, or map an existing one by its `fd`, which the new object then owns.
 
         Raises:
-            StagingError: If the memory cannot be had.
+            StagingError: If the memory cannot be allocated or mapped.
         """
         self.slab_id = slab_id or uuid.uuid4().hex
+        self.handover: Handover | None = None
+        """What staging passed to the latest save that a parent process sent in this slab."""
         self.nbytes = nbytes
         self.pid = os.getpid()
         is_new = fd is None
@@ -68,54 +98,55 @@ class Slab:
             raise _no_memory(nbytes, error) from error
         self._fd = fd
         weakref.finalize(self, os.close, fd)
+        self._address = self.tensor(0, torch.uint8, (1,)).data_ptr()
         if is_new:
             self._fault_in()
-        # The process that stages pins; a checkpointer process only reads, and needs no CUDA.
+        # Only the process that stages pins the slab. A checkpointer process only reads from it, and
+        # needs no CUDA.
         self._is_mine = is_new
         self.is_pinned = False
         self.pin()
 
     def _fault_in(self) -> None:
-        # Huge pages shorten both the faults and the copies; both calls are hints, and an old kernel
-        # that lacks one of them faults the pages in at the first copy.
+        # Huge pages make both the faults and the copies faster. Both calls are hints: on an old
+        # kernel that lacks one, the first copy faults the pages in.
         for advice in (mmap.MADV_HUGEPAGE, _MADV_POPULATE_WRITE):
             try:
                 self._map.madvise(advice)
             except OSError as error:
                 if error.errno == errno.ENOMEM:
-                    # Without this the first copy into the slab would kill the process.
+                    # Otherwise the first copy into the slab would kill the process.
                     raise _no_memory(self.nbytes, error) from error
                 _log.debug("madvise(%d) on the slab: %s", advice, error)
 
     def pin(self) -> None:
-        """Pin the memory where CUDA is in use; once, also if that came after the slab was made."""
+        """Pin the memory once CUDA is in use, which may be after the slab was made."""
         if self._is_mine and not self.is_pinned and torch.cuda.is_initialized():
             self.is_pinned = self._pin()
 
     def _pin(self) -> bool:
-        address = self.tensor(0, torch.uint8, (1,)).data_ptr()
-        result = int(torch.cuda.cudart().cudaHostRegister(address, self.nbytes, _PORTABLE))
+        result = int(torch.cuda.cudart().cudaHostRegister(self._address, self.nbytes, _PORTABLE))
         if result != 0:
             _log.warning("the staging slab could not be pinned (CUDA error %d)", result)
             return False
-        # Before the memory is unmapped: another slab may come to lie at the same address.
-        weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, address)
+        # Unregister before the memory is unmapped: another slab may get the same address later.
+        weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, self._address)
         return True
 
     @property
     def fd(self) -> int:
-        """Descriptor of the memory file; owned by the slab."""
+        """Descriptor of the memory file; the slab owns it."""
         return self._fd
 
     def tensor(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """Return a contiguous tensor over the slab whose storage is exactly its own bytes.
 
-        A view into one large storage would be cloned by torch's writer, item by item.
+        torch's writer would clone each tensor that is a view into one large storage.
 
         Args:
             offset: First byte within the slab, a multiple of `ALIGN_NBYTES`.
-            dtype: Its dtype.
-            shape: Its shape.
+            dtype: Dtype of the tensor.
+            shape: Shape of the tensor.
         """
         count = 1
         for n in shape:
@@ -124,13 +155,17 @@ class Slab:
             return torch.empty(shape, dtype=dtype, device="cpu")
         return torch.frombuffer(self._map, dtype=dtype, count=count, offset=offset).view(shape)
 
+    def holds(self, address: int) -> bool:
+        """Whether an address in the memory of this process lies in the slab."""
+        return 0 <= address - self._address < self.nbytes
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _attach, (self.slab_id, self.nbytes, reduction.DupFd(self._fd))
 
 
 def _no_memory(nbytes: int, error: Exception) -> StagingError:
     return StagingError(
-        "host memory for the staged copy could not be had",
+        "host memory for the staged copy could not be allocated",
         phase="stage",
         expected=f"{nbytes} bytes of shared memory",
         found=str(error),
@@ -138,46 +173,47 @@ def _no_memory(nbytes: int, error: Exception) -> StagingError:
     )
 
 
-_attached: dict[str, Slab] = {}
-
-
 def _attach(slab_id: str, nbytes: int, shared: Any) -> Slab:
-    """Map a slab of another process, once; an older one is dropped when the owner has grown."""
-    fd = shared.detach()
-    slab = _attached.get(slab_id)
-    if slab is not None:
-        os.close(fd)
-        return slab
-    _attached.clear()
-    _attached[slab_id] = Slab(nbytes, fd=fd, slab_id=slab_id)
-    return _attached[slab_id]
+    """Map a slab of another process."""
+    return SLABS.attach(slab_id, nbytes, fd=shared.detach())
 
 
 class Lease:
-    """The right of one save to the slab; ends with the save.
+    """The right of one save to use the slab; it ends with the save.
 
-    A save that fails gives a storage writer no last call, so the lease ends by whichever comes
-    first: `release`, the end of the thread that runs the save, or the staged state dict being
-    dropped before any thread took it up.
+    DCP makes no last call to a storage writer whose save fails. So the lease ends at the first of
+    these events: `release` is called, the thread that runs the save ends, or the staged state dict
+    is dropped before any thread has taken it up.
     """
 
     def __init__(self, slab: Slab, what: str) -> None:
         """Take the slab for the save that `what` describes."""
         self.slab = slab
         self.what = what
+        self.stager = threading.current_thread()
+        self.handover: Handover | None = None
+        """What staging passes to the save; set when all copies are done or have started."""
+        self._lock = threading.Lock()
         self._released = threading.Event()
         self._thread: threading.Thread | None = None
 
     def release(self) -> None:
-        """Give the slab back; safe to call twice and from any thread."""
+        """End the lease; safe to call twice and from any thread."""
         self._released.set()
 
-    def bind(self, thread: threading.Thread) -> None:
-        """Name the thread that runs the save."""
-        self._thread = thread
+    def take_up(self) -> None:
+        """Record that the calling thread runs the save.
+
+        Raises:
+            StagingError: If the lease has ended, or another save has taken it up.
+        """
+        with self._lock:
+            if not self.is_active or self._thread is not None:
+                raise _given_back(self.what)
+            self._thread = threading.current_thread()
 
     def tie_to(self, staged: object) -> None:
-        """End the lease when `staged` is dropped before a thread took it up."""
+        """End the lease if `staged` is dropped before a thread has taken it up."""
         weakref.finalize(staged, self._drop)
 
     def _drop(self) -> None:
@@ -185,31 +221,86 @@ class Lease:
             self.release()
 
     @property
+    def is_pending(self) -> bool:
+        """Whether the lease goes on but no save has taken it up yet."""
+        return self._thread is None and not self._released.is_set()
+
+    @property
     def is_active(self) -> bool:
         """Whether the save may still read the slab."""
         if self._released.is_set() or self.slab.pid != os.getpid():
-            # A forked child has the lease, but neither the save nor a use for the parent's slab.
+            # A forked child has a copy of the lease, but it does not run the save.
             return False
         return self._thread is None or self._thread.is_alive()
 
 
+def _given_back(what: str) -> StagingError:
+    msg = "the staged copy was released or already saved before this save began"
+    return StagingError(msg, path=what, hint="save each staged state dict exactly once")
+
+
 class SlabPool:
-    """The slab of this process and the save that holds it."""
+    """The staging memory of a process: its own slab, the lease on it, and a parent's slab."""
 
     def __init__(self) -> None:
         """Start without memory."""
         self._lock = threading.Lock()
         self._slab: Slab | None = None
         self._lease: Lease | None = None
+        self._attached: Slab | None = None
+
+    def attach(self, slab_id: str, nbytes: int, *, fd: int) -> Slab:
+        """Map a slab of another process, or return it if it is mapped already.
+
+        Another slab that was mapped before is dropped: its owner has replaced it by a larger one.
+
+        Args:
+            slab_id: Its id.
+            nbytes: Its size.
+            fd: Descriptor of its memory file. This method closes it, or the slab owns it.
+        """
+        slab = self._attached
+        if slab is not None and slab.slab_id == slab_id:
+            os.close(fd)
+            return slab
+        self._attached = None
+        self._attached = Slab(nbytes, fd=fd, slab_id=slab_id)
+        return self._attached
+
+    def handover_over(self, addresses: Iterable[int]) -> tuple[Handover | None, Lease | None]:
+        """Return what staging passed to the save of some tensors, and the lease on their memory.
+
+        Args:
+            addresses: Address of one byte of each tensor.
+
+        Returns:
+            `(None, None)` if no address lies in a slab. In a checkpointer process the lease is
+            `None`: the guard in the parent holds it.
+
+        Raises:
+            StagingError: If an address lies in the slab, but staging left nothing for a save: the
+                next save writes over the slab.
+        """
+        attached, own = self._attached, self._slab
+        if attached is None and own is None:
+            return None, None
+        for address in addresses:
+            if attached is not None and attached.holds(address):
+                return attached.handover, None
+            if own is not None and own.holds(address):
+                if self._lease is None or self._lease.handover is None:
+                    raise _given_back("unknown")
+                return self._lease.handover, self._lease
+        return None, None
 
     def acquire(
         self, nbytes: int, *, what: str, deadline: float, before_growth: Callable[[], None]
     ) -> tuple[Lease, float]:
-        """Take the slab, waiting for a save that is in flight.
+        """Take the slab; wait while an earlier save uses it.
 
         Args:
             nbytes: Size needed; a smaller slab is replaced by one of this size and some headroom.
-            what: The save, for messages.
+            what: Names the save in messages.
             deadline: `time.monotonic()` after which waiting ends.
             before_growth: Called before the old slab is replaced, to drop tensors that map it.
 
@@ -218,7 +309,7 @@ class SlabPool:
 
         Raises:
             StagingBusyError: If the slab is still in use at the deadline.
-            StagingError: If memory cannot be had.
+            StagingError: If memory cannot be allocated.
         """
         began = time.monotonic()
         is_said = False
@@ -236,7 +327,7 @@ class SlabPool:
                     )
                 if waited > _SAY_AFTER_S and not is_said:
                     is_said = True
-                    _log.info("save of %s waits for that of %s", what, self._lease.what)
+                    _log.info("save of %s waits for the save of %s", what, self._lease.what)
                 time.sleep(_POLL_S if waited > _POLL_S else _POLL_S / 20)
             slab = self._slab
             if slab is not None and slab.pid != os.getpid():
@@ -252,3 +343,7 @@ class SlabPool:
         if waited > _SAY_AFTER_S:
             _log.info("save of %s waited %.1f s for staging memory", what, waited)
         return self._lease, waited
+
+
+SLABS = SlabPool()
+"""The slabs of this process: they outlive its writers, and all of its saves share them."""

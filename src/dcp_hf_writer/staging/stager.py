@@ -1,56 +1,49 @@
-"""Staging: copy a state dict into the slab, so that training may go on while it is written."""
+"""Copy a state dict into the slab, so that training goes on while the save writes the copy."""
 
 from __future__ import annotations
 
 import copy
-import io
-import pickle
 import threading
 import time
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch.distributed.tensor import DTensor
 
-from dcp_hf_writer.errors import CheckpointError, StagingError
+from dcp_hf_writer.errors import StagingError
 from dcp_hf_writer.mapping.flattening import fqn_of, walk_tensors
-from dcp_hf_writer.staging.memory_identity import memory_identity
-from dcp_hf_writer.staging.slab import ALIGN_NBYTES, Lease, Slab, SlabPool
+from dcp_hf_writer.staging.same_memory import memory_identity
+from dcp_hf_writer.staging.slab import (
+    ALIGN_NBYTES,
+    SLABS,
+    Handover,
+    Lease,
+    Slab,
+    SlabPool,
+    StagedInfo,
+)
+from dcp_hf_writer.staging.staged_state_dict import StagedStateDict
 from dcp_hf_writer.tensors.shards import SHARD_ATTRIBUTES_HINT, has_shard_attributes
+from dcp_hf_writer.torch_seam.dtensor import local_of, spec_of, with_spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from dcp_hf_writer.mapping.model_entry import Path
 
-# Overlapped staging copies smaller tensors before anything that the caller does next. Buffers that
-# a forward pass changes in place, as batch-norm statistics, are among them.
+# Overlapped staging copies smaller tensors before anything that the caller does next. Among them
+# are buffers that a forward pass changes in place, such as batch-norm statistics.
 EAGER_NBYTES = 1 << 20
 
 StagingMode = Literal["blocking", "overlap"]
 
 
-@dataclass(frozen=True)
-class StagedInfo:
-    """What staging found out about a state dict; travels with the save."""
-
-    memory: dict[str, int]
-    """Number of the memory of each tensor, by FQN; equal for tied ones, absent if empty here."""
-    nbytes: int
-    """Bytes copied."""
-    waited_s: float
-    """Seconds spent waiting for the slab, within the stall."""
-    stall_s: float
-    """Seconds for which the caller was held up, waiting included."""
-
-
-@dataclass(frozen=True, eq=False)
-class _Leaf:
-    """A tensor found in the state dict, with where its copy goes."""
+class _Leaf(NamedTuple):
+    """A tensor of the state dict. A tuple, because it is cheap and each tensor needs one."""
 
     path: Path
     tensor: torch.Tensor
@@ -58,126 +51,47 @@ class _Leaf:
 
     @property
     def fqn(self) -> str:
-        """The name that DCP's flattening gives it; within a tuple, which DCP keeps whole, ours."""
+        """Its FQN in DCP's flattening. DCP does not flatten tuples; within one, our own FQN."""
         return fqn_of(self.path)
 
     @property
     def signature(self) -> tuple[Any, ...]:
-        spec = self.tensor._spec if isinstance(self.tensor, DTensor) else None  # noqa: SLF001
+        spec = spec_of(self.tensor)
         local = self.local
         placed = None if spec is None else (id(spec.mesh), spec.placements, spec.shape)
-        return (self.path, tuple(local.shape), local.dtype, placed)
+        return (self.path, local.shape, local.dtype, placed)
 
 
 @dataclass(eq=False)
 class _Program:
-    """The copies of one state-dict structure, kept from save to save."""
+    """The copies for one state-dict structure, reused from save to save."""
 
     signature: tuple[Any, ...]
     staged: list[Any]
-    """What each leaf is replaced by: a tensor over the slab, or a DTensor around one."""
+    """The replacement of each leaf: a tensor over the slab, or a DTensor around one."""
     locals_: list[torch.Tensor]
     """The slab tensor of each leaf."""
     copies: list[tuple[int, int]]
-    """`(leaf, bytes)` of each distinct memory, in slab order."""
+    """`(index of leaf, bytes)` of each distinct memory, in slab order."""
     memory: dict[str, int]
     """As `StagedInfo.memory`."""
     nbytes: int
+    offsets: dict[int, tuple[int, torch.Tensor]]
+    """As `StagedStateDict.offsets`."""
     meshes: list[Any] = field(default_factory=list)
-    """Keeps the meshes alive whose ids are in the signature."""
-
-
-@dataclass(frozen=True, slots=True)
-class Handover:
-    """What staging leaves for the save that follows it; travels with the staged state dict."""
-
-    deadline: float
-    """`time.monotonic()` by which the save must be done; one clock for the processes of a host."""
-    info: StagedInfo | None = None
-    """What staging found out."""
-    error: CheckpointError | None = None
-    """Why staging failed."""
-
-
-class StagedStateDict(dict[str, Any]):
-    """A state dict whose tensors lie in the slab.
-
-    Sent to another process it travels as the slab's descriptor and offsets, whatever the number of
-    tensors; torch would open one descriptor for each.
-    """
-
-    handover: Handover | None = None
-    """For the save of it; set before it is handed to one."""
-    lease: Lease | None = None
-    """Of the slab; `None` if nothing could be staged, and in a checkpointer process."""
-    offsets: Mapping[int, tuple[int, torch.Tensor]] = MappingProxyType({})
-    """Place in the slab of each tensor, by `id`, with the tensor itself."""
-    on_send: Callable[[], None] = staticmethod(lambda: None)
-    """Called by the thread that sends it to a checkpointer process."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # Pickled by the thread that waits for the checkpointer process: its end is the save's end.
-        self.on_send()
-        if self.lease is None:
-            return _rebuild_staged, (None, b"", self.handover)
-        self.lease.bind(threading.current_thread())
-        buffer = io.BytesIO()
-        _SlabPickler(buffer, self.offsets).dump(dict(self))
-        return _rebuild_staged, (self.lease.slab, buffer.getvalue(), self.handover)
-
-
-class _SlabPickler(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, offsets: Mapping[int, tuple[int, torch.Tensor]]) -> None:
-        super().__init__(file, protocol=pickle.HIGHEST_PROTOCOL)
-        self._offsets = offsets
-
-    def persistent_id(self, obj: Any) -> Any:
-        """Send a slab tensor as its place in the slab."""
-        found = self._offsets.get(id(obj))
-        if found is None:
-            return None
-        offset, local = found
-        spec = obj._spec if isinstance(obj, DTensor) else None  # noqa: SLF001
-        return offset, local.dtype, tuple(local.shape), spec
-
-
-class _SlabUnpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, slab: Slab) -> None:
-        super().__init__(file)
-        self._slab = slab
-
-    def persistent_load(self, pid: Any) -> Any:
-        """Map a slab tensor."""
-        offset, dtype, shape, spec = pid
-        return _wrap(self._slab.tensor(offset, dtype, shape), spec)
-
-
-def _rebuild_staged(
-    slab: Slab | None, payload: bytes, handover: Handover | None
-) -> StagedStateDict:
-    staged = StagedStateDict()
-    staged.handover = handover
-    if slab is not None:
-        # Sent by our own parent over its pipe, as every other argument of the save.
-        staged.update(_SlabUnpickler(io.BytesIO(payload), slab).load())
-    return staged
-
-
-def _wrap(local: torch.Tensor, spec: Any) -> torch.Tensor:
-    # The constructor, since `DTensor.from_local` moves the local tensor back to the mesh's device.
-    return local if spec is None else DTensor(local, spec, requires_grad=False)
+    """The meshes whose ids are in the signature. While they live, no other mesh gets such an id."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Copies:
-    """Copies of an overlapped staging that go on after `stage` returned."""
+    """The copies of an overlapped staging that go on after `stage` has returned."""
 
     copying: Future[None]
     """Done when all tensors are copied."""
     host_copied: threading.Event
     """Set when the tensors in host memory are copied."""
     events: Sequence[Any]
-    """CUDA events behind the last copy from each device."""
+    """One CUDA event per device, recorded after the last copy from it."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -188,15 +102,15 @@ class Staged:
     info: StagedInfo
     lease: Lease
     copies: Copies | None
-    """What still goes on; `None` when all is copied."""
+    """The copies that still go on; `None` if all are done."""
 
 
 class Stager:
     """Copies state dicts of this process into its slab; one save at a time."""
 
-    def __init__(self) -> None:
-        """Start without memory."""
-        self._pool = SlabPool()
+    def __init__(self, pool: SlabPool | None = None) -> None:
+        """Start without memory; make a new pool unless `pool` is given."""
+        self._pool = SlabPool() if pool is None else pool
         self._program: _Program | None = None
         self._executor: ThreadPoolExecutor | None = None
         self._streams: dict[int, Any] = {}
@@ -204,26 +118,31 @@ class Stager:
     def stage(
         self, state_dict: dict[str, Any], *, mode: StagingMode, what: str, deadline: float
     ) -> Staged:
-        """Copy a state dict; what the caller changes afterwards does not reach the copy.
+        """Copy a state dict into the slab; later changes by the caller do not reach the copy.
 
-        Called by the training thread. Waits while an earlier save uses the slab.
+        The training thread calls this. It waits while an earlier save uses the slab. After an
+        overlapped staging, the caller must not change the large tensors before `copies` are done.
 
         Args:
             state_dict: Nested dicts, lists and tuples of tensors and other values; tensors on any
                 device. Values other than tensors are deep-copied.
-            mode: `"blocking"` returns when all is copied; `"overlap"` copies tensors of
-                `EAGER_NBYTES` and more in the background. Smaller ones are copied by then if they
-                are in host memory; on a GPU the current stream goes on when they are copied.
-            what: The save, for messages.
+            mode: `"blocking"` returns when all is copied. `"overlap"` copies tensors of
+                `EAGER_NBYTES` and more in the background. It copies smaller tensors in host memory
+                before it returns. For smaller tensors on a GPU, the current stream of that GPU
+                waits for the copies; the host does not.
+            what: Names the save in messages.
             deadline: `time.monotonic()` after which waiting for the slab ends.
 
         Raises:
-            StagingError: If a value cannot be staged, memory cannot be had, or the slab stays busy.
+            StagingError: If a value cannot be staged, if memory cannot be allocated, or if the
+                slab stays busy.
         """
         began = time.monotonic()
-        leaves = [
-            _leaf(path, tensor) for path, tensor in walk_tensors(state_dict, into_tuples=True)
-        ]
+        # Switch once for all tensors: each switch takes as long as finding one tensor.
+        with torch.no_grad():
+            leaves = [
+                _leaf(path, tensor) for path, tensor in walk_tensors(state_dict, into_tuples=True)
+            ]
         aliases = _aliases(leaves)
         signature = (tuple(leaf.signature for leaf in leaves), tuple(aliases))
         nbytes = _slab_nbytes(leaves, aliases)
@@ -233,7 +152,7 @@ class Stager:
         try:
             program = self._program_for(leaves, aliases, signature, lease.slab)
             staged = StagedStateDict(_replace(state_dict, iter(program.staged)))
-            staged.lease, staged.offsets = lease, _offsets(program, lease.slab)
+            staged.offsets = program.offsets
             copies = self._copy(leaves, program, mode)
         except BaseException:
             lease.release()
@@ -245,10 +164,28 @@ class Stager:
             waited_s=waited_s,
             stall_s=time.monotonic() - began,
         )
+        staged.lease, lease.handover = lease, Handover(deadline, info)
         return Staged(staged, info, lease, copies)
 
+    def handover_of(self, state_dict: Mapping[str, Any]) -> tuple[Handover | None, Lease | None]:
+        """Return what staging passed to the save of a state dict, and the lease on its memory.
+
+        Other code may rebuild the state dict between staging and the save. So this looks at the
+        tensors: those that lie in the slab were staged.
+
+        Returns:
+            As `SlabPool.handover_over`.
+
+        Raises:
+            StagingError: If tensors lie in the slab, but staging left nothing for a save.
+        """
+        tensors = (local_of(one) for _, one in walk_tensors(state_dict, into_tuples=True))
+        return self._pool.handover_over(
+            tensor.data_ptr() for tensor in tensors if type(tensor) in _STAGED_KINDS
+        )
+
     def warm_up(self, state_dict: dict[str, Any], *, deadline: float) -> int:
-        """Allocate and fault in the slab for a state dict; returns its bytes."""
+        """Allocate and fault in the slab for a state dict; return the bytes that staging copied."""
         staged = self.stage(state_dict, mode="blocking", what="warm_up", deadline=deadline)
         staged.lease.release()
         return staged.info.nbytes
@@ -266,16 +203,15 @@ class Stager:
         return program
 
     def _copy(self, leaves: list[_Leaf], program: _Program, mode: StagingMode) -> Copies | None:
-        pairs = [
-            (program.locals_[i], leaves[i].local.detach(), nbytes) for i, nbytes in program.copies
-        ]
+        pairs = [(program.locals_[i], leaves[i].local, nbytes) for i, nbytes in program.copies]
         if mode == "blocking":
             self._copy_now(pairs)
             return None
         events = self._copy_small([pair for pair in pairs if pair[2] < EAGER_NBYTES])
         large = [pair for pair in pairs if pair[2] >= EAGER_NBYTES]
         events += self._enqueue_cuda([pair for pair in large if pair[1].is_cuda])
-        on_host = [pair for pair in large if not pair[1].is_cuda]
+        # Detach: the trainer may give a parameter other memory before the copy begins.
+        on_host = [(to, tensor.detach(), n) for to, tensor, n in large if not tensor.is_cuda]
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="dcp-hf-staging")
         host_copied = threading.Event()
@@ -291,10 +227,10 @@ class Stager:
         return Copies(self._executor.submit(finish), host_copied, events)
 
     def _copy_small(self, pairs: list[_Pair]) -> list[Any]:
-        """Copy before what the caller enqueues next; returns the CUDA events behind the copies."""
+        """Copy before anything that the caller enqueues next; return events after the copies."""
         events = self._enqueue_cuda([pair for pair in pairs if pair[1].is_cuda])
         for event in events:
-            # The device waits and not the host, which would wait for every kernel queued so far.
+            # The device waits. The host would have to wait for every kernel queued so far.
             torch.cuda.current_stream(event.device).wait_event(event)
         self._copy_now([pair for pair in pairs if not pair[1].is_cuda])
         return events
@@ -309,7 +245,7 @@ class Stager:
             event.synchronize()
 
     def _enqueue_cuda(self, pairs: list[_Pair]) -> list[Any]:
-        """Start device-to-host copies on side streams; returns an event a device, behind them."""
+        """Start device-to-host copies on side streams; return one event per device, after them."""
         events = []
         for device in dict.fromkeys(pair[1].device for pair in pairs):
             stream = self._streams.get(device.index)
@@ -328,16 +264,21 @@ class Stager:
         return events
 
 
+STAGER = Stager(SLABS)
+"""The stager that all writers of this process share, because a process has one slab."""
+
+_STAGED_KINDS = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
+
 _Pair = tuple[torch.Tensor, torch.Tensor, int]
 """Target in the slab, source, bytes."""
 
 
 def _leaf(path: Path, value: torch.Tensor) -> _Leaf:
+    """Check a tensor. Call it under `no_grad`, or `to_local` would create an autograd node."""
     local = value
     if isinstance(value, DTensor):
-        with torch.no_grad():
-            local = value.to_local()
-        if hasattr(local, "wait"):
+        local = value.to_local()
+        if type(local) not in _STAGED_KINDS and hasattr(local, "wait"):
             local = local.wait()
     if has_shard_attributes(value):
         msg = "a tensor has shard attributes, which are not supported"
@@ -345,30 +286,33 @@ def _leaf(path: Path, value: torch.Tensor) -> _Leaf:
             msg,
             phase="stage",
             fqn=fqn_of(path),
-            expected="a plain tensor without them, or a DTensor",
+            expected="a plain tensor without shard attributes, or a DTensor",
             found=f"a CheckpointableTensor of shape {list(local.shape)}",
             hint=SHARD_ATTRIBUTES_HINT,
         )
-    is_plain = type(local) in {torch.Tensor, torch.nn.Parameter, torch.nn.Buffer}
+    is_plain = type(local) in _STAGED_KINDS
     if not is_plain or local.layout is not torch.strided or local.is_meta or local.is_quantized:
-        msg = "a value of this kind cannot be staged"
+        msg = "a tensor of this kind cannot be staged"
         raise StagingError(
             msg,
             phase="stage",
             fqn=fqn_of(path),
             expected="a plain strided tensor, or a DTensor of plain strided tensors",
             found=f"{type(local).__name__} on {local.device}, {local.layout}",
-            hint="convert it in the state dict, or leave it out",
+            hint="convert it to a plain tensor in the state dict, or leave it out",
         )
     return _Leaf(path, value, local)
 
 
 def _aliases(leaves: list[_Leaf]) -> list[int]:
-    """Return, for each leaf, the first leaf that is the same memory; itself for most."""
+    """Return for each leaf the index of the first leaf with the same memory, mostly its own."""
+    addresses = [leaf.local.data_ptr() for leaf in leaves]
+    count = Counter(addresses)
     seen: dict[tuple[Any, ...], int] = {}
     aliases = []
-    for i, leaf in enumerate(leaves):
-        identity = memory_identity(leaf.tensor)
+    for i, (leaf, address) in enumerate(zip(leaves, addresses, strict=True)):
+        # Most addresses occur once, and `memory_identity` takes longer than counting addresses.
+        identity = memory_identity(leaf.tensor) if count[address] > 1 else None
         aliases.append(i if identity is None else seen.setdefault(identity, i))
     return aliases
 
@@ -396,22 +340,25 @@ def _build_program(
             position += _aligned(leaf.local.nbytes)
         else:
             local = locals_[aliases[i]]
-        spec = leaf.tensor._spec if isinstance(leaf.tensor, DTensor) else None  # noqa: SLF001
+        spec = spec_of(leaf.tensor)
         locals_.append(local)
-        # An object of its own for each leaf: the table of offsets goes by identity.
-        staged.append(local.view(local.shape) if spec is None else _wrap(local, spec))
+        # Each leaf gets its own object, because the table of offsets is keyed by `id`.
+        staged.append(local.view(local.shape) if spec is None else with_spec(local, spec))
         if spec is not None:
             meshes.append(spec.mesh)
     memory = {leaf.fqn: aliases[i] for i, leaf in enumerate(leaves) if leaf.local.numel()}
     nbytes = sum(n for _, n in copies)
-    return _Program(signature, staged, locals_, copies, memory, nbytes, meshes)
+    offsets = _offsets(staged, locals_, slab)
+    return _Program(signature, staged, locals_, copies, memory, nbytes, offsets, meshes)
 
 
-def _offsets(program: _Program, slab: Slab) -> dict[int, tuple[int, torch.Tensor]]:
+def _offsets(
+    staged: list[Any], locals_: list[torch.Tensor], slab: Slab
+) -> dict[int, tuple[int, torch.Tensor]]:
     base = slab.tensor(0, torch.uint8, (1,)).data_ptr()
     return {
         id(obj): (local.data_ptr() - base, local)
-        for obj, local in zip(program.staged, program.locals_, strict=True)
+        for obj, local in zip(staged, locals_, strict=True)
         if local.numel()
     }
 
@@ -433,7 +380,7 @@ def _replace(value: Any, staged: Any) -> Any:
         raise StagingError(
             msg,
             phase="stage",
-            expected="a value that copy.deepcopy takes",
+            expected="a value that copy.deepcopy can copy",
             found=f"{type(value).__name__}: {error}",
             hint="leave it out of the state dict, or save its state instead",
         ) from error
@@ -457,13 +404,3 @@ def wait_before_step(optimizer: torch.optim.Optimizer, current: Callable[[], Cop
             torch.cuda.current_stream(event.device).wait_event(event)
 
     return optimizer.register_step_pre_hook(hook)
-
-
-def staging_error(error: BaseException) -> CheckpointError:
-    """Return an error of staging as one of ours, which can be sent to the other ranks."""
-    if isinstance(error, CheckpointError):
-        return error
-    msg = "the state dict could not be staged"
-    staging = StagingError(msg, phase="stage", found=f"{type(error).__name__}: {error}")
-    staging.__cause__ = error
-    return staging

@@ -14,7 +14,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 class UnsupportedCallError(OSError):
-    """The kernel, the C library or the file system does not offer the call."""
+    """The kernel, the C library or the file system does not support the call."""
 
 
 _UNSUPPORTED = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.ENOTTY})
@@ -23,11 +23,11 @@ _UNSUPPORTED = frozenset({errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EN
 def reserve(fd: int, nbytes: int) -> None:
     """Reserve space for the first `nbytes` of a file; its size grows with it.
 
-    `os.posix_fallocate` is the C library's: where the file system cannot do it, it writes a byte
-    into every block, and so races with other writers. This is the system call.
+    This uses the system call. `os.posix_fallocate` uses the C library instead: on a file system
+    without support, the C library writes a byte into every block, which races with other writers.
 
     Raises:
-        UnsupportedCallError: If the file system does not offer it.
+        UnsupportedCallError: If the file system does not support the call.
         OSError: If there is no space.
     """
     call = getattr(_libc, "fallocate64", None) or getattr(_libc, "fallocate", None)
@@ -40,10 +40,10 @@ def reserve(fd: int, nbytes: int) -> None:
 
 
 def rename_no_replace(source: str, target: str) -> None:
-    """Rename; an existing target, also an empty directory, is an error.
+    """Rename a file or directory; an existing target, even an empty directory, is an error.
 
     Raises:
-        UnsupportedCallError: If the file system does not offer it.
+        UnsupportedCallError: If the file system does not support the call.
         FileExistsError: If the target exists.
         OSError: If the rename fails.
     """
@@ -54,7 +54,7 @@ def exchange(one: str, other: str) -> None:
     """Swap two names in one step; both must exist.
 
     Raises:
-        UnsupportedCallError: If the file system does not offer it.
+        UnsupportedCallError: If the file system does not support the call.
         OSError: If the rename fails.
     """
     _renameat2(one, other, _RENAME_EXCHANGE)
@@ -73,5 +73,5 @@ def _renameat2(source: str, target: str, flags: int) -> None:
 
 def _fail(number: int, path: str | None) -> None:
     kind = UnsupportedCallError if number in _UNSUPPORTED else OSError
-    # OSError picks FileExistsError and the like by number; our subclass must not be re-typed.
+    # OSError itself picks a class such as FileExistsError by number; a subclass of it does not.
     raise kind(number, os.strerror(number), path)

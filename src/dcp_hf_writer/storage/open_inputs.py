@@ -1,4 +1,4 @@
-"""The files that a load has open: each is opened once, and few at a time."""
+"""The files that a load has open: threads share them, and surplus idle files are closed."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.storage.input_contract import InputFile, InputFiles
 
-# A process may have 1024 open by default, and has others.
+# By default a process may have 1024 files open, and it needs some for other purposes.
 _MAX_IDLE = 128
 
 
 class OpenInputs:
-    """Open files by name; thread-safe. A context manager that closes what is left."""
+    """Open files by name. Thread-safe; a context manager that closes all files at its end."""
 
     def __init__(self, files: InputFiles) -> None:
-        """Open files of a directory when they are first used."""
+        """Open no file yet: `use` opens a file at its first use."""
         self.files = files
         self._lock = threading.Lock()
         self._open: dict[str, InputFile] = {}
@@ -29,10 +29,10 @@ class OpenInputs:
 
     @contextmanager
     def use(self, name: str) -> Iterator[InputFile]:
-        """Lend an open file.
+        """Lend the open file `name` for the body of the `with` statement.
 
         Raises:
-            ReadError: If it cannot be opened.
+            ReadError: If the file cannot be opened.
             CorruptCheckpointError: If the name leads out of the directory.
         """
         with self._lock:
@@ -50,14 +50,15 @@ class OpenInputs:
             self._users[name] -= 1
             if len(self._open) <= _MAX_IDLE:
                 return
-            # The one that has been open for longest: files are read one after another.
+            # Close the file that was opened first: a load reads files one after another, so it is
+            # the least likely to be read again.
             idle = next((one for one in self._open if not self._users[one]), None)
             file = None if idle is None else self._open.pop(idle)
         if file is not None:
             file.close()
 
     def close(self) -> None:
-        """Close all files; nobody may use one."""
+        """Close all files. The caller makes sure that none is in use."""
         with self._lock:
             files, self._open = list(self._open.values()), {}
         for file in files:

@@ -1,7 +1,7 @@
 """Output files and directories on a POSIX file system.
 
-What is durable on return is said per function. An error of a write, an fsync or a close is final
-for the file it befell: the kernel may report it once and then forget it, while the data is lost.
+Each function states what is durable when it returns. After a failed write, fsync or close, give up
+the file: its data may be lost, and the kernel may report the error only once.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ if TYPE_CHECKING:
 
     from typing_extensions import Self
 
-# One system call copies at most this much, so that a slow device does not hold the inode lock for
-# long and other writers of the file get their turn.
+# One system call writes at most this many bytes. On a slow device it then holds the inode lock only
+# briefly, and other writers of the file get their turn.
 PIECE_NBYTES = 16 << 20
 
 # Linux, UIO_MAXIOV: buffers of one pwritev.
 _MAX_BUFFERS = 1024
 
-# How /proc/self/mountinfo writes a space, tab, newline or backslash.
+# How /proc/self/mountinfo encodes a space, tab, newline or backslash.
 _OCTAL = re.compile(r"\\([0-7]{3})")
 
-# Magic names of file systems on which reserving space costs a second pass over every page.
+# File systems on which reserving space costs a second pass over every page.
 _RESERVES_SLOWLY = frozenset({"tmpfs", "ramfs"})
 
-# File systems of one host, or that keep the page caches of several hosts coherent (faults, 3).
+# File systems that only one host uses, or that keep the page caches of several hosts coherent.
 COHERENT = frozenset(
     {
         *("ext2", "ext3", "ext4", "xfs", "btrfs", "zfs", "f2fs", "tmpfs", "ramfs", "overlay"),
@@ -48,13 +48,14 @@ COHERENT = frozenset(
 
 
 class OutputFile:
-    """A file that this process writes ranges of; opened once, from the first write to the fsync.
+    """A file into which this process writes ranges; open from the first write to the fsync.
 
-    Write-only: a client of a network file system that may read a page also rounds writes up to it.
+    It is opened write-only: if a client of a network file system may also read, it rounds writes up
+    to whole pages.
     """
 
     def __init__(self, path: str, *, create: bool) -> None:
-        """Open the file; `create` makes it new and refuses an existing one.
+        """Open the file; with `create`, make a new one and refuse an existing one.
 
         Raises:
             WriteError: If it cannot be opened.
@@ -62,14 +63,14 @@ class OutputFile:
         self.path = path
         flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
         with write_errors(path):
-            # 0o666 less the umask: the owner of the run decides who may read it.
+            # The mode is 0o666 minus the umask: the user's umask decides who may read the file.
             self._fd = os.open(path, flags, 0o666)
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write all of `data` at `offset`.
 
         Raises:
-            WriteError: If the file system does not take it.
+            WriteError: If the file system refuses the write.
         """
         while data.nbytes:
             with write_errors(self.path):
@@ -77,7 +78,7 @@ class OutputFile:
             data, offset = data[done:], offset + done
 
     def write_runs(self, data: memoryview, nbytes: int, starts: Iterator[int]) -> None:
-        """Write equal runs of `data` at ascending places.
+        """Write runs of `data` of equal length at ascending offsets.
 
         Args:
             data: The runs, one after another.
@@ -85,7 +86,7 @@ class OutputFile:
             starts: Offset of each run in the file.
 
         Raises:
-            WriteError: If the file system does not take them.
+            WriteError: If the file system refuses a write.
         """
         fd, position = self._fd, 0
         with write_errors(self.path):
@@ -96,10 +97,10 @@ class OutputFile:
                 position += nbytes
 
     def write_many(self, buffers: Sequence[memoryview], offset: int) -> int:
-        """Write buffers one after another from `offset`; returns the offset behind the last.
+        """Write buffers one after another from `offset` on; return the offset after the last byte.
 
         Raises:
-            WriteError: If the file system does not take them.
+            WriteError: If the file system refuses a write.
         """
         group: list[memoryview] = []
         nbytes = 0
@@ -123,7 +124,7 @@ class OutputFile:
         return offset + nbytes
 
     def set_size(self, nbytes: int, *, fs_type: str) -> None:
-        """Give the file its final size, and reserve its space where that is cheap.
+        """Give the file its final size, and reserve its space if that is cheap.
 
         Raises:
             WriteError: If there is no space.
@@ -133,7 +134,7 @@ class OutputFile:
                 try:
                     reserve(self._fd, nbytes)
                 except UnsupportedCallError:
-                    # Nothing is lost: a full device is then found by a write.
+                    # Reserving is optional: without it, a write fails if the device is full.
                     os.ftruncate(self._fd, nbytes)
             else:
                 os.ftruncate(self._fd, nbytes)
@@ -142,7 +143,7 @@ class OutputFile:
         """Make all that was written through this descriptor durable.
 
         Raises:
-            WriteError: If some of it was lost; no later call may be believed.
+            WriteError: If some data was lost. A later call may succeed although the data is lost.
         """
         with write_errors(self.path):
             os.fsync(self._fd)
@@ -159,7 +160,7 @@ class OutputFile:
                 os.close(fd)
 
     def discard(self) -> None:
-        """Close a file whose content is not wanted any more, whatever the system says to that."""
+        """Close a file whose content is not needed, and ignore errors."""
         fd, self._fd = self._fd, -1
         if fd >= 0:
             with contextlib.suppress(OSError):
@@ -174,11 +175,11 @@ class OutputFile:
 
 @contextmanager
 def write_errors(path: str) -> Iterator[None]:
-    """Turn the system's errors on `path` into ours, with number and advice."""
+    """Turn the operating system's errors on `path` into `WriteError`, with number and advice."""
     try:
         yield
     except CheckpointError:
-        # Some of ours are OSErrors too.
+        # Some of our own errors are OSErrors too.
         raise
     except OSError as error:
         msg = "the file system refused a write"
@@ -188,7 +189,7 @@ def write_errors(path: str) -> Iterator[None]:
             path=path,
             found=f"{errno.errorcode.get(error.errno or 0, '?')}: {error.strerror or error}",
             errno=error.errno,
-            hint=_ADVICE.get(error.errno or 0, "nothing was published; the save may be repeated"),
+            hint=_ADVICE.get(error.errno or 0, "nothing was published; you may repeat the save"),
         ) from error
 
 
@@ -204,10 +205,10 @@ _ADVICE = {
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Create a file with this content; it is durable on return.
+    """Create a file; its content is durable on return, its name only after `sync_directory`.
 
     Raises:
-        WriteError: If it exists, or cannot be written.
+        WriteError: If the file exists, or cannot be written.
     """
     with OutputFile(path, create=True) as file:
         file.write(memoryview(data), 0)
@@ -232,7 +233,7 @@ def make_directories(path: str) -> None:
     """Create a directory and its missing parents; their names are durable on return.
 
     Raises:
-        WriteError: If one cannot be made.
+        WriteError: If a directory cannot be created.
     """
     if os.path.isdir(path):
         return
@@ -248,7 +249,7 @@ def make_directories(path: str) -> None:
 
 
 def publish_new(source: str, target: str) -> None:
-    """Give a directory its final name, which must be free; not yet durable on return.
+    """Rename a directory to its final name, which must be free; not yet durable on return.
 
     Raises:
         OSError: If the target exists (`FileExistsError`), or the rename fails.
@@ -256,19 +257,19 @@ def publish_new(source: str, target: str) -> None:
     try:
         rename_no_replace(source, target)
     except UnsupportedCallError:
-        # Without RENAME_NOREPLACE an empty directory would be replaced in silence, so look first;
-        # what slips in between is another save of the same target, which the user must not start.
+        # Without RENAME_NOREPLACE a rename silently replaces an empty directory, so look first.
+        # Only another save of the same target could come in between; the user must not start one.
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
         os.rename(source, target)
     except OSError:
-        # A network file system may have renamed and still report an error: look before judging.
+        # A network file system may rename and still report an error, so look at the result.
         if os.path.lexists(source) or not os.path.isdir(target):
             raise
 
 
 def file_system_type(path: str) -> str:
-    """Return the kernel's name of the file system that holds `path`, such as `ext4`; `""` unknown.
+    """Return the kernel's name of the file system that holds `path`, such as `ext4`; else `""`.
 
     Source:
         proc_pid_mountinfo(5): mount point in field 5, type after the separator.
@@ -279,7 +280,7 @@ def file_system_type(path: str) -> str:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
             for line in lines:
                 before, _, after = line.partition(" - ")
-                # Octal stands for space, tab, newline and backslash only.
+                # Only space, tab, newline and backslash are written as octal numbers.
                 point = _OCTAL.sub(lambda found: chr(int(found[1], 8)), before.split(" ")[4])
                 inside = where == point or where.startswith(point.rstrip("/") + "/")
                 if inside and len(point) >= best:
@@ -290,7 +291,7 @@ def file_system_type(path: str) -> str:
 
 
 def free_bytes(path: str) -> int | None:
-    """Return the bytes that an unprivileged user may still write; `None` where it is not told."""
+    """Return the bytes that an unprivileged user may still write; `None` if that is unknown."""
     try:
         stats = os.statvfs(path)
     except OSError:

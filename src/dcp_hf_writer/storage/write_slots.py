@@ -1,11 +1,11 @@
-"""Write slots: how many processes of a node write to one file system at a time.
+"""Write slots limit how many processes of a node write to one file system at a time.
 
 A slot is one lock file of a fixed set; holding its kernel lock admits one writer. The kernel frees
 the lock when the holder dies, however it dies, so there is nothing to clean up after a crash.
 
-Slots limit, they do not protect: a set may for a while admit more writers than it has slots (its
-directory was deleted, jobs use different counts or directories, locks of a shared file system are
-local to a node), and no data depends on it. A slot is never held while waiting for another rank.
+Slots limit load; they do not protect data. For a while, more writers than slots may be admitted: if
+the lock directory was deleted, if jobs use different counts or directories, or if the locks of a
+shared file system are local to a node. A rank never holds a slot while it waits for another rank.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from dcp_hf_writer.errors import ConfigError, SlotTimeoutError
-from dcp_hf_writer.storage.slot_files import (
+from dcp_hf_writer.storage.slot_lock_files import (
     SlotFiles,
     ensure_given_directory,
     ensure_private_directory,
@@ -37,60 +37,62 @@ if TYPE_CHECKING:
 _logger = logging.getLogger(__name__)
 
 SHARED_ENV = "DCP_HF_WRITER_SLOTS"
-"""Overrides the count of the set that both halves share."""
+"""Environment variable that overrides the number of slots that both halves share."""
 HALF_ENV = {"dcp": "DCP_HF_WRITER_DCP_SLOTS", "hf": "DCP_HF_WRITER_HF_SLOTS"}
-"""Gives one half a count, and with it a set, of its own."""
+"""Environment variables that give one half its own set, and the number of slots in it."""
 
 _FIRST_SLEEP_S = 0.001
-# A slot is held for the seconds of a write, so 50 ms more are not felt, and a hundred waiters at
-# this pace do not load the node.
+# A write holds its slot for seconds, so a delay of 50 ms does not matter. A hundred processes that
+# wait at this pace do not load the node.
 _LONGEST_SLEEP_S = 0.05
 _LOG_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class SlotHold:
-    """What a holder knows of its slot."""
+    """The slot that a caller of `WriteSlots.hold` holds."""
 
     waited_s: float
     """Seconds from the call until the slot was held."""
     index: int | None
-    """Which slot of the set, from 0; `None` where the count is unbounded and nothing is locked."""
+    """Which slot of the set, from 0; `None` if the count is unbounded and nothing is locked."""
 
 
 @dataclass(frozen=True, slots=True)
 class WriteSlots:
-    """A bound on how many processes of a node write to one file system at a time.
+    """A limit on how many processes of a node write to one file system at a time.
 
     Both halves of a checkpoint, and other jobs of the same user, count against one set of slots
-    for each file system. A process takes part with each thread that holds: two threads, two slots.
-    Jobs with different counts share the lower-numbered slots.
+    for each file system. Each thread that holds a slot counts: two threads of a process take two
+    slots. Jobs with different counts share the lower-numbered slots.
 
-    The environment is read by each `hold`: `DCP_HF_WRITER_SLOTS` overrides `slots`;
-    `DCP_HF_WRITER_DCP_SLOTS` and `DCP_HF_WRITER_HF_SLOTS` give that half a count and a set of its
-    own.
+    Each `hold` reads the environment: `DCP_HF_WRITER_SLOTS` overrides `slots`;
+    `DCP_HF_WRITER_DCP_SLOTS` and `DCP_HF_WRITER_HF_SLOTS` give their half its own set and the
+    number of slots in it.
 
     Thread safety: a frozen value; any thread of any process may call `hold`.
 
     Raises:
-        ConfigError: If an option is not as described.
+        ConfigError: If an option has an invalid value.
     """
 
     slots: int = 2
     """Writers admitted at a time; 0 = unbounded."""
     per: Literal["node"] = "node"
-    """What the bound is for; `"node"` is the only one there is."""
+    """What the limit applies to; `"node"` is the only choice."""
     directory: str | None = None
     """Where the lock files are.
 
-    `None`: a private directory (0700) under the node's temporary directory; file systems are told
-    apart by their device number there. A directory given here must be the user's own and not
-    writable by others. It may lie on a shared file system, which bounds writers across nodes as
-    far as its locks reach; device numbers differ between nodes, so file systems are told apart by
-    their mount point there.
+    `None`: a private directory (0700) under the node's temporary directory. Its lock files name
+    file systems by device number.
+
+    A directory given here must belong to the user, and others must not be able to write to it. It
+    may lie on a shared file system: it then limits writers across nodes as far as the locks of that
+    file system reach. Device numbers differ between nodes, so its lock files name file systems by
+    mount point.
     """
     timeout_s: float | None = None
-    """Longest wait for a slot, in seconds; `None`: up to the deadline of the save alone."""
+    """Longest wait for a slot, in seconds; `None`: only the deadline of the save limits it."""
 
     def __post_init__(self) -> None:
         """Check each option by itself."""
@@ -109,23 +111,23 @@ class WriteSlots:
     ) -> Iterator[SlotHold]:
         """Hold one slot for the body of the `with` statement.
 
-        Every rank calls it before it writes and leaves it after its fsync. One attempt at each
-        slot is made even if the deadline has passed.
+        Every rank enters it before it writes and leaves it after its fsync. Even if the deadline
+        has passed, it tries each slot once.
 
         Args:
-            target: Directory that is written to; it need not exist yet.
-            half: Which half of the checkpoint is written.
-            deadline: Value of `time.monotonic` at which waiting ends, if `timeout_s` does not end
-                it before.
+            target: Directory that the caller writes to; it need not exist yet.
+            half: The half of the checkpoint that the caller writes.
+            deadline: Value of `time.monotonic` at which waiting ends, unless `timeout_s` ends it
+                earlier.
 
         Yields:
-            The slot and how long it was waited for.
+            The slot, and how long the caller waited for it.
 
         Raises:
-            ConfigError: If a variable of the environment is not a whole number >= 0.
-            SlotTimeoutError: If no slot became free in time; it names who holds them.
+            ConfigError: If an environment variable is not a whole number >= 0.
+            SlotTimeoutError: If no slot became free in time; it names the holders.
             StorageError: If the lock directory or a lock file cannot be used: it is a symlink, it
-                is not the user's own, others may write to it, or the file system has no locks.
+                belongs to another user, others may write to it, or the file system has no locks.
         """
         started = time.monotonic()
         count, own_set = self._resolve(half)
@@ -146,10 +148,10 @@ class WriteSlots:
             release(lock)
 
     def is_shared_by_halves(self) -> bool:
-        """Whether one hold admits a process to both halves, as without overrides for one of them.
+        """Whether one hold covers both halves: true unless a variable gives a half its own set.
 
         Raises:
-            ConfigError: If a variable of the environment is not a whole number >= 0.
+            ConfigError: If an environment variable is not a whole number >= 0.
         """
         return not (self._resolve("dcp")[1] or self._resolve("hf")[1])
 
@@ -162,7 +164,7 @@ class WriteSlots:
         return (self.slots if shared is None else shared), False
 
     def _ensure_directory(self) -> str:
-        """Return the path of the lock directory, made where it was missing and found safe."""
+        """Return the path of the lock directory; create it if missing, and check it."""
         if self.directory is None:
             return ensure_private_directory()
         return ensure_given_directory(self.directory)
@@ -173,7 +175,7 @@ class WriteSlots:
         """Take the first free slot, waiting until `deadline`.
 
         Raises:
-            SlotTimeoutError: If none became free.
+            SlotTimeoutError: If no slot became free.
             StorageError: If a lock file cannot be used.
         """
         sleep_s, is_logged = _FIRST_SLEEP_S, False
@@ -202,12 +204,12 @@ class WriteSlots:
                 )
             time.sleep(min(sleep_s, deadline - now))
             sleep_s = min(2 * sleep_s, _LONGEST_SLEEP_S)
-            # It may have been deleted meanwhile, by a cleaner of the temporary directory.
+            # A cleaner of the temporary directory may have deleted it meanwhile.
             self._ensure_directory()
 
 
 def _count_from_env(name: str) -> int | None:
-    """Return the count that the variable `name` holds, `None` where it is not set.
+    """Return the count that the variable `name` holds, `None` if it is not set.
 
     Raises:
         ConfigError: If it is set to anything but a whole number >= 0.
@@ -227,5 +229,5 @@ def _timeout_error(files: SlotFiles, target: str, *, waited_s: float) -> SlotTim
         path=target,
         expected=f"one of {files.count} slots in {files.directory}",
         found=f"all held; {files.holders()}",
-        hint="see what those processes wait for, or raise `slots` or the timeout",
+        hint="find out what those processes wait for, or raise `slots` or the timeout",
     )

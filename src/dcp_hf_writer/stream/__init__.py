@@ -1,4 +1,4 @@
-"""Weight sync: a sharded model as HuggingFace tensors, bucket by bucket.
+"""Weight sync: stream a sharded model as HuggingFace tensors, bucket by bucket.
 
 Modules here do not touch storage.
 """

@@ -1,4 +1,4 @@
-"""iter_hf_buckets: the HuggingFace tensors of a sharded model, a bucket at a time."""
+"""iter_hf_buckets: stream the HuggingFace tensors of a sharded model, one bucket at a time."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from dcp_hf_writer.mapping.hf_export import HFExport, size_in_bytes, specs_by_na
 from dcp_hf_writer.mapping.tied_names import shared_groups, tie_fault
 from dcp_hf_writer.plan.layout import plan_layout
 from dcp_hf_writer.preflight.drifted_ties import HOW_TO_TIE, drifted_tie
-from dcp_hf_writer.staging.memory_identity import memory_of, tied_groups
-from dcp_hf_writer.stream.agreement import Facts, check_alike, exchange, raise_first
+from dcp_hf_writer.staging.same_memory import memory_of, tied_groups
 from dcp_hf_writer.stream.buckets import Bucket, fill_buckets, hf_tensors
 from dcp_hf_writer.stream.fill_buckets import Filler
-from dcp_hf_writer.stream.gather_steps import Steps, plan_steps
-from dcp_hf_writer.stream.held_shards import Stock, complete_by_hand, take_stock
+from dcp_hf_writer.stream.local_shards import Stock, complete_by_hand, take_stock
 from dcp_hf_writer.stream.mesh_groups import Groups, meet_groups, model_tensors
+from dcp_hf_writer.stream.plan_gathers import Steps, plan_steps
+from dcp_hf_writer.stream.rank_agreement import Facts, check_alike, exchange, raise_first
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterable, Mapping
@@ -45,53 +45,58 @@ def iter_hf_buckets(
         for bucket in iter_hf_buckets(model.state_dict(), specs, bucket_bytes="1GB"):
             engine.update_weights(bucket)  # [(HuggingFace name, tensor), ...]
 
-    A collective: every rank that shares a mesh (or `group`) with another calls it alike, and takes
-    as many buckets as the others; one that stops early, or closes the iterator, must do so on all
-    ranks after the same bucket. All ranks get the same tensors in the same buckets and order. Their
-    names, shapes, dtypes and bits are those that `HFDualWriter` would save.
+    This is a collective. All ranks that share a mesh (or `group`) must call it with the same
+    arguments and take the same number of buckets. If you stop early or close the iterator, do so on
+    all ranks after the same bucket. All ranks get the same tensors in the same buckets and order,
+    except with `preserve`. Names, shapes, dtypes and bits are those that `HFDualWriter` would save.
 
-    A bucket is valid until the next but one is asked for, since two memories of a bucket are used
-    in turn; clone what shall stay. On a GPU it is filled in order of the current stream: another
-    stream or process must wait for that first. The state dict must not change on the way, and no
-    collective of the stream is under way while the caller has a bucket.
+    Two buffers alternate, so a bucket is valid until you request the second bucket after it; clone
+    the tensors that you keep longer. On a GPU, the current stream fills the bucket: another stream
+    or process must first wait for that stream. Change the state dict only after the last bucket.
+    No collective of this iterator runs while you hold a bucket.
 
-    Memory: two buckets, and one more for what the ranks exchange, which is up to an eighth larger
-    for each mesh dimension where parts are uneven. Where `device` is another one than that of the
-    exchange, it holds the two, and the other one bucket and the exchange. A tensor larger than
-    `bucket_bytes` comes alone, in memory that is its own and freed with it. Runtime tensors that
-    fuse several HuggingFace tensors are never whole anywhere.
+    Memory: two buckets, and one buffer for the exchange between the ranks. The buffer has the size
+    of a bucket, plus up to an eighth for each mesh dimension with uneven parts. If `device` is not
+    the device of the exchange, `device` holds the two buckets, and the device of the exchange holds
+    one bucket and the buffer. A tensor larger than `bucket_bytes` comes alone in a bucket; it has
+    its own memory, which is freed with it. Runtime tensors that fuse several HuggingFace tensors
+    are never assembled on any rank.
 
     Args:
-        state_dict: Of the model (FQN -> tensor), or one with an entry for it, `"model"`. DTensors
-            come together over the groups of their meshes; plain tensors are replicas.
-        specs: What is not streamed under its own name and shape: specs, as for `HFExport`, or the
-            export of the save, whose `key`, `dtype`, `keep_dtype` and `tied` hold here too.
-        bucket_bytes: Most bytes of a bucket, alignment included; as an int or text, `"1GB"`.
-        group: The ranks that together hold the plain tensors whose specs have `shards`; several may
-            hold the same part. `None` is the default group. Other tensors do not need it.
-        preserve: Name of a mesh dimension that stays sharded, such as `"ep"`: each rank gets the
-            HuggingFace tensors of its own place along it, after those that are not sharded along it
-            and come to all. A place with fewer gets empty buckets at the end, so that all ranks get
-            as many.
-        dtype: As of `HFExport`: floating-point tensors are cast to it, before they are sent where
-            that makes them no larger.
-        device: Where the tensors shall be; `None` for where the ranks exchange them, which is the
-            device type of their mesh.
+        state_dict: The state dict of the model (FQN -> tensor), or one that contains it as an
+            entry, `"model"`. DTensors are gathered over the groups of their meshes. Plain tensors
+            are replicas, unless their specs have `shards`.
+        specs: Specs of the tensors that are not streamed under their own name and shape, as for
+            `HFExport`. Or the `HFExport` of the save: its `key`, `dtype`, `keep_dtype` and `tied`
+            apply here too.
+        bucket_bytes: Largest size of a bucket in bytes, alignment included: an int, or text such as
+            `"1GB"`.
+        group: The ranks that together hold the plain tensors whose specs have `shards`; several
+            ranks may hold the same part. `None` is the default group. Other tensors do not use it.
+        preserve: Name of a mesh dimension that stays sharded, such as `"ep"`. All ranks first get
+            the tensors that are not sharded along it. Then each rank gets the HuggingFace tensors
+            of its own index along it. A rank with fewer tensors gets empty buckets at the end, so
+            that all ranks get the same number of buckets.
+        dtype: As in `HFExport`: floating-point tensors are cast to it. They are cast before they
+            are sent, unless that makes them larger.
+        device: Device of the tensors in a bucket. `None` leaves them where the ranks exchange them:
+            on the device type of their mesh.
 
     Returns:
-        The buckets: lists of name and tensor. Tied names come once.
+        An iterator over the buckets. A bucket is a list of `(HuggingFace name, tensor)`. Of several
+        tied names, the iterator yields only one.
 
     Raises:
-        PlanningError: Before anything is sent, on all ranks alike, if a tensor cannot be streamed;
-            as `SpecError`, `LayoutError` or `ModelKeyError` where those say more.
-        CoverageError: If the parts that are sharded by hand are not the whole tensor.
+        PlanningError: If a tensor cannot be streamed. All ranks raise it, before anything is sent.
+            It may be a `SpecError`, a `LayoutError` or a `ModelKeyError`.
+        CoverageError: If the parts of a tensor that is sharded by hand do not make up the tensor.
         ConfigError: If an option cannot be used as given.
     """
     export = _export_of(specs, dtype)
     stock, groups, plan = _agree(
         state_dict, export, group=group, preserve=preserve, bucket_bytes=bucket_bytes
     )
-    # An empty tensor says which of several devices is the current one.
+    # `device` may lack an index. The device of an empty tensor has that of the current device.
     where = None if device is None else torch.empty(0, device=device).device
     filler = Filler(
         stock.local, groups.all, stock.devices, device=where, slab_nbytes=plan.slab_nbytes
@@ -107,7 +112,7 @@ def _agree(
     preserve: str | None,
     bucket_bytes: int | str,
 ) -> tuple[Stock, Groups, _Plan]:
-    """Look at what this rank holds, let the ranks tell one another, and plan from that."""
+    """Inspect the tensors of this rank, exchange the facts with the other ranks, and plan."""
     tensors, names = model_tensors(state_dict, key=export.key)
     groups, number = meet_groups(tensors, names, export, group)
     stock, error, limit_nbytes = Stock(), None, 0
@@ -144,15 +149,16 @@ def _check_declared_ties(
             "tensors that are declared to be tied are not equal",
             phase="plan",
             fqn=drifted[0],
-            expected=f"the values of {drifted[1]!r}, as only these would be streamed",
-            found="others",
+            expected=f"the values of {drifted[1]!r}, because only these are streamed",
+            found="other values",
             hint=HOW_TO_TIE,
         )
 
 
 def _stream(plan: _Plan, filler: Filler) -> Generator[list[tuple[str, torch.Tensor]], None, None]:
     for number, bucket in enumerate(plan.buckets):
-        # Kept by no name here: a tensor with memory of its own is freed when the caller drops it.
+        # Bind the bucket to no name here: a tensor with its own memory must be freed when the
+        # caller drops it.
         yield filler.fill(number, bucket, plan.steps(number))
 
 
@@ -164,12 +170,12 @@ def _export_of(specs: Any, dtype: torch.dtype | str | None) -> HFExport:
 
 @functools.lru_cache(maxsize=2)
 def _export(specs: tuple[LoadSpec, ...], dtype: torch.dtype | str | None) -> HFExport:
-    # Kept, since it reads each piece of each spec to name them all.
+    # Cached, because the fingerprint of an export reads every piece of every spec.
     return HFExport(specs=specs, dtype=dtype)
 
 
 class _Inputs:
-    """What a plan follows from; equal for equal plans."""
+    """The inputs of a plan; two compare equal if their plans are equal."""
 
     def __init__(
         self,
@@ -192,7 +198,7 @@ class _Inputs:
 
 
 class _Plan:
-    """The buckets, and how each is filled; kept from sync to sync, and holds no tensors."""
+    """The buckets, and the steps that fill each. Kept from sync to sync; holds no tensors."""
 
     def __init__(self, inputs: _Inputs, *, limit_nbytes: int, preserve: str | None) -> None:
         layout = plan_layout(inputs.tensors, inputs.export, tied=inputs.shared)
@@ -206,7 +212,7 @@ class _Plan:
         self._steps: dict[int, Steps] = {}
 
     def steps(self, number: int) -> Steps:
-        """Return how to fill a bucket; planned when it is first asked for."""
+        """Return the steps that fill a bucket; they are planned once, at the first call."""
         if number not in self._steps:
             self._steps[number] = plan_steps(
                 self.buckets[number], places=self.places, limit_nbytes=self.limit_nbytes
@@ -214,7 +220,7 @@ class _Plan:
         return self._steps[number]
 
 
-# Of a policy and a critic, say.
+# Two plans are kept: a process may stream a policy and a critic.
 @functools.lru_cache(maxsize=2)
 def _plan(inputs: _Inputs, *, limit_nbytes: int, preserve: str | None) -> _Plan:
     return _Plan(inputs, limit_nbytes=limit_nbytes, preserve=preserve)

@@ -1,7 +1,7 @@
-"""Which HuggingFace tensors are streamed together, and which ranks hold their elements.
+"""Divide HuggingFace tensors into buckets, and find the ranks that hold their elements.
 
-Pure: no tensors, no process group. Every rank computes the same from the same input, so that
-nothing about the plan needs to be sent.
+Pure: no tensors, no process group. Every rank computes the same plan from the same input, so the
+plan is never sent.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dcp_hf_writer.errors import SpecError
 from dcp_hf_writer.plan.layout import PartTarget
 from dcp_hf_writer.plan.regions import TargetTable, chunk_regions
 from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
-from dcp_hf_writer.tensors.shards import Block, blocks_of
+from dcp_hf_writer.tensors.shards import ShardBlock, blocks_of
 from dcp_hf_writer.tensors.strided_copies import Copy
 
 if TYPE_CHECKING:
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from dcp_hf_writer.mapping.load_spec import ShardSpec
     from dcp_hf_writer.tensors.boxes import Shape
 
-# Tensors of a bucket start on multiples of this, as those of CUDA's allocator nearly do: vectorised
-# copies and other processes that map the memory want no less.
+# Tensors of a bucket start at multiples of this. Vectorised copies, and other processes that map
+# the memory, need such an alignment. The tensors of CUDA's allocator have a similar one.
 ALIGN_NBYTES = 256
 
-# The layers of a model are alike, and most have several kinds of tensors.
+# Number of cached results. The layers of a model are alike, and most have several kinds of tensors.
 _KEPT = 256
 
 Cuts = tuple["ShardSpec", ...] | None
@@ -40,19 +40,19 @@ Cuts = tuple["ShardSpec", ...] | None
 
 @dataclass(frozen=True, slots=True)
 class Chain:
-    """Process groups over which the parts of a tensor come together, in order of the gathers.
+    """Process groups over which the parts of a tensor are gathered, in the order of the gathers.
 
-    A member of the chain is a rank's index in each group; members are counted row-major.
+    A member of the chain has one index in each group; members are numbered row-major.
     """
 
     groups: tuple[int, ...]
-    """Number of each group, as the caller counts them."""
+    """The caller's number of each group."""
     sizes: Shape
     """Number of ranks of each group; at least 2."""
 
 
 LOCAL = Chain((), ())
-"""Each rank holds all of the tensor."""
+"""The chain of a tensor that each rank holds in full."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,36 +66,37 @@ class Held:
     dtype: torch.dtype
     """Runtime dtype."""
     chain: Chain
-    """Groups over which its parts come together."""
+    """Groups over which its parts are gathered."""
     cuts: tuple[tuple[Cuts, ...], ...]
-    """The part of each member of the chain, at each place of the mesh dimension that is preserved.
+    """The part of each member of the chain, at each place: `cuts[place][member]`.
 
-    One place if it is not sharded along that dimension.
+    A place is an index along the preserved mesh dimension. There is one place if the tensor is not
+    sharded along that dimension.
     """
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class SourcePiece:
     """Elements of a HuggingFace tensor that one member of a chain holds."""
 
     member: int
-    """Which one."""
+    """Number of the member."""
     copy: Copy
-    """The elements; `start` is within the member's local tensor."""
+    """The elements; `start` is an index in the member's local tensor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one runtime tensor gives to one HuggingFace tensor."""
+    """The elements that one HuggingFace tensor takes from one runtime tensor."""
 
     held: Held
     """The runtime tensor."""
-    pieces: tuple[Piece, ...]
-    """Its elements, each once."""
+    pieces: tuple[SourcePiece, ...]
+    """The elements, each once."""
 
 
 @dataclass(frozen=True, slots=True)
-class HFTensor:
+class StreamedTensor:
     """One HuggingFace tensor that is streamed."""
 
     key: str
@@ -105,7 +106,7 @@ class HFTensor:
     dtype: torch.dtype
     """Its dtype."""
     home: int | None
-    """The place of the preserved dimension whose ranks yield it; `None` if all ranks do."""
+    """Index along the preserved dimension of the ranks that yield it; `None` if all ranks do."""
     parts: tuple[Part, ...]
     """Where its elements come from."""
 
@@ -119,7 +120,7 @@ class HFTensor:
 class Bucket:
     """HuggingFace tensors that are yielded together."""
 
-    tensors: tuple[HFTensor, ...] = ()
+    tensors: tuple[StreamedTensor, ...] = ()
     """In the order in which they are yielded."""
     starts: tuple[int, ...] = ()
     """First byte of each within the memory of the bucket."""
@@ -129,19 +130,19 @@ class Bucket:
 
 def hf_tensors(
     held: Iterable[Held], targets: Mapping[str, Sequence[PartTarget]], *, preserve: str | None
-) -> list[HFTensor]:
+) -> list[StreamedTensor]:
     """Find where the elements of each HuggingFace tensor are.
 
     Args:
         held: The runtime tensors, in state-dict order.
-        targets: What each of them gives to which HuggingFace tensors, by FQN.
-        preserve: Name of the preserved mesh dimension, for messages.
+        targets: The HuggingFace tensors that take elements from each runtime tensor, by FQN.
+        preserve: Name of the preserved mesh dimension, for error messages.
 
     Returns:
-        The tensors in order of the runtime tensors that they first come from.
+        The HuggingFace tensors, in the order of the first runtime tensor that each comes from.
 
     Raises:
-        SpecError: If one of them would lie on several places of the preserved dimension.
+        SpecError: If ranks at several indices of the preserved dimension hold parts of one tensor.
     """
     found: dict[str, list[tuple[Held, PartTarget, _Spread]]] = {}
     for one in held:
@@ -153,19 +154,19 @@ def hf_tensors(
 
 
 def fill_buckets(
-    tensors: Iterable[HFTensor], *, place: int | None, limit_nbytes: int
+    tensors: Iterable[StreamedTensor], *, place: int | None, limit_nbytes: int
 ) -> list[Bucket]:
-    """Fill buckets in order: first what all ranks yield, then what each place keeps to itself.
+    """Divide tensors into buckets: first those that all ranks yield, then those of this rank.
 
     Args:
         tensors: All HuggingFace tensors.
-        place: This rank's index along the preserved dimension; `None` if it is in none.
-        limit_nbytes: Most bytes of a bucket; a larger tensor gets one of its own.
+        place: This rank's index along the preserved dimension; `None` if there is none.
+        limit_nbytes: Largest size of a bucket; a larger tensor gets a bucket of its own.
 
     Returns:
-        As many buckets on every rank; a place that keeps less than others ends with empty ones.
+        The buckets. Every rank gets the same number: shorter lists end with empty buckets.
     """
-    by_home: dict[int | None, list[HFTensor]] = {}
+    by_home: dict[int | None, list[StreamedTensor]] = {}
     for tensor in tensors:
         by_home.setdefault(tensor.home, []).append(tensor)
     shared = _filled(by_home.pop(None, []), limit_nbytes)
@@ -176,37 +177,37 @@ def fill_buckets(
 
 
 def aligned(nbytes: int, to: int = ALIGN_NBYTES) -> int:
-    """Round up to a multiple."""
+    """Round up to a multiple of `to`."""
     return -(-nbytes // to) * to
 
 
-_Spread = tuple[tuple[int, tuple[Piece, ...]], ...]
-"""The pieces of one HuggingFace tensor, by place, of places that have any."""
+_Spread = tuple[tuple[int, tuple[SourcePiece, ...]], ...]
+"""`(place, pieces)` of one HuggingFace tensor, for each place that has any pieces."""
 
 
 def _hf_tensor(
     key: str, sources: list[tuple[Held, PartTarget, _Spread]], preserve: str | None
-) -> HFTensor:
+) -> StreamedTensor:
     target = sources[0][1]
     homes = {
         place if len(held.cuts) > 1 else None for held, _, where in sources for place, _ in where
     }
     if len(homes) > 1:
         fqns = [held.fqn for held, _, _ in sources]
-        shown = sorted("every rank" if home is None else f"place {home}" for home in homes)
+        shown = sorted("every rank" if home is None else f"index {home}" for home in homes)
         raise SpecError(
-            "a mesh dimension cannot be preserved: it cuts through a HuggingFace tensor",
+            "a mesh dimension cannot be preserved, because it cuts through a HuggingFace tensor",
             phase="plan",
             fqn=fqns[0] if len(fqns) == 1 else str(fqns),
             key=key,
-            expected=f"all of its elements on one place of {preserve!r}",
-            found=f"elements on {', '.join(shown)}",
-            hint="shard that dimension by whole HuggingFace tensors, such as experts, or leave "
-            "preserve out",
+            expected=f"all of its elements at one index of {preserve!r}",
+            found=f"elements at {', '.join(shown)}",
+            hint="shard that dimension by whole HuggingFace tensors, such as experts, or call "
+            "without preserve",
         )
     parts = tuple(Part(held, pieces) for held, _, where in sources for _, pieces in where if pieces)
     home = next(iter(homes), None)
-    return HFTensor(key, target.shape, TORCH_BY_NAME[target.dtype], home, parts)
+    return StreamedTensor(key, target.shape, TORCH_BY_NAME[target.dtype], home, parts)
 
 
 @functools.lru_cache(maxsize=_KEPT)
@@ -216,21 +217,21 @@ def _spread(
     """Find the pieces of each target of a runtime tensor."""
     numbered = [PartTarget(str(i), 0, 0, "", (), some) for i, some in enumerate(copies)]
     table = TargetTable(numbered) if numbered else None
-    found: list[dict[int, list[Piece]]] = [{} for _ in copies]
+    found: list[dict[int, list[SourcePiece]]] = [{} for _ in copies]
     for place, members in enumerate(cuts):
         for member, cut in enumerate(members):
             for block in () if cut is None else blocks_of(shape, cut):
                 for region in chunk_regions(
                     block.global_box, () if table is None else table.near(block.global_box)
                 ):
-                    piece = Piece(member, _within_local(region.copy, block))
+                    piece = SourcePiece(member, _within_local(region.copy, block))
                     found[int(region.target.key)].setdefault(place, []).append(piece)
     return tuple(
         tuple((place, tuple(pieces)) for place, pieces in where.items()) for where in found
     )
 
 
-def _within_local(copy: Copy, block: Block) -> Copy:
+def _within_local(copy: Copy, block: ShardBlock) -> Copy:
     offsets = block.local_box.offsets
     if not any(offsets):
         return copy
@@ -239,8 +240,8 @@ def _within_local(copy: Copy, block: Block) -> Copy:
 
 
 @dataclass(slots=True)
-class _Filling:
-    tensors: list[HFTensor] = field(default_factory=list)
+class _BucketFilling:
+    tensors: list[StreamedTensor] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     nbytes: int = 0
 
@@ -248,14 +249,14 @@ class _Filling:
         return Bucket(tuple(self.tensors), tuple(self.starts), self.nbytes)
 
 
-def _filled(tensors: Iterable[HFTensor], limit_nbytes: int) -> list[Bucket]:
+def _filled(tensors: Iterable[StreamedTensor], limit_nbytes: int) -> list[Bucket]:
     buckets: list[Bucket] = []
-    current = _Filling()
+    current = _BucketFilling()
     for tensor in tensors:
         start = aligned(current.nbytes)
         if current.tensors and start + tensor.nbytes > limit_nbytes:
             buckets.append(current.done())
-            current, start = _Filling(), 0
+            current, start = _BucketFilling(), 0
         current.tensors.append(tensor)
         current.starts.append(start)
         current.nbytes = start + tensor.nbytes

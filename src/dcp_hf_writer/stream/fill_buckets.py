@@ -1,4 +1,4 @@
-"""Fill buckets: pack, gather, unpack, in memory that is reused from bucket to bucket."""
+"""Fill buckets: pack, gather and unpack, in memory that is reused from bucket to bucket."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
     from torch.distributed import ProcessGroup
 
-    from dcp_hf_writer.stream.buckets import Bucket, Chain, HFTensor
-    from dcp_hf_writer.stream.gather_steps import Gather, Round, Steps
+    from dcp_hf_writer.stream.buckets import Bucket, Chain, StreamedTensor
+    from dcp_hf_writer.stream.plan_gathers import Gather, Round, Steps
     from dcp_hf_writer.tensors.strided_copies import Copy
 
-# Copies without a cast move bits: torch has no copy of some packed dtypes.
+# Integers to copy without a cast: torch cannot copy some packed dtypes.
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
-# Its old name warns since torch 2.13, its new one came with it.
+# torch 2.13 added the new name, and warns about the old one.
 _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
-# A bucket stays as it is while the next one is filled.
+# Number of slabs that alternate: a bucket must not change while the next one is filled.
 _IN_TURN = 2
 
 
@@ -41,13 +41,13 @@ class Filler:
         device: torch.device | None,
         slab_nbytes: int,
     ) -> None:
-        """Set up without memory.
+        """Set up; allocates no memory yet.
 
         Args:
             local: This rank's part of each runtime tensor, by FQN.
             groups: Process groups by number.
-            devices: Where the groups of each chain can exchange tensors.
-            device: Where the tensors shall lie; `None` for where they come together.
+            devices: The device on which the groups of each chain exchange tensors.
+            device: Device of the tensors in a bucket; `None` leaves them where they are gathered.
             slab_nbytes: Size of the largest bucket that is kept in reused memory.
         """
         self._local, self._groups, self._devices = local, groups, devices
@@ -60,12 +60,15 @@ class Filler:
 
     @torch.no_grad()
     def fill(self, number: int, bucket: Bucket, steps: Steps) -> list[tuple[str, torch.Tensor]]:
-        """Fill a bucket; every rank of its groups does so in turn.
+        """Fill a bucket; a collective over the groups of the bucket.
 
         Args:
-            number: Counts the buckets; every second one shares memory.
-            bucket: What to fill.
-            steps: How.
+            number: Index of the bucket; every second bucket shares memory.
+            bucket: The bucket to fill.
+            steps: The steps that fill it.
+
+        Returns:
+            `(HuggingFace name, tensor)` of each tensor, in the order of the bucket.
         """
         slab = self._slab(number % _IN_TURN, self._target, bucket.nbytes)
         is_elsewhere = self._target != self._work
@@ -92,7 +95,7 @@ class Filler:
             _copy(hf_view, tensors[move.number], runtime_view, vector, move.copy)
 
     def _slab(self, number: int, device: torch.device, nbytes: int) -> torch.Tensor:
-        """Return the first bytes of a reused slab; memory of its own for what is larger."""
+        """Return the first bytes of a reused slab, or new memory if the slab is too small."""
         is_pinned = device.type == "cpu" != self._work.type
         if nbytes > self._slab_nbytes:
             return torch.empty(nbytes, dtype=torch.uint8, device=device, pin_memory=is_pinned)
@@ -106,7 +109,7 @@ class Filler:
     def _buffer(self, device: torch.device, nbytes: int) -> torch.Tensor:
         known = self._buffers.get(device)
         if known is None or known.nbytes < nbytes:
-            # Gone before the larger one is there, so that they never add up.
+            # Free the old buffer before the larger one is allocated: they must not add up.
             self._buffers.pop(device, None)
             del known
             self._buffers[device] = torch.empty(nbytes, dtype=torch.uint8, device=device)
@@ -118,7 +121,7 @@ def _tensors(slab: torch.Tensor, bucket: Bucket) -> list[torch.Tensor]:
     return [_tensor(slab, one, start) for one, start in places]
 
 
-def _tensor(slab: torch.Tensor, one: HFTensor, start: int) -> torch.Tensor:
+def _tensor(slab: torch.Tensor, one: StreamedTensor, start: int) -> torch.Tensor:
     if not math.prod(one.shape):
         return torch.empty(one.shape, dtype=one.dtype, device=slab.device)
     return slab[start : start + one.nbytes].view(one.dtype).view(one.shape)
@@ -136,8 +139,8 @@ def _copy(
 def is_gloo(group: ProcessGroup, device: torch.device) -> bool:
     """Whether a group exchanges the tensors of a device by gloo.
 
-    Its all-gather takes memory for all parts once more, in each of its threads, and ten times the
-    time of broadcasts of 32 MiB, measured between 2 and between 4 ranks with torch 2.13.
+    gloo's all-gather allocates memory for all parts once more in each of its threads. It takes ten
+    times as long as broadcasts (32 MiB, measured with 2 and with 4 ranks, torch 2.13).
     """
     return f"{device.type}:gloo" in dist.get_backend_config(group)
 
@@ -147,7 +150,7 @@ def _gather(buffer: torch.Tensor, gather: Gather, group: ProcessGroup) -> None:
         own, nbytes = gather.slots[dist.get_rank(group)]
         start = gather.slots[0][0]
         whole = buffer[start : start + nbytes * len(gather.slots)]
-        # In place: its own slot is the input.
+        # In place: the input is this rank's slot of the output.
         _all_gather(whole, buffer[own : own + nbytes], group=group)
         return
     works = [

@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from dcp_hf_writer.mapping.load_spec import LoadSpec
 
 UNGROUPED = -1
-"""Number of no group, where a rank is alone."""
+"""Used instead of a group number where a rank is alone."""
 
 
 class Groups:
-    """The process groups that tensors are sharded over, in the order in which they are met.
+    """The process groups that tensors are sharded over, in the order in which they are added.
 
-    All ranks that share a group meet it as the same one: groups are told apart by their ranks.
+    Groups with the same device type and the same ranks count as one, so that the ranks of a group
+    agree on its place in the order.
     """
 
     def __init__(self) -> None:
@@ -38,7 +39,7 @@ class Groups:
         self._numbers: dict[tuple[Any, ...], int] = {}
 
     def add(self, group: ProcessGroup, device_type: str) -> int:
-        """Return the number of a group."""
+        """Return the number of a group; add the group if it is new."""
         ranks = (device_type, *dist.get_process_group_ranks(group))
         if ranks not in self._numbers:
             self._numbers[ranks] = len(self.all)
@@ -47,7 +48,7 @@ class Groups:
         return self._numbers[ranks]
 
     def add_mesh(self, mesh: DeviceMesh) -> tuple[int, ...]:
-        """Return the number of the group of each dimension; negative where there is one rank."""
+        """Return the group number of each mesh dimension; `UNGROUPED` for one with one rank."""
         if mesh.get_coordinate() is None:
             return (UNGROUPED,) * mesh.ndim
         return tuple(
@@ -74,7 +75,7 @@ def model_tensors(
 
 
 def is_by_hand(value: torch.Tensor, spec: LoadSpec) -> bool:
-    """Whether the shards of a spec count: a DTensor of the whole tensor says by itself."""
+    """Whether the `shards` of a spec apply; a DTensor of the whole tensor needs none."""
     is_whole = isinstance(value, DTensor) and tuple(value.shape) == spec.global_shape
     return bool(spec.shards) and not is_whole
 
@@ -85,10 +86,11 @@ def meet_groups(
     export: HFExport,
     group: ProcessGroup | None,
 ) -> tuple[Groups, int]:
-    """Collect the groups of all meshes, then the one of tensors that are sharded by hand.
+    """Collect the groups of all meshes, then the group of tensors that are sharded by hand.
 
     Returns:
-        The groups, and the number of that last one; negative without such tensors or with one rank.
+        The groups, and the number of that last group: `UNGROUPED` if there are no such tensors, or
+        only one rank.
     """
     groups = Groups()
     for mesh in dict.fromkeys(
@@ -98,7 +100,7 @@ def meet_groups(
     specs = ((value, export.spec_by_fqn.get(names[fqn])) for fqn, value in tensors.items())
     is_needed = any(spec is not None and is_by_hand(value, spec) for value, spec in specs)
     chosen = dist.group.WORLD if group is None and dist.is_initialized() else group
-    # The size of a group that this rank is not in is negative.
+    # `get_world_size` returns a negative number for a group that this rank is not in.
     if not is_needed or chosen is None or dist.get_world_size(chosen) <= 1:
         return groups, UNGROUPED
     return groups, groups.add(chosen, "")

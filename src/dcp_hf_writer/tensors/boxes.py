@@ -28,7 +28,7 @@ class Box:
     offsets: Shape
     """First index per dimension."""
     sizes: Shape
-    """Extent per dimension; `()` is the one element of a scalar."""
+    """Extent per dimension; `()` for a scalar, which has one element."""
 
     @property
     def numel(self) -> int:
@@ -42,7 +42,7 @@ def whole(shape: Shape) -> Box:
 
 
 def intersect(a: Box, b: Box) -> Box | None:
-    """Return the common part of two boxes of one tensor; `None` if it has no element."""
+    """Return the common part of two boxes of one tensor; `None` if they share no element."""
     offsets, sizes = [], []
     for a_start, a_size, b_start, b_size in zip(
         a.offsets, a.sizes, b.offsets, b.sizes, strict=True
@@ -58,7 +58,10 @@ def intersect(a: Box, b: Box) -> Box | None:
 
 @dataclass(frozen=True, slots=True)
 class BoxTable:
-    """Many boxes of one tensor, in columns: a global plan holds one box a rank and tensor."""
+    """Many boxes of one tensor, as two columns instead of `Box` objects.
+
+    A global plan holds one box per rank and tensor, too many for an object each.
+    """
 
     offsets: Sequence[Shape]
     """First indices of each box."""
@@ -72,14 +75,14 @@ def _array(rows: Sequence[Shape], ndim: int) -> npt.NDArray[np.int64]:
 
 
 def tiling_fault(boxes: Sequence[Box] | BoxTable, shape: Shape) -> str | None:
-    """Say why boxes do not cover a tensor exactly once; `None` if they do.
+    """Return why the boxes do not cover a tensor exactly once; `None` if they do.
 
-    Exact for any set of boxes. Linear, but for a sort, for slabs along one dimension, which is what
-    sharding makes; otherwise the tensor is cut at every border of a box, and each cell must be
-    covered once.
+    The answer is exact for any set of boxes. Sharding usually cuts a tensor into slabs along one
+    dimension. For slabs the check takes one sort and linear time. For other boxes it cuts the
+    tensor at every border of a box and counts how many boxes cover each cell of that grid.
 
     Args:
-        boxes: Parts of the tensor, in any order; those without elements do not count.
+        boxes: Parts of the tensor, in any order; boxes without elements do not count.
         shape: Shape of the tensor; `()` for a scalar.
     """
     if isinstance(boxes, BoxTable):
@@ -87,18 +90,19 @@ def tiling_fault(boxes: Sequence[Box] | BoxTable, shape: Shape) -> str | None:
     return _fault(tuple(b.offsets for b in boxes), tuple(b.sizes for b in boxes), shape)
 
 
-# The layers of a model are cut alike, and so are saves of one run.
+# Cached: the layers of a model have the same cuts, and so has every save of a run.
 @functools.lru_cache(maxsize=32)
 def _fault(
     offset_rows: tuple[Shape, ...], size_rows: tuple[Shape, ...], shape: Shape
 ) -> str | None:
     if not {*map(len, offset_rows), *map(len, size_rows)} <= {len(shape)}:
-        return f"a part has not the {len(shape)} dimensions of the tensor"
+        return f"a part does not have the {len(shape)} dimensions of the tensor"
     offsets, sizes = _array(offset_rows, len(shape)), _array(size_rows, len(shape))
     outside = ((offsets < 0) | (sizes < 0) | (offsets + sizes > np.array(shape, np.int64))).any(1)
     if outside.any():
         i = int(np.argmax(outside))
-        return f"a part at {offsets[i].tolist()} of size {sizes[i].tolist()} leaves the tensor"
+        at, size = offsets[i].tolist(), sizes[i].tolist()
+        return f"a part at {at} of size {size} reaches outside the tensor"
     volumes = sizes.prod(axis=1)
     wanted, have = math.prod(shape), int(volumes.sum())
     if have != wanted:
@@ -135,7 +139,7 @@ def _grid_fault(offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) ->
     cells = np.zeros([len(edges) - 1 for edges in borders], dtype=np.int32)
     for i in range(len(offsets)):
         cells[tuple(slice(first[d][i], last[d][i]) for d in range(ndim))] += 1
-    # The volumes add up, so a cell that is covered twice means another that is not covered.
+    # The volumes add up to the tensor. So if a cell is covered twice, another is not covered.
     bad = np.argwhere(cells != 1)
     if not len(bad):
         return None
@@ -145,14 +149,14 @@ def _grid_fault(offsets: npt.NDArray[np.int64], sizes: npt.NDArray[np.int64]) ->
 
 @dataclass(frozen=True, slots=True)
 class ByteRuns:
-    """The bytes of a box within a row-major tensor: equal runs on a grid of starts."""
+    """The bytes of a box in a row-major tensor: runs of equal length, whose starts form a grid."""
 
     start: int
     """Offset of the first run, in bytes from the start of the file."""
     nbytes: int
     """Length of each run."""
     loops: tuple[tuple[int, int], ...]
-    """`(count, stride in bytes)` of each loop around a run, outermost first."""
+    """`(count, stride in bytes)` of each loop over the runs, outermost first."""
 
     def starts(self) -> Iterator[int]:
         """Yield the offset of each run, ascending."""

@@ -34,10 +34,10 @@ _ORDERED: tuple[tuple[str, torch.dtype], ...] = (
 TORCH_BY_NAME: dict[str, torch.dtype] = dict(_ORDERED)
 NAME_BY_TORCH: dict[torch.dtype, str] = {dtype: name for name, dtype in _ORDERED}
 SORT_RANK: dict[str, int] = {name: rank for rank, (name, _) in enumerate(_ORDERED)}
-# Bytes per element of torch's tensor; for F4 an element of torch is a pair, see `stored_shape`.
+# Bytes per element of the torch tensor. One torch element holds two F4 values; see `stored_shape`.
 ITEMSIZE: dict[str, int] = {name: dtype.itemsize for name, dtype in _ORDERED}
 
-# Only these are ever cast by `HFExport.dtype`: fp8 carries scales that a cast would invalidate,
+# `HFExport.dtype` casts only these. fp8 tensors come with scales, which a cast would make wrong;
 # integers and bools are indices and masks.
 CASTABLE: frozenset[torch.dtype] = frozenset(
     {torch.float64, torch.float32, torch.bfloat16, torch.float16}
@@ -45,17 +45,19 @@ CASTABLE: frozenset[torch.dtype] = frozenset(
 
 
 def stored_shape(name: str, shape: tuple[int, ...], *, key: str) -> tuple[int, ...]:
-    """Return the shape that a header declares: torch packs two F4 values into one element.
+    """Return the shape that the header declares for a torch tensor of `shape`.
+
+    The two differ for F4 only: one torch element holds two F4 values of the last dimension.
 
     Raises:
-        LayoutError: If a pair of values has no dimension to lie in.
+        LayoutError: If an F4 tensor is a scalar, which has no dimension for its two values.
     """
     if name != "F4":
         return shape
     if not shape:
         msg = "a scalar of a packed dtype cannot be stored in safetensors"
         raise LayoutError(
-            msg, phase="plan", key=key, expected="a dimension for two values", found="shape []"
+            msg, phase="plan", key=key, expected="at least one dimension", found="shape []"
         )
     return (*shape[:-1], 2 * shape[-1])
 
@@ -81,10 +83,10 @@ def safetensors_name(dtype: torch.dtype, *, fqn: str) -> str:
 
 
 def export_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
-    """Normalise the `dtype` option of an export: `torch.bfloat16`, `"bfloat16"` or `None`.
+    """Turn the `dtype` option of an export, such as `"bfloat16"`, into a torch dtype or `None`.
 
     Raises:
-        ConfigError: If the value is not a floating-point dtype that a cast may produce.
+        ConfigError: If the value is not one of `CASTABLE` and not `None`.
     """
     if value is None:
         return None

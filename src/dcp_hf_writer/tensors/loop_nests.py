@@ -1,8 +1,8 @@
-"""Nests of loops over flat indices, and where two of them meet.
+"""Loop nests over flat indices, and the positions that two nests share.
 
-Pure: integers in, integers out. A nest visits `start + sum(i * step)` for each `i` of each loop.
-What one copy leaves in memory and another one reads from there is found by letting the two nests
-meet, whatever their steps are.
+Pure: integers in, integers out. A nest visits `start + sum(i * step)` for each combination of the
+loop indices `i`. A copy is a pair of nests: the positions that it reads, and the positions that it
+writes. This module finds the positions that two copies both read, for any steps.
 """
 
 from __future__ import annotations
@@ -16,22 +16,29 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
 Loop = tuple[int, int, int]
-"""`(extent, step, to_step)`: a loop of a copy, in positions read and in positions written."""
+"""`(extent, step, to_step)` of a loop: `step` counts positions read, `to_step` those written."""
 
 Meeting = tuple[int, int, tuple[Loop, ...]]
-"""`(start, start, loops)`: what two copies have in common, in positions of their other ends."""
+"""`(first start, second start, loops)`: elements that two copies both read.
 
-# A copy that shatters into more pieces than this is no layout that a model is stored in.
+Starts and steps count the positions that each copy writes. `loops` holds `(extent, step of the
+first copy, step of the second copy)`.
+"""
+
+# No layout of a real model cuts a copy into more pieces than this.
 MAX_MEETINGS = 100_000
 
 
 def span(loops: Iterable[Loop]) -> int:
-    """Return the number of positions from the first to the last that loops read, both included."""
+    """Count the positions from the first to the last one that the loops read, both included."""
     return 1 + sum((extent - 1) * step for extent, step, _ in loops)
 
 
 def visits_once(loops: Iterable[Loop]) -> bool:
-    """Whether each loop steps over all that the smaller ones read; such a nest repeats nothing."""
+    """Whether the step of each loop is at least the span of all loops with smaller steps.
+
+    Such a nest reads no position twice.
+    """
     reach = 1
     for extent, step, _ in sorted(loops, key=_step):
         if step < reach:
@@ -41,7 +48,7 @@ def visits_once(loops: Iterable[Loop]) -> bool:
 
 
 def merged(loops: Iterable[Loop]) -> tuple[Loop, ...]:
-    """Return the same copy in as few loops as can be, largest step first."""
+    """Return the same copy in as few loops as possible, largest step first."""
     found: list[Loop] = []
     for extent, step, to_step in sorted(loops, key=_step, reverse=True):
         if extent == 1:
@@ -57,23 +64,23 @@ def meetings(first: tuple[Loop, ...], second: tuple[Loop, ...], gap: int) -> lis
     """Find the positions that two copies both read.
 
     Args:
-        first: Loops of a copy that reads from position 0 on, merged.
-        second: Loops of a copy that reads from position `gap` on, merged.
-        gap: May be negative.
+        first: Loops of a copy that starts to read at position 0, as `merged` returns them.
+        second: Loops of a copy that starts to read at position `gap`, as `merged` returns them.
+        gap: Distance between the two starts; may be negative.
 
     Returns:
-        What they have in common: the position where the first copy writes, counted from its start,
-        the same of the second copy, and loops `(extent, step of the first, step of the second)`.
+        The elements that both copies read. The starts count the positions written, each from the
+        start of its own copy.
 
     Raises:
-        SpecError: If there are more than `MAX_MEETINGS` of them.
+        SpecError: If there are more than `MAX_MEETINGS` meetings.
     """
     found = []
     for meeting in _meet(first, second, gap):
         found.append(meeting)
         if len(found) > MAX_MEETINGS:
             raise SpecError(
-                "a tensor is cut too small to be described",
+                "a tensor is cut into too many pieces",
                 phase="plan",
                 expected=f"at most {MAX_MEETINGS} pieces",
             )
@@ -99,11 +106,11 @@ def _meet(first: tuple[Loop, ...], second: tuple[Loop, ...], gap: int) -> Iterat
 
 
 def _meet_in_step(first: tuple[Loop, ...], second: tuple[Loop, ...], gap: int) -> Iterator[Meeting]:
-    """Let two nests meet whose outer loops have the same step."""
+    """Intersect two loop nests whose outer loops have the same step."""
     (extent, step, to), (other_extent, _, other_to) = first[0], second[0]
     inner, other_inner = first[1:], second[1:]
-    # The outer loops run side by side, `ahead` steps apart; where an inner nest reaches into the
-    # next step of the other, there are several such distances.
+    # Step `i` of the first outer loop meets step `i - ahead` of the second. Several values of
+    # `ahead` are possible: one inner nest can overlap two or more outer steps of the other.
     least = -((span(inner) - 1 - gap) // step)
     most = (gap + span(other_inner) - 1) // step
     for ahead in range(least, most + 1):
@@ -117,10 +124,11 @@ def _meet_in_step(first: tuple[Loop, ...], second: tuple[Loop, ...], gap: int) -
 
 
 def _meet_slower(first: tuple[Loop, ...], second: tuple[Loop, ...], gap: int) -> Iterator[Meeting]:
-    """Let two nests meet of which the first has the larger step."""
+    """Intersect two loop nests. The first has the larger outer step."""
     (extent, step, to), inner = first[0], first[1:]
     if second and second[0][0] * second[0][1] > step:
-        # The smaller loop goes on past a step of the larger: bring both to one step.
+        # The second loop runs past one step of the first. Cut both at the least common multiple
+        # of their steps, so that their outer steps become equal.
         other_step, other_to = second[0][1:]
         common = math.lcm(step, other_step)
         reaches = extent * step, second[0][0] * other_step
@@ -131,7 +139,7 @@ def _meet_slower(first: tuple[Loop, ...], second: tuple[Loop, ...], gap: int) ->
                     for start, other, loops in _meet(one, two, moved):
                         yield start + skipped * to, other + other_skipped * other_to, loops
             return
-    # The second nest meets few of the steps: take them one at a time.
+    # The second nest meets only a few steps of the first: intersect them one at a time.
     low = max(0, -((span(inner) - 1 - gap) // step))
     high = min(extent - 1, (gap + span(second) - 1) // step)
     for i in range(low, high + 1):
@@ -140,7 +148,10 @@ def _meet_slower(first: tuple[Loop, ...], second: tuple[Loop, ...], gap: int) ->
 
 
 def _cut(nest: tuple[Loop, ...], size: int) -> Iterator[tuple[int, tuple[Loop, ...]]]:
-    """Cut the outer loop into turns of `size` steps and a rest, each with its first step."""
+    """Cut the outer loop into turns of `size` steps and a remainder.
+
+    Yields the first step and the nest of each of the two.
+    """
     (extent, step, to), inner = nest[0], nest[1:]
     turns, rest = divmod(extent, size)
     if extent == size:

@@ -1,7 +1,8 @@
-"""How the tensor that a rank holds is made of blocks of the whole one.
+"""Which blocks of the whole tensor a rank's local tensor consists of.
 
-Pure: no I/O, no process group. Cuts are applied in order, each to what the one before left; so
-torch reads the placements of a DTensor, from the first mesh dimension to the last.
+Pure: no I/O, no process group. Cuts apply in order: each one cuts what the cut before it left.
+torch applies the placements of a DTensor in the same way, from the first mesh dimension to the
+last.
 """
 
 from __future__ import annotations
@@ -20,36 +21,36 @@ if TYPE_CHECKING:
 _Run = tuple[int, int]
 """Start and extent of consecutive indices of a dimension of the whole tensor."""
 
-# The layers of a model are cut alike, and so are saves of one run.
+# Entries of the cache: the layers of a model have the same cuts, and so has every save of a run.
 _KEPT = 4096
 
 
 @dataclass(frozen=True, slots=True)
 class ShardSpec:
-    """One cut of a tensor, as a trainer makes it by hand.
+    """One cut of a tensor along one dimension, for tensors that a trainer shards by hand.
 
-    The dimension is taken as `interleave` equal segments, each is cut into `count` chunks as
-    `torch.chunk` cuts, and a rank holds the chunk `index` of each segment, one after another.
+    The dimension is cut into `interleave` segments, and each segment into `count` chunks. Both cuts
+    follow `torch.chunk`. The rank holds chunk `index` of each segment, one after another.
     """
 
     dim: int
     """Dimension that is cut."""
     index: int
-    """Which of the chunks this rank holds."""
+    """Index of the chunk that this rank holds, counted from 0."""
     count: int
     """Number of chunks."""
     interleave: int = 1
-    """Number of segments: 2 for a gate and an up projection that lie one after the other."""
+    """Number of segments; 2 if a tensor holds a gate projection followed by an up projection."""
 
     def __post_init__(self) -> None:
-        """Check that the numbers can be meant.
+        """Check the numbers.
 
         Raises:
-            SpecError: If they cannot.
+            SpecError: If a number is out of range.
         """
         if not 0 <= self.index < self.count or self.interleave < 1 or self.dim < 0:
             raise SpecError(
-                "a shard is not one of its cut",
+                "a ShardSpec has a number out of range",
                 phase="plan",
                 expected="0 <= index < count, interleave >= 1, dim >= 0",
                 found=repr(self),
@@ -67,11 +68,11 @@ SHARD_ATTRIBUTES_HINT = (
 
 
 def has_shard_attributes(tensor: object) -> bool:
-    """Whether a tensor says by attributes which part of a larger one it is.
+    """Whether the attributes of a plain tensor say which part of a larger tensor it is.
 
-    torch 2.14 and later plan such a plain tensor as shards, and call it a `CheckpointableTensor`.
-    Older versions take it for the whole tensor. A copy does not have the attributes. A DTensor
-    plans itself, with them or without.
+    torch 2.14 and later call such a tensor a `CheckpointableTensor` and plan it as shards. Older
+    versions treat it as the whole tensor. A copy of the tensor does not have the attributes. A
+    DTensor makes its own plan, with or without them.
     """
     return not hasattr(tensor, "__create_write_items__") and all(
         hasattr(tensor, name) for name in _SHARD_ATTRIBUTES
@@ -79,13 +80,13 @@ def has_shard_attributes(tensor: object) -> bool:
 
 
 def check_no_shard_attributes(tensors: Mapping[str, Any]) -> None:
-    """Refuse tensors that say by attributes which part of a larger one they are.
+    """Refuse tensors for which `has_shard_attributes` holds.
 
     Args:
         tensors: Tensors by FQN.
 
     Raises:
-        PlanningError: Naming the first of them.
+        PlanningError: If there is such a tensor; the error names the first one.
     """
     for fqn, tensor in tensors.items():
         if has_shard_attributes(tensor):
@@ -101,37 +102,37 @@ def check_no_shard_attributes(tensors: Mapping[str, Any]) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """One block of the whole tensor within a local one."""
+class ShardBlock:
+    """One block of the whole tensor, held in a local tensor."""
 
     global_box: Box
-    """Where it lies in the whole tensor."""
+    """Place of the block in the whole tensor."""
     local_box: Box
-    """Where it lies in the local tensor; of the same sizes."""
+    """Place of the block in the local tensor; it has the same sizes."""
 
 
-def blocks_of(shape: Shape, shards: Iterable[ShardSpec]) -> tuple[Block, ...]:
-    """Return the blocks of a whole tensor that a local one is made of.
+def blocks_of(shape: Shape, shards: Iterable[ShardSpec]) -> tuple[ShardBlock, ...]:
+    """Return the blocks of a whole tensor that the local tensor consists of.
 
     Args:
         shape: Shape of the whole tensor; `()` for a scalar.
         shards: The cuts, in order; several may cut one dimension.
 
     Returns:
-        Blocks that tile the local tensor, in row-major order of it, as few and as large as can be;
-        none if the local tensor has no element.
+        Blocks that tile the local tensor, in its row-major order, as few and as large as possible;
+        empty if the local tensor has no element.
 
     Raises:
-        PlanningError: If a cut is along a dimension that the tensor has not.
+        PlanningError: If a cut is along a dimension that the tensor does not have.
     """
     return _blocks(tuple(shape), tuple(shards))
 
 
 def local_shape(shape: Shape, shards: Iterable[ShardSpec]) -> Shape:
-    """Return the shape of the local tensor that cuts leave of a whole one.
+    """Return the shape of the local tensor that remains after the cuts.
 
     Raises:
-        PlanningError: If a cut is along a dimension that the tensor has not.
+        PlanningError: If a cut is along a dimension that the tensor does not have.
     """
     runs = _runs_by_dim(tuple(shape), tuple(shards))
     return tuple(sum(extent for _, extent in runs_of_dim) for runs_of_dim in runs)
@@ -140,15 +141,15 @@ def local_shape(shape: Shape, shards: Iterable[ShardSpec]) -> Shape:
 def shards_of(
     placements: Sequence[Any], mesh_sizes: Sequence[int], coordinate: Sequence[int]
 ) -> tuple[ShardSpec, ...]:
-    """Return the cuts that the placements of a DTensor stand for.
+    """Translate the placements of a DTensor into cuts.
 
     Args:
-        placements: One a mesh dimension: `Shard`, `_StridedShard` or `Replicate`.
+        placements: One per mesh dimension: `Shard`, `_StridedShard` or `Replicate`.
         mesh_sizes: Number of ranks along each mesh dimension.
         coordinate: This rank's index along each mesh dimension.
 
     Raises:
-        PlanningError: If a placement is another one, such as `Partial`.
+        PlanningError: If a placement is of another kind, such as `Partial`.
 
     Source:
         torch.distributed.tensor (2.11 to 2.13), `_compute_local_shape_and_global_offset` and
@@ -161,27 +162,27 @@ def shards_of(
         dim = getattr(placement, "dim", None)
         if placement.is_partial() or not isinstance(dim, int):
             raise PlanningError(
-                "a tensor is placed in a way that cannot be saved",
+                "a tensor has a placement that cannot be saved",
                 phase="plan",
                 expected="Shard, _StridedShard or Replicate on each mesh dimension",
                 found=str(tuple(placements)),
-                hint="redistribute it in the state dict that is saved",
+                hint="redistribute the tensor before you put it into the state dict",
             )
         found.append(ShardSpec(dim, index, size, int(getattr(placement, "split_factor", 1))))
     return tuple(found)
 
 
 @functools.lru_cache(maxsize=_KEPT)
-def _blocks(shape: Shape, shards: tuple[ShardSpec, ...]) -> tuple[Block, ...]:
+def _blocks(shape: Shape, shards: tuple[ShardSpec, ...]) -> tuple[ShardBlock, ...]:
     per_dim = [_with_local_start(runs) for runs in _runs_by_dim(shape, shards)]
     return tuple(_block(parts) for parts in itertools.product(*per_dim))
 
 
-def _block(parts: tuple[tuple[int, int, int], ...]) -> Block:
+def _block(parts: tuple[tuple[int, int, int], ...]) -> ShardBlock:
     sizes = tuple(extent for _, extent, _ in parts)
     start = tuple(first for first, _, _ in parts)
     local_start = tuple(first for _, _, first in parts)
-    return Block(Box(start, sizes), Box(local_start, sizes))
+    return ShardBlock(Box(start, sizes), Box(local_start, sizes))
 
 
 def _with_local_start(runs: Iterable[_Run]) -> list[tuple[int, int, int]]:
@@ -197,7 +198,7 @@ def _runs_by_dim(shape: Shape, shards: tuple[ShardSpec, ...]) -> list[list[_Run]
     for shard in shards:
         if not 0 <= shard.dim < len(shape):
             raise PlanningError(
-                "a tensor is cut along a dimension that it has not",
+                "a tensor is cut along a dimension that it does not have",
                 phase="plan",
                 expected=f"0 <= dim < {len(shape)}",
                 found=shard,
@@ -207,7 +208,7 @@ def _runs_by_dim(shape: Shape, shards: tuple[ShardSpec, ...]) -> list[list[_Run]
 
 
 def _cut(runs: list[_Run], shard: ShardSpec) -> list[_Run]:
-    """Return what one cut leaves of the indices that a local dimension holds, in its order."""
+    """Return the indices of a local dimension that one cut leaves, in local order."""
     kept: list[_Run] = []
     for start, stop in _local_intervals(sum(extent for _, extent in runs), shard):
         for first, extent in _slice(runs, start, stop):
@@ -227,7 +228,7 @@ def _local_intervals(extent: int, shard: ShardSpec) -> Iterator[tuple[int, int]]
 
 
 def _chunk(extent: int, count: int, index: int) -> tuple[int, int]:
-    """Return start and stop of a chunk as `torch.chunk` cuts; the last ones may be empty."""
+    """Return start and stop of a chunk, as `torch.chunk` cuts; the last chunks may be empty."""
     size = -(-extent // count)
     return min(index * size, extent), min((index + 1) * size, extent)
 

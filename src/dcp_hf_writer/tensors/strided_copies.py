@@ -1,7 +1,8 @@
 """Strided copies between a runtime tensor and a HuggingFace tensor.
 
-Pure: no I/O, no process group. A copy is a nest of loops; each loop moves along one dimension of
-either tensor. What crosses a dimension, as a reshape does, is cut into several copies.
+Pure: no I/O, no process group. A copy is a nest of loops. Each loop moves along one dimension of
+the runtime tensor and along one dimension of the HuggingFace tensor. After a reshape, a loop may
+run over the end of a dimension; such a copy is cut into several copies.
 """
 
 from __future__ import annotations
@@ -36,23 +37,23 @@ class Loop:
     hf_dim: int
     """Dimension of the HuggingFace tensor."""
     hf_step: int
-    """Indices of that dimension from step to step."""
+    """How many indices of `hf_dim` one step moves."""
     dim: int
     """Dimension of the runtime tensor."""
     step: int
-    """Indices of that dimension from step to step."""
+    """How many indices of `dim` one step moves."""
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """Elements of a runtime tensor, and where each stands in a HuggingFace tensor."""
+    """Elements of a runtime tensor, and their places in a HuggingFace tensor."""
 
     hf_start: Shape
     """First index in the HuggingFace tensor."""
     start: Shape
-    """First index in the runtime tensor, or in the part of it that a rank holds."""
+    """First index in the runtime tensor, or in the shard of it that a rank holds."""
     loops: tuple[Loop, ...]
-    """Loops around one element, outermost first: in order of the HuggingFace tensor's memory."""
+    """The loops, outermost first. They visit the HuggingFace tensor in ascending order."""
 
     @property
     def numel(self) -> int:
@@ -69,7 +70,7 @@ def strides_of(shape: Shape) -> Shape:
 
 
 def copy_of_box(box: Box) -> Copy:
-    """Return the copy of a box of a runtime tensor that is a HuggingFace tensor of that shape."""
+    """Return the copy that makes a box of a runtime tensor a whole HuggingFace tensor."""
     loops = tuple(Loop(n, d, 1, d, 1) for d, n in enumerate(box.sizes) if n > 1)
     return Copy((0,) * len(box.sizes), box.offsets, loops)
 
@@ -77,7 +78,7 @@ def copy_of_box(box: Box) -> Copy:
 # `(extent, hf_step, step)` of each loop over flat indices.
 _Loops = tuple[tuple[int, int, int], ...]
 
-# A copy in flat indices, while it is cut: starts in both tensors, and loops.
+# `(hf_start, start, loops)`: a copy over flat indices, before its loops move along dimensions.
 _Flat = tuple[int, int, _Loops]
 
 
@@ -89,26 +90,27 @@ def copies_of(
     hf_shape: Shape,
     shape: Shape,
 ) -> tuple[Copy, ...]:
-    """Bring a nest of loops over flat indices into copies that move along dimensions.
+    """Turn a loop nest over flat indices into copies whose loops move along dimensions.
 
     Args:
         loops: `(extent, hf_step, step)` of each loop, steps in elements of the row-major tensors.
-        hf_start: First element in the HuggingFace tensor.
-        start: First element in the runtime tensor.
+        hf_start: Flat index of the first element in the HuggingFace tensor.
+        start: Flat index of the first element in the runtime tensor.
         hf_shape: Shape of the HuggingFace tensor.
         shape: Shape of the runtime tensor.
 
     Returns:
-        Disjoint copies that together are the given one; none if a loop has no step.
+        Disjoint copies that together copy the elements of the nest; none if a loop has extent 0.
 
     Raises:
-        ValueError: If the loops leave a tensor, cross dimensions unevenly, or reach into one
-            another in the HuggingFace tensor, so that their elements are not in its order.
+        ValueError: If the loops leave a tensor; if a step fits no dimension of a tensor; or if
+            loops overlap in the HuggingFace tensor, so that they do not visit it in ascending
+            order.
     """
     return _copies_of(tuple(map(tuple, loops)), hf_start, start, tuple(hf_shape), tuple(shape))
 
 
-# The layers of a model are cut alike, and may have hundreds of experts each.
+# Cached: the layers of a model have the same cuts, and each may have hundreds of experts.
 @functools.lru_cache(maxsize=4096)
 def _copies_of(
     loops: _Loops, hf_start: int, start: int, hf_shape: Shape, shape: Shape
@@ -119,7 +121,10 @@ def _copies_of(
         numel = math.prod(shape if of == "runtime" else hf_shape)
         last = first + sum((loop[0] - 1) * loop[number] for loop in loops)
         if first < 0 or last >= numel or any(loop[0] < 0 or loop[number] < 1 for loop in loops):
-            msg = f"elements {first} to {last} of the {of} tensor, which has {numel}"
+            msg = (
+                f"loops {list(loops)} over elements {first} to {last} of the {of} tensor, "
+                f"which has {numel} elements"
+            )
             raise ValueError(msg)
     kept = tuple(sorted((one for one in loops if one[0] > 1), key=lambda one: -one[1]))
     todo: list[_Flat] = [(hf_start, start, kept)]
@@ -144,12 +149,12 @@ def _dim_of(step: int, shape: Shape, strides: Shape) -> int:
     for d, (n, s) in enumerate(zip(shape, strides, strict=True)):
         if n > 1 and s <= step and step % s == 0:
             return d
-    msg = f"a step of {step} elements within shape {list(shape)}"
+    msg = f"a step of {step} elements, which fits no dimension of shape {list(shape)}"
     raise ValueError(msg)
 
 
 def _cut(flat: _Flat, shape: Shape, strides: Shape, *, side: int) -> list[_Flat] | None:
-    """Cut a loop that crosses a border of its dimension; `None` if no loop does."""
+    """Cut a loop that runs over the end of its dimension; `None` if no loop does."""
     hf_start, start, loops = flat
     first = _unravel(start if side == 2 else hf_start, shape, strides)  # noqa: PLR2004
     by_dim: dict[int, list[int]] = {}
@@ -168,11 +173,14 @@ def _cut(flat: _Flat, shape: Shape, strides: Shape, *, side: int) -> list[_Flat]
 def _cut_loop(
     flat: _Flat, number: int, first: int, size: int, stride: int, *, side: int
 ) -> list[_Flat]:
-    """Cut one loop into the steps before the border, whole turns of the dimension, and the rest."""
+    """Cut one loop into the steps before the end of the dimension, whole turns, and the rest.
+
+    A turn is one pass through the whole dimension.
+    """
     extent, hf_step, step = flat[2][number]
     stride_in_dim = (step if side == 2 else hf_step) // stride  # noqa: PLR2004
     if size % stride_in_dim:
-        # No turn is like the one before it: one copy a step.
+        # The step does not divide the dimension, so the turns differ: make one copy per step.
         return [_part(flat, number, i, (1,)) for i in range(extent)]
     turn = size // stride_in_dim
     before = min(extent, -(-(size - first) // stride_in_dim) % turn)
@@ -181,12 +189,13 @@ def _cut_loop(
     kept = [_part(flat, number, i, counts) for i, counts in parts if all(counts)]
     if len(kept) > 1 or turns > 1:
         return kept
-    # The inner loops carry into the next turn in the middle of this one.
+    # The cut changed nothing: the inner loops run over the end of the dimension in the middle of
+    # this turn. Make one copy per step.
     return [_part(flat, number, i, (1,)) for i in range(extent)]
 
 
 def _part(flat: _Flat, number: int, first: int, counts: tuple[int, ...]) -> _Flat:
-    """Return the steps of one loop from `first` on; two counts make it a loop around a loop."""
+    """Keep some steps of one loop, from `first` on. Two counts make two nested loops."""
     hf_start, start, loops = flat
     _, hf_step, step = loops[number]
     inner = counts[-1]
@@ -205,7 +214,7 @@ def _along_dims(
     reach = 1
     for extent, hf_step, _ in reversed(flat_loops):
         if hf_step < reach:
-            msg = f"loops {list(flat_loops)} that do not ascend in the HuggingFace tensor"
+            msg = f"loops {list(flat_loops)} do not ascend in the HuggingFace tensor"
             raise ValueError(msg)
         reach += (extent - 1) * hf_step
     loops = []
@@ -218,14 +227,14 @@ def _along_dims(
 
 
 def clip(copy: Copy, box: Box) -> list[Copy]:
-    """Return the part of a copy whose elements lie in a box of the runtime tensor.
+    """Return the part of a copy that lies in a box of the runtime tensor.
 
     Args:
-        copy: A copy with `start` in the whole runtime tensor.
+        copy: A copy whose `start` counts from the first index of the whole runtime tensor.
         box: A box of that tensor.
 
     Returns:
-        Disjoint copies, with `start` counted from the first index of the box.
+        Disjoint copies whose `start` counts from the first index of the box.
     """
     ranges: list[list[tuple[tuple[int, int, int], ...]]] = []
     for d, (first, offset, size) in enumerate(zip(copy.start, box.offsets, box.sizes, strict=True)):
@@ -249,17 +258,20 @@ def clip(copy: Copy, box: Box) -> list[Copy]:
 def _steps_within(
     loops: Sequence[tuple[int, Loop]], low: int, high: int
 ) -> Iterator[tuple[tuple[int, int, int], ...]]:
-    """Yield `(loop, first step, steps)` for each nest of loops that stays in `[low, high)`."""
+    """Yield nests that together visit what the loops visit in `[low, high)`.
+
+    A nest holds `(number of the loop, first step, number of steps)` for each loop.
+    """
     (number, loop), inner = loops[0], loops[1:]
     step, extent = loop.step, loop.extent
     span = sum((other.extent - 1) * other.step for _, other in inner)
-    # Steps whose whole inner nest is inside.
+    # Steps whose inner nest lies inside completely.
     first, stop = max(0, -(-low // step)), min(extent, (high - span - 1) // step + 1)
     if first < stop:
         yield ((number, first, stop - first), *((n, 0, other.extent) for n, other in inner))
     if not inner:
         return
-    # Steps whose inner nest is inside in part: for a nest without overlap one at either end.
+    # Steps whose inner nest lies inside partly: at most one at each end if steps do not overlap.
     reach = range(max(0, -(-(low - span) // step)), min(extent, (high - 1) // step + 1))
     for i in (i for i in reach if not first <= i < stop):
         for nest in _steps_within(inner, low - i * step, high - i * step):
@@ -267,7 +279,7 @@ def _steps_within(
 
 
 def _narrowed(copy: Copy, origin: Shape, chosen: Iterable[tuple[int, int, int]]) -> Copy:
-    """Keep some steps of each loop; the start becomes relative to `origin`."""
+    """Keep some steps of the chosen loops, and count `start` from `origin`."""
     hf_start, start = list(copy.hf_start), [s - o for s, o in zip(copy.start, origin, strict=True)]
     loops: list[Loop | None] = list(copy.loops)
     for number, first, count in chosen:
@@ -282,7 +294,7 @@ def _narrowed(copy: Copy, origin: Shape, chosen: Iterable[tuple[int, int, int]])
 
 
 def split(copy: Copy, max_elements: int) -> Iterator[Copy]:
-    """Cut a copy into copies of at most `max_elements`, in order of its loops."""
+    """Cut a copy into copies of at most `max_elements` elements, in the order of its loops."""
     if copy.numel <= max_elements:
         yield copy
         return
@@ -338,7 +350,7 @@ def copy_runs(copy: Copy, hf_shape: Shape, *, itemsize: int, tensor_start: int) 
         tensor_start: Byte offset of the tensor's first element in its file.
 
     Returns:
-        Runs as long as they can be; their bytes are the copy's elements in order of its loops.
+        The longest possible runs; their bytes are the copy's elements in the order of its loops.
 
     Source:
         safetensors README, "Format": row-major, no holes in the byte buffer.
@@ -359,7 +371,7 @@ def copy_runs(copy: Copy, hf_shape: Shape, *, itemsize: int, tensor_start: int) 
 
 
 def runtime_view(tensor: torch.Tensor, copy: Copy) -> torch.Tensor:
-    """Return a view of a copy's elements in the runtime tensor, one dimension a loop."""
+    """Return a view of a copy's elements in the runtime tensor, one dimension per loop."""
     strides = tensor.stride()
     return tensor.as_strided(
         tuple(loop.extent for loop in copy.loops),
@@ -369,7 +381,7 @@ def runtime_view(tensor: torch.Tensor, copy: Copy) -> torch.Tensor:
 
 
 def hf_view(tensor: torch.Tensor, copy: Copy) -> torch.Tensor:
-    """Return a view of a copy's elements in the HuggingFace tensor, one dimension a loop."""
+    """Return a view of a copy's elements in the HuggingFace tensor, one dimension per loop."""
     strides = tensor.stride()
     return tensor.as_strided(
         tuple(loop.extent for loop in copy.loops),
@@ -379,7 +391,10 @@ def hf_view(tensor: torch.Tensor, copy: Copy) -> torch.Tensor:
 
 
 def source_span(copy: Copy) -> tuple[int, int]:
-    """Return first and last index along dim 0 of the runtime tensor; `(0, 0)` for a scalar."""
+    """Return the first and the last index along dim 0 of the runtime tensor that a copy reads.
+
+    `(0, 0)` for a scalar.
+    """
     if not copy.start:
         return 0, 0
     last = copy.start[0]
@@ -390,9 +405,10 @@ def source_span(copy: Copy) -> tuple[int, int]:
 
 
 def coverage_fault(parts: Sequence[tuple[Shape, IndexLoops]], shape: Shape) -> str | None:
-    """Say why loops over a tensor do not visit each element once; `None` if they do.
+    """Return why the loops do not visit each element of a tensor once; `None` if they do.
 
-    Exact for any loops. Along each dimension the indices that the same parts visit count as one.
+    The answer is exact for any loops. To keep the count small, all indices of a dimension that the
+    same parts visit are counted as one.
 
     Args:
         parts: First index and loops of each part.
@@ -404,12 +420,12 @@ def coverage_fault(parts: Sequence[tuple[Shape, IndexLoops]], shape: Shape) -> s
             if len(np.unique(indices)) != len(indices):
                 return f"a part visits an index of dim {d} twice"
             if np.min(indices) < 0 or np.max(indices) >= shape[d]:
-                return f"a part leaves the tensor in dim {d}"
+                return f"a part reaches outside the tensor in dim {d}"
     wanted, have = math.prod(shape), sum(math.prod(map(len, sets)) for sets in visited)
     if have != wanted:
         return f"the parts hold {have} elements, the tensor has {wanted}"
     atoms, cells = _cells(visited, shape)
-    # The volumes add up, so a cell that is visited twice means another that is not visited.
+    # The volumes add up to the tensor. So if a cell is visited twice, another is not visited.
     bad = np.argwhere(cells != 1)
     if not len(bad):
         return None
@@ -418,7 +434,7 @@ def coverage_fault(parts: Sequence[tuple[Shape, IndexLoops]], shape: Shape) -> s
 
 
 def covered(parts: Sequence[tuple[Shape, IndexLoops]], shape: Shape) -> int:
-    """Count the elements of a tensor that loops over it visit, each once.
+    """Count the distinct elements of a tensor that the loops visit.
 
     Args:
         parts: First index and loops of each part, within the tensor.
@@ -436,7 +452,10 @@ def covered(parts: Sequence[tuple[Shape, IndexLoops]], shape: Shape) -> int:
 def _cells(
     visited: Sequence[Sequence[npt.NDArray[np.int64]]], shape: Shape
 ) -> tuple[list[npt.NDArray[np.int64]], npt.NDArray[np.int32]]:
-    """Return the atoms of each dimension, and how many parts visit each cell of theirs."""
+    """Return the labels of each dimension, as `_atoms` gives them, and how many parts visit a cell.
+
+    A cell is one combination of labels, one per dimension.
+    """
     atoms = [_atoms([sets[d] for sets in visited], n) for d, n in enumerate(shape)]
     cells = np.zeros([int(np.max(labels)) + 1 for labels in atoms], dtype=np.int32)
     for sets in visited:
@@ -452,7 +471,7 @@ def _indices(start: Shape, loops: IndexLoops) -> list[npt.NDArray[np.int64]]:
 
 
 def _atoms(sets: Sequence[npt.NDArray[np.int64]], size: int) -> npt.NDArray[np.int64]:
-    """Label each index of a dimension, equal for indices that the same sets hold."""
+    """Label each index of a dimension. Indices that the same sets hold get the same label."""
     distinct = list({indices.tobytes(): indices for indices in sets}.values())
     numbers = np.random.default_rng(0)
     while True:
@@ -461,7 +480,7 @@ def _atoms(sets: Sequence[npt.NDArray[np.int64]], size: int) -> npt.NDArray[np.i
             marks[indices] ^= mark
         labels = np.unique(marks, return_inverse=True)[1].reshape(-1).astype(np.int64)
         counts = np.bincount(labels)
-        # Equal marks of different indices would make an atom that a set holds in part.
+        # Random marks can collide by chance. Then a set holds only some indices of a label: retry.
         if all(counts[np.unique(labels[i])].sum() == len(i) for i in distinct):
             return labels
 

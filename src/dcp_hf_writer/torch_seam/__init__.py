@@ -1,4 +1,4 @@
 """Everything that reaches into torch beyond its public interface, one module a mechanism.
 
-A lookup that finds nothing raises an error; it never lets a check pass.
+A lookup that finds nothing raises `UnsupportedTorchError`: no check is left out in silence.
 """

@@ -1,8 +1,15 @@
-"""The future of an asynchronous save: resolved by the deadline, with an error that says why.
+"""Resolve the future of an asynchronous save by its deadline, with an error that says why.
 
-torch runs a save on a thread of its own and hands the trainer a future. That thread may be stuck in
-a system call or a collective, which nothing can cancel, and what it raises is wrapped or anonymous.
-So the future is found where torch keeps it, and the guard here decides what it is given.
+torch runs the save in a thread of its own and gives the trainer a future. That thread may be stuck
+in a system call or a collective, and nothing can cancel it. The errors that it raises are wrapped,
+or do not name a rank. So this module finds the future, and a guard sets its result or error.
+
+Mechanism: `async_save` submits the save to Python's `ThreadPoolExecutor`, whose worker runs
+`_WorkItem.run`. The `self` of that frame is the work item, which holds the future. The guard
+replaces `set_result` and `set_exception` of that one future.
+
+Looked at: torch 2.10 to 2.15, Python 3.10 to 3.14. When Python or torch changes: `find_future`
+raises for an asynchronous save, because nothing could report a lost rank by the deadline.
 """
 
 from __future__ import annotations
@@ -12,12 +19,13 @@ import sys
 import threading
 import time
 from concurrent.futures import Future, InvalidStateError
-from concurrent.futures.thread import _WorkItem
+from concurrent.futures.thread import _threads_queues, _worker, _WorkItem
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,13 +33,48 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# A save that ends at its deadline is let end by itself: its own errors say more.
+# Seconds that a save gets after its deadline to fail by itself: its own errors say more.
 _GRACE_S = 1.0
 
 
+def find_future(*, is_async: bool) -> Future[Any] | None:
+    """Return the future of the save that the calling thread runs; `None` if it is synchronous.
+
+    Args:
+        is_async: Whether the save is known to be asynchronous. A save that runs in a thread of an
+            executor is always treated as asynchronous.
+
+    Raises:
+        UnsupportedTorchError: If the save is asynchronous and its future cannot be found.
+    """
+    future = current_future()
+    if future is None and (is_async or _is_thread_of_executor()):
+        raise unsupported_torch(
+            "the future of the save",
+            phase="plan",
+            expected="a work item of a ThreadPoolExecutor among the callers, as in dcp.async_save",
+            hint="call dcp.async_save, or call dcp.save in the training thread",
+        )
+    return future
+
+
+def _is_thread_of_executor() -> bool:
+    """Whether an executor made the calling thread."""
+    # An executor enters a thread in the table after it started it, which may be too late: the
+    # thread's own function tells at once.
+    if threading.current_thread() in _threads_queues:
+        return True
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as in `current_future`
+    while frame is not None:
+        if frame.f_code is _worker.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
 def current_future() -> Future[Any] | None:
-    """Return the future of the task that the calling thread runs for an executor, if any."""
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - torch keeps the future there only
+    """Return the future of the executor task that this thread runs; `None` if it runs none."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - the future is in no other place
     while frame is not None:
         if frame.f_code is _WorkItem.run.__code__:
             item = frame.f_locals.get("self")
@@ -41,7 +84,7 @@ def current_future() -> Future[Any] | None:
 
 
 class FutureGuard:
-    """Stands between the thread of a save and its future."""
+    """Sits between the thread of a save and its future, and resolves the future by the deadline."""
 
     def __init__(
         self,
@@ -55,11 +98,12 @@ class FutureGuard:
         """Guard a future.
 
         Args:
-            future: Of the running task.
-            deadline: `time.monotonic()` by which it must be resolved.
-            on_deadline: Makes the error that it gets then; called on the guard's thread.
-            translate: Turns what the save raised into what the caller shall see.
-            on_end: Called when the save has ended, before the caller learns of it.
+            future: Future of the task that runs the save.
+            deadline: `time.monotonic()` by which the save must end.
+            on_deadline: Makes the error for a save that missed its deadline; called on the guard's
+                thread.
+            translate: Turns the error that the save raised into the error that the caller gets.
+            on_end: Called when the save has ended, before the future is resolved.
         """
         self._future = future
         self._deadline = deadline
@@ -69,14 +113,14 @@ class FutureGuard:
         self._lock = threading.Lock()
         self._done = threading.Event()
         self._set_result, self._set_exception = future.set_result, future.set_exception
-        # Instance attributes shadow the methods for the one caller that there is: the work item.
+        # Instance attributes hide the methods of the class from their only caller, the work item.
         future.set_result = self._result  # type: ignore[method-assign]
         future.set_exception = self._exception  # type: ignore[method-assign]
         try:
             threading.Thread(target=self._watch, name="dcp-hf-watchdog", daemon=True).start()
         except RuntimeError as error:
-            # The interpreter is exiting: it waits for the save, but starts no threads any more.
-            _log.debug("the save runs without a watchdog: %s", error)
+            # The interpreter is exiting: it waits for the save, but starts no more threads.
+            _log.debug("no watchdog thread watches the deadline of the save: %s", error)
 
     def _watch(self) -> None:
         left = self._deadline + _GRACE_S - time.monotonic()
@@ -102,20 +146,20 @@ class FutureGuard:
             try:
                 act()
             except InvalidStateError:
-                # Cancelled by the caller, who then does not look at it.
+                # The caller has cancelled the future, so it needs no result.
                 return
 
 
 def _outcome_of(explain: Callable[[], BaseException]) -> BaseException:
-    """Return an explanation, or what went wrong in finding it: the future gets either."""
+    """Return the error that `explain` makes, or the error that it raises: the future gets it."""
     try:
         return explain()
-    except Exception as error:  # noqa: BLE001 - whatever it is, the caller must not wait for ever
+    except Exception as error:  # noqa: BLE001 - the caller must not wait forever
         return error
 
 
 def own_error(error: BaseException) -> CheckpointError | None:
-    """Return our error within what a save raised; DCP wraps the errors of all ranks in its own."""
+    """Return the `CheckpointError` in what a save raised; DCP wraps it in its own exception."""
     if isinstance(error, CheckpointError):
         return error
     if isinstance(error, CheckpointException):

@@ -1,99 +1,157 @@
-"""torch's plan cache (`enable_plan_caching`), made whole for us and safe for saves that fail.
+"""Work with torch's plan cache (`enable_plan_caching`): get whole plans, and survive failed saves.
 
-torch keeps plans on the class of the planner. A rank whose plan is as before sends an empty one,
-the coordinator fills it in from what it kept, and only plans that changed travel back. Two things
-are missing there: a storage writer is shown nothing but the changes; and what the coordinator kept
-may belong to a save that failed before the ranks got it, or to another writer, in which case the
-ranks would work from plans that do not fit, and tensors that are new would be left out.
+torch keeps plans on the planner class. If a rank's plan has not changed, the rank sends an empty
+plan. The coordinator fills it in from its cache, and sends back only the plans that changed. This
+causes two problems. First, a storage writer sees only the changed plans. Second, the coordinator's
+cache may hold plans of another writer, or of a save that failed before the ranks got them. Then the
+ranks would use plans that do not fit, and new tensors would be lost.
+
+Mechanism: the dicts `_cached_save_plan`, `_cached_final_save_plan` and `_cached_global_plan` on the
+class `SavePlanner`, and the attributes `global_plan` and `_enable_plan_caching` of
+`DefaultSavePlanner`.
+
+Looked at: torch 2.10 to 2.15, `default_planner.py`. When torch changes: a save that reuses a cached
+plan is refused, and the error says to pass `enable_plan_caching=False`. Saves without plan caching
+do not need this module.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import copy
+from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
-from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.plan.global_plan import RankPlan
+from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from dcp_hf_writer.errors import UnsupportedTorchError
     from dcp_hf_writer.plan.global_plan import GlobalPlan
 
-# Global plans that the ranks have got, as long as a planner's cache holds what they were made from.
-_delivered: list[GlobalPlan] = []
 
-_is_settled = True
-"""Whether all was written that the latest plan of this process says."""
+class PlanCache:
+    """What a process must remember in addition to torch's caches; there is one per process."""
+
+    def __init__(self) -> None:
+        """Start empty, as torch's caches do."""
+        self._delivered: list[GlobalPlan] = []
+        """Global plans that all ranks have; each stays while torch's cache has the same plans."""
+        self._is_settled = True
+        """Whether this process has written everything in its latest plan."""
+        self._tied: tuple[tuple[str, ...], ...] = ()
+        """Groups of FQNs that had the same memory when this rank made its latest plan."""
+
+    def begin_plan(self, tied: tuple[tuple[str, ...], ...]) -> None:
+        """Drop cached plans that are no longer valid. Called before a rank makes its plan.
+
+        A rank that finds no plan in its cache sends its whole plan. One such rank is enough: the
+        coordinator then makes a new global plan for all ranks.
+
+        Args:
+            tied: Groups of FQNs that have the same memory. torch's plans do not show this.
+        """
+        sent, final = torch_cache("_cached_save_plan"), torch_cache("_cached_final_save_plan")
+        # If torch no longer has these caches but reuses a plan, `check_sent` refuses the plan.
+        if sent is not None:
+            if final is None or not self._is_settled or tied != self._tied:
+                sent.clear()
+            for key, plan in (final or {}).items():
+                if not isinstance(plan.storage_data, RankPlan):
+                    sent.pop(key, None)
+        self._tied = tied
+        self._is_settled = False
+
+    def check_sent(self, plan: SavePlan) -> None:
+        """Check that this rank sends its whole plan, or that torch reuses it from a known cache.
+
+        Raises:
+            UnsupportedTorchError: If torch reuses the plan, but one of its caches cannot be found.
+        """
+        names = ("_cached_save_plan", "_cached_final_save_plan", "_cached_global_plan")
+        if not plan.usable and any(torch_cache(name) is None for name in names):
+            raise _unknown_cache()
+
+    def settle_plan(self, plan: GlobalPlan | None) -> None:
+        """Note that this rank has written its part; `plan` is `None` except on the coordinator."""
+        self._is_settled = True
+        if plan is not None:
+            cached = (torch_cache("_cached_global_plan") or {}).values()
+            kept = [known for known in self._delivered if known.plans is not plan.plans]
+            self._delivered[:] = [
+                known for known in (*kept, plan) if any(known.plans is plans for plans in cached)
+            ]
+
+    def delivered(self, plans: list[SavePlan], options: str) -> GlobalPlan | None:
+        """Return the global plan for `plans` if all ranks have it already; otherwise `None`.
+
+        Args:
+            plans: The list from `whole_plans`: the same object while torch's cache is unchanged.
+            options: Fingerprint of the export options.
+        """
+        return next(
+            (
+                known
+                for known in self._delivered
+                if known.plans is plans and known.options == options
+            ),
+            None,
+        )
 
 
-_tied: tuple[tuple[str, ...], ...] = ()
-"""Tensors of this rank that were the same memory in its latest plan."""
+PLAN_CACHE = PlanCache()
+"""The one object of this process."""
 
 
-def begin_plan(tied: tuple[tuple[str, ...], ...]) -> None:
-    """Keep torch from reusing a plan that does not hold any more; before a rank makes its plan.
+def torch_cache(name: str) -> dict[str, Any] | None:
+    """Return a cache that torch keeps on the planner class; `None` if torch has no such cache."""
+    found = getattr(SavePlanner, name, None)
+    return found if isinstance(found, dict) else None
 
-    A rank that finds nothing in its cache sends its plan whole, and one such rank makes the
-    coordinator plan anew for all.
+
+def whole_plans(plans: list[SavePlan], planner: SavePlanner) -> list[SavePlan]:
+    """Return the whole plans of all ranks. With plan caching, torch shows only changed plans.
 
     Args:
-        tied: Groups of FQNs that are the same memory, which torch does not see in a plan.
-    """
-    global _is_settled, _tied  # noqa: PLW0603 - the caches are the process's as well
-    sent = SavePlanner._cached_save_plan  # noqa: SLF001 - the cache has no other face
-    if not _is_settled or tied != _tied:
-        sent.clear()
-    _tied = tied
-    for key, final in SavePlanner._cached_final_save_plan.items():  # noqa: SLF001
-        if not isinstance(final.storage_data, RankPlan):
-            sent.pop(key, None)
-    _is_settled = False
-
-
-def settle_plan(plan: GlobalPlan | None) -> None:
-    """Note that this rank has written its part of a plan, which the coordinator gives whole."""
-    global _is_settled  # noqa: PLW0603 - as above
-    _is_settled = True
-    if plan is not None:
-        cached = SavePlanner._cached_global_plan.values()  # noqa: SLF001
-        kept = [known for known in _delivered if known.plans is not plan.plans]
-        _delivered[:] = [
-            known for known in (*kept, plan) if any(known.plans is plans for plans in cached)
-        ]
-
-
-def whole_plans(plans: list[SavePlan], planner: SavePlanner | None) -> list[SavePlan]:
-    """Return the global plan, of which torch shows a writer only what changed.
-
-    Args:
-        plans: What torch hands to `prepare_global_plan`.
-        planner: Planner of the save.
+        plans: The plans that torch passes to `prepare_global_plan`.
+        planner: Planner of the save, which has the unchanged plans too.
 
     Raises:
-        PlanningError: If there is nothing to fill it in from.
+        UnsupportedTorchError: If the planner does not show the unchanged plans.
     """
     if all(plan.usable for plan in plans):
         return plans
     found = getattr(planner, "global_plan", None)
-    if not isinstance(found, list) or len(found) != len(plans):
-        msg = "DCP reuses a plan that its planner does not show"
-        raise PlanningError(
-            msg,
-            phase="plan",
-            expected="a planner with the global_plan of DefaultSavePlanner",
-            found=type(planner).__name__,
-            hint="pass a planner with enable_plan_caching=False",
-        )
+    if (
+        not isinstance(found, list)
+        or len(found) != len(plans)
+        or not all(isinstance(plan, SavePlan) and plan.usable for plan in found)
+    ):
+        raise _unknown_cache()
     return found
 
 
-def delivered(plans: list[SavePlan], options: str) -> GlobalPlan | None:
-    """Return what was made of these very plans and is with the ranks; `None` if nothing is.
+def is_from_cache(plans: Iterable[SavePlan]) -> bool:
+    """Whether torch's cache holds one of these plans, which an earlier save may then have made."""
+    cached = torch_cache("_cached_global_plan") or {}
+    kept = {id(plan) for plans in cached.values() for plan in plans}
+    return any(id(plan) in kept for plan in plans)
 
-    Args:
-        plans: Of `whole_plans`; the same object while torch's cache is unchanged.
-        options: Fingerprint of the export options.
-    """
-    return next(
-        (known for known in _delivered if known.plans is plans and known.options == options), None
+
+def without_cache(planner: SavePlanner) -> SavePlanner:
+    """Return a copy of a planner that neither reads torch's caches nor writes to them."""
+    fresh = copy.copy(planner)
+    if getattr(fresh, "_enable_plan_caching", False):
+        fresh._enable_plan_caching = False  # type: ignore[attr-defined]  # noqa: SLF001
+    return fresh
+
+
+def _unknown_cache() -> UnsupportedTorchError:
+    return unsupported_torch(
+        "the plan of the previous save, which DCP reuses",
+        phase="plan",
+        expected="the plan caches on SavePlanner, and global_plan on DefaultSavePlanner",
+        hint="pass a planner with enable_plan_caching=False",
     )

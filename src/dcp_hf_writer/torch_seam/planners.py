@@ -1,6 +1,6 @@
-"""HFSavePlanner and HFLoadPlanner: torch's planners, right also where a rank holds several blocks.
+"""HFSavePlanner and HFLoadPlanner: torch's planners, with support for ranks with several blocks.
 
-Which tensors those are is in `blocked_tensors`, how specs find tensors in `spec_match`.
+`multi_block_tensors` finds tensors of several blocks. `spec_match` finds the spec of a tensor.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, Def
 
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.mapping.hf_export import specs_by_name
-from dcp_hf_writer.torch_seam.blocked_tensors import BlockedTensor, blocked_tensors
+from dcp_hf_writer.torch_seam.multi_block_tensors import BlockedTensor, blocked_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -30,29 +30,33 @@ class HFSavePlanner(DefaultSavePlanner):
 
         dcp.async_save(state_dict, storage_writer=..., planner=HFSavePlanner(specs))
 
-    Works with any storage writer. Each block becomes one item of the plan, so that the checkpoint
-    holds the whole tensor, which any torch loads on any number of ranks. A block that several
-    ranks hold is written once. All other tensors, all options and the plan cache are torch's.
+    Works with any storage writer. Each block becomes one item of the plan, so the checkpoint holds
+    the whole tensor, and any torch can load it on any number of ranks. If several ranks hold one
+    block, it is written once. torch's planner handles all other tensors, all options and the plan
+    cache.
 
-    `specs` declare what is sharded by hand: a plain tensor (or a DTensor of the ranks that share
-    it) whose spec has `shards` is this rank's part of `global_shape`, or all of it if it has that
-    shape. Optimizer state of such a parameter, `[...].state.<name>.<what>`, and copies of it in
-    other entries are cut the same way if they have its local shape; single numbers are left as
-    they are, and any other shape is refused until a spec names that tensor by its whole dotted
-    path. Optimizer state must be keyed by FQN, as `get_optimizer_state_dict` has it. DTensors need
-    no spec.
+    `specs` declare the tensors that are sharded by hand. A plain tensor whose spec has `shards` is
+    this rank's shard of a tensor of shape `global_shape`; if it has that shape itself, it is the
+    whole tensor. It may also be a DTensor, over the ranks that share this shard. Other DTensors
+    need no spec.
+
+    A spec also applies to the parameter's optimizer state, `[...].state.<name>.<what>`, and to its
+    copies in other entries. They are cut in the same way if they have the parameter's local shape.
+    They are whole if they have its `global_shape` or at most one element. Any other shape is
+    refused, unless a spec names that tensor by its full dotted path. The keys of optimizer state
+    must be FQNs, as in `get_optimizer_state_dict`.
     """
 
     def __init__(self, specs: Specs | None = (), *, key: str | None = None, **options: Any) -> None:
-        """Set up a planner, for one save or for all of a run.
+        """Set up a planner, for one save or for all saves of a run.
 
         Args:
-            specs: What is sharded by hand; specs without `shards` may be among them.
-            key: Entry of the state dict that holds the model, as `HFExport` takes it.
-            **options: Those of torch's `DefaultSavePlanner`.
+            specs: Specs of the tensors that are sharded by hand; others may be among them.
+            key: Entry of the state dict that holds the model, as in `HFExport.key`.
+            **options: Options of torch's `DefaultSavePlanner`.
 
         Raises:
-            ConfigError: If two specs name one tensor, or one is no `LoadSpec`.
+            ConfigError: If two specs name the same tensor, or if a spec is not a `LoadSpec`.
         """
         super().__init__(**options)
         self.spec_by_name = specs_by_name(specs)
@@ -65,10 +69,10 @@ class HFSavePlanner(DefaultSavePlanner):
         storage_meta: StorageMeta | None = None,
         is_coordinator: bool = False,  # noqa: FBT001, FBT002 - torch's
     ) -> None:
-        """Take a state dict.
+        """Take the state dict to save.
 
         Raises:
-            PlanningError: If a tensor is not what its spec says.
+            PlanningError: If a tensor does not fit its spec.
         """
         super().set_up_planner(state_dict, storage_meta, is_coordinator)
         self._blocked = blocked_tensors(
@@ -85,7 +89,7 @@ class HFSavePlanner(DefaultSavePlanner):
             self.state_dict = given
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """Return the value of an item; of a block, a view of the local tensor."""
+        """Return the value of an item. For a block, it is a view of the local tensor."""
         blocked = self._blocked.get(index.fqn)
         if blocked is None:
             return super().lookup_object(index)
@@ -97,21 +101,21 @@ class HFLoadPlanner(DefaultLoadPlanner):
 
         dcp.load(state_dict, checkpoint_id=..., planner=HFLoadPlanner(specs))
 
-    Reads any checkpoint, however it was sharded when it was saved, into the parts of the local
-    tensors that the blocks are. `specs` as for `HFSavePlanner`; sizes are compared with their
-    `global_shape`. All other tensors and all options are torch's.
+    Loads any checkpoint, sharded in any way, into the blocks of each local tensor. `specs` work as
+    in `HFSavePlanner`; a stored tensor must have the `global_shape` of its spec. torch's planner
+    handles all other tensors and all options.
     """
 
     def __init__(self, specs: Specs | None = (), *, key: str | None = None, **options: Any) -> None:
         """Set up a planner.
 
         Args:
-            specs: What is sharded by hand; specs without `shards` may be among them.
-            key: Entry of the state dict that holds the model, as `HFExport` takes it.
-            **options: Those of torch's `DefaultLoadPlanner`.
+            specs: Specs of the tensors that are sharded by hand; others may be among them.
+            key: Entry of the state dict that holds the model, as in `HFExport.key`.
+            **options: Options of torch's `DefaultLoadPlanner`.
 
         Raises:
-            ConfigError: If two specs name one tensor, or one is no `LoadSpec`.
+            ConfigError: If two specs name the same tensor, or if a spec is not a `LoadSpec`.
         """
         super().__init__(**options)
         self.spec_by_name = specs_by_name(specs)
@@ -127,7 +131,7 @@ class HFLoadPlanner(DefaultLoadPlanner):
         """Take the state dict to load into.
 
         Raises:
-            PlanningError: If a tensor is not what its spec says.
+            PlanningError: If a tensor does not fit its spec.
         """
         super().set_up_planner(state_dict, metadata, is_coordinator)
         self._blocked = blocked_tensors(
@@ -138,17 +142,21 @@ class HFLoadPlanner(DefaultLoadPlanner):
         """Plan what this rank reads.
 
         Raises:
-            PlanningError: If the checkpoint is one of torch before 2.4, which names values in
-                another way, and tensors of several blocks shall be loaded from it.
+            PlanningError: If a tensor of several blocks is to be loaded from a checkpoint of torch
+                before 2.4, which uses other FQNs.
         """
         given = self.state_dict
         planned = self.state_dict = {**given, **self._blocked}
         try:
             plan = super().create_local_plan()
             if self._blocked and self.state_dict is not planned:
-                msg = "tensors of several blocks cannot be loaded from a checkpoint this old"
+                msg = "tensors of several blocks cannot be loaded from a checkpoint with old FQNs"
                 raise PlanningError(
-                    msg, phase="plan", expected="one of torch 2.4 or later", found="an older one"
+                    msg,
+                    phase="plan",
+                    expected="a checkpoint of torch 2.4 or later",
+                    found="the FQNs of an older torch",
+                    hint="load whole tensors from it, and save them again",
                 )
         finally:
             if self.state_dict is planned:
@@ -156,7 +164,7 @@ class HFLoadPlanner(DefaultLoadPlanner):
         return plan
 
     def lookup_tensor(self, index: MetadataIndex) -> torch.Tensor:
-        """Return where an item is loaded to; of a block, a view of the local tensor."""
+        """Return the tensor to load an item into. For a block, it is a view of the local tensor."""
         blocked = self._blocked.get(index.fqn)
         if blocked is None:
             return super().lookup_tensor(index)

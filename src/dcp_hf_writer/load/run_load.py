@@ -1,0 +1,289 @@
+"""One load through `dcp.load`, from either half: describe it, check that it fits, read it."""
+
+from __future__ import annotations
+
+import uuid
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import LoadItemType
+
+from dcp_hf_writer.errors import MismatchError
+from dcp_hf_writer.formats.names_on_disk import METADATA_NAME
+from dcp_hf_writer.load.choose_half import open_hf_source, read_dcp_metadata
+from dcp_hf_writer.load.dcp_source import DCPSource, Wanted
+from dcp_hf_writer.load.exchange_reads import Reading
+from dcp_hf_writer.load.hf_source import Findings, WantedBlock
+from dcp_hf_writer.load.mismatches import loaded_values, misfits
+from dcp_hf_writer.load.read_hf_blocks import load_blocks
+from dcp_hf_writer.load.read_phase import run_reads
+from dcp_hf_writer.load.read_plan import plan_reads
+from dcp_hf_writer.load.verify_while_reading import verify_ranges
+from dcp_hf_writer.mapping.flattening import flat_tensors
+from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
+from dcp_hf_writer.staging.same_memory import memory_identity
+from dcp_hf_writer.storage.open_inputs import OpenInputs
+from dcp_hf_writer.tensors.boxes import Box
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping, Sequence
+
+    import torch.distributed as dist
+    from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
+
+    from dcp_hf_writer.load.choose_half import CheckpointPlace
+    from dcp_hf_writer.load.read_plan import Fetch
+    from dcp_hf_writer.mapping.load_spec import LoadSpec
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """The options of a reader that a load needs."""
+
+    specs: Mapping[str, LoadSpec]
+    key: str | None
+    is_verified: bool
+    allow_pickled_objects: bool
+    group: dist.ProcessGroup | None
+    """The ranks that read together and send each other what they read; `None` reads alone."""
+
+
+class Load(ABC):
+    """One load on one rank."""
+
+    metadata: Metadata
+    """The metadata that DCP's planner gets."""
+
+    def __init__(self, place: CheckpointPlace, inputs: OpenInputs, options: LoadOptions) -> None:
+        """Read from `place`, whose files are `inputs`."""
+        self._place, self._inputs, self._options = place, inputs, options
+
+    @abstractmethod
+    def check(self, planner: LoadPlanner, given: Mapping[str, Any]) -> None:
+        """Check that the checkpoint holds everything that the planner loads, in a form that fits.
+
+        Args:
+            planner: Planner of the load.
+            given: The nested state dict that it was set up with.
+
+        Raises:
+            MismatchError: If it does not; lists everything that is missing or does not fit.
+        """
+
+    @abstractmethod
+    def _load_tensors(self, wanted: Sequence[Wanted], reading: Reading) -> None:
+        """Read parts of tensors into their targets; calls `reading.run` exactly once."""
+
+    def _read_objects(self, items: Sequence[ReadItem]) -> list[tuple[ReadItem, Any]]:
+        assert not items
+        return []
+
+    def read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+        """Read the items of a plan.
+
+        Raises:
+            CheckpointError: If an item cannot be read, or must not be loaded.
+        """
+        with self._inputs, Reading(self._options.group) as reading:
+            objects = self._read_objects(
+                [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
+            )
+            wanted = [
+                Wanted(item, _resolved(planner, item))
+                for item in plan.items
+                if item.type == LoadItemType.TENSOR
+            ]
+            self._load_tensors(wanted, reading)
+        for item, data in objects:
+            planner.load_bytes(item, data)
+        for one in wanted:
+            planner.commit_tensor(one.item, one.target)
+
+    def close(self) -> None:
+        """Close the open files of a load that ends before it reads."""
+        self._inputs.close()
+
+    def _verify(self, fetches: Sequence[Fetch], **others: Collection[str]) -> None:
+        if self._options.is_verified:
+            # `find_place` refuses a verified load that has no manifest.
+            assert self._place.manifest is not None
+            verify_ranges(self._place, self._place.manifest, fetches, **others)
+
+
+def _resolved(planner: LoadPlanner, item: ReadItem) -> torch.Tensor:
+    target = planner.resolve_tensor(item).detach()
+    if target.shape != item.lengths:
+        raise MismatchError(
+            "the planner returns a tensor of the wrong shape for an item",
+            phase="read",
+            fqn=item.dest_index.fqn,
+            expected=f"shape {list(item.lengths)}",
+            found=f"shape {list(target.shape)}",
+        )
+    return target
+
+
+class DCPLoad(Load):
+    """A load from the DCP half."""
+
+    def __init__(self, place: CheckpointPlace, options: LoadOptions, *, rank: int | None) -> None:
+        """Read the metadata.
+
+        Args:
+            place: Where the checkpoint is.
+            options: The options of the reader.
+            rank: Read the metadata that this rank saved without collectives; `None` reads that of
+                the whole checkpoint.
+
+        Raises:
+            ReadError: If there is no metadata, or it cannot be read.
+            CorruptCheckpointError: If it is not valid DCP metadata.
+        """
+        super().__init__(place, OpenInputs(place.files), options)
+        self.metadata = read_dcp_metadata(place.files, rank)
+        if self.metadata.storage_meta is None:
+            self.metadata.storage_meta = StorageMeta()
+        self.metadata.storage_meta.load_id = str(uuid.uuid4())
+        self._source = DCPSource(self._inputs, self.metadata)
+
+    def check(self, planner: LoadPlanner, given: Mapping[str, Any]) -> None:
+        """Check that what is loaded is there; see `Load.check`."""
+        missing, faults = misfits(planner, given, self.metadata)
+        if missing or faults:
+            mismatched = (f"{fqn} ({fault})" for fqn, fault in faults.items())
+            Findings(tuple(missing), tuple(mismatched)).refuse(self._place.files.path)
+
+    def _read_objects(self, items: Sequence[ReadItem]) -> list[tuple[ReadItem, Any]]:
+        allow = self._options.allow_pickled_objects
+        files = {self._source.file_of(item) for item in items}
+        self._verify((), whole=(METADATA_NAME,), objects_in=files)
+        found = self._source.read_objects(items, allow_pickled_objects=allow)
+        return list(zip(items, found, strict=True))
+
+    def _load_tensors(self, wanted: Sequence[Wanted], reading: Reading) -> None:
+        fetches, whole, expected = self._source.guessed_fetches(wanted)
+        self._verify(fetches)
+        targets = [one.target for one in wanted]
+        differing = reading.run(self._inputs, plan_reads(fetches, expected), targets)
+        if differing:
+            wrong = {wanted[number].item.storage_index for number in differing}
+            again = [one for one in wanted if one.item.storage_index in wrong]
+            fetches, unusual = self._source.fetches(again)
+            run_reads(self._inputs, plan_reads(fetches), [one.target for one in again])
+            whole += unusual
+        for read in whole:
+            self._source.load_whole(read)
+
+
+class HFLoad(Load):
+    """A load from a HuggingFace directory, through specs."""
+
+    def __init__(
+        self, place: CheckpointPlace, options: LoadOptions, *, state_dict: Mapping[str, Any] | None
+    ) -> None:
+        """Read index and headers, and describe the stored tensors as runtime tensors.
+
+        Args:
+            place: Where the directory is.
+            options: The options of the reader.
+            state_dict: The state dict to load into: it shows which entry holds the model. `None` if
+                it is unknown.
+
+        Raises:
+            ReadError: If there are no weights, or they cannot be read.
+            CorruptCheckpointError: If headers or index are damaged.
+            PlanningError: If it is not clear which entry is the model.
+        """
+        tensors = {} if state_dict is None else flat_tensors(state_dict)
+        paths = {fqn: path for fqn, (path, _) in tensors.items()}
+        prefix = model_prefix(paths, key=options.key) if paths else ()
+        start = "".join(f"{part}." for part in prefix)
+        in_model = names_in_model(paths, prefix)
+        names = set(in_model.values())
+        self._source, inputs = open_hf_source(place, options.specs, names=names)
+        super().__init__(place, inputs, options)
+        self._name_of = {f"{start}{name}": name for name in self._source.names()}
+        self._name_of |= self._tied_in_memory({fqn: tensors[fqn][1] for fqn in in_model})
+        self.metadata = Metadata(
+            {fqn: self._entry(name) for fqn, name in self._name_of.items()},
+            planner_data={},
+            storage_data={},
+            storage_meta=StorageMeta(load_id=str(uuid.uuid4())),
+        )
+
+    def _tied_in_memory(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+        """Find tensors that are not stored, but share their memory with a tensor that is."""
+        there: dict[Any, str] = {}
+        found: dict[str, str] = {}
+        if tensors.keys() <= self._name_of.keys():
+            return found
+        for fqn, tensor in tensors.items():
+            if fqn in self._name_of:
+                there[memory_identity(tensor)] = self._name_of[fqn]
+        for fqn, tensor in tensors.items():
+            identity = memory_identity(tensor)
+            if fqn not in self._name_of and identity is not None and identity in there:
+                found[fqn] = there[identity]
+        return found
+
+    def _entry(self, name: str) -> TensorStorageMetadata:
+        shape, dtype = self._source.kind(name)
+        size = torch.Size(shape)
+        chunk = ChunkStorageMetadata(torch.Size([0] * len(size)), size)
+        return TensorStorageMetadata(TensorProperties(dtype), size, [chunk])
+
+    def check(self, planner: LoadPlanner, given: Mapping[str, Any]) -> None:
+        """Check that what is loaded is there; see `Load.check`."""
+        missing, faults = misfits(planner, given, self.metadata)
+        values = loaded_values(planner, given)
+        for fqn, value in values.items():
+            if isinstance(value, torch.Tensor) and fqn in self._name_of and fqn not in faults:
+                fault = self._source.fault(self._name_of[fqn], tuple(value.shape), value.dtype)
+                if fault is not None:
+                    faults[fqn] = fault
+        if not missing and not faults:
+            return
+        taken = {
+            key
+            for fqn in values
+            if fqn in self._name_of
+            for key in self._source.keys_of(self._name_of[fqn])
+        }
+        Findings(
+            tuple(missing),
+            tuple(f"{fqn} ({fault})" for fqn, fault in faults.items()),
+            tuple(self._source.stored.keys() - taken),
+        ).refuse(self._place.weights.path, hint=_HINT)
+
+    def _load_tensors(self, wanted: Sequence[Wanted], reading: Reading) -> None:
+        blocks = {}
+        for one in wanted:
+            item = one.item
+            name = self._name_of[item.storage_index.fqn]
+            box = Box(tuple(item.storage_offsets), tuple(item.lengths))
+            # Tied tensors share one memory: fill it once.
+            where = (name, box, one.target.data_ptr(), one.target.stride(), one.target.dtype)
+            blocks[where] = WantedBlock(name, box, one.target)
+        load_blocks(
+            self._place,
+            self._source,
+            self._inputs,
+            list(blocks.values()),
+            is_verified=self._options.is_verified,
+            reading=reading,
+        )
+
+
+_HINT = (
+    "a HuggingFace directory holds only the model, so load {'model': ...} from it; if names differ "
+    "or are tied, pass specs=[LoadSpec(...)], with alias_of for tied names"
+)

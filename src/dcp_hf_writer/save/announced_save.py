@@ -1,0 +1,55 @@
+"""Find the save that a rank takes part in, and check that the rank's plan belongs to it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.save.commit import StagingDirectory
+from dcp_hf_writer.save.rank_progress import MEETING
+
+if TYPE_CHECKING:
+    from dcp_hf_writer.plan.global_plan import RankPlan
+    from dcp_hf_writer.save.attempt import Attempt
+
+_FIND_S = 60.0
+"""Longest wait for the coordinator's record, which is stored before any rank gets its plan."""
+
+
+def planned_directory(attempt: Attempt, own: RankPlan) -> StagingDirectory:
+    """Return the directory that the coordinator made for this save.
+
+    A rank other than the coordinator also records the directory in `attempt`.
+
+    Args:
+        attempt: The save.
+        own: What this rank is to write.
+
+    Raises:
+        PlanningError: If the ranks share no store, or this rank's plan is part of another plan.
+        RankLostError: If the coordinator announced no save to this path.
+    """
+    member = attempt.member
+    if member.is_coordinator and attempt.directory is not None:
+        directory = attempt.directory
+        plan_id = "" if attempt.global_plan is None else attempt.global_plan.plan_id
+    else:
+        if member.rendezvous is None:
+            msg = "this rank shares no store with the other ranks of the save"
+            raise PlanningError(msg, rank=attempt.rank, phase="write", path=attempt.target)
+        timeout_s = min(attempt.context.left_s(), _FIND_S)
+        found = member.rendezvous.find(attempt.target, timeout_s=timeout_s, rank=attempt.rank)
+        MEETING.fall_in(found.count)
+        directory, plan_id = StagingDirectory(attempt.target, found.save_id), found.plan_id
+        attempt.work_in(directory, count=found.count)
+    if plan_id != own.plan_id:
+        msg = "the plan of this rank is not part of the coordinator's plan"
+        raise PlanningError(
+            msg,
+            rank=attempt.rank,
+            phase="write",
+            expected=f"part of plan {plan_id[:12]}" if plan_id else "a plan of the coordinator",
+            found=f"part of plan {own.plan_id[:12]}",
+            hint="pass the same HFExport on every rank, and no planner of an earlier run",
+        )
+    return directory

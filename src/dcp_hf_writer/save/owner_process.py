@@ -1,0 +1,154 @@
+"""The process that makes a checkpoint: what to record so that others can tell if it is dead."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+import threading
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+# States in /proc/<pid>/stat of a process that does not write any more.
+_GONE = frozenset("ZXx")
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Identifies a process; a later process with the same number compares as different."""
+
+    host: str
+    """Host name."""
+    boot_id: str
+    """Identifier of the host's boot; all containers of a host see the same one."""
+    pid_namespace: str
+    """Pid namespace that `pid` belongs to."""
+    pid: int
+    """Process id."""
+    started: int
+    """When the process started, in clock ticks since boot."""
+
+    @classmethod
+    def me(cls) -> Owner:
+        """Return this process."""
+        pid = os.getpid()
+        return cls(socket.gethostname(), host_id(), _pid_namespace(), pid, _started(pid)[1])
+
+    @classmethod
+    def from_json(cls, value: Any) -> Owner | None:
+        """Read a record made by `to_json`; returns `None` if `value` is not one."""
+        if not isinstance(value, dict) or set(value) != set(cls.__slots__):
+            return None
+        texts = all(isinstance(value[k], str) for k in ("host", "boot_id", "pid_namespace"))
+        numbers = all(isinstance(value[k], int) for k in ("pid", "started"))
+        return cls(**value) if texts and numbers else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the record as plain values."""
+        return asdict(self)
+
+    def is_dead(self) -> bool | None:
+        """Whether the process is gone; `None` if this host or pid namespace cannot tell."""
+        if self.host == socket.gethostname() and self.boot_id != host_id():
+            return True
+        if self.boot_id != host_id() or self.pid_namespace != _pid_namespace():
+            return None
+        state, started = _started(self.pid)
+        return state in _GONE or started != self.started
+
+
+def host_id() -> str:
+    """Return the boot id of this host; processes with equal ids share one page cache.
+
+    Without a readable boot id, returns the host name.
+    """
+    try:
+        return _BOOT_ID.read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def page_cache_id(target: str) -> str:
+    """Return an id of the page cache that writes to a path use: the host's id and the device.
+
+    If the path does not exist, its nearest existing parent tells the device.
+    """
+    path = target
+    while not os.path.exists(path) and path != os.path.dirname(path):
+        path = os.path.dirname(path)
+    return f"{host_id()}:{os.stat(path).st_dev}"
+
+
+def _pid_namespace() -> str:
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
+
+
+def _started(pid: int) -> tuple[str, int]:
+    """Return state and start time of a process; `("X", -1)` if there is no such process.
+
+    Source:
+        proc_pid_stat(5), fields 3 and 22; the name in parentheses may contain any character.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "X", -1
+    return fields[0], int(fields[19])
+
+
+_active: set[str] = set()
+_active_lock = threading.Lock()
+
+
+def new_save_id() -> str:
+    """Make the id of a save: unique, sortable by time, with the host tag and pid of its process."""
+    now = time.strftime("%Y%m%dT%H%M%S", time.gmtime())
+    return f"{now}-{_host_tag()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
+
+
+def is_over_here(save_id: str) -> bool:
+    """Whether the id alone proves that a save ran on this host and no process works on it now."""
+    fields = save_id.split("-")
+    if len(fields) <= _PID_FIELD or fields[1] != _host_tag() or not fields[_PID_FIELD].isdigit():
+        return False
+    pid = int(fields[_PID_FIELD])
+    if pid == os.getpid():
+        with _active_lock:
+            return save_id not in _active
+    return _started(pid)[0] in _GONE
+
+
+_PID_FIELD = 2
+
+
+def _host_tag() -> str:
+    """Return a hash of host and pid namespace, eight characters long."""
+    return hashlib.sha256((host_id() + _pid_namespace()).encode()).hexdigest()[:8]
+
+
+def mark_active(save_id: str) -> None:
+    """Record that a save of this process is running."""
+    with _active_lock:
+        _active.add(save_id)
+
+
+def mark_ended(save_id: str) -> None:
+    """Record that a save of this process has ended, whether it succeeded or failed."""
+    with _active_lock:
+        _active.discard(save_id)
+
+
+def is_abandoned(save_id: str, owner: Owner) -> bool | None:
+    """Whether no process works on a save any more; `None` if this process cannot tell."""
+    if owner == Owner.me():
+        with _active_lock:
+            return save_id not in _active
+    return owner.is_dead()

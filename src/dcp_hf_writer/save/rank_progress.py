@@ -1,0 +1,242 @@
+"""How the ranks of a save see each other's progress without collectives: records in a store.
+
+A collective that waits for a lost rank ends at the group's own timeout and does not name the rank.
+The records here say which save is running and how far each rank has come, so that an error can name
+the ranks that did not answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from dcp_hf_writer.errors import RankLostError
+from dcp_hf_writer.torch_seam.default_store import default_store
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_log = logging.getLogger(__name__)
+
+_PREFIX = "dcp-hf-writer"
+
+# Phases of a save, in the order in which a rank goes through them.
+PHASES = ("plan", "write", "written", "finish", "failed")
+
+# Once a collective broke, the other live ranks fail too: how long they may take to report it.
+POST_MORTEM_S = 3.0
+
+_POLL_S = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What the coordinator tells the other ranks about the running save."""
+
+    save_id: str
+    """Id of the save."""
+    plan_id: str
+    """Id of the global plan; a rank whose plan has another id must not write."""
+    world_size: int
+    """Number of ranks that take part."""
+    count: int
+    """Number of saves that the coordinator has begun; the other ranks take it over."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a rank has come."""
+
+    count: int
+    """Number of saves that the rank has begun."""
+    phase: str
+    """Its phase, one of `PHASES`."""
+    host: str
+    """Its host name, for messages."""
+    pid: int
+    """Its process id, for messages."""
+
+
+class Rendezvous:
+    """Records of the ranks of a process group, in the store of `torch.distributed`.
+
+    Thread-safe if the store is. Uses a clone of the store where it can be cloned, so that a wait
+    here does not block the trainer's own use of the store.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        """Find the members of a group; `None` stands for the default group."""
+        self._store = _store()
+        self._me = dist.get_rank()
+        self._members = list(
+            dist.get_process_group_ranks(group)
+            if group is not None
+            else range(dist.get_world_size())
+        )
+
+    def announce(self, target: str, announcement: Announcement) -> None:
+        """Tell the other ranks which save to `target` is running (coordinator)."""
+        self._store.set(_key("save", target), json.dumps(asdict(announcement)))
+
+    def withdraw(self, target: str) -> None:
+        """Remove the record of a save that has ended (coordinator)."""
+        self._store.delete_key(_key("save", target))
+
+    def find(self, target: str, *, timeout_s: float, rank: int) -> Announcement:
+        """Return what the coordinator announced for `target`.
+
+        The coordinator announces a save before any rank gets its plan, so the record is there and
+        only the store can take time.
+
+        Args:
+            target: Path of the checkpoint.
+            timeout_s: How long to wait for the store, in seconds.
+            rank: This rank within the process group of the save, for the message.
+
+        Raises:
+            RankLostError: If there is no valid record within `timeout_s`.
+        """
+        key = _key("save", target)
+        try:
+            self._store.wait([key], timedelta(seconds=max(timeout_s, 0.1)))
+            return Announcement(**json.loads(self._store.get(key)))
+        except (dist.DistError, RuntimeError, ValueError, TypeError) as error:
+            msg = "the coordinator announced no save to this path"
+            raise RankLostError(
+                msg,
+                rank=rank,
+                phase="write",
+                path=target,
+                found=f"{type(error).__name__}",
+                hint="every rank must pass the same path; if it does, the coordinator is gone",
+            ) from error
+
+    def post(self, progress: Progress) -> None:
+        """Tell the other ranks how far this rank has come."""
+        self._store.set(f"{_PREFIX}/rank/{self._me}", json.dumps(asdict(progress)))
+
+    def progress(self) -> dict[int, Progress | None]:
+        """Return how far each member has come, by global rank; `None` if it never posted."""
+        found: dict[int, Progress | None] = {}
+        for rank in self._members:
+            key = f"{_PREFIX}/rank/{rank}"
+            found[rank] = (
+                Progress(**json.loads(self._store.get(key))) if self._store.check([key]) else None
+            )
+        return found
+
+    def silent_ranks(self, mine: Progress, *, wait_s: float) -> list[str]:
+        """Return the ranks that do not get as far as this one within `wait_s` seconds, as text.
+
+        Called when a collective broke or the deadline passed.
+        """
+        until = time.monotonic() + wait_s
+        while True:
+            behind = [
+                f"rank {rank}" + (f" ({p.host}, pid {p.pid}, last in {p.phase})" if p else "")
+                for rank, p in self.progress().items()
+                if rank != self._me and _is_behind(p, mine)
+            ]
+            if not behind or time.monotonic() > until:
+                return behind
+            time.sleep(_POLL_S)
+
+
+def _is_behind(other: Progress | None, mine: Progress) -> bool:
+    if other is None or other.count < mine.count:
+        return True
+    return other.count == mine.count and _order(other) < _order(mine)
+
+
+def _order(progress: Progress) -> int:
+    # Only the coordinator enters "finish": for the other ranks, "written" is just as far.
+    phase = "written" if progress.phase == "finish" else progress.phase
+    return PHASES.index(phase)
+
+
+def lost_ranks_error(
+    silent: Sequence[str],
+    *,
+    rank: int,
+    phase: str,
+    target: str,
+    save_id: str | None,
+    outcome: str,
+) -> RankLostError:
+    """Make the error that names the ranks that did not answer.
+
+    Args:
+        silent: The ranks that did not answer, as text.
+        rank: This rank.
+        phase: Phase that this rank was in.
+        target: Path of the checkpoint.
+        save_id: Id of the save, if known.
+        outcome: Whether the checkpoint is committed, in words.
+    """
+    msg = "the save was given up because some ranks did not answer"
+    return RankLostError(
+        msg,
+        rank=rank,
+        phase=phase,
+        path=target,
+        expected="an answer from every rank" + (f" in save {save_id}" if save_id else ""),
+        found=f"no answer from {', '.join(silent)}; {outcome}",
+        hint="the process group cannot be used for saving any more; restart the lost ranks",
+    )
+
+
+def _key(kind: str, target: str) -> str:
+    return f"{_PREFIX}/{kind}/{hashlib.sha256(target.encode()).hexdigest()[:32]}"
+
+
+def _store() -> Any:
+    # All groups share the default group's store. A group's own store only adds a prefix to the
+    # keys, and torch itself uses the keys under that prefix.
+    store = default_store()
+    clone = getattr(store, "clone", None)
+    if clone is None:
+        return store
+    try:
+        return clone()
+    except (RuntimeError, NotImplementedError) as error:
+        _log.debug("the store cannot be cloned (%s); using the trainer's store", error)
+        return store
+
+
+class Meeting:
+    """What this process keeps from save to save: its save count, and the records of a group."""
+
+    def __init__(self) -> None:
+        """Start before the first save."""
+        self._count = 0
+        self._known: tuple[Any, dist.ProcessGroup | None, Rendezvous] | None = None
+
+    def next_count(self) -> int:
+        """Count a new save of this process, and return the new count."""
+        self._count += 1
+        return self._count
+
+    def fall_in(self, count: int) -> None:
+        """Take over the coordinator's count: it differs after a save failed early on one rank."""
+        self._count = count
+
+    def rendezvous_of(self, group: dist.ProcessGroup | None) -> Rendezvous | None:
+        """Return the records of a group, made once; `None` if this is the only rank."""
+        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
+            return None
+        # Each initialisation of torch.distributed makes a new store, which needs new records.
+        store = default_store()
+        if self._known is None or self._known[0] is not store or self._known[1] is not group:
+            self._known = (store, group, Rendezvous(group))
+        return self._known[2]
+
+
+MEETING = Meeting()
+"""One for the whole process: a rank counts its saves across all writers."""

@@ -1,0 +1,86 @@
+"""The fixed facts of one save on one rank: frozen values, each set by one step of the save."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from dcp_hf_writer.staging.same_memory import memory_of, tied_groups
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dcp_hf_writer.errors import CheckpointError
+    from dcp_hf_writer.save.rank_progress import Rendezvous
+    from dcp_hf_writer.staging.slab import StagedInfo
+    from dcp_hf_writer.torch_seam.caller_frames import Planned
+
+
+@dataclass(frozen=True, slots=True)
+class SaveContext:
+    """The facts of a save that are fixed when it begins, in the thread that runs it."""
+
+    target: str
+    """Path of the checkpoint."""
+    deadline: float
+    """`time.monotonic()` by which the save must be done."""
+    staged: StagedInfo | None = None
+    """What staging found out; `None` for a synchronous save."""
+    refusal: CheckpointError | None = None
+    """Why the save cannot go on; the writer raises it where torch passes it on to all ranks."""
+    began: float = field(default_factory=time.monotonic)
+    """`time.monotonic()` when the save began."""
+    thread: threading.Thread = field(default_factory=threading.current_thread)
+    """The thread that runs the save."""
+
+    def left_s(self) -> float:
+        """Return the seconds until the deadline; 0 if it has passed."""
+        return max(0.0, self.deadline - time.monotonic())
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """This rank's part in a save, as torch reports it."""
+
+    rank: int = 0
+    """Rank within the process group of the save."""
+    is_coordinator: bool = True
+    """Whether this rank plans globally and commits."""
+    rendezvous: Rendezvous | None = None
+    """Records of the ranks; `None` if no other rank takes part."""
+    count: int = 0
+    """Number of saves that this process has begun."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankView:
+    """What a rank is to save, as known before its plan is made."""
+
+    planned: Planned
+    """The planner, and its flat state dict."""
+    memory: Mapping[str, int]
+    """Number of each tensor's memory, by FQN; tied tensors have equal numbers."""
+
+    @classmethod
+    def of(cls, planned: Planned, staged: StagedInfo | None) -> RankView:
+        """Make the view; staging found the memory numbers, or else the planned tensors tell."""
+        return cls(planned, memory_of(planned.state_dict) if staged is None else staged.memory)
+
+    def tied(self) -> tuple[tuple[str, ...], ...]:
+        """Return the groups of FQNs whose tensors share one memory."""
+        return tied_groups(self.memory)
+
+
+@dataclass(frozen=True, slots=True)
+class SentFacts:
+    """What a rank's report repeats, so that the coordinator can recognise facts of an older save.
+
+    DCP's plan cache may show the coordinator an older plan of this rank.
+    """
+
+    stamp: str = ""
+    """Stamp of the `LocalFacts` in this rank's local plan."""
+    withheld_samples: bytes | None = None
+    """Samples of those facts if DCP does not send the plan; `None` if it does."""

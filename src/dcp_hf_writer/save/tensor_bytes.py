@@ -1,0 +1,104 @@
+"""The bytes of the tensors that a save writes, and their digests; each is computed once."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import xxhash
+
+from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.tensors.boxes import Box
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from torch.distributed.checkpoint.metadata import MetadataIndex
+    from torch.distributed.checkpoint.planner import SavePlanner, WriteItem
+
+_EMPTY = memoryview(b"")
+
+# Rows shorter than `_ROW_NBYTES` are copied together, at most `_COPIED_NBYTES` at a time. So one
+# buffer of a system call holds many rows, and each copy is freed before the next one is made.
+_ROW_NBYTES = 64 << 10
+_COPIED_NBYTES = 8 << 20
+
+
+def host_bytes(tensor: torch.Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor, without a copy if it is in host memory."""
+    if not tensor.numel():
+        return _EMPTY
+    return tensor.reshape(-1).view(torch.uint8).cpu().numpy().data
+
+
+def row_major_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor in row-major order; long contiguous rows are not copied."""
+    if tensor.is_contiguous():
+        yield host_bytes(tensor)
+        return
+    row_nbytes = tensor.nbytes // tensor.shape[0]
+    if row_nbytes > _COPIED_NBYTES or (row_nbytes >= _ROW_NBYTES and tensor[0].is_contiguous()):
+        for row in tensor.unbind():
+            yield from row_major_bytes(row)
+        return
+    for rows in tensor.split(max(1, _COPIED_NBYTES // row_nbytes)):
+        yield host_bytes(rows.contiguous())
+
+
+class TensorSource:
+    """Resolves write items to tensors; there is one per save and rank.
+
+    Staged tensors lie in the slab and are used in place. A synchronous save has the trainer's own
+    tensors, on any device; each part is copied to host memory when it is written.
+    """
+
+    def __init__(self, planner: SavePlanner) -> None:
+        """Resolve items with a planner that torch has set up."""
+        self._planner = planner
+        self._digests: dict[MetadataIndex, str] = {}
+
+    def tensor(self, item: WriteItem) -> torch.Tensor:
+        """Return the item's tensor; if the item is one block of a tensor, a view of that block.
+
+        Raises:
+            PlanningError: If the tensor does not fit the plan, which may happen with a reused plan.
+        """
+        found = self._planner.resolve_data(item)
+        if not isinstance(found, torch.Tensor) or item.tensor_data is None:
+            msg = "the planner must resolve a tensor item to a tensor"
+            raise PlanningError(msg, phase="write", fqn=item.index.fqn, found=type(found).__name__)
+        tensor = found.detach().resolve_conj().resolve_neg()
+        planned = (item.tensor_data.properties.dtype, tuple(item.tensor_data.chunk.sizes))
+        if planned != (tensor.dtype, tuple(tensor.shape)):
+            msg = "a tensor does not have the dtype and shape of the plan"
+            raise PlanningError(
+                msg,
+                phase="write",
+                fqn=item.index.fqn,
+                expected=f"{planned[0]} of shape {list(planned[1])}",
+                found=f"{tensor.dtype} of shape {list(tensor.shape)}",
+                hint="torch's plan caching does not notice a new dtype; the next save makes a new "
+                "plan",
+            )
+        return tensor
+
+    def digest(self, item: WriteItem, data: memoryview) -> str:
+        """Return the digest of the item's whole data; both halves share one computation."""
+        known = self._digests.get(item.index)
+        if known is None:
+            known = self._digests[item.index] = digest_of(data)
+        return known
+
+
+def digest_of(data: memoryview | bytes) -> str:
+    """Return the xxh3_64 of some bytes, in hex."""
+    return str(xxhash.xxh3_64_hexdigest(data))
+
+
+def chunk_of(item: WriteItem) -> Box:
+    """Return the box of the global tensor that a tensor item writes."""
+    if item.tensor_data is None or item.tensor_data.chunk is None:
+        msg = "a tensor item of the plan has no chunk"
+        raise PlanningError(msg, phase="plan", fqn=item.index.fqn)
+    chunk = item.tensor_data.chunk
+    return Box(tuple(chunk.offsets), tuple(chunk.sizes))

@@ -1,0 +1,51 @@
+"""The one place that chooses the backend for reading."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from dcp_hf_writer.errors import ConfigError
+from dcp_hf_writer.storage.fsspec_inputs import FsspecFiles
+from dcp_hf_writer.storage.local_inputs import LocalFiles
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dcp_hf_writer.storage.input_contract import InputFiles
+
+# `LocalFiles` reads these, because fsspec does not report where links lead.
+_LOCAL_SCHEMES = ("file://", "local://")
+
+
+def open_directory(
+    path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None
+) -> InputFiles:
+    """Return the files below a local path or an fsspec URL; the path need not exist.
+
+    Choose a new backend for one URL scheme here, before fsspec, which reads every other URL.
+
+    Args:
+        path: A local path; a URL if it contains `://`.
+        storage_options: Options of the URL, as fsspec takes them.
+
+    Raises:
+        ConfigError: If `path` is neither a path nor a URL, if fsspec does not support its protocol,
+            or if a local path comes with options.
+    """
+    text = os.fspath(path)
+    if isinstance(text, str):
+        for scheme in _LOCAL_SCHEMES:
+            text = text.removeprefix(scheme)
+    # An empty path would mean the working directory.
+    if not isinstance(text, str) or not text or "\0" in text:
+        raise ConfigError("path must be a path or a URL", found=repr(path))
+    if "://" in text:
+        return FsspecFiles(text, storage_options)
+    if storage_options:
+        raise ConfigError(
+            "storage_options are for URLs",
+            expected="None for a path",
+            found=sorted(storage_options),
+        )
+    return LocalFiles(os.path.abspath(text))

@@ -1,0 +1,102 @@
+"""The files that a rank has open during a save, and the threads that fsync them meanwhile."""
+
+from __future__ import annotations
+
+import os
+import time
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING
+
+from dcp_hf_writer.errors import SaveTimeoutError
+
+if TYPE_CHECKING:
+    from dcp_hf_writer.storage.posix_outputs import OutputFile
+
+# An fsync mostly waits for the device. If a few run at once, the device can merge their work.
+_SYNC_THREADS = 4
+
+
+class OpenFiles:
+    """Files between their first write and their fsync, and the threads that fsync them."""
+
+    def __init__(self) -> None:
+        """Start without files; threads start with the first fsync."""
+        self._pool = ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="dcp-hf-sync")
+        self._open: dict[str, OutputFile] = {}
+        self._syncing: list[tuple[Future[None], OutputFile]] = []
+
+    def keep(self, file: OutputFile) -> OutputFile:
+        """Keep a file open until `take` returns it by its path."""
+        self._open[file.path] = file
+        return file
+
+    def take(self, path: str) -> OutputFile | None:
+        """Return a kept file, which is then no longer kept; `None` if there is none."""
+        return self._open.pop(path, None)
+
+    def sync(self, file: OutputFile) -> None:
+        """Fsync and close a file in the background; `join` reports errors."""
+        try:
+            future = self._pool.submit(_sync_and_close, file)
+        except RuntimeError:
+            # The interpreter is exiting. It waits for saves in flight but starts no new threads.
+            future = Future()
+            try:
+                _sync_and_close(file)
+            except Exception as error:  # noqa: BLE001 - `join` reports it
+                future.set_exception(error)
+            else:
+                future.set_result(None)
+        self._syncing.append((future, file))
+
+    def sync_kept(self) -> None:
+        """Fsync and close all files that are still kept."""
+        for path in list(self._open):
+            self.sync(self._open.pop(path))
+
+    def join(self, *, deadline: float) -> list[tuple[str, BaseException]]:
+        """Wait until all fsyncs are done.
+
+        Args:
+            deadline: `time.monotonic()` after which waiting ends.
+
+        Returns:
+            Path and error of each file that could not be made durable.
+
+        Raises:
+            SaveTimeoutError: If they are not done by the deadline.
+        """
+        futures = [future for future, _ in self._syncing]
+        wait(futures, timeout=max(0.0, deadline - time.monotonic()))
+        stuck = [file.path for future, file in self._syncing if not future.done()]
+        if stuck:
+            msg = "files could not be made durable by the deadline of the save"
+            raise SaveTimeoutError(
+                msg, phase="write", path=stuck[0], found=f"{len(stuck)} files still in fsync"
+            )
+        syncing, self._syncing = self._syncing, []
+        ended = [(file.path, future.exception()) for future, file in syncing]
+        return [(path, error) for path, error in ended if error is not None]
+
+    def discard_below(self, path: str) -> None:
+        """Close the kept files below a directory without fsync; their content is not needed."""
+        for kept in [name for name in self._open if name.startswith(os.path.join(path, ""))]:
+            self._open.pop(kept).discard()
+
+    def close(self) -> None:
+        """End the threads. Call `join` for all files first."""
+        self._pool.shutdown(wait=False)
+
+    def abandon(self) -> None:
+        """Close files after a failure and cancel waiting fsyncs; the data is not needed."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        for path in list(self._open):
+            self._open.pop(path).discard()
+        for future, file in self._syncing:
+            if future.cancelled():
+                file.discard()
+
+
+def _sync_and_close(file: OutputFile) -> None:
+    with file:
+        file.sync()

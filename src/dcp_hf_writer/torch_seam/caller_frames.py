@@ -1,0 +1,154 @@
+"""Find the planner and the state dict of a save or load in the frames of torch's functions.
+
+torch passes the planner to a storage writer only in `write_data`, and the state dict never. The
+checks against silent data loss need both before the global plan is made. A synchronous save also
+needs an object that torch drops when the save ends, so that its resources can be given back.
+
+Mechanism: walk up the stack to torch's `_save_state_dict` or `_load_state_dict` (or to `local_step`
+within them), and read the local variables `planner`, `state_dict` and `distW`. A frame counts only
+if it has all three names with values of the right types, so that a frame of the user is not
+mistaken for torch's. The writer and the reader later compare this planner with the one that torch
+passes to `write_data` and `read_data`.
+
+Looked at: torch 2.10 to 2.15. When torch changes: `find_save` raises. `find_load` returns `None`,
+and the reader then refuses to load. Nothing is saved or loaded without the checks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
+from torch.distributed.checkpoint.utils import _DistWrapper
+
+from dcp_hf_writer.mapping.flattening import flat_tensors
+from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+    from dcp_hf_writer.errors import UnsupportedTorchError
+    from dcp_hf_writer.mapping.model_entry import Path
+
+_STATE_DICT, _PLANNER, _RANKS = "state_dict", "planner", "distW"
+
+
+@dataclass(frozen=True, slots=True)
+class TorchSave:
+    """The save that torch is running, as found in torch's frames."""
+
+    planner: SavePlanner
+    """Planner of the save."""
+    given: Mapping[str, Any]
+    """The nested state dict that torch gives to the planner."""
+    anchor: object
+    """An object that lives as long as the save."""
+
+
+@dataclass(frozen=True, slots=True)
+class TorchLoad:
+    """The load that torch is running, as found in torch's frames."""
+
+    planner: LoadPlanner
+    """Planner of the load."""
+    given: Mapping[str, Any]
+    """The nested state dict that torch gives to the planner."""
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """A planner, and the flat state dict that it plans to save."""
+
+    planner: SavePlanner
+    state_dict: Mapping[str, Any]
+    """Values by FQN."""
+    paths: Mapping[str, Path]
+    """Path of each value within the nested state dict, by FQN; without an entry, it is the FQN."""
+
+    @classmethod
+    def of(cls, planner: SavePlanner, given: Mapping[str, Any]) -> Planned:
+        """Take the flat state dict from a planner, or else flatten the tensors of `given`.
+
+        torch's planners show their flat state dict as `state_dict`. For a planner that does not,
+        this method names the tensors of `given` as torch's planners would.
+        """
+        shown = getattr(planner, "state_dict", None)
+        if isinstance(shown, Mapping):
+            paths = getattr(planner, "mappings", None)
+            return cls(planner, shown, paths if isinstance(paths, Mapping) else {})
+        tensors = flat_tensors(given)
+        return cls(
+            planner,
+            {fqn: tensor for fqn, (_, tensor) in tensors.items()},
+            {fqn: path for fqn, (path, _) in tensors.items()},
+        )
+
+
+def find_save() -> TorchSave:
+    """Find the save whose writer calls this function.
+
+    Raises:
+        UnsupportedTorchError: If no caller is torch's `_save_state_dict` with the known locals.
+    """
+    found = _locals_of_torch(SavePlanner)
+    if found is None:
+        raise unsupported_torch(
+            "the planner of the save",
+            phase="plan",
+            expected="torch's _save_state_dict on the stack, with planner, state_dict and distW",
+            hint="call dcp.save or dcp.async_save, with a version of torch that this package "
+            "was tested with",
+        )
+    return TorchSave(found[_PLANNER], found[_STATE_DICT], found[_RANKS])
+
+
+def find_load() -> TorchLoad | None:
+    """Find the load whose reader calls this function; return `None` if there is none."""
+    found = _locals_of_torch(LoadPlanner)
+    return None if found is None else TorchLoad(found[_PLANNER], found[_STATE_DICT])
+
+
+def unknown_load() -> UnsupportedTorchError:
+    """Make the error for a reader that `find_load` found no load for."""
+    return unsupported_torch(
+        "the planner of the load",
+        phase="plan",
+        expected="torch's _load_state_dict on the stack, with planner, state_dict and distW",
+        hint="call dcp.load, with a version of torch that this package was tested with, or load_hf",
+    )
+
+
+def other_planner(kind: str, *, rank: int | None = None) -> UnsupportedTorchError:
+    """Make the error for a planner that differs from the planner that the checks looked at.
+
+    Args:
+        kind: `save` or `load`.
+        rank: Rank on which it happened, if known.
+    """
+    phase, step = ("write", "write_data") if kind == "save" else ("read", "read_data")
+    return unsupported_torch(
+        f"the planner of the {kind} in time",
+        rank=rank,
+        phase=phase,
+        expected="the same planner in every step",
+        found=f"another planner in {step}",
+        hint=f"pass one planner to the {kind}, and do not replace it during the {kind}",
+    )
+
+
+def _locals_of_torch(kind: type[SavePlanner | LoadPlanner]) -> dict[str, Any] | None:
+    """Return planner, state dict and ranks from the nearest caller that has all three as locals."""
+    wanted: dict[str, type] = {_PLANNER: kind, _STATE_DICT: Mapping, _RANKS: _DistWrapper}
+    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001 - torch has no other way
+    while frame is not None:
+        code = frame.f_code
+        names = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
+        if wanted.keys() <= names:
+            found = {name: frame.f_locals.get(name) for name in wanted}
+            if all(isinstance(found[name], type_) for name, type_ in wanted.items()):
+                return found
+        frame = frame.f_back
+    return None

@@ -1,0 +1,33 @@
+"""Find the key-value store that all ranks of the default process group share.
+
+Mechanism: `torch.distributed.distributed_c10d._get_default_store`. `init_process_group` gets or
+makes this store. torch has no public function that returns it.
+
+Looked at: torch 2.10 to 2.15. When torch changes: `default_store` raises, so every save of several
+ranks fails.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.distributed import distributed_c10d
+
+from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
+
+
+def default_store() -> Any:
+    """Return the store of the default process group, which must be initialised.
+
+    Raises:
+        UnsupportedTorchError: If torch no longer has `_get_default_store`.
+    """
+    find = getattr(distributed_c10d, "_get_default_store", None)
+    if find is None:
+        raise unsupported_torch(
+            "the store of the process group",
+            phase="plan",
+            expected="_get_default_store in torch.distributed.distributed_c10d",
+            hint="use a version of torch that this package was tested with",
+        )
+    return find()
