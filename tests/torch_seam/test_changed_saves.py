@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -147,6 +148,21 @@ def test_save_without_collectives_is_refused_when_torch_does_not_say_so(tmp_path
     loaded = {"own0": torch.full((2,), 7.0), "own1": torch.full((2,), 7.0)}
     dcp.load(loaded, checkpoint_id=tmp_path / "step-1")
     assert torch.equal(loaded["own1"], torch.ones(2))
+
+
+def test_staging_goes_on_when_the_save_of_another_writer_has_failed(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    other = dcp.FileSystemWriter(tmp_path / "file" / "step-1")
+    stager = HFDualWriter(tmp_path / "step-1", timeout_s=10)
+    gc.disable()
+    try:
+        saving = dcp.async_save({"w": torch.ones(3)}, storage_writer=other, async_stager=stager)
+        with pytest.raises(CheckpointException):
+            saving.result()
+        del saving
+        assert torch.equal(stager.stage({"w": torch.ones(3)})["w"], torch.ones(3))
+    finally:
+        gc.enable()
 
 
 def test_staging_does_not_wait_when_the_last_state_dict_had_no_data(tmp_path: Path) -> None:
