@@ -193,14 +193,10 @@ class HFDualWriter(StorageWriter, SlabStager):
             attempt.end()
             raise attempt.context.refusal
         save = find_save()
-        view = RankView.of(Planned.of(save.planner, save.given), attempt.context.staged)
+        view = RankView.of(Planned.of(save.planner, save.given))
         attempt.see(view)
-        member = Membership(
-            rank=int(kwargs.get("rank", 0)),
-            is_coordinator=is_coordinator,
-            rendezvous=MEETING.rendezvous_of(self.process_group),
-            count=MEETING.next_count(),
-        )
+        rendezvous = MEETING.rendezvous_of(self.process_group)
+        member = Membership.of(save.ranks, is_coordinator, rendezvous, MEETING.next_count())
         attempt.enter(member)
         PLAN_CACHE.begin_plan(view.tied())
 
@@ -236,11 +232,13 @@ class HFDualWriter(StorageWriter, SlabStager):
         A failure leaves no files behind.
 
         Raises:
+            ConfigError: If the save runs with `use_collectives=False`.
             PlanningError: If the state dict does not fit the options of the export.
             StorageError: If the target or the file system does not allow the save.
         """
         attempt = self._current()
         attempt.check()
+        check_options.check_collectives(is_used=len(plans) == attempt.member.world_size)
         if len(plans) == 1:
             attempt.save_alone()
         export, assets = self._export_of(attempt)
@@ -382,6 +380,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             if error is not None:
                 coordinator.check_dcp_stands_alone(plan, error)
                 coordinator.drop_export(directory, self._subdir)
+            coordinator.check_written(metadata, plain)
             self._finish_dcp(attempt, directory, metadata, plain)
             coordinator.publish(
                 directory,

@@ -107,7 +107,7 @@ class DryRun:
             is_coordinator=self._is_coordinator,
         )
         plan = self.planner.create_local_plan()
-        view = self._view = RankView.of(Planned.of(self.planner, state_dict), None)
+        view = self._view = RankView.of(Planned.of(self.planner, state_dict))
         facts = local_facts(
             plan,
             view,

@@ -29,6 +29,8 @@ _SHOWN = 4
 def check_plan(plan: SavePlan, planned: Planned, export: HFExport | None) -> None:
     """Check that the plan covers all blocks of tensors with several blocks or declared shards.
 
+    Every check of a save looks up tensors by FQN in `planned`, so the plan must use these FQNs.
+
     Args:
         plan: The planner's plan on this rank; marked not usable if the planner reuses the plan of
             the previous save.
@@ -36,10 +38,11 @@ def check_plan(plan: SavePlan, planned: Planned, export: HFExport | None) -> Non
         export: Options of the export, whose specs declare shards.
 
     Raises:
-        PlanningError: If the items of a tensor are not its blocks. The error names the planner to
-            pass.
+        PlanningError: If the items of a tensor are not its blocks, and the error names the planner
+            to pass; or if the plan has a tensor that `planned` lacks.
         UnsupportedTorchError: If the planner reuses a plan and does not show it.
     """
+    _check_seen(plan, planned)
     specs, key = ({}, None) if export is None else (export.spec_by_fqn, export.key)
     expected = blocked_tensors(planned.state_dict, planned.paths, specs, key=key)
     made = plan if plan.usable or not expected else _reused_plan(planned)
@@ -58,6 +61,19 @@ def check_plan(plan: SavePlan, planned: Planned, export: HFExport | None) -> Non
                 found=_text(map(chunk_of, found[fqn])) + f", by {type(planned.planner).__name__}",
                 hint="pass planner=HFSavePlanner(specs) to the save, with the specs of the export; "
                 "for DTensors alone, HFSavePlanner() is enough",
+            )
+
+
+def _check_seen(plan: SavePlan, planned: Planned) -> None:
+    for item in plan.items:
+        if item.tensor_data is not None and item.index.fqn not in planned.state_dict:
+            raise PlanningError(
+                "the plan has a tensor that the planner does not show, so it cannot be checked",
+                phase="plan",
+                fqn=item.index.fqn,
+                expected="an FQN of the planner's state_dict, or of the state dict of the save",
+                found=f"an FQN that only {type(planned.planner).__name__} knows",
+                hint="give the planner an attribute state_dict: a dict of its values by FQN",
             )
 
 

@@ -38,7 +38,7 @@ def begin_save(target: str, *, timeout_s: float, give_back: Callable[[], None]) 
     lease: Lease | None = None
     try:
         save = find_save()
-        anchor, refusal = save.anchor, failure_in(save.given)
+        anchor, refusal = save.ranks, failure_in(save.given)
         handover, lease = STAGER.handover_of(save.given)
         if lease is not None:
             lease.take_up()

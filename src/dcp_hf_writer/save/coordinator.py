@@ -12,6 +12,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from dcp_hf_writer.errors import (
     CommitError,
@@ -46,6 +47,8 @@ from dcp_hf_writer.storage.posix_outputs import (
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    import torch
+    from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.storage import WriteResult
 
     from dcp_hf_writer.mapping.hf_export import HFExport
@@ -266,6 +269,36 @@ def check_files(
             raise CoverageError(
                 msg, phase="finish", path=path, expected=f"{nbytes} bytes", found=found
             )
+
+
+def check_written(metadata: Metadata, results: Iterable[Sequence[WriteResult]]) -> None:
+    """Check that the ranks wrote everything that the planner's metadata lists.
+
+    A planner may drop items after the local plans were checked. torch would then publish metadata
+    of data that no file has.
+
+    Args:
+        metadata: The planner's metadata.
+        results: Results of the DCP half, by rank.
+
+    Raises:
+        CoverageError: If an entry or a chunk was not written; names the first one.
+    """
+    written = {result.index for of_rank in results for result in of_rank}
+    for fqn, entry in metadata.state_dict_metadata.items():
+        places: list[torch.Size | None] = [None]
+        if isinstance(entry, TensorStorageMetadata):
+            places = [chunk.offsets for chunk in entry.chunks]
+        for offsets in places:
+            if MetadataIndex(fqn, offsets) not in written:
+                raise CoverageError(
+                    "no rank wrote a part that the planner's metadata lists",
+                    phase="finish",
+                    fqn=fqn,
+                    expected="an item of a plan" + (f" at {list(offsets)}" if offsets else ""),
+                    found="none",
+                    hint="use a planner whose create_global_plan and finish_plan keep every item",
+                )
 
 
 def check_dcp_stands_alone(plan: GlobalPlan, error: ExportError) -> None:

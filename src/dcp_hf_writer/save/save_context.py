@@ -12,6 +12,8 @@ from dcp_hf_writer.staging.same_memory import memory_of, tied_groups
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from torch.distributed.checkpoint.utils import _DistWrapper
+
     from dcp_hf_writer.errors import CheckpointError
     from dcp_hf_writer.save.rank_progress import Rendezvous
     from dcp_hf_writer.staging.slab import StagedInfo
@@ -46,12 +48,29 @@ class Membership:
 
     rank: int = 0
     """Rank within the process group of the save."""
+    world_size: int = 1
+    """Number of ranks of the save."""
     is_coordinator: bool = True
     """Whether this rank plans globally and commits."""
     rendezvous: Rendezvous | None = None
     """Records of the ranks; `None` if no other rank takes part."""
     count: int = 0
     """Number of saves that this process has begun."""
+
+    @classmethod
+    def of(
+        cls,
+        ranks: _DistWrapper,
+        is_coordinator: bool,  # noqa: FBT001 - torch's
+        rendezvous: Rendezvous | None,
+        count: int,
+    ) -> Membership:
+        """Make it from the ranks of the save, as torch's frames show them.
+
+        torch also passes the rank to the writer, but only if the method's signature has `**kwargs`.
+        A subclass or a decorator may lack that.
+        """
+        return cls(ranks.get_rank(), ranks.get_world_size(), is_coordinator, rendezvous, count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +83,10 @@ class RankView:
     """Number of each tensor's memory, by FQN; tied tensors have equal numbers."""
 
     @classmethod
-    def of(cls, planned: Planned, staged: StagedInfo | None) -> RankView:
-        """Make the view; staging found the memory numbers, or else the planned tensors tell."""
-        return cls(planned, memory_of(planned.state_dict) if staged is None else staged.memory)
+    def of(cls, planned: Planned) -> RankView:
+        """Make the view of what a planner was given; staged tensors are tied as the originals."""
+        # Not from what staging found: other code may change the state dict after staging.
+        return cls(planned, memory_of(planned.state_dict))
 
     def tied(self) -> tuple[tuple[str, ...], ...]:
         """Return the groups of FQNs whose tensors share one memory."""

@@ -9,6 +9,7 @@ times as long as the copy into the page. If CUDA is in use, the slab is pinned.
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import mmap
 import os
@@ -328,6 +329,10 @@ class SlabPool:
                 if waited > _SAY_AFTER_S and not is_said:
                     is_said = True
                     _log.info("save of %s waits for the save of %s", what, self._lease.what)
+                    if self._lease.is_pending:
+                        # Another writer may have saved the staged copy and failed. The frames in
+                        # the traceback of its error hold the copy in a reference cycle.
+                        gc.collect()
                 time.sleep(_POLL_S if waited > _POLL_S else _POLL_S / 20)
             slab = self._slab
             if slab is not None and slab.pid != os.getpid():

@@ -59,7 +59,8 @@ class StagedStateDict(dict[str, Any]):
         if lease is None:
             self.on_send()
             return _rebuild_failed, (failure_in(self),)
-        lease.take_up()
+        if self.offsets:
+            lease.take_up()
         try:
             self.on_send()
             buffer = io.BytesIO()

@@ -165,6 +165,10 @@ class Stager:
             stall_s=time.monotonic() - began,
         )
         staged.lease, lease.handover = lease, Handover(deadline, info)
+        if not nbytes:
+            # A save finds its lease by tensors in the slab. Without any, no save ends the lease,
+            # and the next staging would wait for as long as the caller keeps `staged`.
+            lease.release()
         return Staged(staged, info, lease, copies)
 
     def handover_of(self, state_dict: Mapping[str, Any]) -> tuple[Handover | None, Lease | None]:

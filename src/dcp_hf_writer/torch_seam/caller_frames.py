@@ -44,8 +44,8 @@ class TorchSave:
     """Planner of the save."""
     given: Mapping[str, Any]
     """The nested state dict that torch gives to the planner."""
-    anchor: object
-    """An object that lives as long as the save."""
+    ranks: _DistWrapper
+    """The ranks of the save. This object lives as long as the save."""
 
 
 @dataclass(frozen=True, slots=True)
