@@ -212,4 +212,3 @@ def _is_within(copy: Copy, shape: Shape) -> bool:
 
 def _are(kind: type, values: object) -> bool:
     return type(values) is tuple and all(type(one) is kind for one in values)
-
