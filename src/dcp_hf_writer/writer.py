@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -41,6 +40,7 @@ from dcp_hf_writer.save.owner_process import new_save_id
 from dcp_hf_writer.save.rank_progress import MEETING, Announcement
 from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
 from dcp_hf_writer.save.write_phase import WritePhase, export_error, take_reports
+from dcp_hf_writer.save.writer_saves import WriterSaves
 from dcp_hf_writer.staging.staged_state_dict import refuse_failed
 from dcp_hf_writer.storage.posix_outputs import write_errors
 from dcp_hf_writer.storage.write_slots import WriteSlots
@@ -137,7 +137,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.strategy = strategy
         self.timeout_s = timeout_s
         self.host_budget_bytes = host_budget_bytes
-        self._attempt: Attempt | None = None
+        self._saves = WriterSaves()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Wait for an earlier save of this writer, then take `checkpoint_id` as the path.
@@ -147,9 +147,10 @@ class HFDualWriter(StorageWriter, SlabStager):
             StagingBusyError: If the earlier save is still running at its deadline.
         """
         try:
-            self._wait_for_earlier_save()
+            self._saves.wait_for_earlier()
             if checkpoint_id is not None:
                 self.path = check_options.local_path(checkpoint_id)
+            self._saves.set_target(self.path)
         except CheckpointError:
             # An attempt gives the staged copy back when it ends; this save never makes one.
             self._give_back_staged()
@@ -171,16 +172,12 @@ class HFDualWriter(StorageWriter, SlabStager):
 
     def storage_meta(self) -> StorageMeta:
         """Begin a save. torch calls this method first, in the thread that runs the save."""
-        self._wait_for_earlier_save()
-        self._attempt = attempt = begin_save(
-            self.path, timeout_s=self.timeout_s, give_back=self._give_back_staged
-        )
+        self._saves.wait_for_earlier()
+        target = self._saves.take_target(self.path)
+        give_back = self._give_back_staged
+        attempt = begin_save(target, timeout_s=self.timeout_s, give_back=give_back)
+        self._saves.begin(attempt)
         return StorageMeta(checkpoint_id=attempt.target)
-
-    def _wait_for_earlier_save(self) -> None:
-        earlier = self._attempt
-        if earlier is not None and earlier.context.thread is not threading.current_thread():
-            earlier.wait_until_over()
 
     def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **kwargs: Any) -> None:  # noqa: FBT001 - torch's
         """Find the planner and the state dict of the save, and meet the other ranks.
@@ -454,7 +451,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             PlanningError: If the save would raise it too.
             StagingBusyError: If an earlier save of this writer is still running at its deadline.
         """
-        self._wait_for_earlier_save()
+        self._saves.wait_for_earlier()
         run = DryRun(self.path, self.export, self.process_group, fresh_planner(planner), self._once)
         return run.run(state_dict)
 
@@ -467,12 +464,13 @@ class HFDualWriter(StorageWriter, SlabStager):
         return self.weights == "once"
 
     def _current(self) -> Attempt:
-        if self._attempt is None:
+        if self._saves.current() is None:
             self.storage_meta()
-        if self._attempt is None:
+        attempt = self._saves.current()
+        if attempt is None:
             msg = "this writer has no save in flight"
             raise PlanningError(msg, path=self.path)
-        return self._attempt
+        return attempt
 
     def _planned(self, attempt: Attempt) -> global_plan.GlobalPlan:
         if attempt.global_plan is None:
@@ -487,7 +485,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         if self.export is not None and read is not None:
             state["_assets"] = read
             state["export"] = export_assets.without_objects(self.export)
-        for name in ("process_group", "_copies", "_lease", "_attempt"):
+        for name in ("process_group", "_copies", "_lease"):
             state[name] = None
         return state
 

@@ -544,7 +544,7 @@ def test_future_resolves_when_the_checkpointer_process_is(
     ((struck, again),) = run_ranks(save_in_process, 1, root, sig)
     assert len(hits(root)) == 1
     if sig == signal.SIGKILL:
-        check_outcomes([struck], SaveAbortedError, ("dead", "step-2", "torch does not start"))
+        check_outcomes([struck], SaveAbortedError, ("dead", "step-2", "torch does not restart"))
     else:
         words = ("step-2", "checkpointer process")
         limit_s = PROCESS_TIMEOUT_S + AFTER_DEADLINE_S

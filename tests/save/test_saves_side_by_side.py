@@ -97,6 +97,29 @@ def test_failed_staging_does_not_reach_the_next_save(tmp_path: Path) -> None:
     check_step(tmp_path / "s2", 2)
 
 
+def test_saves_of_one_writer_in_two_threads_do_not_mix(tmp_path: Path) -> None:
+    writer = HFDualWriter(tmp_path / "unused")
+    reset, begun = threading.Event(), threading.Event()
+    targets: list[str] = []
+
+    def first() -> None:
+        writer.reset(str(tmp_path / "s1"))
+        reset.set()
+        assert begun.wait(TIMEOUT_S)
+        targets.append(writer._saves.take_target("none"))
+        assert writer._saves.current() is None
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    assert reset.wait(TIMEOUT_S)
+    # Between the two calls of the other save, as when that one could not be staged.
+    dcp.save(state_of(2), storage_writer=writer, checkpoint_id=tmp_path / "s2", no_dist=True)
+    begun.set()
+    thread.join(TIMEOUT_S)
+    assert targets == [str(tmp_path / "s1")]
+    check_step(tmp_path / "s2", 2)
+
+
 def test_staged_copy_is_given_back_when_the_path_of_the_save_is_refused(tmp_path: Path) -> None:
     writer = HFDualWriter(tmp_path / "unused", timeout_s=TIMEOUT_S)
     refused = dcp.async_save(state_of(1), storage_writer=writer, checkpoint_id="s3://bucket/s1")

@@ -1,0 +1,56 @@
+"""The saves of one writer: each thread has a path and an attempt of its own, so saves never mix."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dcp_hf_writer.save.attempt import Attempt
+
+
+class WriterSaves:
+    """What a writer remembers of its saves.
+
+    torch makes all calls of one save in one thread. Two saves of one writer may overlap for a
+    moment, in two threads: a save that cannot be staged takes no part of the staging memory, so
+    nothing holds the next one back. Thread-safe.
+    """
+
+    def __init__(self) -> None:
+        """Start without a save."""
+        self._thread = threading.local()
+        self._latest: Attempt | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A checkpointer process has saves of its own.
+        return WriterSaves, ()
+
+    def wait_for_earlier(self) -> None:
+        """Wait for the latest save if it runs in another thread.
+
+        Raises:
+            StagingBusyError: If it is still running at its deadline.
+        """
+        earlier = self._latest
+        if earlier is not None and earlier.context.thread is not threading.current_thread():
+            earlier.wait_until_over()
+
+    def set_target(self, path: str) -> None:
+        """Set the path of the next save of the calling thread."""
+        self._thread.target = path
+
+    def take_target(self, default: str) -> str:
+        """Return the path that `set_target` set in this thread, once; otherwise `default`."""
+        target: str | None = getattr(self._thread, "target", None)
+        self._thread.target = None
+        return default if target is None else target
+
+    def begin(self, attempt: Attempt) -> None:
+        """Note the save that the calling thread runs from now on."""
+        self._thread.attempt = self._latest = attempt
+
+    def current(self) -> Attempt | None:
+        """Return the save that the calling thread runs; `None` if it began none."""
+        found: Attempt | None = getattr(self._thread, "attempt", None)
+        return found
