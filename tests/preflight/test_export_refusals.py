@@ -99,7 +99,7 @@ def unreadable_exports(root: Path) -> dict[str, Callable[[], HFExport]]:
 
 
 # Error and what its message must name.
-SAYS_WHAT_IS_MISSING = Version(torch.__version__) >= Version("2.11")
+SAYS_WHAT_IS_MISSING = Version(torch.__version__) >= Version("2.13")
 
 REFUSALS: dict[str, tuple[type[Exception], tuple[str, ...]]] = {
     "missing key": (LayoutError, ("absent",)),
@@ -118,7 +118,7 @@ REFUSALS: dict[str, tuple[type[Exception], tuple[str, ...]]] = {
     "ambiguous entry": (ModelKeyError, ("generator", "critic", "key=")),
     "unknown dtype": (LayoutError, ("odd", "complex128")),
     "unknown dtype of half numbers": (LayoutError, ("odd", "complex32")),
-    # Torch's planner sees this one before us; since 2.11 it says what is missing.
+    # Torch's planner sees this one before us. Version 2.11 does not say what is missing.
     "gap": (ValueError, ("model.w", "24", "12") if SAYS_WHAT_IS_MISSING else ("global plan",)),
     "not in like": (LayoutError, ("'v'", "'w'")),
 }

@@ -108,7 +108,7 @@ def with_writer_of_torch(root: Path, mesh: DeviceMesh | None) -> None:
     for step, make in (
         (13, lambda path: FileSystemWriter(path, thread_count=2)),
         (14, lambda path: FileSystemWriter(path, single_file_per_rank=False)),
-        (33, FsspecWriter),
+        (33, lambda path: FsspecWriter(str(path))),
     ):
         path = root / f"given-{step}"
         writer = HFDualWriter(path, dcp_writer=make(path))
