@@ -5,16 +5,17 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.thread import _threads_queues
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.device_mesh import init_device_mesh
 
 from dcp_hf_writer import HFDualWriter
-from dcp_hf_writer.errors import UnsupportedTorchError
-from dcp_hf_writer.torch_seam.future_guard import find_future
+from dcp_hf_writer.errors import UnsupportedTorchError, WriteError
+from dcp_hf_writer.torch_seam.future_guard import find_future, own_error
 from support.lost_lookups import assert_nothing_is_there, refusal, save, without
 from support.ranks import run_ranks
 from support.small_states import difference, state_of
@@ -50,20 +51,33 @@ def test_overlapped_save_is_refused_too_when_the_future_cannot_be_found(tmp_path
 
 
 def test_save_of_what_another_stager_staged_is_refused_without_its_future(tmp_path: Path) -> None:
-    stager = DefaultStager(
-        StagingOptions(
+    def options() -> dict[str, Any]:
+        # A stager of torch 2.11 stages once.
+        staging = StagingOptions(
             use_pinned_memory=False,
             use_shared_memory=False,
             use_async_staging=False,
             use_non_blocking_copy=False,
         )
-    )
-    options = {"no_dist": True, "async_stager": stager}
+        return {"no_dist": True, "async_stager": DefaultStager(staging)}
+
     with without("future"):
-        assert refusal("thread", state_of(1), HFDualWriter(tmp_path / "x"), **options) is not None
+        assert refusal("thread", state_of(1), HFDualWriter(tmp_path / "x"), **options()) is not None
     assert_nothing_is_there(tmp_path, "x")
-    save("thread", state_of(2), HFDualWriter(tmp_path / "step-2"), **options)
+    save("thread", state_of(2), HFDualWriter(tmp_path / "step-2"), **options())
     assert difference(tmp_path / "step-2", 2) is None
+
+
+def test_error_of_a_save_does_not_lead_back_to_itself() -> None:
+    inner = WriteError("the device is full", path="x")
+    wrapped = CheckpointException("write", {1: _wrap_exception(inner)})
+    found = own_error(wrapped)
+    assert found is inner
+    assert found.rank == 1
+    chain: list[BaseException | None] = [found]
+    while chain[-1] is not None:
+        chain.append(chain[-1].__cause__ or chain[-1].__context__)
+        assert chain[-1] is not wrapped
 
 
 def test_thread_of_an_executor_is_known_before_the_executor_has_entered_it() -> None:

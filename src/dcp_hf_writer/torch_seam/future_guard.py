@@ -167,6 +167,7 @@ def own_error(error: BaseException) -> CheckpointError | None:
             if isinstance(inner, CheckpointError):
                 if inner.rank is None:
                     inner.rank = rank
-                inner.__cause__ = error
+                # Not `raise inner from error`: `error` holds `inner`, and Python would print the
+                # two in turn, again and again.
                 return inner
     return None
