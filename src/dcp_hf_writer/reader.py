@@ -185,6 +185,7 @@ class HFDualReader(StorageReader):
         if failed is not None:
             raise failed
         self._current().check(self._torch_load().planner, self._torch_load().given)
+        self._thread.checked = {"set_up_storage_reader"}
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Check that the plan treats the blocks of a tensor one by one.
@@ -201,6 +202,7 @@ class HFDualReader(StorageReader):
         """
         planner, given = self._torch_load().planner, self._torch_load().given
         check_blocks(plan, planner, given, self._options.specs, key=self._options.key)
+        self._thread.checked.add("prepare_local_plan")
         steps = ("prepare_local_plan", "prepare_global_plan", "read_data")
         if not plans_alone(planner) or not has_methods_of(HFDualReader, self, *steps):
             return plan
@@ -215,11 +217,21 @@ class HFDualReader(StorageReader):
         """Read the items of a plan; the tensors are loaded on return.
 
         Raises:
+            ConfigError: If a subclass has skipped the checks.
             CheckpointError: If an item cannot be read, or must not be loaded.
         """
         load = self._current()
         if self._torch_load().planner is not planner:
             raise other_planner("load")
+        skipped = {"set_up_storage_reader", "prepare_local_plan"} - self._thread.checked
+        if skipped:
+            raise ConfigError(
+                "the checks of this load were skipped",
+                phase="read",
+                expected=f"calls of HFDualReader.{' and '.join(sorted(skipped))} before read_data",
+                found=f"a {type(self).__name__} that does not make them",
+                hint="call the method of HFDualReader in the method that replaces it",
+            )
         items = getattr(self._thread, "items", None)
         if items is not None:
             plan = replace(plan, items=items)
@@ -252,6 +264,7 @@ class HFDualReader(StorageReader):
         load: Load | None = getattr(self._thread, "load", None)
         self._thread.load = self._thread.failed = self._thread.items = None
         self._thread.torch_load = None
+        self._thread.checked = set()
         if load is not None:
             load.close()
 

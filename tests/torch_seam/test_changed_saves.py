@@ -1,4 +1,4 @@
-"""A planner, a stager or a subclass that changes what is saved loses nothing in silence."""
+"""A planner, a stager or a subclass that changes a save or a load loses nothing in silence."""
 
 from __future__ import annotations
 
@@ -170,3 +170,28 @@ def test_staging_does_not_wait_when_the_last_state_dict_had_no_data(tmp_path: Pa
     kept = writer.stage({"step": 1, "empty": torch.zeros(0, 3)})
     again = writer.stage({"step": 2, "w": torch.ones(3)})
     assert (kept["step"], again["step"]) == (1, 2)
+
+
+class SkipsTheFit(HFDualReader):
+    def set_up_storage_reader(self, *_: Any, **__: Any) -> None:
+        """Leave out what `HFDualReader` checks here."""
+
+
+class SkipsTheBlocks(HFDualReader):
+    def prepare_local_plan(self, plan: Any) -> Any:
+        return plan
+
+
+@pytest.mark.parametrize("reader", [SkipsTheFit, SkipsTheBlocks])
+@pytest.mark.parametrize("source", ["dcp", "hf"])
+def test_load_is_refused_when_a_reader_skips_checks(
+    reader: type[HFDualReader], source: Any, tmp_path: Path
+) -> None:
+    path = tmp_path / "step-1"
+    state = {"model": {"w": torch.ones(2, 3)}}
+    dcp.save(state, storage_writer=HFDualWriter(path, export=HFExport(assets=())))
+    target = {"model": {"w": torch.full((2, 3), 7.0)}}
+    with pytest.raises(CheckpointException) as raised:
+        dcp.load(target, storage_reader=reader(path, source=source))
+    assert isinstance(own_error(raised.value), ConfigError)
+    assert torch.equal(target["model"]["w"], torch.full((2, 3), 7.0))
