@@ -24,10 +24,9 @@ from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.plan import global_plan
 from dcp_hf_writer.plan.global_plan import RankPlan
-from dcp_hf_writer.preflight import check_options
+from dcp_hf_writer.preflight import check_options, rank_facts
 from dcp_hf_writer.preflight.drifted_ties import untrue_tie
 from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
-from dcp_hf_writer.preflight.rank_facts import check_facts, check_reported_facts, local_facts
 from dcp_hf_writer.save import coordinator, export_assets
 from dcp_hf_writer.save.announced_save import planned_directory
 from dcp_hf_writer.save.async_stager import SlabStager
@@ -209,7 +208,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt = self._current()
         refuse_failed(item.index.fqn for item in plan.items)
         PLAN_CACHE.check_sent(plan)
-        facts = local_facts(
+        facts = rank_facts.local_facts(
             plan,
             attempt.view,
             target=attempt.target,
@@ -245,7 +244,10 @@ class HFDualWriter(StorageWriter, SlabStager):
         whole = whole_plans(plans, attempt.view.planned.planner)
         is_cached = is_from_cache(whole)
         if not is_cached:
-            check_facts(whole)
+            rank_facts.check_facts(whole)
+        untrue = None if export is None else rank_facts.untrue_tie_of_ranks(whole)
+        if untrue is not None:
+            attempt.leave_out_export(untrue)
         known, result = self._plan(whole, export, assets)
         if known.layout is not None and export is not None and assets is not None:
             coordinator.check_names(known.layout, assets, export)
@@ -372,7 +374,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             attempt.check()
             plain, reports = take_reports(results)
             if not attempt.are_facts_checked:
-                check_reported_facts(plan.plans, reports)
+                rank_facts.check_reported_facts(plan.plans, reports)
             errors = [r.export_error for r in reports if r.export_error is not None]
             error = attempt.export_error or (errors[0] if errors else None)
             if error is None:

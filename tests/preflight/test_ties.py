@@ -12,13 +12,12 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
 from dcp_hf_writer.errors import ExportError, WriteError
+from support.rank_process import Raised
 from support.ranks import run_ranks
 from support.stock_readers import load_dcp, load_hf
 
 if TYPE_CHECKING:
     from pathlib import Path
-
-    from support.rank_process import Raised
 
 SHAPE = (6, 4)
 
@@ -86,8 +85,6 @@ def test_nothing_is_published_when_the_export_alone_would_hold_the_weights(tmp_p
 
 
 def save_sharded(rank: int, world_size: int, path: Path) -> tuple[Raised | None, bool]:
-    from support.rank_process import Raised
-
     mesh = init_device_mesh("cpu", (world_size,))
     tensors = {"embed": embed(), "head": drifted()}
     state: dict[str, Any] = {
@@ -108,3 +105,42 @@ def test_difference_on_one_rank_is_enough(tmp_path: Path) -> None:
             raised.reraise()
         assert is_committed
     assert not (tmp_path / "one" / "hf").exists()
+
+
+def save_placed(rank: int, world_size: int, path: Path, case: str) -> Raised | None:
+    """Save two tensors that are declared to be tied, and that no rank can compare."""
+    mesh = init_device_mesh("cpu", (world_size,))
+    model: dict[str, torch.Tensor] = {}
+    if case == "sharded differently":
+        model["embed"] = distribute_tensor(embed(), mesh, [Shard(0)])
+        model["head"] = distribute_tensor(drifted(), mesh, [Shard(1)])
+    elif case == "a DTensor and a whole tensor":
+        model["embed"] = distribute_tensor(embed(), mesh, [Shard(0)])
+        model["head"] = drifted()
+    elif rank == 0:
+        model["embed"] = embed()
+    else:
+        model["head"] = drifted()
+    writer = HFDualWriter(path, export=GIVEN)
+    try:
+        dcp.async_save({"model": model}, storage_writer=writer).result()
+    except BaseException as error:  # noqa: BLE001 torch's CheckpointException is no Exception
+        return Raised.of(error)
+    return None
+
+
+@pytest.mark.parametrize(
+    "case", ["sharded differently", "a DTensor and a whole tensor", "on different ranks"]
+)
+def test_tie_that_cannot_be_compared_costs_the_export_and_not_the_checkpoint(
+    tmp_path: Path, case: str
+) -> None:
+    for raised in run_ranks(save_placed, 2, tmp_path / "one", case):
+        assert raised is not None
+        assert isinstance(raised.error, ExportError)
+        assert "cannot be compared" in str(raised.error)
+        assert "export both" in str(raised.error)
+    assert not (tmp_path / "one" / "hf").exists()
+    found = load_dcp(tmp_path / "one", {"model": {"embed": embed() * 0, "head": embed() * 0}})
+    assert torch.equal(found["model"]["head"], drifted())
+    assert torch.equal(found["model"]["embed"], embed())

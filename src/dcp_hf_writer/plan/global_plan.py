@@ -45,6 +45,8 @@ class LocalFacts:
     """Samples of tensors that may look like replicas; `detect_hand_sharded` compares them."""
     stamp: str = ""
     """Unique to this rank and save: DCP's plan cache may show the facts of an earlier save."""
+    lone_ties: tuple[tuple[str, str, bool], ...] = ()
+    """Declared ties of which the rank holds only one tensor, as `drifted_ties` lists them."""
 
 
 @dataclass(frozen=True, slots=True)

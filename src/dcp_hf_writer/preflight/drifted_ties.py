@@ -7,6 +7,7 @@ would serve another model than the trained one.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,7 +18,7 @@ from dcp_hf_writer.mapping.spec_match import model_names
 from dcp_hf_writer.mapping.tied_names import declared_ties
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.torch_seam.caller_frames import Planned
@@ -27,6 +28,25 @@ HOW_TO_TIE = (
     "shard them in one fully_shard group, or call model.tie_weights() after it; or export both, "
     "without alias_of and tied"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class UntrueTie:
+    """Two tensors that are declared to be tied, and are not known to be equal."""
+
+    dropped: str
+    """FQN of the tensor that the export would leave out."""
+    kept: str
+    """FQN of the tensor that it would keep."""
+    is_compared: bool
+    """Whether their values differ; `False` if they are sharded differently, so nobody can tell."""
+
+    @property
+    def found(self) -> str:
+        """What is wrong, for an error message."""
+        if self.is_compared:
+            return "different values"
+        return "another sharding, so the values cannot be compared"
 
 
 def untrue_tie(
@@ -41,24 +61,70 @@ def untrue_tie(
         rank: This rank.
 
     Returns:
-        An error if two such tensors have different bytes on this rank; otherwise `None`.
+        An error if two such tensors have different bytes on this rank, or cannot be compared;
+        otherwise `None`.
     """
-    state_dict, paths = planned.state_dict, planned.paths
-    if not any(declared_ties(export, ())) or not state_dict:
-        return None
-    tensors = {
-        fqn: paths.get(fqn, (fqn,)) for fqn, v in state_dict.items() if isinstance(v, torch.Tensor)
-    }
-    drifted = drifted_tie(state_dict, model_names(tensors, key=export.key), export, memory)
+    names = _names_in_model(planned, export)
+    drifted = drifted_tie(planned.state_dict, names, export, memory)
     if drifted is None:
         return None
+    return _error(drifted.dropped, drifted.kept, drifted.found, rank=rank)
+
+
+def lone_ties(planned: Planned, export: HFExport | None) -> tuple[tuple[str, str, bool], ...]:
+    """List the declared ties of which this rank holds one tensor and not the other.
+
+    Args:
+        planned: What this rank plans to save.
+        export: Options of the export; `None` if there is none.
+
+    Returns:
+        For each tie, the name of the dropped tensor, the name of the kept one, and whether this
+        rank holds the dropped one.
+    """
+    names = set() if export is None else set(_names_in_model(planned, export).values())
+    if export is None or not names:
+        return ()
+    declared = dict(declared_ties(export, names)).items()
+    return tuple((d, k, d in names) for d, k in declared if (d in names) != (k in names))
+
+
+def tie_apart(lone: Iterable[tuple[str, str, bool]]) -> ExportError | None:
+    """Refuse a declared tie of two tensors that different ranks hold: nobody can compare them.
+
+    Args:
+        lone: What `lone_ties` found on all ranks.
+    """
+    dropped: set[tuple[str, str]] = set()
+    kept: set[tuple[str, str]] = set()
+    for drop, keep, holds_dropped in lone:
+        (dropped if holds_dropped else kept).add((drop, keep))
+    for drop, keep in sorted(dropped & kept):
+        return _error(drop, keep, "each on another rank, so the values cannot be compared")
+    return None
+
+
+def _names_in_model(planned: Planned, export: HFExport) -> Mapping[str, str]:
+    """Return the name of each tensor of the model, by FQN; empty if no tie is declared."""
+    if not any(declared_ties(export, ())):
+        return {}
+    paths = planned.paths
+    tensors = {
+        fqn: paths.get(fqn, (fqn,))
+        for fqn, value in planned.state_dict.items()
+        if isinstance(value, torch.Tensor)
+    }
+    return model_names(tensors, key=export.key) if tensors else {}
+
+
+def _error(dropped: str, kept: str, found: str, *, rank: int | None = None) -> ExportError:
     return ExportError(
         "tensors that are declared to be tied are not equal",
         rank=rank,
         phase="plan",
-        fqn=drifted[0],
-        expected=f"the values of {drifted[1]!r}, because the export keeps only those",
-        found="different values",
+        fqn=dropped,
+        expected=f"the values of {kept!r}, because the export keeps only those",
+        found=found,
         hint=HOW_TO_TIE,
     )
 
@@ -68,8 +134,8 @@ def drifted_tie(
     names: Mapping[str, str],
     export: HFExport,
     memory: Mapping[str, int],
-) -> tuple[str, str] | None:
-    """Find two tensors that are declared to be tied but differ on this rank.
+) -> UntrueTie | None:
+    """Find two tensors that are declared to be tied, but differ or cannot be compared on this rank.
 
     Args:
         tensors: Values by FQN; not all need to be tensors.
@@ -78,32 +144,31 @@ def drifted_tie(
         memory: Number of each tensor's memory, by FQN; equal numbers mean shared memory.
 
     Returns:
-        FQN of the tensor that the export would leave out, and of the one that it would keep;
-        `None` if no two differ.
+        The first such pair; `None` if there is none.
     """
     fqn_of = {name: fqn for fqn, name in names.items()}
     for drop, keep in dict(declared_ties(export, fqn_of)).items():
         one, other = fqn_of.get(drop), fqn_of.get(keep)
         if one is None or other is None or memory.get(one) == memory.get(other) is not None:
             continue
-        if _differ(tensors[one], tensors[other]):
-            return one, other
+        are_equal = _are_equal(tensors[one], tensors[other])
+        if not are_equal:
+            return UntrueTie(one, other, is_compared=are_equal is not None)
     return None
 
 
-def _differ(one: Any, other: Any) -> bool:
-    """Whether two tensors differ in bytes on this rank; `False` if they are sharded differently."""
+def _are_equal(one: Any, other: Any) -> bool | None:
+    """Whether two tensors have equal bytes on this rank; `None` if they are sharded differently."""
     if isinstance(one, DTensor) and isinstance(other, DTensor):
         if (one.device_mesh, one.placements) != (other.device_mesh, other.placements):
-            return False
+            return None
         one, other = one.to_local(), other.to_local()
     if isinstance(one, DTensor) or isinstance(other, DTensor):
-        return False
+        return None
     if (one.shape, one.dtype) != (other.shape, other.dtype):
-        return True
-    if one.is_meta or other.is_meta:
         return False
-    return not torch.equal(_bytes(one), _bytes(other))
+    # Tensors without data are equal as far as a dry run can tell.
+    return one.is_meta or other.is_meta or torch.equal(_bytes(one), _bytes(other))
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

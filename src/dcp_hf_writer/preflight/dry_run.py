@@ -25,7 +25,7 @@ from dcp_hf_writer.plan.global_plan import GlobalPlan, RankPlan, plan_globally, 
 from dcp_hf_writer.preflight.drifted_ties import untrue_tie
 from dcp_hf_writer.preflight.explanation import Explanation
 from dcp_hf_writer.preflight.explanation_rows import FileSum, RankSum, Row, left_out
-from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts
+from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts, untrue_tie_of_ranks
 from dcp_hf_writer.save.export_assets import file_of_key_in_like
 from dcp_hf_writer.save.hf_half import regions_by_file, way_of
 from dcp_hf_writer.save.save_context import RankView
@@ -123,6 +123,7 @@ class DryRun:
     def _plan_all(self, plans: list[SavePlan]) -> list[SavePlan]:
         found, _ = self.planner.create_global_plan(plans)
         check_facts(found)
+        self._error = self._error or untrue_tie_of_ranks(found)
         export, files = self.export, None
         if export is not None:
             files = file_of_key_in_like(export)

@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from dcp_hf_writer.plan.global_plan import LocalFacts
 from dcp_hf_writer.preflight.detect_hand_sharded import check_samples, samples_of
+from dcp_hf_writer.preflight.drifted_ties import lone_ties, tie_apart
 from dcp_hf_writer.preflight.plan_check import check_plan
 from dcp_hf_writer.save.owner_process import page_cache_id
 from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from torch.distributed.checkpoint.planner import SavePlan
 
+    from dcp_hf_writer.errors import ExportError
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.plan.rank_report import RankReport
     from dcp_hf_writer.save.save_context import RankView
@@ -57,6 +59,7 @@ def local_facts(
             world_size=dist.get_world_size(group) if dist.is_initialized() else 1,
         ),
         stamp=uuid.uuid4().hex,
+        lone_ties=lone_ties(view.planned, export),
     )
 
 
@@ -80,6 +83,16 @@ def check_facts(plans: Sequence[SavePlan]) -> None:
     """
     facts = [plan.storage_data for plan in plans]
     check_samples([fact.samples if isinstance(fact, LocalFacts) else b"" for fact in facts], plans)
+
+
+def untrue_tie_of_ranks(plans: Sequence[SavePlan]) -> ExportError | None:
+    """Return why a declared tie of tensors on different ranks costs the export (coordinator only).
+
+    Args:
+        plans: The global plan.
+    """
+    facts = (plan.storage_data for plan in plans)
+    return tie_apart(t for fact in facts if isinstance(fact, LocalFacts) for t in fact.lone_ties)
 
 
 def check_reported_facts(plans: Sequence[SavePlan], reports: Sequence[RankReport]) -> None:

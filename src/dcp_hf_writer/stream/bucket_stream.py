@@ -148,9 +148,9 @@ def _check_declared_ties(
         raise LayoutError(
             "tensors that are declared to be tied are not equal",
             phase="plan",
-            fqn=drifted[0],
-            expected=f"the values of {drifted[1]!r}, because only these are streamed",
-            found="other values",
+            fqn=drifted.dropped,
+            expected=f"the values of {drifted.kept!r}, because only these are streamed",
+            found=drifted.found,
             hint=HOW_TO_TIE,
         )
 
