@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.thread import _threads_queues
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch.distributed.checkpoint as dcp
@@ -49,7 +49,8 @@ def test_overlapped_save_is_refused_too_when_the_future_cannot_be_found(tmp_path
     assert difference(tmp_path / "step-2", 2) is None
 
 
-def test_save_of_what_another_stager_staged_is_refused_without_its_future(tmp_path: Path) -> None:
+def stagers_options() -> dict[str, Any]:
+    """Return options with a new stager of torch's: torch 2.11 cannot use one again once closed."""
     stager = DefaultStager(
         StagingOptions(
             use_pinned_memory=False,
@@ -58,11 +59,15 @@ def test_save_of_what_another_stager_staged_is_refused_without_its_future(tmp_pa
             use_non_blocking_copy=False,
         )
     )
-    options = {"no_dist": True, "async_stager": stager}
+    return {"no_dist": True, "async_stager": stager}
+
+
+def test_save_of_what_another_stager_staged_is_refused_without_its_future(tmp_path: Path) -> None:
     with without("future"):
-        assert refusal("thread", state_of(1), HFDualWriter(tmp_path / "x"), **options) is not None
+        said = refusal("thread", state_of(1), HFDualWriter(tmp_path / "x"), **stagers_options())
+    assert said is not None
     assert_nothing_is_there(tmp_path, "x")
-    save("thread", state_of(2), HFDualWriter(tmp_path / "step-2"), **options)
+    save("thread", state_of(2), HFDualWriter(tmp_path / "step-2"), **stagers_options())
     assert difference(tmp_path / "step-2", 2) is None
 
 
