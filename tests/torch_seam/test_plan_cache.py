@@ -147,9 +147,7 @@ def save_without_reported_facts(rank: int, world_size: int, root: Path) -> None:
             report.samples = None
         check(plans, reports)
 
-    from dcp_hf_writer import writer as module
-
-    module.check_reported_facts = forget  # type: ignore[attr-defined]
+    rank_facts.check_reported_facts = forget
     writer = HFDualWriter(root / "x")
     said = refusal("thread", model_of(rank, is_same=True), writer, planner=caching())
     assert said is not None
