@@ -266,7 +266,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt.plan(known, are_facts_checked=not is_cached)
         member = attempt.member
         if member.rendezvous is not None:
-            announcement = Announcement(directory.save_id, known.plan_id, len(plans), member.count)
+            announcement = Announcement(directory.save_id, known.plan_id, member.count)
             member.rendezvous.announce(attempt.target, announcement)
         return plans if result is None else result
 

@@ -23,6 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dcp_hf_writer import HFDualWriter, HFExport, failpoints
 from dcp_hf_writer.errors import StagingBusyError, StagingError
+from dcp_hf_writer.staging.same_memory import memory_of
 from dcp_hf_writer.staging.slab import SLABS
 from dcp_hf_writer.staging.stager import EAGER_NBYTES, Staged, Stager
 from support.audit import read_manifest
@@ -333,7 +334,7 @@ def test_tied_tensors_are_staged_once() -> None:
     found = {name: value.data_ptr() for name, value in staged.state_dict.items()}
     assert found["embed"] == found["head"]
     assert len(set(found.values())) == 3
-    memory = staged.info.memory
+    memory = memory_of(staged.state_dict)
     assert memory["embed"] == memory["head"]
     assert len(set(memory.values())) == 3
 

@@ -44,8 +44,6 @@ class Announcement:
     """Id of the save."""
     plan_id: str
     """Id of the global plan; a rank whose plan has another id must not write."""
-    world_size: int
-    """Number of ranks that take part."""
     count: int
     """Number of saves that the coordinator has begun; the other ranks take it over."""
 

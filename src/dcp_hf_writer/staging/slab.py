@@ -50,8 +50,6 @@ _SAY_AFTER_S = 1.0
 class StagedInfo:
     """Facts about a state dict that staging collects; they travel with the save."""
 
-    memory: dict[str, int]
-    """By FQN, a number for the memory of each tensor; equal for tied ones, absent if empty here."""
     nbytes: int
     """Bytes copied."""
     waited_s: float

@@ -50,11 +50,6 @@ class _Leaf(NamedTuple):
     local: torch.Tensor
 
     @property
-    def fqn(self) -> str:
-        """Its FQN in DCP's flattening. DCP does not flatten tuples; within one, our own FQN."""
-        return fqn_of(self.path)
-
-    @property
     def signature(self) -> tuple[Any, ...]:
         spec = spec_of(self.tensor)
         local = self.local
@@ -73,8 +68,6 @@ class _Program:
     """The slab tensor of each leaf."""
     copies: list[tuple[int, int]]
     """`(index of leaf, bytes)` of each distinct memory, in slab order."""
-    memory: dict[str, int]
-    """As `StagedInfo.memory`."""
     nbytes: int
     offsets: dict[int, tuple[int, torch.Tensor]]
     """As `StagedStateDict.offsets`."""
@@ -159,7 +152,6 @@ class Stager:
             raise
         lease.tie_to(staged)
         info = StagedInfo(
-            memory=program.memory,
             nbytes=program.nbytes,
             waited_s=waited_s,
             stall_s=time.monotonic() - began,
@@ -350,10 +342,9 @@ def _build_program(
         staged.append(local.view(local.shape) if spec is None else with_spec(local, spec))
         if spec is not None:
             meshes.append(spec.mesh)
-    memory = {leaf.fqn: aliases[i] for i, leaf in enumerate(leaves) if leaf.local.numel()}
     nbytes = sum(n for _, n in copies)
     offsets = _offsets(staged, locals_, slab)
-    return _Program(signature, staged, locals_, copies, memory, nbytes, offsets, meshes)
+    return _Program(signature, staged, locals_, copies, nbytes, offsets, meshes)
 
 
 def _offsets(
