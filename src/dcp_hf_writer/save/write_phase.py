@@ -99,6 +99,15 @@ class WritePhase:
             CheckpointError: If the DCP half failed, or the save was given up. The report carries
                 errors of the export instead.
         """
+        with contextlib.suppress(IndexError):
+            self.blocks = _idle_blocks.pop()
+        try:
+            return self._run()
+        finally:
+            # Also after a failure, or the next save would have to fault in a new buffer.
+            _idle_blocks[:] = [self.blocks]
+
+    def _run(self) -> list[WriteResult]:
         attempt = self.attempt
         report = RankReport(attempt.rank, socket.gethostname())
         report.export_error = attempt.export_error
@@ -106,8 +115,6 @@ class WritePhase:
         files = attempt.open_files()
         source = TensorSource(self.planner)
         results: list[WriteResult] = []
-        with contextlib.suppress(IndexError):
-            self.blocks = _idle_blocks.pop()
         tensors = [i for i in self.plan.items if i.type != WriteItemType.BYTE_IO]
         work = regions_by_file(tensors, self.own.targets)
         left_out = self._stored_once(tensors)
@@ -140,7 +147,6 @@ class WritePhase:
             files.sync_kept()
             with attempt.timed("sync"):
                 self._join(files, report)
-        _idle_blocks[:] = [self.blocks]
         reach("after fsync")
         attempt.close_files()
         report.seconds = dict(attempt.seconds)
