@@ -41,7 +41,7 @@ def skip_without(fs_type: str) -> None:
 def image(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     skip_without(request.param)
     (tmp_path / "root").mkdir()
-    return make_image(tmp_path / "image", request.param)
+    return make_image(tmp_path / f"{request.param}.img", request.param)
 
 
 def whole_state(seed: int = 0) -> dict[str, Any]:
@@ -159,8 +159,10 @@ def test_both_halves_hold_the_bytes_of_a_save_that_shares_nothing(
     state = whole_state()
     model = sum(tensor.nbytes for tensor in state["model"].values())
     twice, once = used[1] - used[0], used[2] - used[1]
-    # Column shards, the edges and what is small are still written twice.
-    assert twice - once > 0.9 * (model - state["model"]["columns"].nbytes)
+    # Column shards, the edges and what is small are still written twice. btrfs also gives new space
+    # to writes into a reserved extent of which another rank has already cloned a part.
+    part = {"xfs": 0.9, "btrfs": 0.4}[image.stem]
+    assert twice - once > part * (model - state["model"]["columns"].nbytes)
 
 
 def save_alone(
