@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from dcp_hf_writer.plan.global_plan import LocalFacts
-from dcp_hf_writer.preflight.detect_hand_sharded import check_samples, samples_of
+from dcp_hf_writer.preflight.compare_ranks import check_samples
 from dcp_hf_writer.preflight.drifted_ties import lone_ties, tie_apart, untrue_tie
 from dcp_hf_writer.preflight.plan_check import check_plan
+from dcp_hf_writer.preflight.rank_samples import samples_of
 from dcp_hf_writer.preflight.tensor_checks import check_tensors, encoded_weight
 from dcp_hf_writer.save.owner_process import page_cache_id
 from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch

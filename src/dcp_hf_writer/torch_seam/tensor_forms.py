@@ -79,6 +79,11 @@ def plain_of(tensor: torch.Tensor) -> torch.Tensor | None:
         return local.detach().as_subclass(torch.Tensor)
 
 
+def is_sharded_tensor(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is a `ShardedTensor`, which says itself what each rank holds."""
+    return isinstance(tensor, ShardedTensor)
+
+
 def is_whole_form(tensor: torch.Tensor) -> bool:
     """Whether a save stores what `torch.save` makes of a tensor: no plain tensor has its values."""
     return plain_of(tensor) is None and not isinstance(local_of(tensor), ShardedTensor)
