@@ -19,6 +19,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
 
+_SIMPLE = frozenset({int, float, bool, str, bytes, type(None)})
+
+# Longer lists are pickled, which is faster for them.
+_FEW = 64
+
+
 def digest_value(value: Any, tensors: list[torch.Tensor]) -> int | None:
     """Return a digest of a value; `None` if it cannot be pickled, or contains itself.
 
@@ -41,6 +47,8 @@ class _Digest:
         self._within: set[int] = set()
 
     def of(self, value: Any) -> bytes:
+        if _is_simple(value):
+            return _hash(b"simple", [repr(value).encode()])
         known = self.of_container(value)
         if known is not None:
             return known
@@ -72,6 +80,13 @@ class _Digest:
             found = _hash(b"set", sorted(map(self.of, value)))
         self._within.discard(id(value))
         return found
+
+
+def _is_simple(value: Any) -> bool:
+    """Whether equal values have equal texts; such a digest takes a tenth of the time."""
+    if type(value) in {list, tuple}:
+        return len(value) <= _FEW and all(type(one) in _SIMPLE for one in value)
+    return type(value) in _SIMPLE
 
 
 class _Pickler(pickle.Pickler):
