@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -161,6 +162,16 @@ def test_sparse_tensor_is_refused_alike_and_explained(tmp_path: Path, how: str) 
     with pytest.raises(BaseException, match="a tensor of this kind cannot be saved"):
         save(state, tmp_path / "c", how)
     assert not (tmp_path / "c").exists()
+
+
+def test_value_that_cannot_be_pickled_is_explained(tmp_path: Path) -> None:
+    cycle: list[Any] = []
+    cycle.append(cycle)
+    state = {"model": {"w": weight()}, "a": threading.Lock(), "b": (cycle,), "c": (lambda: 1,)}
+    problems = HFDualWriter(tmp_path / "c").explain(state).problems
+    assert ["a value cannot be pickled" in problem for problem in problems] == [True, True]
+    assert "'a'" in problems[0]
+    assert "'c'" in problems[1]
 
 
 def test_encoded_state_changes_from_save_to_save(tmp_path: Path) -> None:

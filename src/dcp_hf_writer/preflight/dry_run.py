@@ -30,7 +30,7 @@ from dcp_hf_writer.preflight.rank_facts import (
     local_facts,
     untrue_tie_of_ranks,
 )
-from dcp_hf_writer.preflight.tensor_checks import storage_faults
+from dcp_hf_writer.preflight.value_checks import pickle_faults, storage_faults
 from dcp_hf_writer.save.export_assets import file_of_key_in_like
 from dcp_hf_writer.save.hf_half import regions_by_file, way_of
 from dcp_hf_writer.save.save_context import RankView
@@ -166,7 +166,8 @@ class DryRun:
             blocks=len(rows),
             files=len(work),
         )
-        faults = storage_faults(self._view.planned, on_meta=True)
+        planned = self._view.planned
+        faults = (*storage_faults(planned, on_meta=True), *pickle_faults(planned))
         return _Local(rows, total, self._error, tuple(map(str, faults)))
 
     def _row(

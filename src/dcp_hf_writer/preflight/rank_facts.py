@@ -12,7 +12,7 @@ from dcp_hf_writer.preflight.compare_ranks import check_samples
 from dcp_hf_writer.preflight.drifted_ties import lone_ties, tie_apart, untrue_tie
 from dcp_hf_writer.preflight.plan_check import check_plan
 from dcp_hf_writer.preflight.rank_samples import samples_of
-from dcp_hf_writer.preflight.tensor_checks import check_tensors, encoded_weight
+from dcp_hf_writer.preflight.value_checks import check_tensors, encoded_weight
 from dcp_hf_writer.save.owner_process import page_cache_id
 from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 

@@ -1,13 +1,15 @@
-"""Check on this rank that each tensor can be saved, and each weight exported."""
+"""Check on this rank that each tensor and value can be saved, and each weight exported."""
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING
 
 import torch
 
-from dcp_hf_writer.errors import ExportError, ModelKeyError
+from dcp_hf_writer.errors import ExportError, ModelKeyError, PlanningError
 from dcp_hf_writer.mapping.spec_match import model_names
+from dcp_hf_writer.preflight.digest_values import digest_value
 from dcp_hf_writer.staging.take_apart import storage_fault
 from dcp_hf_writer.torch_seam.dtensor import local_of
 from dcp_hf_writer.torch_seam.tensor_forms import is_whole_form
@@ -42,6 +44,29 @@ def storage_faults(planned: Planned, *, on_meta: bool) -> Iterator[StagingError]
             fault = storage_fault(planned.paths.get(fqn, (fqn,)), value, on_meta=on_meta)
             if fault is not None:
                 yield fault
+
+
+def pickle_faults(planned: Planned) -> Iterator[PlanningError]:
+    """Yield why values that are no tensors cannot be saved, one error for each.
+
+    Args:
+        planned: What this rank plans to save.
+    """
+    for fqn, value in planned.state_dict.items():
+        if isinstance(value, torch.Tensor) or digest_value(value, []) is not None:
+            continue
+        try:
+            # As DCP stores a value.
+            torch.save(value, io.BytesIO())
+        except Exception as error:  # noqa: BLE001 - `__reduce__` of any class may raise anything
+            yield PlanningError(
+                "a value cannot be pickled",
+                phase="plan",
+                fqn=fqn,
+                expected="a value that torch.save can store",
+                found=f"{type(value).__name__}: {error}",
+                hint="leave it out of the state dict, or save its state instead",
+            )
 
 
 def encoded_weight(planned: Planned, export: HFExport, *, rank: int) -> ExportError | None:
