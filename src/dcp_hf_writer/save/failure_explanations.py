@@ -233,6 +233,8 @@ def _silent_after_failure(attempt: Attempt, *, wait_s: float) -> Sequence[str]:
 
 def _outcome_at(attempt: Attempt, phase: str) -> str:
     # The coordinator cannot commit before every rank has reported what it wrote.
+    if attempt.member.is_coordinator and attempt.give_up():
+        return "not committed"
     return _outcome_of(attempt) if phase in {"written", "finish"} else "not committed"
 
 

@@ -13,6 +13,7 @@ import logging
 import os
 import socket
 import time
+import weakref
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -244,7 +245,8 @@ class Meeting:
     def __init__(self) -> None:
         """Start before the first save."""
         self._count = 0
-        self._known: tuple[Any, dist.ProcessGroup | None, Rendezvous] | None = None
+        self._known: tuple[Any, Any, Rendezvous] | None = None
+        """The default store, a weak reference to the group or `None`, and the group's records."""
 
     def next_count(self) -> int:
         """Count a new save of this process, and return the new count."""
@@ -261,9 +263,12 @@ class Meeting:
             return None
         # Each initialisation of torch.distributed makes a new store, which needs new records.
         store = default_store()
-        if self._known is None or self._known[0] is not store or self._known[1] is not group:
-            self._known = (store, group, Rendezvous(group))
-        return self._known[2]
+        known = self._known
+        if known is None or known[0] is not store or _referent(known[1]) is not group:
+            # A group that is held keeps its connections after it was destroyed.
+            reference = None if group is None else weakref.ref(group)
+            known = self._known = (store, reference, Rendezvous(group))
+        return known[2]
 
     def leave(self, world: SaveWorld, why: str) -> None:
         """Tell the other ranks of a save why this rank takes no part, if they shared a store.
@@ -273,6 +278,10 @@ class Meeting:
         """
         if self._known is not None and self._known[0] is world.store:
             self._known[2].leave(Progress.mine(self._count, "failed"), why)
+
+
+def _referent(reference: Any) -> Any:
+    return None if reference is None else reference() or reference
 
 
 MEETING = Meeting()
