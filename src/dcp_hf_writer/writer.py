@@ -197,7 +197,10 @@ class HFDualWriter(StorageWriter, SlabStager):
         rendezvous = MEETING.rendezvous_of(save.group) if save.is_distributed else None
         member = Membership.of(save.ranks, is_coordinator, rendezvous, MEETING.next_count())
         attempt.enter(member)
-        PLAN_CACHE.begin_plan(view.tied())
+        planner = save.planner
+        PLAN_CACHE.begin_plan(planner, view.tied())
+        # Not a method of `save`: that would keep torch's `distW`, whose end is the end of the save.
+        attempt.at_end(lambda: PLAN_CACHE.end_plan(planner))
 
     @tells
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -208,7 +211,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         """
         attempt = self._current()
         refuse_failed(item.index.fqn for item in plan.items)
-        PLAN_CACHE.check_sent(plan)
+        PLAN_CACHE.check_sent(plan, attempt.view.planned.planner)
         facts = rank_facts.local_facts(
             plan,
             attempt.view,
@@ -318,6 +321,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt = self._current()
         if attempt.view.planned.planner is not planner:
             raise other_planner("save", rank=attempt.rank)
+        PLAN_CACHE.end_plan(planner)
         own = plan.storage_data
         if not isinstance(own, RankPlan):
             msg = "DCP gave this rank a plan that HFDualWriter did not make"

@@ -139,13 +139,13 @@ def _explain(attempt: Attempt, error: BaseException) -> BaseException:
         own = own or attempt.context.refusal
     if own is not None:
         return own
+    if is_lost:
+        return _group_destroyed(attempt, phase, error)
     if attempt.member.rendezvous is None or isinstance(error, CheckpointException):
         return error
     # The error of a broken collective names an address at best. The records in the store tell which
     # ranks went silent.
     attempt.give_up()
-    if is_lost:
-        return _group_destroyed(attempt, phase, error)
     wait_s = min(POST_MORTEM_S, attempt.context.left_s())
     silent = _ask(
         lambda: _silent_after_failure(attempt, wait_s=wait_s),
@@ -165,6 +165,7 @@ def _explain(attempt: Attempt, error: BaseException) -> BaseException:
 
 def _group_destroyed(attempt: Attempt, phase: str, error: BaseException) -> BaseException:
     """Return the error for a process group that this process destroyed."""
+    attempt.give_up()
     outcome = _outcome_at(attempt, phase)
     lost = attempt.context.world.lost(target=attempt.target, phase=phase, outcome=outcome)
     lost.__cause__ = error

@@ -79,7 +79,7 @@ class SaveWorld:
             is_alone=False,
             is_certain=is_certain,
             group=None if group is None else weakref.ref(group),
-            store=default_store() if _is_initialized() else None,
+            store=_store(),
             pid=os.getpid(),
         )
 
@@ -150,7 +150,8 @@ class SaveWorld:
     def _difference(self, group: dist.ProcessGroup | None, *, is_distributed: bool) -> str | None:
         """Return in words how the world of a save differs from this one; `None` if it does not."""
         is_here = self.pid == os.getpid()
-        if is_here and _is_initialized() and default_store() is not self.store:
+        store = _store()
+        if is_here and store is not None and store is not self.store:
             return "a process group that was initialised later"
         if not is_distributed:
             # The caller may have passed `no_dist=True` to a save of what was staged by hand.
@@ -173,6 +174,15 @@ def _described(world: SaveWorld) -> str:
 
 def _is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()
+
+
+def _store() -> Any:
+    """Return the default store; `None` if there is no default group."""
+    try:
+        return default_store() if _is_initialized() else None
+    except ValueError:
+        # Another thread has destroyed the group in this moment.
+        return None
 
 
 def _size_and_rank(group: dist.ProcessGroup | None) -> tuple[int, int]:
