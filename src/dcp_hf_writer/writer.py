@@ -433,10 +433,8 @@ class HFDualWriter(StorageWriter, SlabStager):
     def __getstate__(self) -> dict[str, Any]:
         """Pickle for a checkpointer process, with the export's files instead of its objects."""
         state = dict(self.__dict__)
-        read = None if self.export is None else export_assets.known(self.export)
-        if self.export is not None and read is not None:
-            state["_assets"] = read
-            state["export"] = export_assets.without_objects(self.export)
+        if self.export is not None:
+            state["export"], state["_assets"] = export_assets.to_send(self.export)
         for name in ("process_group", "_copies", "_lease"):
             state[name] = None
         return state
