@@ -80,6 +80,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         weights: Literal["both", "once"] = "both",
         staging: StagingMode = "blocking",
         overwrite: bool = False,
+        share: Literal["auto", "off"] = "auto",
         slots: WriteSlots = WriteSlots(),  # noqa: B008 - frozen
         dcp_writer: StorageWriter | None = None,
         process_group: dist.ProcessGroup | None = None,
@@ -99,6 +100,8 @@ class HFDualWriter(StorageWriter, SlabStager):
             staging: `"blocking"` returns from `async_save` when everything is copied. `"overlap"`
                 copies during the next forward and backward, and needs `guard(optimizer)`.
             overwrite: Replace an existing checkpoint, in the step that publishes the new one.
+            share: `"auto"` lets both halves share disk blocks where the file system can (XFS,
+                btrfs, ZFS): the disk then holds the weights once. `"off"` writes them twice.
             slots: Limit on the number of processes of a node that write at the same time.
             dcp_writer: Writes the DCP half. `None` uses torch's writer without its extra copies.
             process_group: Process group of the save; pass the same group to `async_save`.
@@ -117,6 +120,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         check_options.one_of("weights", weights, ("both", "once"))
         check_options.one_of("staging", staging, ("blocking", "overlap"))
         check_options.one_of("on_export_error", on_export_error, ("raise", "warn"))
+        check_options.one_of("share", share, ("auto", "off"))
         check_options.one_of("strategy", strategy, ("auto", "direct"))
         check_options.check_numbers(timeout_s=timeout_s, host_budget_bytes=host_budget_bytes)
         check_options.check_no_storage_options(storage_options)
@@ -127,6 +131,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.weights = weights
         self.staging = staging
         self.overwrite = overwrite
+        self.share = share
         self.slots = slots
         self.dcp_writer = dcp_writer
         self.process_group = process_group
@@ -349,6 +354,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 slots=self.slots,
                 subdir=self._subdir,
                 bounce_nbytes=bounce_nbytes_of(self.host_budget_bytes),
+                share=self.share,
             ).run()
             PLAN_CACHE.settle_plan(attempt.global_plan)
             attempt.check()
