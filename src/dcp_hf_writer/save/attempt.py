@@ -52,7 +52,7 @@ class Attempt:
             lease: Lease of the staged copy; released when the save ends.
         """
         self.context = context
-        self.member = Membership()
+        self.member = Membership(rank=max(context.world.rank, 0))
         """This rank's part in the save; known after `enter`."""
         self.sent = SentFacts()
         """Facts that this rank sent with its local plan; known after `send`."""

@@ -39,7 +39,7 @@ def begin_save(target: str, *, timeout_s: float, pending: Callable[[], Lease | N
     save: TorchSave | None = None
     handover: Handover | None = None
     lease: Lease | None = None
-    world = SaveWorld.of(None, is_distributed=False)
+    world = SaveWorld.of(None, is_distributed=False)  # unless more is found
     try:
         save = find_save()
         handover, lease = _staged(save.given)
@@ -49,7 +49,8 @@ def begin_save(target: str, *, timeout_s: float, pending: Callable[[], Lease | N
         if handover is not None and handover.world is not None:
             world = handover.world
             world.check(save.group, is_distributed=save.is_distributed, target=target, phase="plan")
-        world = SaveWorld.of(save.group, is_distributed=save.is_distributed)
+        if not (world.is_certain and world.is_here):
+            world = SaveWorld.of(save.group, is_distributed=save.is_distributed)
     except CheckpointError as error:
         refusal = error
         if lease is None or not lease.is_taken_by_me:

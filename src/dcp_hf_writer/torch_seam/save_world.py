@@ -88,6 +88,11 @@ class SaveWorld:
         sent = replace(self, group=None, store=None, pid=0)
         return SaveWorld, (sent.size, sent.rank, sent.is_alone, sent.is_certain)
 
+    @property
+    def is_here(self) -> bool:
+        """Whether the process group is one of this process."""
+        return self.pid == os.getpid()
+
     def check_before(self, *, target: str) -> None:
         """Check the world before torch looks for the process group of the save.
 
@@ -149,9 +154,8 @@ class SaveWorld:
 
     def _difference(self, group: dist.ProcessGroup | None, *, is_distributed: bool) -> str | None:
         """Return in words how the world of a save differs from this one; `None` if it does not."""
-        is_here = self.pid == os.getpid()
         store = _store()
-        if is_here and store is not None and store is not self.store:
+        if self.is_here and store is not None and store is not self.store:
             return "a process group that was initialised later"
         if not is_distributed:
             # The caller may have passed `no_dist=True` to a save of what was staged by hand.
