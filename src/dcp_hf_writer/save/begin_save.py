@@ -39,7 +39,7 @@ def begin_save(target: str, *, timeout_s: float, pending: Callable[[], Lease | N
     save: TorchSave | None = None
     handover: Handover | None = None
     lease: Lease | None = None
-    world = SaveWorld.of(None, is_distributed=False)  # unless more is found
+    world = SaveWorld.of(None, is_distributed=False)
     try:
         save = find_save()
         handover, lease = _staged(save.given)

@@ -143,13 +143,17 @@ class SaveWorld:
 
     def _lost(self, found: str, target: str, phase: str, outcome: str) -> SaveAbortedError:
         return SaveAbortedError(
-            PROBLEM,
+            "a process group was initialised while this save was in flight"
+            if self.is_alone
+            else PROBLEM,
             rank=self.rank,
             phase=phase,
             path=target,
             expected=_described(self),
             found=found + (f"; {outcome}" if outcome else ""),
-            hint=WAIT_HINT,
+            hint="initialise it before async_save, or pass no_dist=True"
+            if self.is_alone
+            else WAIT_HINT,
         )
 
     def _difference(self, group: dist.ProcessGroup | None, *, is_distributed: bool) -> str | None:
