@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -231,6 +232,21 @@ def step_of(target: str) -> int | None:
     """Return the training step in a path such as `run/step-100`; only the manifest uses it."""
     found = _STEP.search(os.path.basename(target))
     return int(found[1]) if found else None
+
+
+def nbytes_on_disk(target: str, subdir: str) -> tuple[int, int]:
+    """Return the bytes of both halves of a checkpoint, from the sizes of their data files.
+
+    Raises:
+        OSError: If the checkpoint cannot be listed.
+    """
+    export = os.path.join(target, subdir)
+    halves = (target, ".distcp"), (export, ".safetensors")
+    found = []
+    for path, suffix in halves:
+        with os.scandir(path) if os.path.isdir(path) else contextlib.nullcontext(()) as entries:
+            found.append(sum(e.stat().st_size for e in entries if e.name.endswith(suffix)))
+    return found[0], found[1]
 
 
 def share_text(results: Iterable[Sequence[WriteResult]]) -> None:

@@ -33,6 +33,8 @@ from dcp_hf_writer.torch_seam.dtensor import spec_of, with_spec
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from dcp_hf_writer.torch_seam.save_world import SaveWorld
+
 # Overlapped staging copies smaller tensors before anything that the caller does next. Among them
 # are buffers that a forward pass changes in place, such as batch-norm statistics.
 EAGER_NBYTES = 1 << 20
@@ -94,7 +96,13 @@ class Stager:
         self._streams: dict[int, Any] = {}
 
     def stage(
-        self, state_dict: dict[str, Any], *, mode: StagingMode, what: str, deadline: float
+        self,
+        state_dict: dict[str, Any],
+        *,
+        mode: StagingMode,
+        what: str,
+        deadline: float,
+        world: SaveWorld | None = None,
     ) -> Staged:
         """Copy a state dict into the slab; later changes by the caller do not reach the copy.
 
@@ -110,6 +118,7 @@ class Stager:
                 waits for the copies; the host does not.
             what: Names the save in messages.
             deadline: `time.monotonic()` after which waiting for the slab ends.
+            world: The ranks of the save, for the save to compare.
 
         Raises:
             StagingError: If a value cannot be staged, if memory cannot be allocated, or if the
@@ -141,12 +150,19 @@ class Stager:
             waited_s=waited_s,
             stall_s=time.monotonic() - began,
         )
-        staged.lease, lease.handover = lease, Handover(deadline, info)
-        if not nbytes:
-            # A save finds its lease by tensors in the slab. Without any, no save ends the lease,
-            # and the next staging would wait for as long as the caller keeps `staged`.
-            lease.release()
+        staged.lease, lease.handover = lease, Handover(deadline, info, began, world)
         return Staged(staged, info, lease, copies)
+
+    def take_turn(self, *, what: str, deadline: float, world: SaveWorld | None) -> Lease:
+        """Take the turn of a save that has nothing in the slab, because its staging failed.
+
+        Raises:
+            StagingBusyError: If an earlier save is still running at the deadline.
+        """
+        began = time.monotonic()
+        lease, waited_s = self._pool.take_turn(what=what, deadline=deadline)
+        lease.handover = Handover(deadline, StagedInfo(0, waited_s, waited_s), began, world)
+        return lease
 
     def handover_of(self, state_dict: Mapping[str, Any]) -> tuple[Handover | None, Lease | None]:
         """Return what staging passed to the save of a state dict, and the lease on its memory.
