@@ -19,7 +19,7 @@ from dcp_hf_writer.load.held_tensors import held_tensors
 from dcp_hf_writer.load.hf_fit import HFFit, LoadTarget
 from dcp_hf_writer.load.hf_source import Findings, WantedBlock
 from dcp_hf_writer.load.read_hf_blocks import load_blocks
-from dcp_hf_writer.load.tied_in_files import drifted_ties
+from dcp_hf_writer.load.tied_in_files import refuse_drifted_ties
 from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.hf_export import specs_by_name
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from dcp_hf_writer.load.held_tensors import HeldTensor
     from dcp_hf_writer.load.hf_source import HFSource
     from dcp_hf_writer.mapping.load_spec import LoadSpec
-    from dcp_hf_writer.storage.open_inputs import OpenInputs
 
 _log = logging.getLogger(__name__)
 
@@ -114,7 +113,8 @@ def load_hf(
         if fit.findings != Findings() and model is not None and specs is None:
             fit = min(fit, _fit_as_from_pretrained(model, source, target), key=HFFit.count)
         _check(fit, target, place, strict=strict)
-        _check_ties(fit, target, place, inputs)
+        dtypes = {name: held.tensor.dtype for name, held in tensors.items()}
+        refuse_drifted_ties(place, fit.source, inputs, fit.tied, dtypes)
         parts = [(name, box, to) for name in fit.chosen for box, to in tensors[name].parts]
         blocks = [WantedBlock(name, box, to) for name, box, to in parts if box.numel]
         alone = Reading(None)
@@ -214,22 +214,6 @@ def _check(fit: HFFit, target: LoadTarget, place: CheckpointPlace, *, strict: bo
             raise MismatchError("there are no tensors to load", phase="plan", path=path)
     if bad != Findings():
         bad.refuse(path, hint=_HINT if found.missing or fit.is_empty else None)
-
-
-def _check_ties(fit: HFFit, target: LoadTarget, place: CheckpointPlace, inputs: OpenInputs) -> None:
-    """Refuse tied tensors for which the directory holds different values.
-
-    Raises:
-        MismatchError: If there are any.
-    """
-    dtypes = {name: target.tensors[name].tensor.dtype for group in fit.tied for name in group}
-    drifted = drifted_ties(place, fit.source, inputs, fit.tied, dtypes)
-    if drifted:
-        Findings(mismatched=tuple(f"{name} ({fault})" for name, fault in drifted.items())).refuse(
-            place.weights.path,
-            hint="make the model with untied parameters (tie_word_embeddings=False in its config), "
-            "which keeps both, or remove the tensor that is not needed from the directory",
-        )
 
 
 def _log_left_out(findings: Findings, tensors: Mapping[str, HeldTensor], path: str) -> None:

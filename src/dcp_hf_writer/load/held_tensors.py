@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer.errors import PlanningError
@@ -15,6 +14,8 @@ from dcp_hf_writer.torch_seam.multi_block_tensors import blocked_tensors
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+
+    import torch
 
     from dcp_hf_writer.mapping.load_spec import LoadSpec
     from dcp_hf_writer.tensors.boxes import Box, Shape

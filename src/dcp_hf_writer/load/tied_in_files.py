@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dcp_hf_writer.load.exchange_reads import Reading
-from dcp_hf_writer.load.hf_source import WantedBlock
+from dcp_hf_writer.load.hf_source import Findings, WantedBlock
 from dcp_hf_writer.load.read_hf_blocks import load_blocks
 from dcp_hf_writer.tensors.boxes import Box
 
@@ -28,14 +28,20 @@ if TYPE_CHECKING:
 _NUMEL = 4 << 20
 
 
-def drifted_ties(
+_HINT = (
+    "make the model with untied parameters (tie_word_embeddings=False in its config), which keeps "
+    "both, or remove the tensor that is not needed from the directory"
+)
+
+
+def refuse_drifted_ties(
     place: CheckpointPlace,
     source: HFSource,
     inputs: OpenInputs,
     groups: Iterable[Sequence[str]],
     dtypes: Mapping[str, torch.dtype],
-) -> dict[str, str]:
-    """Find tied tensors for which the directory holds different values.
+) -> None:
+    """Refuse tied tensors for which the directory holds different values.
 
     Every rank compares the whole tensors, so that all ranks refuse or none does. Tensors are read
     only if the directory holds more than one tensor of a group, which is rare.
@@ -44,28 +50,25 @@ def drifted_ties(
         place: The directory.
         source: The same directory, seen as runtime tensors.
         inputs: The files of the directory.
-        groups: Names of runtime tensors that share one memory; the directory holds all of them.
+        groups: Names of runtime tensors that share one memory; the directory holds all of them, in
+            the shape of that memory.
         dtypes: Dtype that each tensor is loaded in, by name.
 
-    Returns:
-        What differs, by the name of the tensor that would be lost.
-
     Raises:
+        MismatchError: If there are any; names each tensor that would be lost.
         ReadError: If a file cannot be read.
     """
-    found = {}
+    lost = []
     for first, *others in groups:
         for name in others:
             if source.keys_of(name) == source.keys_of(first):
                 continue
             shape, _ = source.kind(name)
-            boxes = _boxes(shape)
             read = _Reader(place, source, inputs, dtypes[first])
-            if source.kind(first)[0] != shape or any(
-                not _same_bits(read.box(first, box), read.box(name, box)) for box in boxes
-            ):
-                found[name] = f"tied to {first} in the model, but stored with other values"
-    return found
+            if any(not _same_bits(read.box(first, b), read.box(name, b)) for b in _boxes(shape)):
+                lost.append(f"{name} (tied to {first} in the model, but stored with other values)")
+    if lost:
+        Findings(mismatched=tuple(lost)).refuse(place.weights.path, hint=_HINT)
 
 
 class _Reader:
