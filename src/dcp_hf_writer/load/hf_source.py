@@ -75,8 +75,14 @@ class Findings:
     unexpected: tuple[str, ...] = ()
     """Stored tensors that no runtime tensor is loaded from."""
 
-    def refuse(self, path: str, *, hint: str | None = None) -> None:
+    def refuse(self, path: str, *, entry: str = "", hint: str | None = None) -> None:
         """Raise one error that lists everything.
+
+        Args:
+            path: The checkpoint.
+            entry: What the missing names start with because they lie in an entry of the state
+                dict, such as `"model."`.
+            hint: What the caller can do.
 
         Raises:
             MismatchError: Always.
@@ -89,7 +95,8 @@ class Findings:
         found = "; ".join(
             f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names
         )
-        if (prefix := prefix_difference(self.missing, self.unexpected)) is not None:
+        missing = [name.removeprefix(entry) for name in self.missing]
+        if (prefix := prefix_difference(missing, self.unexpected)) is not None:
             found += f"; {prefix}"
         raise MismatchError(
             "the checkpoint does not fit the state dict; nothing was loaded",

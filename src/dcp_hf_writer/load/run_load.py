@@ -207,12 +207,12 @@ class HFLoad(Load):
         tensors = {} if state_dict is None else flat_tensors(state_dict)
         paths = {fqn: path for fqn, (path, _) in tensors.items()}
         prefix = model_prefix(paths, key=options.key) if paths else ()
-        start = "".join(f"{part}." for part in prefix)
+        self._start = "".join(f"{part}." for part in prefix)
         in_model = names_in_model(paths, prefix)
         names = set(in_model.values())
         self._source, inputs = open_hf_source(place, options.specs, names=names)
         super().__init__(place, inputs, options)
-        self._name_of = {f"{start}{name}": name for name in self._source.names()}
+        self._name_of = {f"{self._start}{name}": name for name in self._source.names()}
         self._name_of |= self._tied_in_memory({fqn: tensors[fqn][1] for fqn in in_model})
         self.metadata = Metadata(
             {fqn: self._entry(name) for fqn, name in self._name_of.items()},
@@ -264,7 +264,7 @@ class HFLoad(Load):
             tuple(missing),
             tuple(f"{fqn} ({fault})" for fqn, fault in faults.items()),
             tuple(self._source.stored.keys() - taken),
-        ).refuse(self._place.weights.path, hint=_HINT)
+        ).refuse(self._place.weights.path, entry=self._start, hint=_HINT)
 
     def _refuse_drifted_ties(self, values: Mapping[str, Any]) -> None:
         groups: dict[Any, list[str]] = {}
