@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     import torch
 
     from dcp_hf_writer.mapping.specs_from_function import HFSide
-    from dcp_hf_writer.mapping.symbolic_tensors import SymbolicTensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +106,7 @@ def _conversions(twin: Any, stored: Mapping[str, torch.Tensor]) -> _Conversions:
     own = twin.state_dict()
     # An empty prefix would match every name.
     prefix = getattr(twin, "base_model_prefix", None) or None
+    symbolic = symbolic_tensors(stored)
     found = _Conversions(twin, {}, {}, {})
     for key in sorted(stored, key=dot_natural_key):
         name, pattern = rename_source_key(key, renamings, converters, prefix, own)
@@ -121,13 +121,10 @@ def _conversions(twin: Any, stored: Mapping[str, torch.Tensor]) -> _Conversions:
         elif pattern is None:
             found.renamed[name] = key
         else:
-            made = found.converted.setdefault(name, copy.deepcopy(of_pattern[pattern]))
-            made.add_tensor(name, key, pattern, _symbolic(key, stored[key]))
+            if name not in found.converted:
+                found.converted[name] = copy.deepcopy(of_pattern[pattern])
+            found.converted[name].add_tensor(name, key, pattern, symbolic[key])
     return found
-
-
-def _symbolic(key: str, tensor: torch.Tensor) -> SymbolicTensor:
-    return symbolic_tensors({key: tensor})[key]
 
 
 def _spec_of(name: str, side: HFSide, stored: Mapping[str, torch.Tensor]) -> LoadSpec:
