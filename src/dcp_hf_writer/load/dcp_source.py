@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from dcp_hf_writer.errors import CorruptCheckpointError, PickledObjectError
+from dcp_hf_writer.errors import CorruptCheckpointError
 from dcp_hf_writer.formats.parse_torch_archive import (
     ArchivedTensor,
     UnusualArchiveError,
@@ -20,6 +20,7 @@ from dcp_hf_writer.formats.parse_torch_archive import (
 )
 from dcp_hf_writer.formats.strict_json import shortened
 from dcp_hf_writer.formats.weights_once_places import StoredOnce
+from dcp_hf_writer.load.check_objects import check_object
 from dcp_hf_writer.load.read_phase import is_direct
 from dcp_hf_writer.load.read_plan import Expected, Fetch, fetch_of_copy
 from dcp_hf_writer.tensors.boxes import Box
@@ -192,8 +193,7 @@ class DCPSource:
             allow_pickled_objects: Skip the check.
 
         Raises:
-            PickledObjectError: If loading an object would call anything that torch does not
-                consider safe.
+            PickledObjectError: If loading an object would run code that the object names.
             CorruptCheckpointError: If a file contradicts the metadata.
             ReadError: If a file cannot be read.
         """
@@ -209,7 +209,8 @@ class DCPSource:
                 # An optimizer stores its options once per parameter. Most are equal: check each
                 # distinct one once.
                 if data not in safe:
-                    _check_object(data, item, f"{self._inputs.files.path}/{self.file_of(item)}")
+                    path = f"{self._inputs.files.path}/{self.file_of(item)}"
+                    check_object(data, fqn=item.storage_index.fqn, path=path)
                     safe.add(data)
         return [io.BytesIO(data) for data in found]
 
@@ -388,32 +389,6 @@ def _check_parts(where: StoredOnce, chunk: torch.Size, item: ReadItem, path: str
             )
     if sum(copy.numel for copy in copies) != math.prod(chunk):
         _refuse(path, "the metadata does not say where each element of a chunk is stored", item)
-
-
-def _check_object(data: bytes, item: ReadItem, path: str) -> None:
-    try:
-        torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch raises errors of many types. Whatever it refuses here, the planner would run.
-        raise PickledObjectError(
-            "loading an object of the checkpoint would run code that the object names",
-            phase="read",
-            path=path,
-            fqn=item.storage_index.fqn,
-            expected="numbers, text, tensors, and containers of them",
-            found=_named(data) or str(error)[:200],
-            hint="if you trust its author, call torch.serialization.add_safe_globals([...]), or "
-            "pass HFDualReader(..., allow_pickled_objects=True)",
-        ) from error
-
-
-def _named(data: bytes) -> str:
-    """Return the globals of an object that torch does not consider safe; empty if unknown."""
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
-    except Exception:  # noqa: BLE001 - only the text of an error depends on it
-        return ""
-    return ", ".join(sorted(names))[:200]
 
 
 def _refuse(
