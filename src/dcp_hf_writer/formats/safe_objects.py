@@ -20,8 +20,8 @@ import fractions
 import functools
 import importlib
 import math
-import pathlib
 import re
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -353,10 +353,10 @@ _ADMITTED = _AdmittedNames(
         **_named(
             ("pathlib", "pathlib._local"),
             {
-                "PosixPath": _calling(pathlib.PurePosixPath, str),
-                "PurePosixPath": _calling(pathlib.PurePosixPath, str),
-                "WindowsPath": _calling(pathlib.PureWindowsPath, str),
-                "PureWindowsPath": _calling(pathlib.PureWindowsPath, str),
+                "PosixPath": _calling(PurePosixPath, str),
+                "PurePosixPath": _calling(PurePosixPath, str),
+                "WindowsPath": _calling(PurePosixPath, str),
+                "PureWindowsPath": _calling(PurePosixPath, str),
             },
         ),
         ("uuid", "UUID"): Class(_UUID, _build_uuid),

@@ -97,8 +97,8 @@ class StreamTransforms:
         self, descriptors: Sequence[str], *, fqn: str, path: str
     ) -> Sequence[StreamTransformExtension]:
         if len(descriptors) > _MAX_EXTENSIONS:
-            found = f"{len(descriptors)} of them"
-            raise _damaged("has too many transforms", found, descriptors, fqn, path)
+            count = f"{len(descriptors)} of them"
+            raise _damaged("has too many transforms", count, descriptors, fqn, path)
         try:
             found = self._registry.from_descriptor_list(descriptors)
         except Exception as error:  # noqa: BLE001 - extensions raise errors of any type
