@@ -22,7 +22,6 @@ from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.plan import global_plan
 from dcp_hf_writer.plan.global_plan import RankPlan
 from dcp_hf_writer.preflight import check_options, rank_facts
-from dcp_hf_writer.preflight.drifted_ties import untrue_tie
 from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
 from dcp_hf_writer.save import coordinator, export_assets
 from dcp_hf_writer.save.announced_save import planned_directory
@@ -225,11 +224,9 @@ class HFDualWriter(StorageWriter, SlabStager):
             export=self.export,
             group=self.process_group,
         )
-        if self.export is not None:
-            view = attempt.view
-            error = untrue_tie(view.planned, self.export, view.memory, rank=attempt.rank)
-            if error is not None:
-                attempt.leave_out_export(error)
+        error = rank_facts.export_fault(attempt.view, self.export, rank=attempt.rank)
+        if error is not None:
+            attempt.leave_out_export(error)
         attempt.send(SentFacts(facts.stamp, None if plan.usable else facts.samples))
         reach("local plan")
         return replace(plan, storage_data=facts)

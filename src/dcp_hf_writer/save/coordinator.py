@@ -28,6 +28,7 @@ from dcp_hf_writer.formats.names_on_disk import CONFIG_NAME, INDEX_NAME, MANIFES
 from dcp_hf_writer.formats.weights_once_places import NOTICE
 from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
 from dcp_hf_writer.plan.rank_report import RankReport, check_coverage
+from dcp_hf_writer.said_once import SAID_ONCE, SaidOnce
 from dcp_hf_writer.save.commit import remove_tree
 from dcp_hf_writer.save.dcp_half import digest_file
 from dcp_hf_writer.save.export_assets import CHECKSUMS_NAME
@@ -158,7 +159,13 @@ def make_export(
 
 
 def prepare_export(
-    directory: StagingDirectory, layout: Layout, assets: Assets, files: OpenFiles, *, subdir: str
+    directory: StagingDirectory,
+    layout: Layout,
+    assets: Assets,
+    files: OpenFiles,
+    *,
+    subdir: str,
+    said: SaidOnce = SAID_ONCE,
 ) -> list[WholeFile]:
     """Make the output files with headers, the index and the assets; then the ranks may write.
 
@@ -180,7 +187,7 @@ def prepare_export(
     whole = dict(assets.files)
     if layout.index is not None:
         whole[INDEX_NAME] = layout.index
-    _warn_without_config(whole)
+    _warn_without_config(whole, said)
     reach("headers written")
     return [_write_whole(files, directory.path, subdir, n, d) for n, d in whole.items()]
 
@@ -211,17 +218,13 @@ def _check_space(layout: Layout, directory: StagingDirectory) -> None:
         )
 
 
-_is_warned = False
-
-
-def _warn_without_config(names: Mapping[str, bytes]) -> None:
-    global _is_warned  # noqa: PLW0603
-    if CONFIG_NAME in names or _is_warned:
+def _warn_without_config(names: Mapping[str, bytes], said: SaidOnce) -> None:
+    if CONFIG_NAME in names:
         return
-    _is_warned = True
-    _log.warning(
+    said.warn(
+        _log,
         "the export has no config.json, so transformers cannot load it as a model; pass "
-        "HFExport(assets=(model.config, tokenizer)) or HFExport(like=<base model directory>)"
+        "HFExport(assets=(model.config, tokenizer)) or HFExport(like=<base model directory>)",
     )
 
 
