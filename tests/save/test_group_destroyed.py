@@ -152,6 +152,8 @@ def failure_of(future: Any) -> BaseException | None:
 
 def destroy_in_flight(rank: int, root: Path, case: Case) -> BaseException | None:
     group = None if case.group == "default" else dist.new_group()
+    # A rank that destroyed the group now would break the others' start of it.
+    dist.barrier(group)
     # Only the ranks of the case are held: the others wait for them in a collective.
     hold = Hold(case.point if rank in case.who else "nowhere")
     future = save_held(root / "x", own_part(rank), hold, process_group=group)
@@ -236,11 +238,13 @@ def other_lives(rank: int, world_size: int, root: Path) -> dict[str, Any]:
     found["one rank"] = failure_of(future)
 
     join("no_dist", rank, world_size)
+    dist.barrier()
     future, hold = held(f"no-dist-{rank}", no_dist=True)
     hold.act(dist.destroy_process_group)
     found["no_dist"] = failure_of(future)
 
     join("other stager", rank, world_size)
+    dist.barrier()
     for name, options in (("other stager", {}), ("other stager, no_dist", {"no_dist": True})):
         future, hold = held(f"{name.replace(', ', '-')}-{rank}", is_ours=False, **options)
         hold.act(lambda: dist.destroy_process_group() if dist.is_initialized() else None)

@@ -55,7 +55,7 @@ def begin_save(
         if handover is not None and handover.world is not None:
             world = handover.world
             world.check(save.group, is_distributed=save.is_distributed, target=target, phase="plan")
-        if not (world.is_certain and world.is_here):
+        if not (save.is_distributed and world.is_certain and world.is_here):
             world = SaveWorld.of(save.group, is_distributed=save.is_distributed)
     except CheckpointError as error:
         refusal = error
