@@ -40,6 +40,7 @@ from dcp_hf_writer.staging.staged_state_dict import refuse_failed
 from dcp_hf_writer.storage.write_slots import WriteSlots
 from dcp_hf_writer.torch_seam.caller_frames import Planned, find_save, other_planner
 from dcp_hf_writer.torch_seam.plan_cache import PLAN_CACHE, is_from_cache, whole_plans
+from dcp_hf_writer.torch_seam.save_world import SaveWorld
 
 if TYPE_CHECKING:
     import os
@@ -139,6 +140,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.timeout_s = timeout_s
         self.host_budget_bytes = host_budget_bytes
         self._saves = WriterSaves()
+        self._made_in = SaveWorld.at_staging(None, None)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Wait for an earlier save of this writer, then take `checkpoint_id` as the path.
@@ -177,8 +179,12 @@ class HFDualWriter(StorageWriter, SlabStager):
         """Begin a save. torch calls this method first, in the thread that runs the save."""
         self._saves.wait_for_earlier()
         target = self._saves.take_target(self.path)
-        pending = self._pending_lease
-        attempt = begin_save(target, timeout_s=self.timeout_s, pending=pending)
+        attempt = begin_save(
+            target,
+            timeout_s=self.timeout_s,
+            made_in=self._made_in,
+            pending=self._pending_lease,
+        )
         self._saves.begin(attempt)
         return StorageMeta(checkpoint_id=attempt.target)
 
