@@ -17,6 +17,7 @@ from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.plan.layout import PartTarget
 from dcp_hf_writer.plan.regions import Region, TargetTable
 from dcp_hf_writer.plan.weights_once import is_whole
+from dcp_hf_writer.tensors.clip_stored import clip_stored
 from dcp_hf_writer.tensors.dtypes import CASTABLE, TORCH_BY_NAME
 from dcp_hf_writer.tensors.strided_copies import covered, runtime_loops, strides_of
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from dcp_hf_writer.formats.quantized_tensors import Stored
+    from dcp_hf_writer.formats.sharded_safetensors import PiecedTensor
     from dcp_hf_writer.load.hf_directory import HFDirectory
     from dcp_hf_writer.tensors.boxes import Box, Shape
     from dcp_hf_writer.tensors.strided_copies import Copy
@@ -243,7 +245,7 @@ class HFSource:
         padded: list[torch.Tensor] = []
         for number, block in enumerate(blocks):
             own = self._unmapped(block.name)
-            if own is not None and own.is_plain:
+            if own is not None and own.is_plain and own.keys[0] not in self.directory.pieced:
                 fetches.append(self._fetch_box(own, number, block))
                 continue
             table = self._targets_of(block.name)
@@ -303,9 +305,23 @@ class HFSource:
         for part in spec.parts:
             key = self._key(self._alias(spec, part.key))
             stored = self.stored[key]
+            pieced = self.directory.pieced.get(stored.keys[0])
+            if pieced is not None:
+                yield from self._targets_of_pieces(key, pieced, part.copies)
+                continue
             raw = self.directory.stored(stored.keys[0])
             file = self._number_of_file[self.directory.file_of_key[raw.key]]
             yield PartTarget(key, file, raw.start, stored.dtype, stored.shape, part.copies)
+
+    def _targets_of_pieces(
+        self, key: str, pieced: PiecedTensor, copies: Sequence[Copy]
+    ) -> Iterator[PartTarget]:
+        """Yield the target that each part of a stored tensor is."""
+        for piece in pieced.pieces:
+            inner = tuple(one for copy in copies for one in clip_stored(copy, piece.box))
+            number, start = self._number_of_file[piece.file], piece.stored.start
+            if inner:
+                yield PartTarget(key, number, start, pieced.dtype, piece.box.sizes, inner)
 
     def _keys(self, spec: LoadSpec) -> tuple[str, ...]:
         return tuple(self._alias(spec, key) for key in spec.hf_keys)
