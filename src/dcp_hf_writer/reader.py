@@ -17,7 +17,8 @@ from dcp_hf_writer.load.choose_half import find_place
 from dcp_hf_writer.load.mismatches import check_blocks, has_methods_of, plans_alone
 from dcp_hf_writer.load.run_load import DCPLoad, HFLoad, Load, LoadOptions
 from dcp_hf_writer.mapping.hf_export import specs_by_name
-from dcp_hf_writer.preflight.check_options import one_of
+from dcp_hf_writer.mapping.option_values import check_flag, check_text, check_word
+from dcp_hf_writer.storage.paths_as_written import plain_path
 from dcp_hf_writer.torch_seam.caller_frames import TorchLoad, find_load, other_planner, unknown_load
 
 if TYPE_CHECKING:
@@ -94,8 +95,13 @@ class HFDualReader(StorageReader):
             ConfigError: If an option cannot be used as given.
         """
         super().__init__()
-        one_of("source", source, ("auto", "dcp", "hf"))
-        self.path = os.fspath(path)
+        check_word("source", source, ("auto", "dcp", "hf"))
+        self.path = plain_path(path)
+        check_flag("verify", verify)
+        check_flag("exchange", exchange)
+        check_flag("allow_pickled_objects", allow_pickled_objects)
+        if key is not None:
+            check_text("key", key)
         self.source = source
         self.verify = verify
         self._storage_options = storage_options
@@ -119,7 +125,7 @@ class HFDualReader(StorageReader):
         """Forget the last load of this thread, and take `checkpoint_id` as the path of the next."""
         self._forget()
         if checkpoint_id is not None:
-            self._thread.path = os.fspath(checkpoint_id)
+            self._thread.path = plain_path(checkpoint_id)
 
     @property
     def checkpoint_id(self) -> str:

@@ -41,6 +41,7 @@ from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
 from dcp_hf_writer.save.write_phase import WritePhase, export_error, take_reports
 from dcp_hf_writer.save.writer_saves import WriterSaves
 from dcp_hf_writer.staging.staged_state_dict import refuse_failed
+from dcp_hf_writer.storage.output_place import check_output_place
 from dcp_hf_writer.storage.posix_outputs import write_errors
 from dcp_hf_writer.storage.write_slots import WriteSlots
 from dcp_hf_writer.torch_seam.caller_frames import Planned, find_save, other_planner
@@ -91,10 +92,11 @@ class HFDualWriter(StorageWriter, SlabStager):
         timeout_s: float = 1800,
         host_budget_bytes: int = 256 << 20,
     ) -> None:
-        """Set up a writer. Reads and writes no file.
+        """Set up a writer. Writes no file, and starts nothing.
 
         Args:
-            path: Directory of the checkpoint. It must not exist, unless `overwrite` is set.
+            path: Directory of the checkpoint. It must not exist, unless `overwrite` is set. A
+                `file://` URL is taken too, and `~` is expanded.
             export: Options of the HuggingFace half; `None` writes the DCP half only.
             weights: `"both"` stores the weights in both halves. `"once"` stores a weight only in
                 the export if its bytes are the same there; `HFDualReader` reads such a checkpoint.
@@ -113,18 +115,15 @@ class HFDualWriter(StorageWriter, SlabStager):
             host_budget_bytes: Memory that a rank may use in addition to the staged copy.
 
         Raises:
-            ConfigError: If an option cannot be used as given.
+            ConfigError: If an option cannot be used as given, or `like` is no model directory.
+            ExportError: If a path among the assets cannot be read; only the coordinator looks, and
+                with `on_export_error="warn"` it logs this error and errors of `like` instead.
+            StorageError: If the path or a parent of it is a file, or may not be written to.
         """
         super().__init__()
-        check_options.one_of("weights", weights, ("both", "once"))
-        check_options.one_of("staging", staging, ("blocking", "overlap"))
-        check_options.one_of("on_export_error", on_export_error, ("raise", "warn"))
-        check_options.one_of("strategy", strategy, ("auto", "direct"))
-        check_options.check_numbers(timeout_s=timeout_s, host_budget_bytes=host_budget_bytes)
-        check_options.check_no_storage_options(storage_options)
-        check_options.check_export(export, weights)
-        check_options.check_dcp_writer(dcp_writer)
+        check_options.check_writer(locals())
         self.path = check_options.local_path(path)
+        check_output_place(self.path)
         self.export = export
         self.weights = weights
         self.staging = staging
@@ -137,6 +136,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.timeout_s = timeout_s
         self.host_budget_bytes = host_budget_bytes
         self._saves = WriterSaves()
+        self._look_at_assets()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Wait for an earlier save of this writer, then take `checkpoint_id` as the path.
@@ -294,6 +294,8 @@ class HFDualWriter(StorageWriter, SlabStager):
         if self.export is None:
             return None, None
         try:
+            if attempt.context.staged is not None:
+                self._raise_assets_error()
             return self.export, export_assets.assets_of(self.export)
         except ExportError as error:
             attempt.leave_out_export(error)
@@ -483,7 +485,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         """Pickle for a checkpointer process, with the export's files instead of its objects."""
         state = dict(self.__dict__)
         read = None if self.export is None else export_assets.known(self.export)
-        if self.export is not None and read is not None:
+        if self.export is not None and (read is not None or self._assets_error is not None):
             state["_assets"] = read
             state["export"] = export_assets.without_objects(self.export)
         for name in ("process_group", "_copies", "_lease"):

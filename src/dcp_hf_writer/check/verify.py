@@ -12,9 +12,10 @@ from dcp_hf_writer.check.check_hf import DirectoryCheck, export_problems
 from dcp_hf_writer.check.verify_progress import progress_of
 from dcp_hf_writer.digests.problems import Problem, first_of
 from dcp_hf_writer.digests.recompute import Recomputation, jobs_of
-from dcp_hf_writer.errors import CheckpointError, ConfigError, CorruptCheckpointError
+from dcp_hf_writer.errors import CheckpointError, CorruptCheckpointError
 from dcp_hf_writer.formats.names_on_disk import INDEX_NAME, MANIFEST_NAME, METADATA_NAME, SUFFIX
 from dcp_hf_writer.formats.parse_dcp_metadata import MAX_METADATA_NBYTES, parse_metadata
+from dcp_hf_writer.mapping.option_values import check_whole
 from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
 from dcp_hf_writer.storage.open_directory import open_directory
 
@@ -148,8 +149,8 @@ def verify(
     """
     began = time.monotonic()
     check = _Check(open_directory(path, storage_options))
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise ConfigError("threads must be a positive integer or None", found=repr(threads))
+    if threads is not None:
+        check_whole("threads", threads, least=1)
     threads = threads or min(os.cpu_count() or 1, check.files.readers)
     check.run(progress_of(progress, "verify"), threads)
     return check.report(time.monotonic() - began)

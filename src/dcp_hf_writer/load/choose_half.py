@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,8 +13,10 @@ from dcp_hf_writer.load.hf_source import HFSource
 from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs
+from dcp_hf_writer.storage.paths_as_written import plain_path
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Collection, Mapping
 
     from torch.distributed.checkpoint.metadata import Metadata
@@ -73,11 +74,11 @@ def find_place(
             or if the storage refuses.
         CorruptCheckpointError: If the manifest is damaged.
     """
-    text = os.fspath(path)
-    if source != "dcp" and isinstance(text, str) and text.endswith((SUFFIX, INDEX_SUFFIX)):
+    text = plain_path(path)
+    if source != "dcp" and text.endswith((SUFFIX, INDEX_SUFFIX)):
         directory, _, name = text.rpartition("/")
         return CheckpointPlace(open_directory(directory or ".", storage_options), "", name)
-    files = open_directory(path, storage_options)
+    files = open_directory(text, storage_options)
     was_auto = source == "auto"
     if was_auto:
         source = "dcp" if files.has(METADATA_NAME) else "hf"

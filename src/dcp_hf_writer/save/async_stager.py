@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from dcp_hf_writer.errors import StagingBusyError
+from dcp_hf_writer.errors import CheckpointError, StagingBusyError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.save import export_assets
 from dcp_hf_writer.save.failure_explanations import guard_process_save
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from dcp_hf_writer.staging.slab import Lease
 
 
+_log = logging.getLogger(__name__)
+
+
 class SlabStager(AsyncStager):
     """Stages state dicts into the slab of this process; trainers wait for this part of a save."""
 
@@ -37,11 +41,14 @@ class SlabStager(AsyncStager):
     staging: StagingMode
     timeout_s: float
     process_group: dist.ProcessGroup | None
+    on_export_error: str
     _copies: Copies | None = None
     """Copies of the latest overlapped staging. Its state dict is not kept: the lease ends when the
     state dict is freed."""
     _lease: weakref.ref[Lease] | None = None
     """Lease of the latest staging. A weak reference, because a lease keeps its slab mapped."""
+    _assets_error: CheckpointError | None = None
+    """Why the latest staging could not read the assets; its save raises it."""
 
     def stage(self, state_dict: dict[str, Any]) -> Any:
         """Copy a state dict into the slab; later changes to the tensors do not reach the files.
@@ -57,7 +64,7 @@ class SlabStager(AsyncStager):
             StagingBusyError: If an earlier save is still in flight at the deadline.
         """
         deadline = time.monotonic() + self.timeout_s
-        self._read_assets()
+        self._assets_error = self._read_assets()
         try:
             staged = STAGER.stage(state_dict, mode=self.staging, what=self.path, deadline=deadline)
         except StagingBusyError:
@@ -102,8 +109,14 @@ class SlabStager(AsyncStager):
 
         Returns:
             Size of the staged copy on this rank, in bytes.
+
+        Raises:
+            ExportError: If an asset cannot be read; on the coordinator only.
+            ConfigError: If `assets` or `like` is invalid; on the coordinator only.
         """
-        self._read_assets()
+        error = self._read_assets()
+        if error is not None:
+            raise error
         return STAGER.warm_up(state_dict, deadline=time.monotonic() + self.timeout_s)
 
     def _give_back_staged(self) -> None:
@@ -117,12 +130,38 @@ class SlabStager(AsyncStager):
         if lease is not None and lease.is_pending and not is_mine:
             lease.release()
 
-    def _read_assets(self) -> None:
-        # Read now, in the training thread: config objects may change while the save runs. Errors
-        # are kept and raised in the planning step, where every rank learns of them.
-        is_first = not dist.is_initialized() or dist.get_rank(self.process_group) == 0
-        if self.export is not None and is_first:
-            export_assets.preload(self.export)
+    def _read_assets(self) -> CheckpointError | None:
+        # Read now, in the training thread: config objects may change while the save runs. A save
+        # raises the error in its planning step, where every rank learns of it.
+        if self.export is None or not self._plans_export():
+            return None
+        return export_assets.preload(self.export)
+
+    def _raise_assets_error(self) -> None:
+        """Raise, once, what kept the latest staging from reading the assets."""
+        error, self._assets_error = self._assets_error, None
+        if error is not None:
+            raise error
+
+    def _look_at_assets(self) -> None:
+        """Check early that `like` and paths among the assets are there (coordinator only).
+
+        Raises:
+            ConfigError: If `like` or an asset cannot be used as given.
+            ExportError: If a path among the assets cannot be read.
+        """
+        if self.export is None or not self._plans_export():
+            return
+        try:
+            export_assets.look_at(self.export)
+        except CheckpointError as error:
+            if self.on_export_error == "raise":
+                raise
+            _log.warning("a checkpoint would have no export now: %s", error)
+
+    def _plans_export(self) -> bool:
+        """Whether this rank is the coordinator, the only one that reads `like` and assets."""
+        return not dist.is_initialized() or dist.get_rank(self.process_group) == 0
 
 
 def _done(value: Any) -> Future[Any]:
