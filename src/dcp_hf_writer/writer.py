@@ -116,8 +116,8 @@ class HFDualWriter(StorageWriter, SlabStager):
 
         Raises:
             ConfigError: If an option cannot be used as given, or `like` is no model directory.
-            ExportError: If a path among the assets cannot be read; only the coordinator looks, and
-                with `on_export_error="warn"` it logs this error and errors of `like` instead.
+            ExportError: If a path among the assets cannot be read. With `on_export_error="warn"`,
+                the writer logs this error and errors of `like` instead.
             StorageError: If the path or a parent of it is a file, or may not be written to.
         """
         super().__init__()

@@ -254,7 +254,10 @@ def test_writer_does_not_look_again_at_what_has_been_read(tmp_path: Path) -> Non
     assert (tmp_path / "2" / "hf" / "tokenizer.json").is_file()
 
 
-def make_on_ranks(rank: int, world_size: int, root: Path) -> str:
+def make_on_ranks(rank: int, world_size: int, root: Path, launcher: dict[str, list[str]]) -> str:
+    for name in ("RANK", "LOCAL_WORLD_SIZE", "SLURM_NODEID"):
+        os.environ.pop(name, None)
+    os.environ.update({name: values[rank] for name, values in launcher.items()})
     try:
         HFDualWriter(root / "step-1", export=HFExport(like=root / "absent"))
     except ConfigError as error:
@@ -262,9 +265,22 @@ def make_on_ranks(rank: int, world_size: int, root: Path) -> str:
     return ""
 
 
-def test_only_the_coordinator_looks_at_what_only_it_reads(tmp_path: Path) -> None:
-    """A base model may lie on a disk of the coordinator's host."""
-    first, second = run_ranks(make_on_ranks, 2, tmp_path)
+def test_all_ranks_of_one_host_raise_together(tmp_path: Path) -> None:
+    launcher = {"RANK": ["0", "1"], "LOCAL_WORLD_SIZE": ["2", "2"]}
+    for environment in ({}, launcher):
+        for text in run_ranks(make_on_ranks, 2, tmp_path, environment):
+            assert "like must be a model directory" in text
+
+
+@pytest.mark.parametrize(
+    "launcher",
+    [{"RANK": ["0", "1"], "LOCAL_WORLD_SIZE": ["1", "1"]}, {"SLURM_NODEID": ["0", "1"]}],
+    ids=["torchrun", "Slurm"],
+)
+def test_base_model_may_be_missing_on_other_hosts(
+    launcher: dict[str, list[str]], tmp_path: Path
+) -> None:
+    first, second = run_ranks(make_on_ranks, 2, tmp_path, launcher)
     assert "like must be a model directory" in first
     assert second == ""
 

@@ -6,7 +6,6 @@ import functools
 import hashlib
 import importlib
 import math
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -25,6 +24,7 @@ from dcp_hf_writer.mapping.option_values import (
 from dcp_hf_writer.tensors.dtypes import export_dtype
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Sequence
 
     import torch
@@ -238,7 +238,7 @@ class HFExport:
     def _check_types(self) -> None:
         if self.key is not None:
             check_text("key", self.key)
-        if self.like is not None and not isinstance(self.like, os.PathLike):
+        if self.like is not None and not hasattr(self.like, "__fspath__"):
             check_text("like", self.like)
         check_text("subdir", self.subdir)
         check_names("keep_dtype", self.keep_dtype)

@@ -16,6 +16,7 @@ from dcp_hf_writer.errors import CheckpointError, StagingBusyError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.save import export_assets
 from dcp_hf_writer.save.failure_explanations import guard_process_save
+from dcp_hf_writer.save.owner_process import is_on_first_host
 from dcp_hf_writer.staging.staged_state_dict import (
     StagedStateDict,
     failed_state_dict,
@@ -144,13 +145,16 @@ class SlabStager(AsyncStager):
             raise error
 
     def _look_at_assets(self) -> None:
-        """Check early that `like` and paths among the assets are there (coordinator only).
+        """Check early that `like` and paths among the assets are there.
+
+        Only the coordinator reads them later. The other ranks of its host look too, so that all of
+        them raise together. On other hosts, the paths may be missing.
 
         Raises:
             ConfigError: If `like` or an asset cannot be used as given.
             ExportError: If a path among the assets cannot be read.
         """
-        if self.export is None or not self._plans_export():
+        if self.export is None or not (self._plans_export() or is_on_first_host()):
             return
         try:
             export_assets.look_at(self.export)
