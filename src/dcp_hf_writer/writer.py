@@ -238,6 +238,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt = self._current()
         attempt.check()
         check_options.check_collectives(is_used=len(plans) == attempt.member.world_size)
+        rank_facts.check_targets(plans, attempt.target)
         if len(plans) == 1:
             attempt.save_alone()
         export, assets = self._export_of(attempt)
@@ -294,9 +295,8 @@ class HFDualWriter(StorageWriter, SlabStager):
         if self.export is None:
             return None, None
         try:
-            if attempt.context.staged is not None:
-                self._raise_assets_error()
-            return self.export, export_assets.assets_of(self.export)
+            is_staged = attempt.context.staged is not None
+            return self.export, self._assets_of(self.export, is_staged=is_staged)
         except ExportError as error:
             attempt.leave_out_export(error)
             return None, None

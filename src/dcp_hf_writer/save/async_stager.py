@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import torch
 
     from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.save.export_assets import Assets
     from dcp_hf_writer.staging.slab import Lease
 
 
@@ -138,11 +139,12 @@ class SlabStager(AsyncStager):
             return None
         return export_assets.preload(self.export)
 
-    def _raise_assets_error(self) -> None:
-        """Raise, once, what kept the latest staging from reading the assets."""
+    def _assets_of(self, export: HFExport, *, is_staged: bool) -> Assets:
+        """Return the assets for a save; raise, once, what kept its staging from reading them."""
         error, self._assets_error = self._assets_error, None
-        if error is not None:
+        if is_staged and error is not None:
             raise error
+        return export_assets.assets_of(export)
 
     def _look_at_assets(self) -> None:
         """Check early that `like` and paths among the assets are there.

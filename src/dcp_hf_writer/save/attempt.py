@@ -180,7 +180,8 @@ class Attempt:
         self.phase = phase
         if self.member.rendezvous is None:
             return
-        progress = Progress(self.member.count, phase, socket.gethostname(), os.getpid())
+        me = (socket.gethostname(), os.getpid())
+        progress = Progress(self.member.count, phase, *me, self.target)
         try:
             self.member.rendezvous.post(progress)
         except RuntimeError as error:

@@ -12,9 +12,12 @@ from dcp_hf_writer.save.save_context import SaveContext
 from dcp_hf_writer.staging.staged_state_dict import failure_in
 from dcp_hf_writer.staging.stager import STAGER
 from dcp_hf_writer.torch_seam.caller_frames import find_save
+from dcp_hf_writer.torch_seam.missing_group import check_group_is_there
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from torch.distributed.checkpoint.utils import _DistWrapper
 
     from dcp_hf_writer.staging.slab import Handover, Lease
 
@@ -33,10 +36,11 @@ def begin_save(target: str, *, timeout_s: float, give_back: Callable[[], None]) 
     Raises:
         UnsupportedTorchError: If the save is asynchronous, and its future cannot be found.
     """
-    anchor: object | None = None
+    anchor: _DistWrapper | None = None
     handover: Handover | None = None
     lease: Lease | None = None
     try:
+        check_group_is_there()
         save = find_save()
         anchor, refusal = save.ranks, failure_in(save.given)
         handover, lease = STAGER.handover_of(save.given)
