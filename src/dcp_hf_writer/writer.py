@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,8 +16,6 @@ from dcp_hf_writer.errors import (
     ConfigError,
     ExportError,
     PlanningError,
-    SaveAbortedError,
-    SaveTimeoutError,
 )
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.mapping.hf_export import HFExport
@@ -32,13 +29,14 @@ from dcp_hf_writer.save.announced_save import planned_directory
 from dcp_hf_writer.save.async_stager import SlabStager
 from dcp_hf_writer.save.begin_save import begin_save
 from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
-from dcp_hf_writer.save.checksums import add_checksums
+from dcp_hf_writer.save.checksums import checksum_export
 from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
+from dcp_hf_writer.save.export_failures import published_without_export
 from dcp_hf_writer.save.owner_process import new_save_id
 from dcp_hf_writer.save.rank_progress import MEETING, Announcement
 from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
-from dcp_hf_writer.save.write_phase import WritePhase, export_error, take_reports
+from dcp_hf_writer.save.write_phase import WritePhase, take_reports
 from dcp_hf_writer.save.writer_saves import WriterSaves
 from dcp_hf_writer.staging.staged_state_dict import refuse_failed
 from dcp_hf_writer.storage.output_place import check_output_place
@@ -48,6 +46,8 @@ from dcp_hf_writer.torch_seam.caller_frames import Planned, find_save, other_pla
 from dcp_hf_writer.torch_seam.plan_cache import PLAN_CACHE, is_from_cache, whole_plans
 
 if TYPE_CHECKING:
+    import os
+
     import torch.distributed as dist
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -380,10 +380,13 @@ class HFDualWriter(StorageWriter, SlabStager):
             errors = [r.export_error for r in reports if r.export_error is not None]
             error = attempt.export_error or (errors[0] if errors else None)
             if error is None:
-                error = self._add_checksums(attempt, directory, plan)
+                error = checksum_export(attempt, plan, self.export)
             if error is not None:
                 coordinator.check_dcp_stands_alone(plan, error)
                 coordinator.drop_export(directory, self._subdir)
+                error = published_without_export(
+                    error, staging=directory.path, target=directory.target, subdir=self._subdir
+                )
             coordinator.check_written(metadata, plain)
             self._finish_dcp(attempt, directory, metadata, plain)
             coordinator.publish(
@@ -404,24 +407,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         if error is not None:
             if self.on_export_error == "raise":
                 raise error
-            _log.warning("checkpoint %s has no export: %s", attempt.target, error)
-
-    def _add_checksums(
-        self, attempt: Attempt, directory: StagingDirectory, plan: global_plan.GlobalPlan
-    ) -> ExportError | None:
-        """Add checksums if `export` asks for them; a failure costs the export, not the DCP half."""
-        if plan.layout is None or self.export is None or self.export.checksums is None:
-            return None
-        try:
-            with attempt.timed("checksums"):
-                file = add_checksums(directory.path, self._subdir, check=attempt.check)
-        except (SaveAbortedError, SaveTimeoutError):
-            raise
-        except OSError as error:
-            path = os.path.join(directory.path, self._subdir)
-            return export_error(error, rank=attempt.rank, path=path)
-        attempt.add_whole_files(file)
-        return None
+            _log.warning("a checkpoint has no export: %s", error)
 
     def _finish_dcp(
         self,

@@ -20,7 +20,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_saver
 
 from dcp_hf_writer.errors import ConfigError
 
@@ -59,7 +59,7 @@ def _is_initialised() -> bool:
 
 def _is_meant_alone() -> bool:
     """Whether the caller of torch's `save` passed `no_dist=True`."""
-    code = inspect.unwrap(dcp.save).__code__
+    code = inspect.unwrap(state_dict_saver.save).__code__
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - torch has no other way
     while frame is not None and frame.f_code is not code:
         frame = frame.f_back
