@@ -61,6 +61,7 @@ def check_writer(options: Mapping[str, Any]) -> None:
     check_word("weights", options["weights"], ("both", "once"))
     check_word("staging", options["staging"], ("blocking", "overlap"))
     check_word("on_export_error", options["on_export_error"], ("raise", "warn"))
+    check_word("share", options["share"], ("auto", "off"))
     check_word("strategy", options["strategy"], ("auto", "direct"))
     check_flag("overwrite", options["overwrite"])
     check_seconds("timeout_s", options["timeout_s"])

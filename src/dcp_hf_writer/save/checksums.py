@@ -15,49 +15,18 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer.errors import SaveAbortedError, SaveTimeoutError
 from dcp_hf_writer.plan.encode_manifest import WholeFile
 from dcp_hf_writer.save.export_assets import CHECKSUMS_NAME
-from dcp_hf_writer.save.export_failures import export_error, nbytes_of
 from dcp_hf_writer.save.tensor_bytes import digest_of
 from dcp_hf_writer.storage.posix_outputs import write_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from dcp_hf_writer.errors import ExportError
-    from dcp_hf_writer.mapping.hf_export import HFExport
-    from dcp_hf_writer.plan.global_plan import GlobalPlan
-    from dcp_hf_writer.save.attempt import Attempt
-
 _log = logging.getLogger(__name__)
 
 _PIECE_NBYTES = 1 << 20
 _MAX_THREADS = 8
-
-
-def checksum_export(
-    attempt: Attempt, plan: GlobalPlan, export: HFExport | None
-) -> ExportError | None:
-    """Add the checksum file if `export` asks for it (coordinator).
-
-    Returns:
-        Why that failed, which costs the export and not the DCP half; `None` if it did not fail.
-    """
-    directory = attempt.directory
-    if plan.layout is None or export is None or export.checksums is None or directory is None:
-        return None
-    try:
-        with attempt.timed("checksums"):
-            file = add_checksums(directory.path, export.subdir, check=attempt.check)
-    except (SaveAbortedError, SaveTimeoutError):
-        raise
-    except OSError as error:
-        path = os.path.join(directory.path, export.subdir)
-        nbytes = nbytes_of(plan.layout)
-        return export_error(error, rank=attempt.rank, path=path, nbytes=nbytes)
-    attempt.add_whole_files(file)
-    return None
 
 
 def add_checksums(directory: str, subdir: str, *, check: Callable[[], None]) -> WholeFile:
