@@ -18,6 +18,7 @@ from dcp_hf_writer.load.read_hf_blocks import load_blocks
 from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.hf_export import specs_by_name
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
+from dcp_hf_writer.preflight.check_placements import refuse_partial
 from dcp_hf_writer.staging.same_memory import memory_identity
 from dcp_hf_writer.tensors.boxes import whole
 from dcp_hf_writer.tensors.shards import blocks_of, shards_of
@@ -58,7 +59,7 @@ def load_hf(
             fully_shard(layer)
         fully_shard(model)
         model.to_empty(device="cuda")
-        load_hf(model, "Qwen/Qwen3-30B-A3B")                 # a local snapshot of it
+        load_hf(model, snapshot_download("Qwen/Qwen3-30B-A3B"))     # of huggingface_hub
 
     The directory may come from `HFDualWriter` or from a hub. Each rank reads only the bytes of its
     own shards; no rank ever holds a full tensor, and there is no communication. Floats are cast to
@@ -221,6 +222,7 @@ class _Held:
 
 def _held(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, LoadSpec]) -> dict[str, _Held]:
     """Find the blocks of each tensor that this rank holds."""
+    refuse_partial(tensors, phase="read")
     blocked = blocked_tensors(dict(tensors), {}, specs, key=None)
     found = {}
     for name, tensor in tensors.items():

@@ -16,8 +16,10 @@ from dcp_hf_writer.errors import CheckpointError, ConfigError, ReadError
 from dcp_hf_writer.load.choose_half import find_place
 from dcp_hf_writer.load.mismatches import check_blocks, has_methods_of, plans_alone
 from dcp_hf_writer.load.run_load import DCPLoad, HFLoad, Load, LoadOptions
+from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.hf_export import specs_by_name
 from dcp_hf_writer.mapping.option_values import check_flag, check_text, check_word
+from dcp_hf_writer.preflight.check_placements import refuse_partial
 from dcp_hf_writer.storage.paths_as_written import plain_path
 from dcp_hf_writer.torch_seam.caller_frames import TorchLoad, find_load, other_planner, unknown_load
 
@@ -185,11 +187,14 @@ class HFDualReader(StorageReader):
         Raises:
             UnsupportedTorchError: If torch's load, or its planner, cannot be found.
             MismatchError: If something is missing or does not fit; lists all of it.
+            PlanningError: If a DTensor to load into has a `Partial` placement.
             CheckpointError: The error that `read_metadata` met.
         """
         failed = getattr(self._thread, "failed", None)
         if failed is not None:
             raise failed
+        given = {fqn: value for fqn, (_, value) in flat_tensors(self._torch_load().given).items()}
+        refuse_partial(given, phase="read")
         self._current().check(self._torch_load().planner, self._torch_load().given)
         self._thread.checked = {"set_up_storage_reader"}
 

@@ -22,6 +22,7 @@ from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.plan import global_plan
 from dcp_hf_writer.plan.global_plan import RankPlan
 from dcp_hf_writer.preflight import check_options, rank_facts
+from dcp_hf_writer.preflight.check_placements import refuse_partial
 from dcp_hf_writer.preflight.drifted_ties import untrue_tie
 from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
 from dcp_hf_writer.save import coordinator, export_assets
@@ -195,6 +196,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             raise attempt.context.refusal
         save = find_save()
         view = RankView.of(Planned.of(save.planner, save.given))
+        refuse_partial(view.planned.state_dict, phase="plan")
         attempt.see(view)
         rendezvous = MEETING.rendezvous_of(self.process_group)
         member = Membership.of(save.ranks, is_coordinator, rendezvous, MEETING.next_count())
