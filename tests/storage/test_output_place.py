@@ -31,7 +31,7 @@ def test_place_is_refused_when_it_is_a_file(tmp_path: Path) -> None:
     with pytest.raises(TargetExistsError) as caught:
         check_output_place(str(tmp_path / "step-1"))
     assert caught.value.path == str(tmp_path / "step-1")
-    assert "a file is never replaced" in str(caught.value)
+    assert "a file is not replaced" in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["a file", "a symbolic link"])

@@ -114,6 +114,7 @@ def check_kinds(export: HFExport) -> None:
     for asset in _each(export.assets):
         if isinstance(asset, Mapping):
             for name, data in asset.items():
+                _check_name(str(name))
                 _as_bytes(name, data)
         elif not isinstance(asset, (str, os.PathLike)) and not _is_object(asset):
             raise _unknown_kind(asset)

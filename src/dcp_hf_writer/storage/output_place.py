@@ -32,7 +32,7 @@ def check_output_place(target: str) -> None:
             expected="a free name, or a directory",
             found="a file",
             errno=errno.EEXIST,
-            hint="a file is never replaced; save under another name",
+            hint="a file is not replaced, not even with overwrite=True; save under another name",
         )
     above = os.path.dirname(target)
     while not os.path.lexists(above):
