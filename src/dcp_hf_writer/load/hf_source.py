@@ -10,6 +10,7 @@ import torch
 from dcp_hf_writer.errors import MismatchError
 from dcp_hf_writer.excerpts import MOST_NAMES, some_of
 from dcp_hf_writer.formats.strict_json import shortened
+from dcp_hf_writer.load.name_prefixes import prefix_difference
 from dcp_hf_writer.load.read_phase import is_direct
 from dcp_hf_writer.load.read_plan import Fetch, fetch_of_box, fetch_of_copy
 from dcp_hf_writer.mapping.load_spec import LoadSpec
@@ -74,8 +75,14 @@ class Findings:
     unexpected: tuple[str, ...] = ()
     """Stored tensors that no runtime tensor is loaded from."""
 
-    def refuse(self, path: str, *, hint: str | None = None) -> None:
+    def refuse(self, path: str, *, entry: str = "", hint: str | None = None) -> None:
         """Raise one error that lists everything.
+
+        Args:
+            path: The checkpoint.
+            entry: What the missing names start with because they lie in an entry of the state
+                dict, such as `"model."`.
+            hint: What the caller can do.
 
         Raises:
             MismatchError: Always.
@@ -88,6 +95,9 @@ class Findings:
         found = "; ".join(
             f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names
         )
+        missing = [name.removeprefix(entry) for name in self.missing]
+        if (prefix := prefix_difference(missing, self.unexpected)) is not None:
+            found += f"; {prefix}"
         raise MismatchError(
             "the checkpoint does not fit the state dict; nothing was loaded",
             phase="plan",
@@ -124,6 +134,7 @@ class HFSource:
         """
         self.directory = directory
         self._tied = tied
+        self._wanted = names
         wanted = {key for spec in specs.values() for key in spec.hf_keys}
         wanted |= {name for name in names if name not in specs}
         self.stored = directory.logical(wanted)
@@ -134,6 +145,17 @@ class HFSource:
         self._repeated: set[str] = set()
         self._number_of_file = {name: i for i, name in enumerate(directory.headers)}
         self._files = list(directory.headers)
+
+    def with_specs(self, specs: Mapping[str, LoadSpec]) -> HFSource:
+        """Return the same directory, seen through other specs."""
+        return HFSource(self.directory, specs, names=self._wanted, tied=self._tied)
+
+    def stand_ins(self) -> dict[str, torch.Tensor]:
+        """Return tensors without data, of the shapes and dtypes of the stored ones, by key."""
+        return {
+            key: torch.empty(one.shape, dtype=TORCH_BY_NAME[one.dtype], device="meta")
+            for key, one in self.stored.items()
+        }
 
     def _as_stored(self, spec: LoadSpec) -> LoadSpec:
         """Return the spec, or one that renames nothing if the directory uses the runtime name."""

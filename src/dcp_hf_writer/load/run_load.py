@@ -27,6 +27,7 @@ from dcp_hf_writer.load.mismatches import loaded_values, misfits
 from dcp_hf_writer.load.read_hf_blocks import load_blocks
 from dcp_hf_writer.load.read_phase import run_reads
 from dcp_hf_writer.load.read_plan import plan_reads
+from dcp_hf_writer.load.tied_in_files import refuse_drifted_ties
 from dcp_hf_writer.load.verify_while_reading import verify_ranges
 from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
@@ -206,12 +207,12 @@ class HFLoad(Load):
         tensors = {} if state_dict is None else flat_tensors(state_dict)
         paths = {fqn: path for fqn, (path, _) in tensors.items()}
         prefix = model_prefix(paths, key=options.key) if paths else ()
-        start = "".join(f"{part}." for part in prefix)
+        self._start = "".join(f"{part}." for part in prefix)
         in_model = names_in_model(paths, prefix)
         names = set(in_model.values())
         self._source, inputs = open_hf_source(place, options.specs, names=names)
         super().__init__(place, inputs, options)
-        self._name_of = {f"{start}{name}": name for name in self._source.names()}
+        self._name_of = {f"{self._start}{name}": name for name in self._source.names()}
         self._name_of |= self._tied_in_memory({fqn: tensors[fqn][1] for fqn in in_model})
         self.metadata = Metadata(
             {fqn: self._entry(name) for fqn, name in self._name_of.items()},
@@ -251,6 +252,7 @@ class HFLoad(Load):
                 if fault is not None:
                     faults[fqn] = fault
         if not missing and not faults:
+            self._refuse_drifted_ties(values)
             return
         taken = {
             key
@@ -262,7 +264,17 @@ class HFLoad(Load):
             tuple(missing),
             tuple(f"{fqn} ({fault})" for fqn, fault in faults.items()),
             tuple(self._source.stored.keys() - taken),
-        ).refuse(self._place.weights.path, hint=_HINT)
+        ).refuse(self._place.weights.path, entry=self._start, hint=_HINT)
+
+    def _refuse_drifted_ties(self, values: Mapping[str, Any]) -> None:
+        groups: dict[Any, list[str]] = {}
+        for fqn, value in values.items():
+            identity = memory_identity(value) if isinstance(value, torch.Tensor) else None
+            if identity is not None and fqn in self._name_of:
+                groups.setdefault(identity, []).append(fqn)
+        tied = [[self._name_of[fqn] for fqn in group] for group in groups.values()]
+        dtypes = {self._name_of[fqn]: values[fqn].dtype for one in groups.values() for fqn in one}
+        refuse_drifted_ties(self._place, self._source, self._inputs, tied, dtypes)
 
     def _load_tensors(self, wanted: Sequence[Wanted], reading: Reading) -> None:
         blocks = {}

@@ -44,6 +44,9 @@ class Assets:
     """File name of each key in `like`; `None` without `like`."""
 
 
+_PLAIN = (str, os.PathLike, Mapping)
+"""Assets that any process can read."""
+
 _cache: weakref.WeakKeyDictionary[HFExport, Assets] = weakref.WeakKeyDictionary()
 _cache_lock = threading.Lock()
 
@@ -126,18 +129,35 @@ def known(export: HFExport) -> Assets | None:
         return _cache.get(export)
 
 
+def to_send(
+    export: HFExport, error: CheckpointError | None
+) -> tuple[HFExport, Assets | None, CheckpointError | None]:
+    """Return what goes to another process: the export, its assets, and why there are none.
+
+    Objects never travel, read or not: a model is too large, and its FSDP2 class does not pickle.
+    Paths and plain files travel if they were not read, and the other process reads them.
+
+    Args:
+        export: The export.
+        error: Why this process could not read its assets, if it tried.
+    """
+    read = known(export)
+    if read is None and error is None:
+        if all(isinstance(asset, _PLAIN) for asset in _each(export.assets)):
+            return export, None, None
+        msg = "the process that sent this export had not read its assets"
+        hint = "call writer.warm_up on every rank, or save with the rank that reads them as rank 0"
+        error = ExportError(msg, phase="plan", hint=hint)
+    bare = copy.copy(export)
+    object.__setattr__(bare, "assets", ())
+    object.__setattr__(bare, "like", None)
+    return bare, read, None if read is not None else error
+
+
 def preset(export: HFExport, assets: Assets) -> None:
     """Store what another process has read for this export."""
     with _cache_lock:
         _cache[export] = assets
-
-
-def without_objects(export: HFExport) -> HFExport:
-    """Return a copy of the export without assets and `like`, to be sent with the `Assets`."""
-    bare = copy.copy(export)
-    object.__setattr__(bare, "assets", ())
-    object.__setattr__(bare, "like", None)
-    return bare
 
 
 def file_of_key_in_like(export: HFExport) -> dict[str, str] | None:
