@@ -146,7 +146,7 @@ class _FileWriter:
         except Exception as error:
             known = getattr(self._planner, "state_dict", None)
             value = known.get(item.index.fqn) if isinstance(known, Mapping) else None
-            msg = "a value of the state dict cannot be pickled"
+            msg = "a value cannot be pickled"
             raise PlanningError(
                 msg,
                 phase="write",
