@@ -23,6 +23,7 @@ from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.plan import global_plan
 from dcp_hf_writer.plan.global_plan import RankPlan
 from dcp_hf_writer.preflight import check_options, rank_facts
+from dcp_hf_writer.preflight.check_placements import refuse_partial
 from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
 from dcp_hf_writer.save import coordinator, export_assets
 from dcp_hf_writer.save.announced_save import planned_directory
@@ -38,6 +39,7 @@ from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
 from dcp_hf_writer.save.write_phase import WritePhase
 from dcp_hf_writer.save.writer_saves import WriterSaves, tells
 from dcp_hf_writer.staging.staged_state_dict import refuse_failed
+from dcp_hf_writer.storage.output_place import check_output_place
 from dcp_hf_writer.storage.write_slots import WriteSlots
 from dcp_hf_writer.torch_seam.caller_frames import Planned, find_save, other_planner
 from dcp_hf_writer.torch_seam.plan_cache import PLAN_CACHE, is_from_cache, whole_plans
@@ -91,10 +93,11 @@ class HFDualWriter(StorageWriter, SlabStager):
         timeout_s: float = 1800,
         host_budget_bytes: int = 256 << 20,
     ) -> None:
-        """Set up a writer. Reads and writes no file.
+        """Set up a writer. Writes no file, and starts nothing.
 
         Args:
-            path: Directory of the checkpoint. It must not exist, unless `overwrite` is set.
+            path: Directory of the checkpoint. It must not exist, unless `overwrite` is set. A
+                `file://` URL is taken too, and `~` is expanded.
             export: Options of the HuggingFace half; `None` writes the DCP half only.
             weights: `"both"` stores the weights in both halves. `"once"` stores a weight only in
                 the export if its bytes are the same there; `HFDualReader` reads such a checkpoint.
@@ -115,19 +118,15 @@ class HFDualWriter(StorageWriter, SlabStager):
             host_budget_bytes: Memory that a rank may use in addition to the staged copy.
 
         Raises:
-            ConfigError: If an option cannot be used as given.
+            ConfigError: If an option cannot be used as given, or `like` is no model directory.
+            ExportError: If a path among the assets cannot be read. With `on_export_error="warn"`,
+                the writer logs this error and errors of `like` instead.
+            StorageError: If the path or a parent of it is a file, or may not be written to.
         """
         super().__init__()
-        check_options.one_of("weights", weights, ("both", "once"))
-        check_options.one_of("staging", staging, ("blocking", "overlap"))
-        check_options.one_of("on_export_error", on_export_error, ("raise", "warn"))
-        check_options.one_of("share", share, ("auto", "off"))
-        check_options.one_of("strategy", strategy, ("auto", "direct"))
-        check_options.check_numbers(timeout_s=timeout_s, host_budget_bytes=host_budget_bytes)
-        check_options.check_no_storage_options(storage_options)
-        check_options.check_export(export, weights)
-        check_options.check_dcp_writer(dcp_writer)
+        check_options.check_writer(locals())
         self.path = check_options.local_path(path)
+        check_output_place(self.path)
         self.export = export
         self.weights = weights
         self.staging = staging
@@ -142,6 +141,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.host_budget_bytes = host_budget_bytes
         self._saves = WriterSaves()
         self._made_in = SaveWorld.at_staging(None, None)
+        self._look_at_assets()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Wait for an earlier save of this writer, then take `checkpoint_id` as the path.
@@ -210,6 +210,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             raise attempt.context.refusal
         save = find_save()
         view = RankView.of(Planned.of(save.planner, save.given))
+        refuse_partial(view.planned.state_dict, phase="plan")
         attempt.see(view)
         rendezvous = MEETING.rendezvous_of(save.group) if save.is_distributed else None
         member = Membership.of(save.ranks, is_coordinator, rendezvous, MEETING.next_count())
@@ -258,6 +259,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt = self._current()
         attempt.check()
         check_options.check_collectives(is_used=len(plans) == attempt.member.world_size)
+        rank_facts.check_targets(plans, attempt.target)
         if len(plans) == 1:
             attempt.save_alone()
         export, assets = self._export_of(attempt)
@@ -314,7 +316,8 @@ class HFDualWriter(StorageWriter, SlabStager):
         if self.export is None:
             return None, None
         try:
-            return self.export, export_assets.assets_of(self.export)
+            is_staged = attempt.context.staged is not None
+            return self.export, self._assets_of(self.export, is_staged=is_staged)
         except ExportError as error:
             attempt.leave_out_export(error)
             return None, None
@@ -408,7 +411,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         if error is not None:
             if self.on_export_error == "raise":
                 raise error
-            _log.warning("checkpoint %s has no export: %s", attempt.target, error)
+            _log.warning("a checkpoint has no export: %s", error)
 
     def explain(
         self, state_dict: dict[str, Any], *, planner: SavePlanner | None = None
@@ -451,7 +454,8 @@ class HFDualWriter(StorageWriter, SlabStager):
         """Pickle for a checkpointer process, with the export's files instead of its objects."""
         state = dict(self.__dict__)
         if self.export is not None:
-            state["export"], state["_assets"] = export_assets.to_send(self.export)
+            sent = export_assets.to_send(self.export, self._assets_error)
+            state["export"], state["_assets"], state["_assets_error"] = sent
         for name in ("process_group", "_copies", "_lease"):
             state[name] = None
         return state

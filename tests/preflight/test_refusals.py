@@ -182,11 +182,10 @@ REFUSALS: dict[str, Refusal] = {
 
 def raised_by(refusal: Refusal, path: Path, *, no_dist: bool) -> BaseException | None:
     """Try a save; return what it raised."""
-    writer = HFDualWriter(path, export=refusal.export(), **refusal.options)
     try:
         dcp.async_save(
             refusal.state(),
-            storage_writer=writer,
+            storage_writer=HFDualWriter(path, export=refusal.export(), **refusal.options),
             planner=refusal.planner(),
             no_dist=no_dist,
             use_collectives=refusal.use_collectives,
@@ -438,9 +437,9 @@ def test_save_is_refused_when_the_path_is_local_to_each_node(tmp_path: Path) -> 
 
 
 def save_read_only(rank: int, world_size: int, root: Path) -> tuple[list[Outcome], list[str]]:
-    if rank == 0:
-        mount_tmpfs(root)
-        remount(root, "ro")
+    # On every rank: a rank that sees another file system than the others raises alone.
+    mount_tmpfs(root)
+    remount(root, "ro")
     dist.barrier()
     outcomes = [save(root, "step-1", 1)]
     dist.barrier()

@@ -12,11 +12,13 @@ from dcp_hf_writer.check.check_hf import DirectoryCheck, export_problems
 from dcp_hf_writer.check.verify_progress import progress_of
 from dcp_hf_writer.digests.problems import Problem, first_of
 from dcp_hf_writer.digests.recompute import Recomputation, jobs_of
-from dcp_hf_writer.errors import CheckpointError, ConfigError, CorruptCheckpointError
+from dcp_hf_writer.errors import CheckpointError, CorruptCheckpointError
 from dcp_hf_writer.formats.names_on_disk import INDEX_NAME, MANIFEST_NAME, METADATA_NAME, SUFFIX
 from dcp_hf_writer.formats.parse_dcp_metadata import MAX_METADATA_NBYTES, parse_metadata
+from dcp_hf_writer.mapping.option_values import check_whole
 from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
 from dcp_hf_writer.storage.open_directory import open_directory
+from dcp_hf_writer.storage.wrong_paths import hint_for, wrong_path_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -147,9 +149,9 @@ def verify(
         ConfigError: If an argument is invalid.
     """
     began = time.monotonic()
-    check = _Check(open_directory(path, storage_options))
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise ConfigError("threads must be a positive integer or None", found=repr(threads))
+    check = _Check(open_directory(path, storage_options), os.fspath(path))
+    if threads is not None:
+        check_whole("threads", threads, least=1)
     threads = threads or min(os.cpu_count() or 1, check.files.readers)
     check.run(progress_of(progress, "verify"), threads)
     return check.report(time.monotonic() - began)
@@ -158,8 +160,9 @@ def verify(
 class _Check:
     """One run of `verify`: the files, what manifest and metadata say of them, and the problems."""
 
-    def __init__(self, files: InputFiles) -> None:
+    def __init__(self, files: InputFiles, given: str) -> None:
         self.files = files
+        self._given = given
         self._sizes: dict[str, int] = {}
         self._manifest: Manifest | None = None
         self._metadata: Metadata | None = None
@@ -171,7 +174,8 @@ class _Check:
 
     def run(self, progress: Callable[[int, int], None], threads: int) -> None:
         try:
-            self._sizes = self.files.tree()
+            with wrong_path_errors(self.files.path, self._given):
+                self._sizes = self.files.tree()
         except CheckpointError as error:
             self._problems.append(Problem.of(error, ""))
             return
@@ -187,6 +191,8 @@ class _Check:
         else:
             what = "there is no checkpoint here"
             expected = f"{MANIFEST_NAME}, {METADATA_NAME} or *{SUFFIX}"
+            hint = None if "://" in self.files.path else hint_for(self.files.path, self._given)
+            expected += "" if hint is None else f"; {hint}"
             self._problems.append(Problem(file="", what=what, expected=expected))
 
     def report(self, seconds: float) -> VerifyReport:

@@ -32,6 +32,7 @@ from dcp_hf_writer.save.owner_process import (
     mark_ended,
 )
 from dcp_hf_writer.storage.linux_calls import UnsupportedCallError, exchange
+from dcp_hf_writer.storage.output_place import check_output_place
 from dcp_hf_writer.storage.posix_outputs import (
     OutputFile,
     make_directories,
@@ -82,6 +83,7 @@ class StagingDirectory:
             WriteError: If the file system refuses an operation.
         """
         parent = os.path.dirname(self.target)
+        check_output_place(self.target)
         make_directories(parent)
         _recover(self.target)
         check_target(self.target, overwrite=overwrite)

@@ -32,9 +32,9 @@ from dcp_hf_writer.said_once import SAID_ONCE, SaidOnce
 from dcp_hf_writer.save.commit import remove_tree
 from dcp_hf_writer.save.dcp_half import digest_file
 from dcp_hf_writer.save.export_assets import CHECKSUMS_NAME
+from dcp_hf_writer.save.export_failures import export_error, nbytes_of
 from dcp_hf_writer.save.owner_process import Owner
 from dcp_hf_writer.save.tensor_bytes import digest_of
-from dcp_hf_writer.save.write_phase import export_error
 from dcp_hf_writer.storage.posix_outputs import (
     COHERENT,
     OutputFile,
@@ -153,7 +153,8 @@ def make_export(
         path = os.path.join(directory.path, subdir)
         files.discard_below(path)
         drop_export(directory, subdir)
-        attempt.leave_out_export(export_error(error, rank=attempt.rank, path=path))
+        nbytes = nbytes_of(plan.layout) + sum(map(len, assets.files.values()))
+        attempt.leave_out_export(export_error(error, rank=attempt.rank, path=path, nbytes=nbytes))
         return False
     return True
 
@@ -203,7 +204,7 @@ def _write_whole(files: OpenFiles, root: str, subdir: str, name: str, data: byte
 
 def _check_space(layout: Layout, directory: StagingDirectory) -> None:
     # Only an early check: `set_size` reserves the space where the file system can.
-    needed = sum(file.nbytes for file in layout.files)
+    needed = nbytes_of(layout)
     free = free_bytes(directory.path)
     if free is not None and free < needed:
         msg = "there is not enough space for the export"
@@ -214,7 +215,7 @@ def _check_space(layout: Layout, directory: StagingDirectory) -> None:
             expected=f"{needed} bytes free",
             found=f"{free} bytes free",
             errno=errno.ENOSPC,
-            hint="free space on the device, or remove old checkpoints; nothing was published",
+            hint="free space on the device, or remove old checkpoints",
         )
 
 
