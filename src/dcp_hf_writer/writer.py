@@ -249,12 +249,13 @@ class HFDualWriter(StorageWriter, SlabStager):
         if untrue is not None:
             attempt.leave_out_export(untrue)
         known, result = self._plan(whole, export, assets)
-        if known.layout is not None and export is not None and assets is not None:
-            coordinator.check_names(known.layout, assets, export)
-        directory = StagingDirectory(attempt.target, new_save_id())
+        files = coordinator.export_files(known.layout, assets, export)
+        directory = StagingDirectory.of(attempt.target, new_save_id())
         with attempt.timed("prepare"):
             try:
-                coordinator.make_directory(directory, overwrite=self.overwrite, attempt=attempt)
+                coordinator.make_directory(
+                    directory, overwrite=self.overwrite, attempt=attempt, new_files=files
+                )
                 is_ready = coordinator.make_export(
                     known, assets, attempt, strategy=self.strategy, subdir=self._subdir
                 )

@@ -71,7 +71,7 @@ def materialize(
     """
     with OpenInputs(open_directory(path, None)) as inputs:
         metadata = read_dcp_metadata(inputs.files)
-        directory = StagingDirectory(check_options.local_path(target), new_save_id())
+        directory = StagingDirectory.of(check_options.local_path(target), new_save_id())
         record = directory.create(overwrite=overwrite)
         try:
             with record:

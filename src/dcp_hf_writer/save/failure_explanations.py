@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, TypeVar
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dcp_hf_writer.errors import SaveAbortedError, SaveTimeoutError
-from dcp_hf_writer.save.coordinator import committed_save_id
 from dcp_hf_writer.save.rank_progress import POST_MORTEM_S, Progress, lost_ranks_error
+from dcp_hf_writer.save.replace_target import saved_id
 from dcp_hf_writer.torch_seam.future_guard import FutureGuard, find_future, own_error
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _outcome_of(attempt: Attempt) -> str:
 
 
 def _outcome(target: str, save_id: str | None) -> str:
-    if save_id is not None and committed_save_id(target) == save_id:
+    if save_id is not None and saved_id(target) == save_id:
         return "committed: the checkpoint is visible"
     return _OPEN
 
