@@ -213,7 +213,7 @@ def test_space_that_is_not_told_is_no_obstacle(
 
 
 def test_target_that_exists_leaves_no_directory(tmp_path: Path) -> None:
-    (tmp_path / "step-1").mkdir()
+    (tmp_path / "step-1").write_text("a file")
     with pytest.raises(TargetExistsError), made(tmp_path / "step-1"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]

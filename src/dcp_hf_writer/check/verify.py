@@ -13,13 +13,19 @@ from dcp_hf_writer.check.verify_progress import progress_of
 from dcp_hf_writer.digests.problems import Problem, first_of
 from dcp_hf_writer.digests.recompute import Recomputation, jobs_of
 from dcp_hf_writer.errors import CheckpointError, ConfigError, CorruptCheckpointError
-from dcp_hf_writer.formats.names_on_disk import INDEX_NAME, MANIFEST_NAME, METADATA_NAME, SUFFIX
+from dcp_hf_writer.formats.names_on_disk import (
+    INDEX_NAME,
+    INDEX_SUFFIX,
+    MANIFEST_NAME,
+    METADATA_NAME,
+    SUFFIX,
+)
 from dcp_hf_writer.formats.parse_dcp_metadata import MAX_METADATA_NBYTES, parse_metadata
 from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
 from dcp_hf_writer.storage.open_directory import open_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 
     from torch.distributed.checkpoint.metadata import Metadata
 
@@ -255,14 +261,31 @@ class _Check:
         }
         return sorted(n for n in directories if not n or (is_ours and "/" not in n))
 
+    def _note_files_of_others(self, manifest: Manifest, names: Set[str]) -> None:
+        """Warn of files that no save made; trainers keep files of their own beside a checkpoint.
+
+        Weights in the export are a problem, because readers may load them.
+        """
+        export = None if manifest.hf is None else f"{manifest.hf.subdir}/"
+        expected = f"only what {MANIFEST_NAME} lists"
+        others = set()
+        for name in sorted(names):
+            is_in_export = export is not None and name.startswith(export)
+            if is_in_export and name.endswith((SUFFIX, INDEX_SUFFIX)):
+                what = "the file does not belong to the checkpoint"
+                self._problems.append(Problem(file=name, what=what, expected=expected))
+            else:
+                others.add(name if is_in_export else name.partition("/")[0])
+        for name in sorted(others):
+            kind = "file" if name in names else "directory"
+            what = f"the {kind} does not belong to the checkpoint"
+            self._warnings.append(Problem(file=name, what=what, expected=expected))
+
     def _check_listing(self, manifest: Manifest) -> None:
         listed = manifest.sizes()
         for name in sorted(listed.keys() - self._sizes.keys()):
             self._problems.append(Problem(file=name, what="the file is missing"))
-        for name in sorted(self._sizes.keys() - listed.keys() - {MANIFEST_NAME}):
-            what = "the file does not belong to the checkpoint"
-            expected = f"only what {MANIFEST_NAME} lists"
-            self._problems.append(Problem(file=name, what=what, expected=expected))
+        self._note_files_of_others(manifest, self._sizes.keys() - listed.keys() - {MANIFEST_NAME})
         for name in sorted(listed.keys() & self._sizes.keys()):
             if self._sizes[name] != listed[name]:
                 self._problems.append(
