@@ -94,13 +94,13 @@ class HFDualWriter(StorageWriter, SlabStager):
         """Set up a writer. Reads and writes no file.
 
         Args:
-            path: Directory of the checkpoint. It must not exist, unless `overwrite` is set.
+            path: Directory of the checkpoint. It may exist; files in it that no save made stay.
             export: Options of the HuggingFace half; `None` writes the DCP half only.
             weights: `"both"` stores the weights in both halves. `"once"` stores a weight only in
                 the export if its bytes are the same there; `HFDualReader` reads such a checkpoint.
             staging: `"blocking"` returns from `async_save` when everything is copied. `"overlap"`
                 copies during the next forward and backward, and needs `guard(optimizer)`.
-            overwrite: Replace an existing checkpoint, in the step that publishes the new one.
+            overwrite: Replace the files of an existing checkpoint, in the step that publishes.
             slots: Limit on the number of processes of a node that write at the same time.
             dcp_writer: Writes the DCP half. `None` uses torch's writer without its extra copies.
             process_group: Process group of the save; pass the same group to `async_save`.

@@ -25,7 +25,7 @@ from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifes
 from dcp_hf_writer.storage.open_directory import open_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from torch.distributed.checkpoint.metadata import Metadata
 
@@ -261,7 +261,7 @@ class _Check:
         }
         return sorted(n for n in directories if not n or (is_ours and "/" not in n))
 
-    def _note_files_of_others(self, manifest: Manifest, names: Set[str]) -> None:
+    def _note_files_of_others(self, manifest: Manifest, names: Collection[str]) -> None:
         """Warn of files that no save made; trainers keep files of their own beside a checkpoint.
 
         Weights in the export are a problem, because readers may load them.
