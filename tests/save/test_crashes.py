@@ -142,13 +142,16 @@ def live(crash: Crash, root: Path) -> Life:
         life.problems.append(f"the survivor failed: {left.error}")
     # Only what a dead coordinator cannot remove any more may be left.
     may_leave = crash.strike.rank == 0
-    note_problem(life, lambda: check_storage(root, crash.committed(), may_leave=may_leave))
-    note_problem(life, lambda: check_files(crash, root))
+    note_problem(life, lambda: check_state(crash, root, crash.committed(), may_leave=may_leave))
     return life
 
 
-def check_files(crash: Crash, root: Path) -> None:
-    assert not crash.has_files or files_of_others(root / "step-2") == FILES
+def check_state(
+    crash: Crash, root: Path, committed: dict[str, int], *, may_leave: bool = False
+) -> None:
+    files = FILES if crash.has_files else {}
+    check_storage(root, committed, may_leave=may_leave, others=[*files])
+    assert files_of_others(root / "step-2", files) == files
 
 
 def note_problem(life: Life, check: Callable[[], None]) -> None:
@@ -180,8 +183,8 @@ def lives(
     for i, (name, life) in enumerate(found.items()):
         life.again = [of_rank[i] for of_rank in again]
         root = life.root
-        note_problem(life, lambda root=root: check_storage(root, {"step-1": 1, "step-2": 4}))
-        note_problem(life, lambda crash=CRASHES[name], root=root: check_files(crash, root))
+        crash, after = CRASHES[name], {"step-1": 1, "step-2": 4}
+        note_problem(life, lambda c=crash, r=root, a=after: check_state(c, r, a))
     return found
 
 

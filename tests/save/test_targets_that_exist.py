@@ -508,7 +508,7 @@ def test_ranks_save_into_a_directory_with_files(tmp_path: Path) -> None:
     run_ranks(save_into_files, 2, root)
     files = {**FILES, "rng_of_0": "rng", "rng_of_1": "rng"}
     assert files_of_others(root / "step-1", files) == files
-    assert save_held_by(root / "step-1") == 2
+    assert save_held_by(root / "step-1", others=files) == 2
 
 
 def publish(target: Path, start: threading.Barrier, raised: list[BaseException]) -> None:
