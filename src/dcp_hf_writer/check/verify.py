@@ -14,6 +14,7 @@ from dcp_hf_writer.digests.problems import Problem, first_of
 from dcp_hf_writer.digests.recompute import Recomputation, jobs_of
 from dcp_hf_writer.errors import CheckpointError, ConfigError, CorruptCheckpointError
 from dcp_hf_writer.formats.names_on_disk import (
+    DCP_SUFFIX,
     INDEX_NAME,
     INDEX_SUFFIX,
     MANIFEST_NAME,
@@ -264,14 +265,16 @@ class _Check:
     def _note_files_of_others(self, manifest: Manifest, names: Collection[str]) -> None:
         """Warn of files that no save made; trainers keep files of their own beside a checkpoint.
 
-        Weights in the export are a problem, because readers may load them.
+        Weights in the export are a problem, because readers may load them. So are DCP files, which
+        an older save may have left.
         """
         export = None if manifest.hf is None else f"{manifest.hf.subdir}/"
         expected = f"only what {MANIFEST_NAME} lists"
         others = set()
         for name in sorted(names):
             is_in_export = export is not None and name.startswith(export)
-            if is_in_export and name.endswith((SUFFIX, INDEX_SUFFIX)):
+            is_dcp_file = "/" not in name and name.endswith(DCP_SUFFIX)
+            if is_dcp_file or (is_in_export and name.endswith((SUFFIX, INDEX_SUFFIX))):
                 what = "the file does not belong to the checkpoint"
                 self._problems.append(Problem(file=name, what=what, expected=expected))
             else:
