@@ -494,6 +494,18 @@ def test_save_of_another_target_finishes_the_overwrite_too(tmp_path: Path) -> No
     assert (tmp_path / "step-1" / "data").read_text() == "half"
 
 
+@pytest.mark.parametrize("name", ["step-1", "step-2"])
+def test_overwrite_by_another_host_is_finished_by_a_save_to_its_target(
+    tmp_path: Path, name: str
+) -> None:
+    """Nobody here can tell whether that host still works on it, and the target has no name."""
+    directory, _ = crashed(tmp_path / "step-1")
+    write(directory.path, MANIFEST_NAME, manifest_of(directory, ELSEWHERE))
+    made(tmp_path / name, overwrite=True).remove()
+    assert (tmp_path / "step-1").exists() == (name == "step-1")
+    assert len(names(tmp_path)) == (1 if name == "step-1" else 2)
+
+
 def test_overwrite_of_a_live_save_is_left_to_it(tmp_path: Path) -> None:
     directory, replaced = crashed(tmp_path / "step-1")
     write(directory.path, MANIFEST_NAME, manifest_of(directory, replace(DEAD, **_of_init())))

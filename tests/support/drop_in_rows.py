@@ -303,7 +303,7 @@ def plan_caching(calls: Calls) -> Any:
     for step in range(3):
         state = {"model": get_model_state_dict(sharded(step, mesh))}
         blank = {"model": get_model_state_dict(sharded(9, mesh))}
-        if step == 2:
+        if step == 2:  # noqa: PLR2004
             state["more"], blank["more"] = torch.ones(3), torch.zeros(3)  # type: ignore[assignment]
         planner = DefaultSavePlanner(enable_plan_caching=True)
         calls.save(state, f"step-{step}", planner=planner)

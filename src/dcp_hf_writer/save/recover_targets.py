@@ -128,6 +128,16 @@ class _Leftover:
             )
         return bool(abandoned)
 
+    def may_settle(self, owner: Owner | None, target: str) -> bool:
+        """Whether a publication that was begun may be finished or undone.
+
+        For the target of the save that asks, an owner that cannot be seen from here counts as dead:
+        two saves to one target at a time are not supported, and the target may have no name now.
+        """
+        if target == self.asking and owner is not None:
+            return is_abandoned(self.save_id, owner) is not False
+        return self.is_of_dead(owner, target)
+
 
 def _order(name: str) -> tuple[int, str]:
     """Sort records first, then what was renamed aside: both decide what becomes of the rest."""
@@ -161,7 +171,7 @@ def _recover_by_record(left: _Leftover) -> None:
             unlink_entry(left.path)
         return
     target = left.target_of(record)
-    if target is None or not left.is_of_dead(record.owner, target):
+    if target is None or not left.may_settle(record.owner, target):
         return
     _log.info("finishing or undoing what a dead save did to %s", target)
     with locked_directories(target, left.staged):
@@ -219,7 +229,7 @@ def _recover_aside(left: _Leftover) -> None:
         return
     is_published = saved_id(target) == left.save_id
     manifest = read_json(os.path.join(target, MANIFEST_NAME)) if is_published else new
-    if not left.is_of_dead(Owner.from_json((manifest or {}).get("owner")), target):
+    if not left.may_settle(Owner.from_json((manifest or {}).get("owner")), target):
         return
     with locked_directories(target):
         own = own_files(left.path)
@@ -283,9 +293,7 @@ def _remove_replaced(left: _Leftover, target: str) -> None:
     Its manifest tells which files are its own.
     """
     manifest = read_json(os.path.join(target, MANIFEST_NAME)) or {}
-    if target != left.asking and not left.is_of_dead(
-        Owner.from_json(manifest.get("owner")), target
-    ):
+    if not left.may_settle(Owner.from_json(manifest.get("owner")), target):
         return
     # The exchange may not be durable yet. Make it so before the old checkpoint is removed.
     sync_directory(left.parent)
