@@ -96,14 +96,14 @@ class HFDualWriter(StorageWriter, SlabStager):
         """Set up a writer. Writes no file, and starts nothing.
 
         Args:
-            path: Directory of the checkpoint. It must not exist, unless `overwrite` is set. A
+            path: Directory of the checkpoint. It may exist; files in it that no save made stay. A
                 `file://` URL is taken too, and `~` is expanded.
             export: Options of the HuggingFace half; `None` writes the DCP half only.
             weights: `"both"` stores the weights in both halves. `"once"` stores a weight only in
                 the export if its bytes are the same there; `HFDualReader` reads such a checkpoint.
             staging: `"blocking"` returns from `async_save` when everything is copied. `"overlap"`
                 copies during the next forward and backward, and needs `guard(optimizer)`.
-            overwrite: Replace an existing checkpoint, in the step that publishes the new one.
+            overwrite: Replace the files of an existing checkpoint, in the step that publishes.
             share: `"auto"` lets both halves share disk blocks where the file system can (XFS,
                 btrfs, ZFS): the disk then holds the weights once. `"off"` writes them twice.
             slots: Limit on the number of processes of a node that write at the same time.
@@ -271,12 +271,13 @@ class HFDualWriter(StorageWriter, SlabStager):
         if untrue is not None:
             attempt.leave_out_export(untrue)
         known, result = self._plan(whole, export, assets)
-        if known.layout is not None and export is not None and assets is not None:
-            coordinator.check_names(known.layout, assets, export)
-        directory = StagingDirectory(attempt.target, new_save_id())
+        files = coordinator.export_files(known.layout, assets, export)
+        directory = StagingDirectory.of(attempt.target, new_save_id())
         with attempt.timed("prepare"):
             try:
-                coordinator.make_directory(directory, overwrite=self.overwrite, attempt=attempt)
+                coordinator.make_directory(
+                    directory, overwrite=self.overwrite, attempt=attempt, new_files=files
+                )
                 is_ready = coordinator.make_export(
                     known, assets, attempt, strategy=self.strategy, subdir=self._subdir
                 )

@@ -300,6 +300,7 @@ def check_storage(
     without_export: Sequence[str] = (),
     may_leave: bool = False,
     mib: int = 0,
+    others: Sequence[str] = (),
 ) -> None:
     """Check I1, I2, I3 and I7: whole checkpoints of known saves, nothing else, no leftovers.
 
@@ -310,13 +311,16 @@ def check_storage(
         may_leave: Whether a dead process may have left a directory that nobody takes for a
             checkpoint.
         mib: As in `save`.
+        others: Files that may be in a checkpoint although no save made them.
 
     Raises:
         AssertionError: If something else is there.
     """
     assert looks_committed(root) == set(committed), f"expected {sorted(committed)}"
     for name, number in committed.items():
-        held = save_held_by(root / name, has_export=name not in without_export, mib=mib)
+        held = save_held_by(
+            root / name, has_export=name not in without_export, mib=mib, others=others
+        )
         assert held == number, f"{name} holds save {held}, expected {number}"
     names = {path.name for path in root.iterdir()} - set(committed)
     if may_leave:

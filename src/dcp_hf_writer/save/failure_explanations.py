@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dcp_hf_writer.errors import SaveAbortedError, SaveTimeoutError
 from dcp_hf_writer.save import save_log
-from dcp_hf_writer.save.coordinator import committed_save_id
 from dcp_hf_writer.save.rank_progress import MEETING, POST_MORTEM_S, Progress, lost_ranks_error
+from dcp_hf_writer.save.replace_target import saved_id
 from dcp_hf_writer.torch_seam.failed_steps import call_when_a_step_fails
 from dcp_hf_writer.torch_seam.future_guard import FutureGuard, find_future, own_error
 from dcp_hf_writer.torch_seam.save_world import PROBLEM, WAIT_HINT
@@ -251,7 +251,7 @@ def _outcome_of(attempt: Attempt) -> str:
 
 
 def _outcome(target: str, save_id: str | None) -> str:
-    if save_id is not None and committed_save_id(target) == save_id:
+    if save_id is not None and saved_id(target) == save_id:
         return "committed: the checkpoint is visible"
     return OPEN
 
