@@ -18,6 +18,7 @@ from dcp_hf_writer.errors import (
     PlanningError,
 )
 from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.mapping.flattening import with_states
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.plan import global_plan
 from dcp_hf_writer.plan.global_plan import RankPlan
@@ -40,6 +41,7 @@ from dcp_hf_writer.staging.staged_state_dict import refuse_failed
 from dcp_hf_writer.storage.write_slots import WriteSlots
 from dcp_hf_writer.torch_seam.caller_frames import Planned, find_save, other_planner
 from dcp_hf_writer.torch_seam.plan_cache import PLAN_CACHE, is_from_cache, whole_plans
+from dcp_hf_writer.torch_seam.save_world import SaveWorld
 
 if TYPE_CHECKING:
     import os
@@ -139,6 +141,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.timeout_s = timeout_s
         self.host_budget_bytes = host_budget_bytes
         self._saves = WriterSaves()
+        self._made_in = SaveWorld.at_staging(None, None)
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Wait for an earlier save of this writer, then take `checkpoint_id` as the path.
@@ -152,6 +155,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             if checkpoint_id is not None:
                 self.path = check_options.local_path(checkpoint_id)
             self._saves.set_target(self.path)
+            self._saves.renew_save_id()
         except CheckpointError:
             # An attempt gives the staged copy back when it ends; this save never makes one.
             lease = self._pending_lease()
@@ -164,12 +168,17 @@ class HFDualWriter(StorageWriter, SlabStager):
         """Path of the checkpoint."""
         return self.path
 
+    @property
+    def save_id(self) -> str:
+        """Id of the saves until `reset`; `.metadata` has that of the coordinator."""
+        return self._saves.save_id
+
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether a writer of this class can write to `checkpoint_id`."""
         try:
             check_options.local_path(checkpoint_id)
-        except ConfigError:
+        except (ConfigError, TypeError):
             return False
         return True
 
@@ -177,10 +186,14 @@ class HFDualWriter(StorageWriter, SlabStager):
         """Begin a save. torch calls this method first, in the thread that runs the save."""
         self._saves.wait_for_earlier()
         target = self._saves.take_target(self.path)
-        pending = self._pending_lease
-        attempt = begin_save(target, timeout_s=self.timeout_s, pending=pending)
+        attempt = begin_save(
+            target,
+            timeout_s=self.timeout_s,
+            made_in=self._made_in,
+            pending=self._pending_lease,
+        )
         self._saves.begin(attempt)
-        return StorageMeta(checkpoint_id=attempt.target)
+        return StorageMeta(checkpoint_id=attempt.target, save_id=self.save_id)
 
     @tells
     def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **kwargs: Any) -> None:  # noqa: FBT001 - torch's
@@ -385,6 +398,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 dcp_writer=self.dcp_writer,
                 subdir=self._subdir,
                 overwrite=self.overwrite,
+                save_id=self.save_id,
                 check_facts=rank_facts.check_reported_facts,
             ).run(metadata, results)
         finally:
@@ -414,7 +428,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         """
         self._saves.wait_for_earlier()
         run = DryRun(self.path, self.export, self.process_group, fresh_planner(planner), self._once)
-        return run.run(state_dict)
+        return run.run(with_states(state_dict))
 
     @property
     def _subdir(self) -> str:

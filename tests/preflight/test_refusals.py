@@ -6,7 +6,6 @@ import os
 import shutil
 import stat
 import tempfile
-import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,13 +101,6 @@ def renamed(*keys: str, name: str = "w", shape: tuple[int, ...] = (8, 3)) -> HFE
     return HFExport(specs=[LoadSpec(name=name, hf_keys=list(keys), global_shape=shape)])
 
 
-def quantized() -> torch.Tensor:
-    with warnings.catch_warnings():
-        # What torch says of quantized tensors: that they are being phased out.
-        warnings.simplefilter("ignore")
-        return torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
-
-
 # By what is wrong. The message must name the thing, so that the user finds it.
 REFUSALS: dict[str, Refusal] = {
     "unknown dtype": Refusal(
@@ -120,9 +112,6 @@ REFUSALS: dict[str, Refusal] = {
         StagingError,
         ("model.s", "sparse"),
         state=lambda: {"model": {**weights(), "s": torch.eye(3).to_sparse()}},
-    ),
-    "quantized tensor": Refusal(
-        StagingError, ("model.q",), state=lambda: {"model": {**weights(), "q": quantized()}}
     ),
     "tensor without data": Refusal(
         StagingError,

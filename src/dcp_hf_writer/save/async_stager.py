@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.staging import AsyncStager
 
 from dcp_hf_writer.errors import StagingBusyError
 from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.mapping.flattening import with_states
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.save import export_assets, save_log
 from dcp_hf_writer.save.failure_explanations import check_world
@@ -119,7 +120,7 @@ class SlabStager(AsyncStager):
         self._read_assets(
             is_first=not dist.is_initialized() or dist.get_rank(self.process_group) == 0
         )
-        return STAGER.warm_up(state_dict, deadline=time.monotonic() + self.timeout_s)
+        return STAGER.warm_up(with_states(state_dict), deadline=time.monotonic() + self.timeout_s)
 
     def _pending_lease(self) -> Lease | None:
         """Return the latest lease if it still waits for its save, and this thread may run it.

@@ -39,6 +39,8 @@ class FinishPhase:
     """The user's writer for the DCP half; `None` for ours."""
     subdir: str
     overwrite: bool
+    save_id: str
+    """Id of the save, for the metadata."""
     check_facts: Callable[[Sequence[SavePlan], Sequence[RankReport]], None]
     """Compares the facts of the ranks if the planning step did not see them."""
 
@@ -123,6 +125,7 @@ class FinishPhase:
         attempt, writer = self.attempt, self.dcp_writer
         if writer is None:
             writer = SlabFileSystemWriter(directory.path, checkpoint_id=directory.target)
+            writer.save_id = self.save_id
             writer.set_up_storage_writer(True, rank=attempt.rank, use_collectives=True)
         with attempt.timed("metadata"), write_errors(directory.path):
             coordinator.share_text(results)
