@@ -105,3 +105,18 @@ def flat_tensors(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, torch.T
             )
         found[fqn] = (path, tensor)
     return found
+
+
+def with_states(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Replace the objects of a state dict by their states, as `dcp.save` does it.
+
+    Source:
+        torch, `_stateful_to_state_dict`: the entries at the top that have `state_dict` and
+        `load_state_dict`, such as modules and optimizers.
+    """
+    return {
+        key: value.state_dict()
+        if hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
+        else value
+        for key, value in state_dict.items()
+    }

@@ -193,6 +193,16 @@ def find_async_save() -> TorchAsyncSave | None:
     return None
 
 
+def is_no_dist_given() -> bool:
+    """Whether the asynchronous save that the calling thread runs was given `no_dist=True`."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as in `_locals_of_torch`
+    while frame is not None:
+        if {"staging_future_or_state_dict", "no_dist"} <= {*frame.f_code.co_varnames}:
+            return bool(frame.f_locals["no_dist"])
+        frame = frame.f_back
+    return False
+
+
 def find_load() -> TorchLoad | None:
     """Find the load whose reader calls this function; return `None` if there is none."""
     found = _locals_of_torch(LoadPlanner)
