@@ -17,7 +17,7 @@ from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.mapping.flattening import with_states
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.save import export_assets, save_log
-from dcp_hf_writer.save.failure_explanations import check_world
+from dcp_hf_writer.save.failure_explanations import check_world, watch_pending
 from dcp_hf_writer.save.owner_process import is_on_first_host
 from dcp_hf_writer.save.process_saves import guard_process_save
 from dcp_hf_writer.save.rank_progress import MEETING
@@ -209,6 +209,8 @@ def _attend(staged: StagedStateDict, lease: Lease, place: _Place) -> None:
         # The records of the ranks need the group, which may be gone when the save begins.
         MEETING.rendezvous_of(None if world.group is None else world.group())
         staged.on_save = lambda: check_world(lease, world, target=target)
+        if world.group is not None:
+            watch_pending(lease, world, target=target)
 
 
 def _failed(lease: Lease, error: BaseException, place: _Place) -> StagedStateDict:
