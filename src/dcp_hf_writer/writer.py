@@ -25,7 +25,6 @@ from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.plan import global_plan
 from dcp_hf_writer.plan.global_plan import RankPlan
 from dcp_hf_writer.preflight import check_options, rank_facts
-from dcp_hf_writer.preflight.drifted_ties import untrue_tie
 from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
 from dcp_hf_writer.save import coordinator, export_assets
 from dcp_hf_writer.save.announced_save import planned_directory
@@ -36,6 +35,7 @@ from dcp_hf_writer.save.checksums import add_checksums
 from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
 from dcp_hf_writer.save.owner_process import new_save_id
+from dcp_hf_writer.save.planned_export import export_of, plan_or_leave_out
 from dcp_hf_writer.save.rank_progress import MEETING, Announcement
 from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
 from dcp_hf_writer.save.write_phase import WritePhase, export_error, take_reports
@@ -208,19 +208,17 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt = self._current()
         refuse_failed(item.index.fqn for item in plan.items)
         PLAN_CACHE.check_sent(plan)
-        facts = rank_facts.local_facts(
+        facts, error = rank_facts.local_facts(
             plan,
             attempt.view,
             target=attempt.target,
             is_coordinator=attempt.member.is_coordinator,
             export=self.export,
             group=self.process_group,
+            rank=attempt.rank,
         )
-        if self.export is not None:
-            view = attempt.view
-            error = untrue_tie(view.planned, self.export, view.memory, rank=attempt.rank)
-            if error is not None:
-                attempt.leave_out_export(error)
+        if error is not None:
+            attempt.leave_out_export(error)
         attempt.send(SentFacts(facts.stamp, None if plan.usable else facts.samples))
         reach("local plan")
         return replace(plan, storage_data=facts)
@@ -232,7 +230,8 @@ class HFDualWriter(StorageWriter, SlabStager):
 
         Raises:
             ConfigError: If the save runs with `use_collectives=False`.
-            PlanningError: If the state dict does not fit the options of the export.
+            PlanningError: If the plans of the ranks are not this save's.
+            CoverageError: If the ranks' parts do not cover a tensor of the model exactly once.
             StorageError: If the target or the file system does not allow the save.
         """
         attempt = self._current()
@@ -240,7 +239,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         check_options.check_collectives(is_used=len(plans) == attempt.member.world_size)
         if len(plans) == 1:
             attempt.save_alone()
-        export, assets = self._export_of(attempt)
+        export, assets = export_of(self.export, attempt)
         whole = whole_plans(plans, attempt.view.planned.planner)
         is_cached = is_from_cache(whole)
         if not is_cached:
@@ -248,9 +247,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         untrue = None if export is None else rank_facts.untrue_tie_of_ranks(whole)
         if untrue is not None:
             attempt.leave_out_export(untrue)
-        known, result = self._plan(whole, export, assets)
-        if known.layout is not None and export is not None and assets is not None:
-            coordinator.check_names(known.layout, assets, export)
+        known, result = plan_or_leave_out(self._plan, whole, export, assets, attempt)
         directory = StagingDirectory(attempt.target, new_save_id())
         with attempt.timed("prepare"):
             try:
@@ -276,7 +273,8 @@ class HFDualWriter(StorageWriter, SlabStager):
         """Return the global plan and each rank's plan; `None` for these if the ranks have them."""
         with self._current().timed("plan"):
             file_of_key = None if assets is None else assets.file_of_key
-            options = global_plan.options_fingerprint(export, file_of_key)
+            architecture = None if assets is None else assets.architecture
+            options = global_plan.options_fingerprint(export, file_of_key, architecture)
             options += f" {type(self.dcp_writer).__qualname__} {self.weights}"
             known = PLAN_CACHE.delivered(whole, options)
             if known is not None:
@@ -286,18 +284,10 @@ class HFDualWriter(StorageWriter, SlabStager):
                 export,
                 options=options,
                 file_of_key=file_of_key,
+                architecture=architecture,
                 once=self._once,
             )
             return known, global_plan.rank_plans(known, self._prepare_dcp(whole))
-
-    def _export_of(self, attempt: Attempt) -> tuple[HFExport | None, export_assets.Assets | None]:
-        if self.export is None:
-            return None, None
-        try:
-            return self.export, export_assets.assets_of(self.export)
-        except ExportError as error:
-            attempt.leave_out_export(error)
-            return None, None
 
     def _prepare_dcp(self, plans: list[SavePlan]) -> list[SavePlan]:
         bare = [replace(plan, storage_data=None) for plan in plans]

@@ -18,16 +18,15 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from dcp_hf_writer.digests.digest_sweep import extent_of
-from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.errors import CoverageError, PlanningError
 from dcp_hf_writer.formats.names_on_disk import INDEX_NAME
-from dcp_hf_writer.mapping.model_entry import model_prefix
 from dcp_hf_writer.plan.global_plan import GlobalPlan, RankPlan, plan_globally, rank_plans
-from dcp_hf_writer.preflight.drifted_ties import untrue_tie
 from dcp_hf_writer.preflight.explanation import Explanation
 from dcp_hf_writer.preflight.explanation_rows import FileSum, RankSum, Row, left_out
 from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts, untrue_tie_of_ranks
-from dcp_hf_writer.save.export_assets import file_of_key_in_like
+from dcp_hf_writer.save.export_assets import assets_of
 from dcp_hf_writer.save.hf_half import regions_by_file, way_of
+from dcp_hf_writer.save.planned_export import check_names, unplanned_export
 from dcp_hf_writer.save.save_context import RankView
 from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
 from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
@@ -108,33 +107,56 @@ class DryRun:
         )
         plan = self.planner.create_local_plan()
         view = self._view = RankView.of(Planned.of(self.planner, state_dict))
-        facts = local_facts(
+        facts, self._error = local_facts(
             plan,
             view,
             target=self.path,
             is_coordinator=self._is_coordinator,
             export=self.export,
             group=self.group,
+            rank=self._rank,
         )
-        if self.export is not None:
-            self._error = untrue_tie(view.planned, self.export, view.memory, rank=self._rank)
         return replace(plan, storage_data=facts)
 
     def _plan_all(self, plans: list[SavePlan]) -> list[SavePlan]:
         found, _ = self.planner.create_global_plan(plans)
         check_facts(found)
         self._error = self._error or untrue_tie_of_ranks(found)
-        export, files = self.export, None
-        if export is not None:
-            files = file_of_key_in_like(export)
-            export = _without_expectations(export)
-        plan = plan_globally(found, export, options="", file_of_key=None, once=self.is_once)
+        try:
+            plan = self._plan_both(found)
+        except CoverageError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the save would report it, whatever it is
+            self._error = self._error or unplanned_export(error, rank=self._rank)
+            plan = plan_globally(found, None, options="", file_of_key=None)
+        self._plan = plan
+        return rank_plans(plan, [replace(one, storage_data=None) for one in found])
+
+    def _plan_both(self, found: list[SavePlan]) -> GlobalPlan:
+        if self.export is None:
+            return plan_globally(found, None, options="", file_of_key=None)
+        assets = assets_of(self.export)
+        self._files = files = assets.file_of_key
+        export = _without_expectations(self.export)
+
+        def planned(file_of_key: Mapping[str, str] | None) -> GlobalPlan:
+            return plan_globally(
+                found,
+                export,
+                options="",
+                file_of_key=file_of_key,
+                architecture=assets.architecture,
+                once=self.is_once,
+            )
+
         # If the index of `like` lacks some keys, the explanation shows those keys, and the files
         # are those of an export without `like`.
+        plan = planned(None)
         if files is not None and set(_keys(plan.layout)) <= files.keys():
-            plan = plan_globally(found, export, options="", file_of_key=files, once=self.is_once)
-        self._plan, self._files = plan, files
-        return rank_plans(plan, [replace(one, storage_data=None) for one in found])
+            plan = planned(files)
+        if plan.layout is not None:
+            check_names(plan.layout, assets, export)
+        return plan
 
     def _explain_local(self, plan: SavePlan) -> _Local:
         own: RankPlan = plan.storage_data
@@ -215,11 +237,11 @@ class DryRun:
         }
         return Explanation(
             path=self.path,
-            entry=_entry(plan, export),
+            entry=".".join(map(str, plan.entry)),
             rows=_in_order(plan, [row for one in found for row in one.rows]),
             files=tuple(_file_sums(plan.layout)),
             ranks=tuple(one.total for one in found),
-            left_out=tuple(left_out(_ordered(plan), values, plan.layout, export)),
+            left_out=tuple(left_out(plan, _ordered(plan), values, export)),
             stored_once=tuple(plan.once),
             missing_keys=tuple(sorted(missing)),
             unexpected_keys=tuple(sorted(unexpected)),
@@ -247,13 +269,6 @@ def _keys(layout: Layout | None) -> list[str]:
 def _item_nbytes(item: WriteItem) -> int:
     data = item.tensor_data
     return 0 if data is None else chunk_of(item).numel * data.properties.dtype.itemsize
-
-
-def _entry(plan: GlobalPlan, export: HFExport | None) -> str:
-    if export is None:
-        return ""
-    paths = {fqn: tensor.path for fqn, tensor in plan.tensors.items()}
-    return ".".join(map(str, model_prefix(paths, key=export.key)))
 
 
 def _ordered(plan: GlobalPlan) -> dict[str, PlannedTensor]:

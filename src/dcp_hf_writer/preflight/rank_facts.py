@@ -9,7 +9,12 @@ import torch.distributed as dist
 
 from dcp_hf_writer.plan.global_plan import LocalFacts
 from dcp_hf_writer.preflight.detect_hand_sharded import check_samples, samples_of
-from dcp_hf_writer.preflight.drifted_ties import lone_ties, tie_apart
+from dcp_hf_writer.preflight.drifted_ties import (
+    lone_ties,
+    names_if_tied,
+    tie_apart,
+    untrue_tie,
+)
 from dcp_hf_writer.preflight.plan_check import check_plan
 from dcp_hf_writer.save.owner_process import page_cache_id
 from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
@@ -33,8 +38,11 @@ def local_facts(
     is_coordinator: bool,
     export: HFExport | None,
     group: dist.ProcessGroup | None,
-) -> LocalFacts:
+    rank: int,
+) -> tuple[LocalFacts, ExportError | None]:
     """Check a rank's plan, and return the facts to send with it.
+
+    Also returns why a declared tie of tensors on this rank costs the export, if it does.
 
     Args:
         plan: The planner's plan on this rank.
@@ -43,13 +51,18 @@ def local_facts(
         is_coordinator: Whether this rank is the coordinator.
         export: Options of the export.
         group: Process group of the save.
+        rank: This rank.
 
     Raises:
         PlanningError: If the plan leaves out blocks that this rank holds.
         UnsupportedTorchError: If the planner reuses a plan and does not show it.
     """
     check_plan(plan, view.planned, export)
-    return LocalFacts(
+    names = {} if export is None else names_if_tied(view.planned, export)
+    error = None
+    if export is not None:
+        error = untrue_tie(view.planned, names, export, view.memory, rank=rank)
+    facts = LocalFacts(
         host=page_cache_id(target),
         order=_order(plan, view) if is_coordinator else None,
         tied=view.tied(),
@@ -59,8 +72,9 @@ def local_facts(
             world_size=dist.get_world_size(group) if dist.is_initialized() else 1,
         ),
         stamp=uuid.uuid4().hex,
-        lone_ties=lone_ties(view.planned, export),
+        lone_ties=() if export is None else lone_ties(names.values(), export),
     )
+    return facts, error
 
 
 def _order(plan: SavePlan, view: RankView) -> tuple[str, ...]:
