@@ -25,18 +25,12 @@ _MANY = 6
 """How many names one part of a message lists."""
 
 # Parts of names that tell what was added to a model, and the call that avoids it.
-_ADDED = (
-    (
-        re.compile(r"(?:^|\.)(?:lora_\w+|base_layer)\."),
-        "these are adapters of PEFT: save merged.state_dict() of merged = "
-        "copy.deepcopy(model).merge_and_unload(), or pass export=None",
-    ),
-    (
-        re.compile(r"(?:^|\.)v_head\."),
-        "this is a value head: save model.pretrained_model.state_dict() as the model's entry, and "
-        "model.v_head.state_dict() as another",
-    ),
-)
+_ADDED = {
+    r"(?:^|\.)(?:lora_\w+|base_layer)\.": "these are adapters of PEFT: save merged.state_dict() of "
+    "merged = copy.deepcopy(model).merge_and_unload(), or pass export=None",
+    r"(?:^|\.)v_head\.": "this is a value head: save model.pretrained_model.state_dict() as the "
+    "model's entry, and model.v_head.state_dict() as another",
+}
 _CALLS = (
     (re.compile(r"base_model\.model\."), "model.merge_and_unload().state_dict()"),
     (re.compile(r"pretrained_model\."), "model.pretrained_model.state_dict()"),
@@ -154,11 +148,12 @@ def _misfit(
     shapes: Mapping[str, Shape], left_out: frozenset[str], expected: Architecture
 ) -> _Misfit | None:
     """Compare with the key set that fits best; `None` if no tensor is one of the architecture."""
-    found = []
-    for names in (shapes, *_with_other_base(shapes, expected)):
-        for keys in expected.key_sets:
-            if not keys.required or any(keys.get(name) is not None for name in names):
-                found.append(_compared(names, left_out, keys, expected))
+    found = [
+        _compared(names, left_out, keys, expected)
+        for names in (shapes, *_with_other_base(shapes, expected))
+        for keys in expected.key_sets
+        if not keys.required or any(keys.get(name) is not None for name in names)
+    ]
     return min(found, key=lambda one: one.count, default=None)
 
 
@@ -221,7 +216,9 @@ def _tie_hint(misfit: _Misfit | None, tied: Mapping[str, str]) -> str:
 
 
 def _hint(names: list[str], misfit: _Misfit | None, expected: Architecture) -> str:
-    said = [text for pattern, text in _ADDED if any(pattern.search(name) for name in names)]
+    said = [
+        text for pattern, text in _ADDED.items() if any(re.search(pattern, one) for one in names)
+    ]
     prefix = _prefix_in_the_way(names, expected) or _known_prefix(names)
     if prefix:
         call = _call(prefix)

@@ -160,11 +160,11 @@ def why_left_out(path: Path, prefix: Path) -> str:
     if is_extra_state(path):
         return "extra state of modules, `_extra_state`"
     if path[: len(prefix)] != prefix or (not prefix and len(path) > 1):
-        return f"the entry {path[0]!r}"
+        return f"entry {path[0]!r}"
     word = next((one for one in _OPTIMIZER if f"{one}." in str(path[len(prefix)])), None)
     if word is not None:
         return f"flattened optimizer state, `{word}.*`"
-    return f"the tensor {'.'.join(map(str, path))!r}"
+    return f"tensor {'.'.join(map(str, path))!r}"
 
 
 def _weights(paths: Mapping[str, Path]) -> list[Path]:
@@ -219,7 +219,7 @@ def _of_flat_model(below: Mapping[str, Path]) -> dict[str, Path]:
     Whatever a parameter is called, it is one. But beside entries such as `optim`, a tensor `step`
     is the trainer's, unless an optimizer has state for it.
     """
-    leaves = {fqn: path for fqn, path in below.items() if len(path) == 1}
+    leaves: dict[str, Path] = {fqn: path for fqn, path in below.items() if len(path) == 1}
     beside = [path for path in below.values() if len(path) > 1]
     if not beside:
         return leaves

@@ -1,10 +1,10 @@
 """Remove what wrappers put before the names of a model's tensors.
 
-Pure. Some wrappers put a part of their own into a name: `torch.compile` adds `_orig_mod`, activation
-checkpointing adds `_checkpoint_wrapped_module`, FSDP1 adds `_fsdp_wrapped_module`. No module of a
-model has such a name, so these parts are always removed. Other wrappers hold the model as an
-attribute with an ordinary name, such as `module`. Only the names that the model should have can show
-that this is a prefix.
+Pure. Some wrappers put a part of their own into a name: `torch.compile` adds `_orig_mod`,
+activation checkpointing adds `_checkpoint_wrapped_module`, FSDP1 adds `_fsdp_wrapped_module`. No
+module of a model has such a name, so these parts are always removed. Other wrappers hold the model
+as an attribute with an ordinary name, such as `module`. Only the names that the model should have
+can show that this is a prefix.
 """
 
 from __future__ import annotations

@@ -224,7 +224,9 @@ class DryRun:
             msg = "the coordinator made no global plan"
             raise PlanningError(msg, phase="plan", path=self.path)
         plan, export = self._plan, self.export
-        errors = [one.error for one in found if one.error is not None]
+        errors: list[object] = [one.error for one in found if one.error is not None]
+        if export is not None and plan.layout is None and not errors:
+            errors.append("the state dict holds no weights")
         keys = set(_keys(plan.layout))
         wanted = None if export is None else export.expect_keys
         expected = set(wanted if wanted is not None else self._files or keys)
@@ -257,8 +259,11 @@ def fresh_planner(planner: SavePlanner | None) -> SavePlanner:
 
 
 def _without_expectations(export: HFExport) -> HFExport:
+    # The names stay declared: they tell a wrapper's prefix from a name of the model.
+    names = export.declared_names
     relaxed = copy.copy(export)
     object.__setattr__(relaxed, "expect_keys", None)
+    object.__setattr__(relaxed, "declared_names", names)
     return relaxed
 
 
@@ -296,9 +301,7 @@ def _file_sums(layout: Layout | None) -> Iterator[FileSum]:
         yield FileSum(INDEX_NAME, len(layout.index), 0, 0)
 
 
-def _problems(
-    errors: Iterable[ExportError], missing: set[str], unexpected: set[str]
-) -> Iterator[str]:
+def _problems(errors: Iterable[object], missing: set[str], unexpected: set[str]) -> Iterator[str]:
     for error in errors:
         yield f"the checkpoint would have no export: {error}"
     if missing or unexpected:
