@@ -6,6 +6,7 @@ import copy
 import json
 import logging
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.integrations.transformers_conversions import saved_tensors, take_conversions
@@ -69,24 +70,30 @@ def _class_of_model(model: Any) -> tuple[Any, Any]:
 
 def _class_of_config(values: Mapping[str, Any]) -> tuple[tuple[Any, Any], bool] | str:
     """Return class and config of a model, and whether the config names the class; or why not."""
-    if "model_type" not in values:
-        return "it names no model_type"
+    names = values.get("architectures") or []
+    if not names and "transformers" not in sys.modules:
+        # Not worth the seconds that the import takes: no class is known to compare with.
+        return "it names no architecture"
     try:
         import transformers  # noqa: PLC0415 - optional
     except ImportError:
         return "transformers is not installed"
-    if values["model_type"] not in transformers.CONFIG_MAPPING:
-        return f"transformers does not have the model_type {values['model_type']!r}"
-    own = transformers.CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
-    names = values.get("architectures") or []
-    if not names:
-        kind: Any = transformers.MODEL_MAPPING.get(type(own), None)
-        kind = kind[0] if isinstance(kind, (list, tuple)) else kind
-        return "it names no architecture" if kind is None else ((kind, own), False)
-    kind = getattr(transformers, str(names[0]), None)
+    kind_of_config = str(values.get("model_type"))
+    if kind_of_config not in transformers.CONFIG_MAPPING:
+        return f"transformers does not have the model_type {kind_of_config!r}"
+    own = transformers.CONFIG_MAPPING[kind_of_config].from_dict(dict(values))
+    kind: Any = getattr(transformers, str(names[0]), None) if names else _base_class(own)
     if not isinstance(kind, type) or not issubclass(kind, transformers.PreTrainedModel):
-        return f"transformers does not have the architecture {names[0]!r}"
-    return (kind, own), True
+        return f"transformers does not have the architecture {names[:1]}"
+    return (kind, own), bool(names)
+
+
+def _base_class(config: Any) -> Any:
+    """Return the class of the model without a head."""
+    from transformers import MODEL_MAPPING  # noqa: PLC0415 - optional
+
+    found = MODEL_MAPPING.get(type(config), None)
+    return found[0] if isinstance(found, (list, tuple)) else found
 
 
 def _architecture(kind: Any, config: Any, model: Any, *, is_whole: bool) -> Architecture:

@@ -133,8 +133,10 @@ def check_fit(
     misfit = _misfit(shapes, left_out, expected)
     if misfit is not None and misfit.count == 0:
         return
-    known = [] if misfit is None else misfit.unexpected
-    names = list(shapes) if misfit is None else [*known, *misfit.shapes]
+    names = list(shapes) if misfit is None else [*misfit.unexpected, *misfit.shapes]
+    if misfit is None and not expected.is_whole and not _said_of(names, expected):
+        # The config names no architecture, so these may be the tensors of any model.
+        return
     raise LayoutError(
         "the export does not fit the config beside it",
         phase="plan",
@@ -216,14 +218,7 @@ def _tie_hint(misfit: _Misfit | None, tied: Mapping[str, str]) -> str:
 
 
 def _hint(names: list[str], misfit: _Misfit | None, expected: Architecture) -> str:
-    said = [
-        text for pattern, text in _ADDED.items() if any(re.search(pattern, one) for one in names)
-    ]
-    prefix = _prefix_in_the_way(names, expected) or _known_prefix(names)
-    if prefix:
-        call = _call(prefix)
-        said.insert(0, f"the prefix {prefix!r} of a wrapper is in the way: save {call}")
-    if said:
+    if said := _said_of(names, expected):
         return "; ".join(said)
     if misfit is not None and misfit.shapes and not misfit.missing and not misfit.unexpected:
         return "change the config to the sizes of the model, or pass the model itself as an asset"
@@ -231,6 +226,18 @@ def _hint(names: list[str], misfit: _Misfit | None, expected: Architecture) -> s
         "pass the config of this model, or the model itself, as an asset; "
         "HFExport.from_transformers(model) describes another layout"
     )
+
+
+def _said_of(names: list[str], expected: Architecture) -> list[str]:
+    """Return what the names tell about wrappers and additions, and the calls that avoid them."""
+    said = [
+        text for pattern, text in _ADDED.items() if any(re.search(pattern, one) for one in names)
+    ]
+    prefix = _prefix_in_the_way(names, expected) or _known_prefix(names)
+    if prefix:
+        call = _call(prefix)
+        said.insert(0, f"the prefix {prefix!r} of a wrapper is in the way: save {call}")
+    return said
 
 
 def _prefix_in_the_way(names: Iterable[str], expected: Architecture) -> str:

@@ -85,8 +85,9 @@ def holds_weights(paths: Mapping[str, Path]) -> bool:
 def names_in_model(paths: Mapping[str, Path], prefix: Path) -> dict[str, str]:
     """Map the FQN of each tensor of the model to its name within the model, in order.
 
-    Extra state of modules and flattened optimizer state are not tensors of the model. If the entry
-    is a list of state dicts, such as the parts of a pipeline, the names have no list index.
+    Extra state of modules is not a tensor of the model, and neither is flattened optimizer state at
+    the top of the state dict. If the entry is a list of state dicts, such as the parts of a
+    pipeline, the names have no list index.
 
     Args:
         paths: Path of each tensor of the state dict, by FQN.
@@ -106,8 +107,7 @@ def names_in_model(paths: Mapping[str, Path], prefix: Path) -> dict[str, str]:
         _check_parts(below, prefix)
         below = {fqn: path[1:] for fqn, path in below.items()}
     names = {fqn: ".".join(map(str, path)) for fqn, path in below.items()}
-    known = frozenset(names.values())
-    return {fqn: name for fqn, name in names.items() if not is_moment(name, known)}
+    return names if prefix else without_moments(names)
 
 
 def is_extra_state(path: Path) -> bool:
@@ -118,16 +118,20 @@ def is_extra_state(path: Path) -> bool:
     )
 
 
-def is_moment(name: str, names: frozenset[str]) -> bool:
-    """Whether a tensor is flattened optimizer state, as in `state.<parameter>.exp_avg`.
+def without_moments(names: Mapping[str, str]) -> dict[str, str]:
+    """Leave out flattened optimizer state, such as `state.<parameter>.exp_avg`.
 
     Args:
-        name: Name of the tensor within the model's entry.
-        names: Names of all tensors in that entry. One of them must be the parameter.
+        names: Name of each tensor within one entry, by FQN. The parameter must be one of them.
 
     Source:
         torch, `StateDictOptions.flatten_optimizer_state_dict`.
     """
+    known = frozenset(names.values())
+    return {fqn: name for fqn, name in names.items() if not _is_moment(name, known)}
+
+
+def _is_moment(name: str, names: frozenset[str]) -> bool:
     if not any(f"{word}." in name for word in _OPTIMIZER):
         return False
     parts = name.split(".")

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer.errors import ModelKeyError
 from dcp_hf_writer.mapping.model_entry import holds_weights, model_prefix, names_in_model
 from dcp_hf_writer.mapping.optimizer_state import owner_of_copy, owner_of_state
 from dcp_hf_writer.mapping.wrapped_names import unwrapped_names
@@ -36,17 +35,32 @@ def match_specs(
 ) -> dict[str, Match]:
     """Find the spec that applies to each tensor, by FQN; tensors without a spec are left out.
 
-    If it is not clear which entry holds the model, every entry may hold copies of it.
-
     Args:
         paths: Path of each tensor of the state dict, by FQN.
         specs: Specs by name.
         key: Entry that holds the model, as in `HFExport.key`.
+
+    Raises:
+        ModelKeyError: If it is not clear which entry holds the model.
     """
-    try:
-        names = model_names(paths, key=key, wanted=specs.keys())
-    except ModelKeyError:
-        names = {}
+    return _matches(paths, specs, model_names(paths, key=key, wanted=specs.keys()))
+
+
+def match_copies(paths: Mapping[str, Path], specs: Mapping[str, LoadSpec]) -> dict[str, Match]:
+    """Find the spec of each tensor if it is not clear which entry holds the model, by FQN.
+
+    Then every entry may hold a copy of it.
+
+    Args:
+        paths: Path of each tensor of the state dict, by FQN.
+        specs: Specs by name.
+    """
+    return _matches(paths, specs, {})
+
+
+def _matches(
+    paths: Mapping[str, Path], specs: Mapping[str, LoadSpec], names: Mapping[str, str]
+) -> dict[str, Match]:
     found = {}
     for fqn, path in paths.items():
         match = _match(".".join(map(str, path)), path, names.get(fqn), specs)

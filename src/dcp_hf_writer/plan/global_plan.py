@@ -18,6 +18,7 @@ from dcp_hf_writer.mapping.model_entry import (
     left_out_of_model,
     model_prefix,
     names_in_model,
+    without_moments,
 )
 from dcp_hf_writer.mapping.tied_names import shared_groups, tie_fault
 from dcp_hf_writer.mapping.wrapped_names import unwrapped_names
@@ -313,7 +314,8 @@ def _runtime_tensors(
     fqns = sorted(planned, key=lambda fqn: ranked.get(fqn, len(ranked)))
     paths = {fqn: planned[fqn].path for fqn in fqns}
     entry = model_prefix(paths, key=export.key)
-    names = unwrapped_names(names_in_model(paths, entry), export.declared_names)
+    names = without_moments(names_in_model(paths, entry))
+    names = unwrapped_names(names, export.declared_names)
     if architecture is not None and not export.spec_by_fqn:
         shapes = {fqn: tuple(planned[fqn].data.size) for fqn in names}
         names = names_that_fit(names, shapes, architecture)

@@ -24,9 +24,10 @@ from dcp_hf_writer.plan.global_plan import GlobalPlan, RankPlan, plan_globally, 
 from dcp_hf_writer.preflight.explanation import Explanation
 from dcp_hf_writer.preflight.explanation_rows import FileSum, RankSum, Row, left_out
 from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts, untrue_tie_of_ranks
+from dcp_hf_writer.save.coordinator import check_names
 from dcp_hf_writer.save.export_assets import assets_of
 from dcp_hf_writer.save.hf_half import regions_by_file, way_of
-from dcp_hf_writer.save.planned_export import check_names, unplanned_export
+from dcp_hf_writer.save.planned_export import unplanned_export
 from dcp_hf_writer.save.save_context import RankView
 from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
 from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
@@ -127,7 +128,7 @@ class DryRun:
         except CoverageError:
             raise
         except Exception as error:  # noqa: BLE001 - the save would report it, whatever it is
-            self._error = self._error or unplanned_export(error, rank=self._rank)
+            self._error = unplanned_export(error, rank=self._rank)
             plan = plan_globally(found, None, options="", file_of_key=None)
         self._plan = plan
         return rank_plans(plan, [replace(one, storage_data=None) for one in found])

@@ -148,9 +148,14 @@ class Attempt:
         """Record export files that the coordinator wrote whole."""
         self.whole_files += files
 
-    def leave_out_export(self, error: ExportError) -> None:
-        """Record why the checkpoint will have no export; the first reason is kept."""
-        self.export_error = self.export_error or error
+    def leave_out_export(self, error: ExportError, *, is_cause: bool = False) -> None:
+        """Record why the checkpoint will have no export; the first reason is kept.
+
+        Args:
+            error: The reason.
+            is_cause: Whether to keep this reason instead of an earlier one, which follows from it.
+        """
+        self.export_error = error if is_cause else self.export_error or error
 
     def wait_until_over(self) -> None:
         """Wait until this save is over; another thread runs it for the same writer.

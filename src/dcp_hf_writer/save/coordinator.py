@@ -19,6 +19,7 @@ from dcp_hf_writer.errors import (
     CoverageError,
     ExportError,
     IncoherentStorageError,
+    LayoutError,
     WriteError,
 )
 from dcp_hf_writer.failpoints import reach
@@ -28,6 +29,7 @@ from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
 from dcp_hf_writer.plan.rank_report import RankReport, check_coverage
 from dcp_hf_writer.save.commit import remove_tree
 from dcp_hf_writer.save.dcp_half import digest_file
+from dcp_hf_writer.save.model_assets import CHECKSUMS_NAME
 from dcp_hf_writer.save.owner_process import Owner
 from dcp_hf_writer.save.tensor_bytes import digest_of
 from dcp_hf_writer.save.write_phase import export_error
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.storage import WriteResult
 
+    from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.plan.global_plan import GlobalPlan
     from dcp_hf_writer.plan.layout import Layout
     from dcp_hf_writer.save.attempt import Attempt
@@ -89,6 +92,21 @@ def check_strategy(*, hosts: Sequence[str], fs_type: str, strategy: str, path: s
         hint='pass strategy="direct" if you know that the file system is coherent (an NFS mount '
         "with noalignwrite, a parallel file system behind FUSE), or export=None",
     )
+
+
+def check_names(layout: Layout, assets: Assets, export: HFExport) -> None:
+    """Refuse an asset that has the name of a file which the export makes itself.
+
+    Raises:
+        LayoutError: If there is such an asset; the error names the file.
+    """
+    made = {file.name for file in layout.files} | {INDEX_NAME}
+    if export.checksums is not None:
+        made.add(CHECKSUMS_NAME)
+    taken = made & assets.files.keys()
+    if taken:
+        msg = "an asset has the name of a file that the export makes itself"
+        raise LayoutError(msg, phase="plan", path=min(taken), hint="leave it out of assets")
 
 
 def make_directory(directory: StagingDirectory, *, overwrite: bool, attempt: Attempt) -> None:

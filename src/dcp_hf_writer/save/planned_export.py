@@ -10,12 +10,10 @@ from dcp_hf_writer.errors import (
     ConfigError,
     CoverageError,
     ExportError,
-    LayoutError,
 )
-from dcp_hf_writer.formats.names_on_disk import INDEX_NAME
 from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS
+from dcp_hf_writer.save.coordinator import check_names
 from dcp_hf_writer.save.export_assets import assets_of
-from dcp_hf_writer.save.model_assets import CHECKSUMS_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.plan.global_plan import GlobalPlan
-    from dcp_hf_writer.plan.layout import Layout
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.export_assets import Assets
 
@@ -66,27 +63,13 @@ def unplanned_export(error: Exception, *, rank: int | None = None) -> ExportErro
         found=found,
         hint=getattr(error, "hint", None),
     )
-    made.__cause__ = error
+    # Without its traceback, whose frames would keep the state dict as long as somebody holds it.
+    made.__cause__ = error.with_traceback(None)
     return made
 
 
 def _problem(error: Exception) -> str:
     return error.problem if isinstance(error, CheckpointError) else "planning failed"
-
-
-def check_names(layout: Layout, assets: Assets, export: HFExport) -> None:
-    """Refuse an asset that has the name of a file which the export makes itself.
-
-    Raises:
-        LayoutError: If there is such an asset; the error names the file.
-    """
-    made = {file.name for file in layout.files} | {INDEX_NAME}
-    if export.checksums is not None:
-        made.add(CHECKSUMS_NAME)
-    taken = made & assets.files.keys()
-    if taken:
-        msg = "an asset has the name of a file that the export makes itself"
-        raise LayoutError(msg, phase="plan", path=min(taken), hint="leave it out of assets")
 
 
 def plan_or_leave_out(
@@ -119,7 +102,10 @@ def plan_or_leave_out(
     except CoverageError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
-        attempt.leave_out_export(unplanned_export(error, rank=attempt.rank))
+        if not isinstance(error, CheckpointError):
+            _log.warning("planning the export failed", exc_info=error)
+        # A tie that cannot be planned may also look as if its tensors had drifted apart.
+        attempt.leave_out_export(unplanned_export(error, rank=attempt.rank), is_cause=True)
         return plan(plans, None, None)
     say_left_out(planned[0], attempt.target)
     return planned
