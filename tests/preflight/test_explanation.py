@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
-from dcp_hf_writer.errors import ConfigError, PlanningError
+from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.mapping.abbreviated_names import patterns, ranges
 from dcp_hf_writer.mapping.load_spec import Piece, ShardSpec
 from dcp_hf_writer.preflight import explanation_tables

@@ -118,8 +118,16 @@ def _architecture(kind: Any, config: Any, model: Any, *, is_whole: bool) -> Arch
         ignored=tuple(getattr(twin, "_keys_to_ignore_on_load_unexpected", None) or ()),
         base_prefix=base_prefix,
         is_whole=is_whole,
-        is_sorted=bool(plain),
+        is_sorted=bool(plain) or (not is_whole and _renames_head(config)),
     )
+
+
+def _renames_head(config: Any) -> bool:
+    """Whether `save_pretrained` renames tensors of a language model with this config."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING  # noqa: PLC0415 - optional
+
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return kind is not None and bool(next(_conversions(on_meta_device(kind, config), None)))
 
 
 def _optional(twin: Any, tensors: Mapping[str, torch.Tensor], model: Any) -> frozenset[str]:
