@@ -157,6 +157,7 @@ def check_dcp_half_alone(checkpoint: Path, problem: str) -> None:
     assert tensor_difference(loaded[entry], expected) is None
 
 
+@pytest.mark.filterwarnings("ignore:ComplexHalf")
 @pytest.mark.parametrize("problem", REFUSALS)
 def test_export_is_refused_on_every_rank_and_the_dcp_half_is_whole_when_it_does_not_fit(
     tmp_path: Path, problem: str
