@@ -14,7 +14,6 @@ from torch.futures import Future
 from dcp_hf_writer.errors import (
     CheckpointError,
     ConfigError,
-    ExportError,
     PlanningError,
 )
 from dcp_hf_writer.failpoints import reach
@@ -242,7 +241,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         check_options.check_collectives(is_used=len(plans) == attempt.member.world_size)
         if len(plans) == 1:
             attempt.save_alone()
-        export, assets = export_of(self.export, attempt)
+        export, assets = export_of(self.export, attempt, export_assets.assets_of)
         whole = whole_plans(plans, attempt.view.planned.planner)
         is_cached = is_from_cache(whole)
         if not is_cached:

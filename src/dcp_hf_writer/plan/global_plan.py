@@ -169,7 +169,7 @@ def plan_globally(
     is_sorted = architecture is not None and architecture.is_sorted
     layout = plan_layout(tensors, export, tied=shared, file_of_key=file_of_key, sort=is_sorted)
     if architecture is not None:
-        check_fit(_shapes(layout), _left_out_by(export), layout.tied, architecture)
+        check_fit(shapes_of(layout), left_out_by(export), layout.tied, architecture)
     names = {tensor.fqn: tensor.name for tensor in tensors}
     paths = {fqn: tensor.path for fqn, tensor in planned.items()}
     stored = targets_stored_once(tensors, layout.targets, shared) if once else {}
@@ -188,11 +188,12 @@ def plan_globally(
     )
 
 
-def _shapes(layout: Layout) -> dict[str, Shape]:
+def shapes_of(layout: Layout) -> dict[str, Shape]:
+    """Return the shape of each tensor of an export, by its key."""
     return {one.key: one.shape for parts in layout.targets.values() for one in parts}
 
 
-def _left_out_by(export: HFExport) -> frozenset[str]:
+def left_out_by(export: HFExport) -> frozenset[str]:
     """Return the names and keys that the options leave out."""
     specs = export.spec_by_fqn.values()
     left_out = (s for s in specs if not s.hf_keys or s.alias_of is not None)
@@ -313,22 +314,43 @@ def _runtime_tensors(
     ranked = {fqn: i for i, fqn in enumerate(order)}
     fqns = sorted(planned, key=lambda fqn: ranked.get(fqn, len(ranked)))
     paths = {fqn: planned[fqn].path for fqn in fqns}
-    entry = model_prefix(paths, key=export.key)
-    names = without_moments(names_in_model(paths, entry))
-    names = unwrapped_names(names, export.declared_names)
-    if architecture is not None and not export.spec_by_fqn:
-        shapes = {fqn: tuple(planned[fqn].data.size) for fqn in names}
-        names = names_that_fit(names, shapes, architecture)
+    shapes = {fqn: tuple(planned[fqn].data.size) for fqn in fqns}
+    entry, names = names_for_export(paths, shapes, export, architecture)
     return entry, [
         RuntimeTensor(
             fqn=fqn,
             name=name,
-            shape=tuple(planned[fqn].data.size),
+            shape=shapes[fqn],
             dtype=planned[fqn].data.properties.dtype,
             chunks=BoxTable(planned[fqn].offsets, planned[fqn].sizes),
         )
         for fqn, name in names.items()
     ]
+
+
+def names_for_export(
+    paths: Mapping[str, Path],
+    shapes: Mapping[str, Shape],
+    export: HFExport,
+    architecture: Architecture | None,
+) -> tuple[Path, dict[str, str]]:
+    """Return the path of the model's entry, and the names of the model's tensors by FQN, in order.
+
+    Args:
+        paths: Path of each tensor of the state dict, by FQN.
+        shapes: Shape of each tensor, by FQN.
+        export: Options of the export.
+        architecture: What the config beside the weights expects; `None` if nobody can tell.
+
+    Raises:
+        ModelKeyError: If it is not clear which entry holds the model.
+    """
+    entry = model_prefix(paths, key=export.key)
+    names = without_moments(names_in_model(paths, entry))
+    names = unwrapped_names(names, export.declared_names)
+    if architecture is not None and not export.spec_by_fqn:
+        names = names_that_fit(names, shapes, architecture)
+    return entry, names
 
 
 def _checked_groups(

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.staging import AsyncStager
 from dcp_hf_writer.errors import StagingBusyError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.save import export_assets
+from dcp_hf_writer.save.early_export_check import warn_without_export
 from dcp_hf_writer.save.failure_explanations import guard_process_save
 from dcp_hf_writer.staging.staged_state_dict import (
     StagedStateDict,
@@ -100,10 +101,13 @@ class SlabStager(AsyncStager):
     def warm_up(self, state_dict: dict[str, Any]) -> int:
         """Allocate the slab and read the assets, so that the first save does not have to.
 
+        If it can already tell that a checkpoint would have no export, it logs a warning.
+
         Returns:
             Size of the staged copy on this rank, in bytes.
         """
         self._read_assets()
+        self._warn_without_export(state_dict)
         return STAGER.warm_up(state_dict, deadline=time.monotonic() + self.timeout_s)
 
     def _give_back_staged(self) -> None:
@@ -116,6 +120,12 @@ class SlabStager(AsyncStager):
         is_mine = lease is not None and lease.stager is threading.current_thread()
         if lease is not None and lease.is_pending and not is_mine:
             lease.release()
+
+    def _warn_without_export(self, state_dict: dict[str, Any]) -> None:
+        assets = None if self.export is None else export_assets.known(self.export)
+        if self.export is not None and isinstance(assets, export_assets.Assets):
+            size = dist.get_world_size(self.process_group) if dist.is_initialized() else 1
+            warn_without_export(state_dict, self.export, assets, world_size=size)
 
     def _read_assets(self) -> None:
         # Read now, in the training thread: config objects may change while the save runs. Errors

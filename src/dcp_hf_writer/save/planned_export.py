@@ -13,7 +13,6 @@ from dcp_hf_writer.errors import (
 )
 from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS
 from dcp_hf_writer.save.coordinator import check_names
-from dcp_hf_writer.save.export_assets import assets_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,12 +29,20 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def export_of(export: HFExport | None, attempt: Attempt) -> tuple[HFExport | None, Assets | None]:
-    """Return an export with its assets; if they cannot be read, record why and return `None`s."""
+def export_of(
+    export: HFExport | None, attempt: Attempt, read: Callable[[HFExport], Assets]
+) -> tuple[HFExport | None, Assets | None]:
+    """Return an export with its assets; if they cannot be read, record why and return `None`s.
+
+    Args:
+        export: Options of the export; `None` for the DCP half only.
+        attempt: The save.
+        read: Reads the assets of an export.
+    """
     if export is None:
         return None, None
     try:
-        return export, assets_of(export)
+        return export, read(export)
     except (ExportError, ConfigError) as error:
         attempt.leave_out_export(unplanned_export(error, rank=attempt.rank))
         return None, None
