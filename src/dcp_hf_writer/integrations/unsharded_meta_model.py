@@ -51,10 +51,15 @@ def unwrapped(model: Any) -> Any:
     return model
 
 
+def runtime_name(name: str) -> str:
+    """Return the name that `get_model_state_dict` gives to a tensor of a wrapped model."""
+    return without_wrappers(name)
+
+
 def runtime_tensors(model: Any) -> dict[str, torch.Tensor]:
     """Return the tensors of a model, by their names in `get_model_state_dict`; no extra state."""
     return {
-        without_wrappers(name): value
+        runtime_name(name): value
         for name, value in model.state_dict().items()
         if isinstance(value, torch.Tensor) and not is_extra_state((name,))
     }
@@ -142,9 +147,7 @@ def tied_names(model: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, str
 
 def parted_names(model: Any, tied: Mapping[str, str]) -> list[str]:
     """Return the tied names whose tensors are no longer one parameter in the live model."""
-    live = {
-        without_wrappers(name): one for name, one in model.named_parameters(remove_duplicate=False)
-    }
+    live = {runtime_name(name): one for name, one in model.named_parameters(remove_duplicate=False)}
     return sorted(name for name, kept in tied.items() if live.get(name) is not live.get(kept))
 
 
