@@ -107,6 +107,8 @@ def names_that_fit(
         misfit = _misfit(found, frozenset(), expected)
         if misfit is not None and (fewest is None or misfit.count < fewest):
             best, fewest = prefix, misfit.count
+        if fewest == 0:
+            break
     if fewest != 0:
         return dict(names)
     return {fqn: name.removeprefix(best) for fqn, name in names.items()}
