@@ -9,6 +9,7 @@ from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.mapping.load_spec import LoadSpec, Piece, ShardSpec
 from dcp_hf_writer.mapping.specs_from_function import specs_from_function
 from dcp_hf_writer.reader import HFDualReader
+from dcp_hf_writer.save.per_rank import PerRank
 from dcp_hf_writer.storage.write_slots import WriteSlots
 from dcp_hf_writer.stream.bucket_stream import iter_hf_buckets
 from dcp_hf_writer.torch_seam.planners import HFLoadPlanner, HFSavePlanner
@@ -21,6 +22,7 @@ __all__ = [
     "HFLoadPlanner",
     "HFSavePlanner",
     "LoadSpec",
+    "PerRank",
     "Piece",
     "ShardSpec",
     "VerifyReport",

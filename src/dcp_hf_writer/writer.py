@@ -35,7 +35,7 @@ from dcp_hf_writer.save.planned_export import export_of, plan_or_leave_out
 from dcp_hf_writer.save.rank_progress import MEETING, Announcement
 from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
 from dcp_hf_writer.save.write_phase import WritePhase
-from dcp_hf_writer.save.writer_saves import WriterSaves
+from dcp_hf_writer.save.writer_saves import WriterSaves, tells
 from dcp_hf_writer.staging.staged_state_dict import refuse_failed
 from dcp_hf_writer.storage.write_slots import WriteSlots
 from dcp_hf_writer.torch_seam.caller_frames import Planned, find_save, other_planner
@@ -154,7 +154,9 @@ class HFDualWriter(StorageWriter, SlabStager):
             self._saves.set_target(self.path)
         except CheckpointError:
             # An attempt gives the staged copy back when it ends; this save never makes one.
-            self._give_back_staged()
+            lease = self._pending_lease()
+            if lease is not None:
+                lease.release()
             raise
 
     @property
@@ -175,11 +177,12 @@ class HFDualWriter(StorageWriter, SlabStager):
         """Begin a save. torch calls this method first, in the thread that runs the save."""
         self._saves.wait_for_earlier()
         target = self._saves.take_target(self.path)
-        give_back = self._give_back_staged
-        attempt = begin_save(target, timeout_s=self.timeout_s, give_back=give_back)
+        pending = self._pending_lease
+        attempt = begin_save(target, timeout_s=self.timeout_s, pending=pending)
         self._saves.begin(attempt)
         return StorageMeta(checkpoint_id=attempt.target)
 
+    @tells
     def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **kwargs: Any) -> None:  # noqa: FBT001 - torch's
         """Find the planner and the state dict of the save, and meet the other ranks.
 
@@ -191,16 +194,19 @@ class HFDualWriter(StorageWriter, SlabStager):
         check_options.check_collectives(is_used=kwargs.get("use_collectives", True))
         attempt = self._current()
         if attempt.context.refusal is not None:
-            attempt.end()
             raise attempt.context.refusal
         save = find_save()
         view = RankView.of(Planned.of(save.planner, save.given))
         attempt.see(view)
-        rendezvous = MEETING.rendezvous_of(self.process_group)
+        rendezvous = MEETING.rendezvous_of(save.group) if save.is_distributed else None
         member = Membership.of(save.ranks, is_coordinator, rendezvous, MEETING.next_count())
         attempt.enter(member)
-        PLAN_CACHE.begin_plan(view.tied())
+        planner = save.planner
+        PLAN_CACHE.begin_plan(planner, view.tied())
+        # Not a method of `save`: that would keep torch's `distW`, whose end is the end of the save.
+        attempt.at_end(lambda: PLAN_CACHE.end_plan(planner))
 
+    @tells
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Attach facts to DCP's plan that only this rank can tell.
 
@@ -209,22 +215,25 @@ class HFDualWriter(StorageWriter, SlabStager):
         """
         attempt = self._current()
         refuse_failed(item.index.fqn for item in plan.items)
-        PLAN_CACHE.check_sent(plan)
-        facts, error = rank_facts.local_facts(
+        PLAN_CACHE.check_sent(plan, attempt.view.planned.planner)
+        names = rank_facts.names_of_ties(attempt.view, self.export)
+        facts = rank_facts.local_facts(
             plan,
             attempt.view,
             target=attempt.target,
             is_coordinator=attempt.member.is_coordinator,
             export=self.export,
             group=self.process_group,
-            rank=attempt.rank,
+            names=names,
         )
+        error = rank_facts.export_fault(attempt.view, self.export, names, rank=attempt.rank)
         if error is not None:
             attempt.leave_out_export(error)
         attempt.send(SentFacts(facts.stamp, None if plan.usable else facts.samples))
         reach("local plan")
         return replace(plan, storage_data=facts)
 
+    @tells
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Plan the export, and make the directory with headers and assets (coordinator only).
 
@@ -258,7 +267,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                     known, assets, attempt, strategy=self.strategy, subdir=self._subdir
                 )
             except BaseException:
-                attempt.end()
+                attempt.clean_up()
                 raise
         if not is_ready:
             known, result = self._plan(whole, None, None)
@@ -298,6 +307,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         target = self._current().target
         return SlabFileSystemWriter(target, checkpoint_id=target).prepare_global_plan(bare)
 
+    @tells
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's part of both halves; the files are durable on return.
 
@@ -307,6 +317,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt = self._current()
         if attempt.view.planned.planner is not planner:
             raise other_planner("save", rank=attempt.rank)
+        PLAN_CACHE.end_plan(planner)
         own = plan.storage_data
         if not isinstance(own, RankPlan):
             msg = "DCP gave this rank a plan that HFDualWriter did not make"
@@ -317,6 +328,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 found=type(own).__name__,
                 hint="with enable_plan_caching, use a planner that no other writer has used",
             )
+        attempt.check_world()
         attempt.seconds.setdefault("plan", time.monotonic() - attempt.context.began)
         try:
             directory = planned_directory(attempt, own)
@@ -341,13 +353,14 @@ class HFDualWriter(StorageWriter, SlabStager):
         except BaseException:
             attempt.post("failed")
             if attempt.member.rendezvous is None:
-                attempt.end()
+                attempt.clean_up()
             raise
         attempt.post("written")
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
 
+    @tells
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Check that the files are complete, and publish the checkpoint (coordinator only).
 
@@ -357,6 +370,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             ExportError: If the DCP half was committed and the export failed.
         """
         attempt = self._current()
+        attempt.check_world()
         attempt.begin_finish()
         try:
             error = FinishPhase(
@@ -368,7 +382,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 check_facts=rank_facts.check_reported_facts,
             ).run(metadata, results)
         finally:
-            attempt.end()
+            attempt.clean_up()
             attempt.withdraw()
         reach("before reply")
         if error is not None:
@@ -416,10 +430,8 @@ class HFDualWriter(StorageWriter, SlabStager):
     def __getstate__(self) -> dict[str, Any]:
         """Pickle for a checkpointer process, with the export's files instead of its objects."""
         state = dict(self.__dict__)
-        read = None if self.export is None else export_assets.known(self.export)
-        if self.export is not None and read is not None:
-            state["_assets"] = read
-            state["export"] = export_assets.without_objects(self.export)
+        if self.export is not None:
+            state["export"], state["_assets"] = export_assets.to_send(self.export)
         for name in ("process_group", "_copies", "_lease"):
             state[name] = None
         return state

@@ -28,6 +28,7 @@ from dcp_hf_writer.errors import (
 from dcp_hf_writer.plan.assign_hf_keys import RuntimeTensor
 from dcp_hf_writer.plan.layout import Layout, plan_layout
 from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
+from dcp_hf_writer.said_once import SaidOnce
 from dcp_hf_writer.save import coordinator, owner_process
 from dcp_hf_writer.save.attempt import Attempt
 from dcp_hf_writer.save.commit import StagingDirectory
@@ -164,12 +165,19 @@ def made(target: Path) -> Iterator[tuple[Attempt, Path]]:
         attempt.end()
 
 
-def prepared(attempt: Attempt, layout: Layout, files: dict[str, bytes]) -> list[str]:
+def prepared(
+    attempt: Attempt, layout: Layout, files: dict[str, bytes], said: SaidOnce | None = None
+) -> list[str]:
     """Prepare the export of a save; return the names of the files written whole."""
     assert attempt.directory is not None
     assert attempt.files is not None
     whole_files = prepare_export(
-        attempt.directory, layout, Assets(files, None), attempt.files, subdir="hf"
+        attempt.directory,
+        layout,
+        Assets(files, None),
+        attempt.files,
+        subdir="hf",
+        said=said or SaidOnce(),
     )
     return sorted(file.name for file in whole_files)
 
@@ -217,14 +225,12 @@ def test_target_that_exists_leaves_no_directory(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
 
 
-def test_missing_config_is_told_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(coordinator, "_is_warned", False)
+def test_missing_config_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    said = SaidOnce()
     caplog.set_level(logging.WARNING)
     for files in ({"config.json": b"{}"}, {}, {}):
         with made(tmp_path / "step-1") as (attempt, _):
-            prepared(attempt, layout_of("a"), files)
+            prepared(attempt, layout_of("a"), files, said)
     assert caplog.text.count("the export has no config.json") == 1
 
 

@@ -231,7 +231,7 @@ def test_memory_in_the_slab_belongs_to_the_latest_lease(pool: SlabPool) -> None:
     inside = lease.slab.tensor(64, torch.uint8, (1,)).data_ptr()
     with pytest.raises(StagingError, match="released or already saved"):
         pool.handover_over([foreign, inside])
-    lease.handover = Handover(7.0, StagedInfo(0, 0.0, 0.0))
+    lease.handover = Handover(7.0, StagedInfo(0, 0.0, 0.0), 0.0)
     assert pool.handover_over([foreign, inside]) == (lease.handover, lease)
     assert pool.handover_over([foreign]) == (None, None)
     assert pool.handover_over([]) == (None, None)

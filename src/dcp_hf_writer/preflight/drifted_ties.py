@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from dcp_hf_writer.errors import ExportError, ModelKeyError
 from dcp_hf_writer.mapping.spec_match import model_names
 from dcp_hf_writer.mapping.tied_names import declared_ties
+from dcp_hf_writer.torch_seam.tensor_forms import plain_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -156,9 +157,14 @@ def drifted_tie(
         The first such pair; `None` if there is none.
     """
     fqn_of = {name: fqn for fqn, name in names.items()}
-    for drop, keep in dict(declared_ties(export, fqn_of)).items():
+    declared = dict(declared_ties(export, fqn_of))
+    for drop, keep in declared.items():
         one, other = fqn_of.get(drop), fqn_of.get(keep)
         if one is None or other is None or memory.get(one) == memory.get(other) is not None:
+            continue
+        has_spec = not export.spec_by_fqn.keys().isdisjoint((drop, keep))
+        if keep in declared or (not has_spec and tensors[one].shape != tensors[other].shape):
+            # Planning refuses such a tie, and says why.
             continue
         are_equal = _are_equal(tensors[one], tensors[other])
         if not are_equal:
@@ -171,8 +177,11 @@ def _are_equal(one: Any, other: Any) -> bool | None:
     if isinstance(one, DTensor) and isinstance(other, DTensor):
         if (one.device_mesh, one.placements) != (other.device_mesh, other.placements):
             return None
-        one, other = one.to_local(), other.to_local()
-    if isinstance(one, DTensor) or isinstance(other, DTensor):
+    elif isinstance(one, DTensor) or isinstance(other, DTensor):
+        return None
+    one, other = plain_of(one), plain_of(other)
+    if one is None or other is None:
+        # Encoded values: nobody can say whether two codes mean the same.
         return None
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False

@@ -23,7 +23,14 @@ from dcp_hf_writer.formats.names_on_disk import INDEX_NAME
 from dcp_hf_writer.plan.global_plan import GlobalPlan, RankPlan, plan_globally, rank_plans
 from dcp_hf_writer.preflight.explanation import Explanation
 from dcp_hf_writer.preflight.explanation_rows import FileSum, RankSum, Row, left_out
-from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts, untrue_tie_of_ranks
+from dcp_hf_writer.preflight.rank_facts import (
+    check_facts,
+    export_fault,
+    local_facts,
+    names_of_ties,
+    untrue_tie_of_ranks,
+)
+from dcp_hf_writer.preflight.value_checks import pickle_faults, storage_faults
 from dcp_hf_writer.save.coordinator import check_names
 from dcp_hf_writer.save.export_assets import assets_of
 from dcp_hf_writer.save.hf_half import regions_by_file, way_of
@@ -37,6 +44,7 @@ from dcp_hf_writer.torch_seam.dtensor import local_of
 from dcp_hf_writer.torch_seam.future_guard import own_error
 from dcp_hf_writer.torch_seam.plan_cache import without_cache
 from dcp_hf_writer.torch_seam.planning_collectives import steps_of
+from dcp_hf_writer.torch_seam.tensor_forms import is_whole_form, plain_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -58,6 +66,8 @@ class _Local:
     total: RankSum
     error: ExportError | None
     """Why the checkpoint would have no export."""
+    refusals: tuple[str, ...]
+    """Why the save would be refused on this rank."""
 
 
 @dataclass(slots=True)
@@ -108,15 +118,18 @@ class DryRun:
         )
         plan = self.planner.create_local_plan()
         view = self._view = RankView.of(Planned.of(self.planner, state_dict))
-        facts, self._error = local_facts(
+        names = names_of_ties(view, self.export)
+        facts = local_facts(
             plan,
             view,
             target=self.path,
             is_coordinator=self._is_coordinator,
             export=self.export,
             group=self.group,
-            rank=self._rank,
+            names=names,
+            is_dry_run=True,
         )
+        self._error = export_fault(view, self.export, names, rank=self._rank)
         return replace(plan, storage_data=facts)
 
     def _plan_all(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -128,7 +141,7 @@ class DryRun:
         except CoverageError:
             raise
         except Exception as error:  # noqa: BLE001 - the save would report it, whatever it is
-            self._error = unplanned_export(error, rank=self._rank)
+            self._error = self._error or unplanned_export(error, rank=self._rank)
             plan = plan_globally(found, None, options="", file_of_key=None)
         self._plan = plan
         return rank_plans(plan, [replace(one, storage_data=None) for one in found])
@@ -168,6 +181,7 @@ class DryRun:
             self._row(item, region, names, source)
             for _, blocks in sorted(work.items())
             for item, region in blocks
+            if _is_plain(self._view.planned.state_dict.get(item.index.fqn))
         ]
         kept = [item for item in tensors if item.index.fqn not in own.once]
         total = RankSum(
@@ -180,7 +194,9 @@ class DryRun:
             blocks=len(rows),
             files=len(work),
         )
-        return _Local(rows, total, self._error)
+        planned = self._view.planned
+        faults = (*storage_faults(planned, on_meta=True), *pickle_faults(planned))
+        return _Local(rows, total, self._error, tuple(map(str, faults)))
 
     def _row(
         self, item: WriteItem, region: Region, files: Sequence[str], source: TensorSource
@@ -248,7 +264,10 @@ class DryRun:
             stored_once=tuple(plan.once),
             missing_keys=tuple(sorted(missing)),
             unexpected_keys=tuple(sorted(unexpected)),
-            problems=tuple(_problems(errors, missing if wanted is not None else set(), unexpected)),
+            problems=(
+                *(f"the save would be refused: {text}" for one in found for text in one.refusals),
+                *_problems(errors, missing if wanted is not None else set(), unexpected),
+            ),
         )
 
 
@@ -266,6 +285,14 @@ def _without_expectations(export: HFExport) -> HFExport:
     object.__setattr__(relaxed, "expect_keys", None)
     object.__setattr__(relaxed, "declared_names", names)
     return relaxed
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether the export stores a value as it is; what a planner makes of others is plain."""
+    if not isinstance(value, torch.Tensor):
+        return True
+    plain = plain_of(value)
+    return not is_whole_form(value) and (plain is None or plain.layout is torch.strided)
 
 
 def _keys(layout: Layout | None) -> list[str]:

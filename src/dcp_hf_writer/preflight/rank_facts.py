@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 
 from dcp_hf_writer.plan.global_plan import LocalFacts
-from dcp_hf_writer.preflight.detect_hand_sharded import check_samples, samples_of
+from dcp_hf_writer.preflight.compare_ranks import check_samples
 from dcp_hf_writer.preflight.drifted_ties import (
     lone_ties,
     names_if_tied,
@@ -16,11 +16,13 @@ from dcp_hf_writer.preflight.drifted_ties import (
     untrue_tie,
 )
 from dcp_hf_writer.preflight.plan_check import check_plan
+from dcp_hf_writer.preflight.rank_samples import samples_of
+from dcp_hf_writer.preflight.value_checks import check_tensors, encoded_weight
 from dcp_hf_writer.save.owner_process import page_cache_id
 from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch.distributed.checkpoint.planner import SavePlan
 
@@ -38,11 +40,10 @@ def local_facts(
     is_coordinator: bool,
     export: HFExport | None,
     group: dist.ProcessGroup | None,
-    rank: int,
-) -> tuple[LocalFacts, ExportError | None]:
+    names: Mapping[str, str],
+    is_dry_run: bool = False,
+) -> LocalFacts:
     """Check a rank's plan, and return the facts to send with it.
-
-    Also returns why a declared tie of tensors on this rank costs the export, if it does.
 
     Args:
         plan: The planner's plan on this rank.
@@ -51,18 +52,19 @@ def local_facts(
         is_coordinator: Whether this rank is the coordinator.
         export: Options of the export.
         group: Process group of the save.
-        rank: This rank.
+        names: What `names_of_ties` returned.
+        is_dry_run: Whether no tensor will be written. Tensors may then have no data, and the caller
+            looks for tensors that cannot be saved.
 
     Raises:
         PlanningError: If the plan leaves out blocks that this rank holds.
+        StagingError: If a tensor cannot be saved.
         UnsupportedTorchError: If the planner reuses a plan and does not show it.
     """
     check_plan(plan, view.planned, export)
-    names = {} if export is None else names_if_tied(view.planned, export)
-    error = None
-    if export is not None:
-        error = untrue_tie(view.planned, names, export, view.memory, rank=rank)
-    facts = LocalFacts(
+    if not is_dry_run:
+        check_tensors(view.planned)
+    return LocalFacts(
         host=page_cache_id(target),
         order=_order(plan, view) if is_coordinator else None,
         tied=view.tied(),
@@ -74,7 +76,6 @@ def local_facts(
         stamp=uuid.uuid4().hex,
         lone_ties=() if export is None else lone_ties(names.values(), export),
     )
-    return facts, error
 
 
 def _order(plan: SavePlan, view: RankView) -> tuple[str, ...]:
@@ -83,6 +84,28 @@ def _order(plan: SavePlan, view: RankView) -> tuple[str, ...]:
     # state dict gives that tensor a place in the order.
     planned = (item.index.fqn for item in plan.items)
     return tuple(dict.fromkeys((*view.planned.state_dict, *planned)))
+
+
+def names_of_ties(view: RankView, export: HFExport | None) -> Mapping[str, str]:
+    """Return the name of each tensor of the model, by FQN; empty if no tie is declared."""
+    return {} if export is None else names_if_tied(view.planned, export)
+
+
+def export_fault(
+    view: RankView, export: HFExport | None, names: Mapping[str, str], *, rank: int
+) -> ExportError | None:
+    """Return why what this rank holds costs the export; `None` if it does not.
+
+    Args:
+        view: What this rank is to save.
+        export: Options of the export; `None` if there is none.
+        names: What `names_of_ties` returned.
+        rank: This rank.
+    """
+    if export is None:
+        return None
+    error = untrue_tie(view.planned, names, export, view.memory, rank=rank)
+    return error or encoded_weight(view.planned, export, rank=rank)
 
 
 def check_facts(plans: Sequence[SavePlan]) -> None:

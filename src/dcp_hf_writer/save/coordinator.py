@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import json
@@ -27,6 +28,7 @@ from dcp_hf_writer.formats.names_on_disk import CONFIG_NAME, INDEX_NAME, MANIFES
 from dcp_hf_writer.formats.weights_once_places import NOTICE
 from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
 from dcp_hf_writer.plan.rank_report import RankReport, check_coverage
+from dcp_hf_writer.said_once import SAID_ONCE, SaidOnce
 from dcp_hf_writer.save.commit import remove_tree
 from dcp_hf_writer.save.dcp_half import digest_file
 from dcp_hf_writer.save.model_assets import CHECKSUMS_NAME
@@ -157,7 +159,13 @@ def make_export(
 
 
 def prepare_export(
-    directory: StagingDirectory, layout: Layout, assets: Assets, files: OpenFiles, *, subdir: str
+    directory: StagingDirectory,
+    layout: Layout,
+    assets: Assets,
+    files: OpenFiles,
+    *,
+    subdir: str,
+    said: SaidOnce = SAID_ONCE,
 ) -> list[WholeFile]:
     """Make the output files with headers, the index and the assets; then the ranks may write.
 
@@ -179,7 +187,7 @@ def prepare_export(
     whole = dict(assets.files)
     if layout.index is not None:
         whole[INDEX_NAME] = layout.index
-    _warn_without_config(whole)
+    _warn_without_config(whole, said)
     reach("headers written")
     return [_write_whole(files, directory.path, subdir, n, d) for n, d in whole.items()]
 
@@ -210,17 +218,13 @@ def _check_space(layout: Layout, directory: StagingDirectory) -> None:
         )
 
 
-_is_warned = False
-
-
-def _warn_without_config(names: Mapping[str, bytes]) -> None:
-    global _is_warned  # noqa: PLW0603
-    if CONFIG_NAME in names or _is_warned:
+def _warn_without_config(names: Mapping[str, bytes], said: SaidOnce) -> None:
+    if CONFIG_NAME in names:
         return
-    _is_warned = True
-    _log.warning(
+    said.warn(
+        _log,
         "the export has no config.json, so transformers cannot load it as a model; pass "
-        "HFExport(assets=(model.config, tokenizer)) or HFExport(like=<base model directory>)"
+        "HFExport(assets=(model.config, tokenizer)) or HFExport(like=<base model directory>)",
     )
 
 
@@ -228,6 +232,21 @@ def step_of(target: str) -> int | None:
     """Return the training step in a path such as `run/step-100`; only the manifest uses it."""
     found = _STEP.search(os.path.basename(target))
     return int(found[1]) if found else None
+
+
+def nbytes_on_disk(target: str, subdir: str) -> tuple[int, int]:
+    """Return the bytes of both halves of a checkpoint, from the sizes of their data files.
+
+    Raises:
+        OSError: If the checkpoint cannot be listed.
+    """
+    export = os.path.join(target, subdir)
+    halves = (target, ".distcp"), (export, ".safetensors")
+    found = []
+    for path, suffix in halves:
+        with os.scandir(path) if os.path.isdir(path) else contextlib.nullcontext(()) as entries:
+            found.append(sum(e.stat().st_size for e in entries if e.name.endswith(suffix)))
+    return found[0], found[1]
 
 
 def share_text(results: Iterable[Sequence[WriteResult]]) -> None:

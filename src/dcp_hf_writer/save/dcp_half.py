@@ -21,8 +21,14 @@ from dcp_hf_writer.errors import CoverageError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.encode_torch_archive import tensor_archive
 from dcp_hf_writer.plan.rank_report import DCPFile
-from dcp_hf_writer.save.tensor_bytes import TensorSource, host_bytes, row_major_bytes
+from dcp_hf_writer.save.tensor_bytes import (
+    TensorSource,
+    host_bytes,
+    row_major_bytes,
+    whole_archive,
+)
 from dcp_hf_writer.storage.posix_outputs import PIECE_NBYTES, OutputFile
+from dcp_hf_writer.torch_seam.tensor_forms import plain_of
 
 if TYPE_CHECKING:
     import queue
@@ -130,6 +136,11 @@ class _FileWriter:
         self._check()
         reach("mid dcp")
         tensor = self._source.tensor(item)
+        if plain_of(tensor) is None:
+            start = self._position
+            # The manifest counts the archive among the bytes around the data of tensors.
+            self._add_rest(whole_archive(tensor, item.index.fqn))
+            return self._result(item, start)
         # A block of a larger tensor is stored in row-major order, as torch's writer stores it.
         kind = tensor if tensor.is_contiguous() else tensor.new_empty(tensor.shape, device="meta")
         before, after = tensor_archive(kind)

@@ -46,6 +46,9 @@ class Assets:
     """What the config among the files expects of the weights; `None` if nobody can tell."""
 
 
+_PLAIN = (str, os.PathLike, dict)
+"""Assets that any process can read."""
+
 _cache: weakref.WeakKeyDictionary[HFExport, Assets | CheckpointError] = weakref.WeakKeyDictionary()
 _cache_lock = threading.Lock()
 
@@ -93,18 +96,29 @@ def known(export: HFExport) -> Assets | CheckpointError | None:
         return _cache.get(export)
 
 
+def to_send(export: HFExport) -> tuple[HFExport, Assets | CheckpointError | None]:
+    """Return an export for another process, and what this process has read of its assets.
+
+    Objects never travel, read or not: a model is too large, and its FSDP2 class does not pickle.
+    Paths and plain files travel if they were not read, and the other process reads them.
+    """
+    read = known(export)
+    if read is None and all(isinstance(asset, _PLAIN) for asset in _each(export.assets)):
+        return export, None
+    if read is None:
+        msg = "the process that sent this export had not read its assets"
+        hint = "call writer.warm_up on every rank, or save with the rank that reads them as rank 0"
+        read = ExportError(msg, phase="plan", hint=hint)
+    bare = copy.copy(export)
+    object.__setattr__(bare, "assets", ())
+    object.__setattr__(bare, "like", None)
+    return bare, read
+
+
 def preset(export: HFExport, assets: Assets | CheckpointError) -> None:
     """Store what another process has read for this export."""
     with _cache_lock:
         _cache[export] = assets
-
-
-def without_objects(export: HFExport) -> HFExport:
-    """Return a copy of the export without assets and `like`, to be sent with the `Assets`."""
-    bare = copy.copy(export)
-    object.__setattr__(bare, "assets", ())
-    object.__setattr__(bare, "like", None)
-    return bare
 
 
 def file_of_key_in_like(export: HFExport) -> dict[str, str] | None:

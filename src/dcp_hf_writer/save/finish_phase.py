@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import PlanningError, SaveAbortedError, SaveTimeoutError
-from dcp_hf_writer.save import coordinator
+from dcp_hf_writer.save import coordinator, save_log
 from dcp_hf_writer.save.checksums import add_checksums
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
 from dcp_hf_writer.save.write_phase import export_error, take_reports
@@ -81,6 +81,8 @@ class FinishPhase:
             error=error,
             extra={"finish": time.monotonic() - began},
         )
+        if not attempt.context.is_sent:
+            save_log.log_published(_published(attempt, reports, error))
         return error
 
     def _export_error(
@@ -132,3 +134,17 @@ def _planned(attempt: Attempt) -> GlobalPlan:
         msg = "the coordinator made no global plan"
         raise PlanningError(msg, rank=attempt.rank, path=attempt.target)
     return attempt.global_plan
+
+
+def _published(
+    attempt: Attempt, reports: Sequence[RankReport], error: ExportError | None
+) -> save_log.Published:
+    context = attempt.context
+    dcp_nbytes, hf_nbytes = (sum(r.nbytes.get(half, 0) for r in reports) for half in ("dcp", "hf"))
+    return save_log.Published(
+        target=context.target,
+        step=coordinator.step_of(context.target),
+        nbytes=(dcp_nbytes, hf_nbytes if error is None else 0),
+        stall_s=None if context.staged is None else context.staged.stall_s,
+        total_s=time.monotonic() - context.staged_at,
+    )

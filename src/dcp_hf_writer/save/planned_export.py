@@ -111,8 +111,7 @@ def plan_or_leave_out(
     except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
         if not isinstance(error, CheckpointError):
             _log.warning("planning the export failed", exc_info=error)
-        # A tie that cannot be planned may also look as if its tensors had drifted apart.
-        attempt.leave_out_export(unplanned_export(error, rank=attempt.rank), is_cause=True)
+        attempt.leave_out_export(unplanned_export(error, rank=attempt.rank))
         return plan(plans, None, None)
     say_left_out(planned[0], attempt.target)
     return planned

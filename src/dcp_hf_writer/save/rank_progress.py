@@ -10,7 +10,10 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
+import socket
 import time
+import weakref
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -23,9 +26,12 @@ from dcp_hf_writer.torch_seam.default_store import default_store
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dcp_hf_writer.torch_seam.save_world import SaveWorld
+
 _log = logging.getLogger(__name__)
 
 _PREFIX = "dcp-hf-writer"
+_LEFT = f"{_PREFIX}/left"
 
 # Phases of a save, in the order in which a rank goes through them.
 PHASES = ("plan", "write", "written", "finish", "failed")
@@ -60,6 +66,11 @@ class Progress:
     """Its host name, for messages."""
     pid: int
     """Its process id, for messages."""
+
+    @classmethod
+    def mine(cls, count: int, phase: str) -> Progress:
+        """Make the record of this process."""
+        return cls(count, phase, socket.gethostname(), os.getpid())
 
 
 class Rendezvous:
@@ -129,6 +140,26 @@ class Rendezvous:
                 Progress(**json.loads(self._store.get(key))) if self._store.check([key]) else None
             )
         return found
+
+    def leave(self, progress: Progress, why: str) -> None:
+        """Tell the other ranks that this one has left a save in which they may wait for it."""
+        self.post(progress)
+        self._store.set(_LEFT, json.dumps({"rank": self._me, "why": why, **asdict(progress)}))
+
+    def left(self, count: int) -> str | None:
+        """Return who left the save, and why, as text; `None` if nobody said so.
+
+        Args:
+            count: The save, as this rank counts saves.
+        """
+        # One key for all ranks: each rank asks for it again and again while a save is in flight.
+        if not self._store.check([_LEFT]):
+            return None
+        one = json.loads(self._store.get(_LEFT))
+        is_of_save = one["rank"] in self._members and one["count"] >= count
+        if not is_of_save or one["rank"] == self._me:
+            return None
+        return f"rank {one['rank']} ({one['host']}, pid {one['pid']}): {one['why']}"
 
     def silent_ranks(self, mine: Progress, *, wait_s: float) -> list[str]:
         """Return the ranks that do not get as far as this one within `wait_s` seconds, as text.
@@ -214,7 +245,8 @@ class Meeting:
     def __init__(self) -> None:
         """Start before the first save."""
         self._count = 0
-        self._known: tuple[Any, dist.ProcessGroup | None, Rendezvous] | None = None
+        self._known: tuple[Any, Any, Rendezvous] | None = None
+        """The default store, a weak reference to the group or `None`, and the group's records."""
 
     def next_count(self) -> int:
         """Count a new save of this process, and return the new count."""
@@ -231,9 +263,25 @@ class Meeting:
             return None
         # Each initialisation of torch.distributed makes a new store, which needs new records.
         store = default_store()
-        if self._known is None or self._known[0] is not store or self._known[1] is not group:
-            self._known = (store, group, Rendezvous(group))
-        return self._known[2]
+        known = self._known
+        if known is None or known[0] is not store or _referent(known[1]) is not group:
+            # A group that is held keeps its connections after it was destroyed.
+            reference = None if group is None else weakref.ref(group)
+            known = self._known = (store, reference, Rendezvous(group))
+        return known[2]
+
+    def leave(self, world: SaveWorld, why: str) -> None:
+        """Tell the other ranks of a save why this rank takes no part, if they shared a store.
+
+        Raises:
+            RuntimeError: If the store does not answer.
+        """
+        if self._known is not None and self._known[0] is world.store:
+            self._known[2].leave(Progress.mine(self._count, "failed"), why)
+
+
+def _referent(reference: Any) -> Any:
+    return None if reference is None else reference() or reference
 
 
 MEETING = Meeting()

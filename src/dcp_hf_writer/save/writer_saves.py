@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dcp_hf_writer.save.attempt import Attempt
+
+
+_T = TypeVar("_T")
+
+
+class _HasSaves(Protocol):
+    _saves: WriterSaves
 
 
 class WriterSaves:
@@ -54,3 +64,19 @@ class WriterSaves:
         """Return the save that the calling thread runs; `None` if it began none."""
         found: Attempt | None = getattr(self._thread, "attempt", None)
         return found
+
+
+def tells(method: Callable[..., _T]) -> Callable[..., _T]:
+    """Make a method of a writer log the error that it raises, if no guard watches the save."""
+
+    @functools.wraps(method)
+    def telling(self: _HasSaves, *args: Any, **kwargs: Any) -> _T:
+        try:
+            return method(self, *args, **kwargs)
+        except BaseException as error:
+            attempt = self._saves.current()
+            if attempt is not None:
+                attempt.tell(error)
+            raise
+
+    return telling

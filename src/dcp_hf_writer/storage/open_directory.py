@@ -49,3 +49,30 @@ def open_directory(
             found=sorted(storage_options),
         )
     return LocalFiles(os.path.abspath(text))
+
+
+def is_readable(path: object) -> bool:
+    """Whether `open_directory` can read from such a place; it does not look what is there.
+
+    Args:
+        path: Anything. A path or a URL is readable; of URLs, those whose protocol fsspec supports
+            with the installed packages.
+    """
+    try:
+        text = os.fspath(path)  # type: ignore[call-overload]
+    except TypeError:
+        return False
+    if not isinstance(text, str) or not text or "\0" in text:
+        return False
+    if "://" not in text or text.startswith(_LOCAL_SCHEMES):
+        return True
+    # Not at the top: see `FsspecFiles`.
+    from fsspec import get_filesystem_class  # noqa: PLC0415
+
+    try:
+        # A URL may chain file systems: simplecache::s3://bucket/run.
+        for part in text.split("::"):
+            get_filesystem_class(part.partition("://")[0])
+    except (ValueError, ImportError):
+        return False
+    return True
