@@ -104,6 +104,13 @@ def save_what_is_refused(saver: Saver) -> None:
     shape = {"shape": torch.Size((6, 2)), "stride": (2, 1)}
     shard = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, **shape)
     saver.save("uneven", model_with("x", shard))
+    stage = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "shard"))["shard"]
+    whole = tensor(f"moments of stage {rank // 2}", 4, 2)
+    moments = distribute_tensor(whole, stage, [Shard(0)], src_data_rank=None)
+    optimizer = {"state": {0: {"exp_avg": moments}}}
+    saver.save(
+        "numbered stages", {**model_with(f"stages.{rank // 2}.x", whole), "optim": optimizer}
+    )
 
     wrong = LoadSpec("x", "x", (9, 2), shards=[ShardSpec(0, rank, WORLD_SIZE)])
     specs = [wrong] if rank == 1 else []
@@ -266,6 +273,15 @@ def test_values_of_each_rank_are_refused(
     assert isinstance(error, PlanningError)
     assert error.fqn == fqn
     assert str(error.found).startswith("one on ranks [0] and one on ranks [1]")
+
+
+def test_stages_that_number_their_parameters_from_0_are_refused(
+    saved: tuple[Path, list[dict[str, Raised | None]]],
+) -> None:
+    error = refusal(saved, "numbered stages")
+    assert isinstance(error, PlanningError)
+    assert error.fqn == "optim.state.0.exp_avg"
+    assert "flatten_optimizer_state_dict=True" in str(error.hint)
 
 
 def test_local_sizes_that_no_placement_gives_are_refused(
@@ -521,6 +537,19 @@ def test_values_are_compared_when_the_planner_does_not_flatten(name: str) -> Non
     compared_states(one, one, flatten_state_dict=False)
     with pytest.raises(PlanningError, match="DCP would keep only one of them"):
         compared_states(one, other, flatten_state_dict=False)
+
+
+@pytest.mark.parametrize("name", ["a number", "a list", "moments", "a tensor in a tuple"])
+def test_values_are_compared_when_the_planner_shows_nothing(name: str) -> None:
+    plans, samples = [], []
+    for state in DIFFERENT[name]:
+        planner = DefaultSavePlanner()
+        planner.set_up_planner(state, is_coordinator=True)
+        plans.append(planner.create_local_plan())
+        del planner.state_dict
+        samples.append(samples_of(Planned.of(planner, state), key=None, world_size=2))
+    with pytest.raises(PlanningError, match="DCP would keep only one of them"):
+        check_samples(samples, plans)
 
 
 def test_message_about_state_names_the_ways_out() -> None:

@@ -31,7 +31,7 @@ from dcp_hf_writer.preflight.rank_facts import (
     untrue_tie_of_ranks,
 )
 from dcp_hf_writer.preflight.value_checks import pickle_faults, storage_faults
-from dcp_hf_writer.save.coordinator import check_names
+from dcp_hf_writer.save.coordinator import export_files
 from dcp_hf_writer.save.export_assets import assets_of
 from dcp_hf_writer.save.hf_half import regions_by_file, way_of
 from dcp_hf_writer.save.planned_export import unplanned_export
@@ -168,8 +168,7 @@ class DryRun:
         plan = planned(None)
         if files is not None and set(_keys(plan.layout)) <= files.keys():
             plan = planned(files)
-        if plan.layout is not None:
-            check_names(plan.layout, assets, export)
+        export_files(plan.layout, assets, export)
         return plan
 
     def _explain_local(self, plan: SavePlan) -> _Local:

@@ -12,7 +12,7 @@ from dcp_hf_writer.errors import (
     ExportError,
 )
 from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS
-from dcp_hf_writer.save.coordinator import check_names
+from dcp_hf_writer.save.coordinator import export_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -30,19 +30,19 @@ _log = logging.getLogger(__name__)
 
 
 def export_of(
-    export: HFExport | None, attempt: Attempt, read: Callable[[HFExport], Assets]
+    export: HFExport | None, attempt: Attempt, read: Callable[..., Assets]
 ) -> tuple[HFExport | None, Assets | None]:
     """Return an export with its assets; if they cannot be read, record why and return `None`s.
 
     Args:
         export: Options of the export; `None` for the DCP half only.
         attempt: The save.
-        read: Reads the assets of an export.
+        read: Returns the assets of an export; raises what kept staging from reading them.
     """
     if export is None:
         return None, None
     try:
-        return export, read(export)
+        return export, read(export, is_staged=attempt.context.staged is not None)
     except (ExportError, ConfigError) as error:
         attempt.leave_out_export(unplanned_export(error, rank=attempt.rank))
         return None, None
@@ -104,8 +104,7 @@ def plan_or_leave_out(
         return plan(plans, None, None)
     try:
         planned = plan(plans, export, assets)
-        if planned[0].layout is not None:
-            check_names(planned[0].layout, assets, export)
+        export_files(planned[0].layout, assets, export)
     except CoverageError:
         raise
     except Exception as error:  # noqa: BLE001 - whatever it is, it is reported

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from dcp_hf_writer.errors import SaveAbortedError
+from dcp_hf_writer.torch_seam.caller_frames import is_no_dist_given
 from dcp_hf_writer.torch_seam.default_store import default_store
 
 if TYPE_CHECKING:
@@ -120,6 +121,19 @@ class SaveWorld:
         found = self._difference(group, is_distributed=is_distributed)
         if found is not None:
             raise self._lost(found, target, phase, "")
+
+    def check_unstaged(self, *, target: str) -> None:
+        """Check an asynchronous save without a process group that another stager staged.
+
+        Called for the world in which its writer was made, as nobody saw the staging.
+
+        Raises:
+            SaveAbortedError: If there is no process group any more.
+        """
+        if self.size > 1 and not _is_initialized() and not is_no_dist_given():
+            error = self._lost("no process group", target, "plan", "")
+            error.hint = f"{WAIT_HINT}; or pass no_dist=True to save this rank alone"
+            raise error
 
     def is_lost(self) -> bool:
         """Whether the process group of a save that has begun was destroyed."""
