@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from dcp_hf_writer.errors import StagingBusyError
+from dcp_hf_writer.errors import StagingBusyError, StagingError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.save import export_assets
 from dcp_hf_writer.save.failure_explanations import guard_process_save
@@ -72,6 +72,26 @@ class SlabStager(AsyncStager):
         result, lease, target = staged.state_dict, staged.lease, self.path
         result.on_send = lambda: guard_process_save(lease, deadline=deadline, target=target)
         return result if staged.copies is None else _when_copied(staged, deadline, target)
+
+    def stage_again(self, staged: StagedStateDict) -> StagedStateDict:
+        """Return what `stage` returned for another try at its save, which must be over.
+
+        Copies nothing. If the content is gone, the save of the returned state dict raises the
+        reason in the planning step, on every rank.
+        """
+        deadline, target = time.monotonic() + self.timeout_s, self.path
+        try:
+            again = STAGER.stage_again(staged, deadline=deadline)
+        except StagingError as error:
+            return _failed(deadline, error, target)
+        lease = again.lease
+        again.on_send = lambda: guard_process_save(lease, deadline=deadline, target=target)
+        return again
+
+    @property
+    def copies(self) -> Copies | None:
+        """The copies of the latest overlapped staging; `None` if there was none."""
+        return self._copies
 
     @property
     def should_synchronize_after_execute(self) -> bool:

@@ -163,6 +163,27 @@ class Stager:
             lease.release()
         return Staged(staged, info, lease, copies)
 
+    def stage_again(self, staged: StagedStateDict, *, deadline: float) -> StagedStateDict:
+        """Return what was staged for another try at a save that failed; copies nothing.
+
+        Args:
+            staged: What `stage` returned; its save must be over.
+            deadline: `time.monotonic()` by which the next try must be done.
+
+        Raises:
+            StagingError: If the slab holds the content of another save by now.
+        """
+        if staged.lease is None or staged.lease.handover is None:
+            msg = "the state dict was not staged, so it cannot be saved again"
+            raise StagingError(msg, phase="stage")
+        lease = self._pool.take_again(staged.lease)
+        again = StagedStateDict(staged)
+        again.offsets, again.lease = staged.offsets, lease
+        lease.tie_to(again)
+        nbytes = staged.lease.handover.info.nbytes
+        lease.handover = Handover(deadline, StagedInfo(nbytes, waited_s=0.0, stall_s=0.0))
+        return again
+
     def handover_of(self, state_dict: Mapping[str, Any]) -> tuple[Handover | None, Lease | None]:
         """Return what staging passed to the save of a state dict, and the lease on its memory.
 
