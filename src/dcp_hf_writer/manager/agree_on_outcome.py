@@ -80,7 +80,23 @@ def error_of(future: Future[Any]) -> BaseException | None:
         return problem
     if error is None:
         return None
-    return own_error(error) or error
+    own = own_error(error)
+    if own is None and isinstance(error, CheckpointException):
+        # torch's wrapper is no Exception: `except Exception` in a trainer would not see it.
+        rank, (inner, _) = min(error.failures.items())
+        return _ours(inner, rank)
+    return own or error
+
+
+def _ours(error: BaseException, rank: int | None) -> CheckpointError:
+    """Return an error of other code as one of this package."""
+    if isinstance(error, CheckpointError):
+        return error
+    failed = CheckpointError(
+        "the save failed", rank=rank, phase="write", found=f"{type(error).__name__}: {error}"
+    )
+    failed.__cause__ = error
+    return failed
 
 
 def breaks_group(error: BaseException | None) -> bool:
@@ -89,8 +105,8 @@ def breaks_group(error: BaseException | None) -> bool:
         return False
     if isinstance(error, (SaveTimeoutError, SaveAbortedError)):
         return True
-    # Errors of a broken collective are not ours; DCP passes on all others as its own.
-    return not isinstance(error, (CheckpointError, CheckpointException))
+    # Errors of a broken collective are not ours; DCP passes on all others.
+    return not isinstance(error, CheckpointError)
 
 
 def agree(
@@ -192,6 +208,7 @@ def _decide(
     if found is not None:
         return Verdict(found.save_id, error, is_group_lost=is_lost, nbytes=found.nbytes)
     assert error is not None
+    error = _ours(error, None)
     return Verdict(None, error, pause_s=None if is_lost else pause(error), is_group_lost=is_lost)
 
 
