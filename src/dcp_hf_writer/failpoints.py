@@ -18,6 +18,7 @@ POINTS = (
     "before slot",  # every rank: before it waits for a write slot
     "mid dcp",  # every rank: before each tensor of the DCP file
     "mid hf",  # every rank: before each block of an output file
+    "before clone",  # every rank: before a part of its DCP file shares disk blocks of the export
     "before fsync",  # every rank: all writes are done, no fsync yet
     "after fsync",  # every rank: its bytes are durable
     "before report",  # every rank: before it sends its results

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,8 +16,6 @@ from dcp_hf_writer.errors import (
     ConfigError,
     ExportError,
     PlanningError,
-    SaveAbortedError,
-    SaveTimeoutError,
 )
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.mapping.hf_export import HFExport
@@ -32,21 +29,22 @@ from dcp_hf_writer.save.announced_save import planned_directory
 from dcp_hf_writer.save.async_stager import SlabStager
 from dcp_hf_writer.save.begin_save import begin_save
 from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
-from dcp_hf_writer.save.checksums import add_checksums
 from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
+from dcp_hf_writer.save.finish_phase import FinishPhase
 from dcp_hf_writer.save.owner_process import new_save_id
 from dcp_hf_writer.save.rank_progress import MEETING, Announcement
 from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
-from dcp_hf_writer.save.write_phase import WritePhase, export_error, take_reports
+from dcp_hf_writer.save.write_phase import WritePhase
 from dcp_hf_writer.save.writer_saves import WriterSaves
 from dcp_hf_writer.staging.staged_state_dict import refuse_failed
-from dcp_hf_writer.storage.posix_outputs import write_errors
 from dcp_hf_writer.storage.write_slots import WriteSlots
 from dcp_hf_writer.torch_seam.caller_frames import Planned, find_save, other_planner
 from dcp_hf_writer.torch_seam.plan_cache import PLAN_CACHE, is_from_cache, whole_plans
 
 if TYPE_CHECKING:
+    import os
+
     import torch.distributed as dist
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -82,6 +80,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         weights: Literal["both", "once"] = "both",
         staging: StagingMode = "blocking",
         overwrite: bool = False,
+        share: Literal["auto", "off"] = "auto",
         slots: WriteSlots = WriteSlots(),  # noqa: B008 - frozen
         dcp_writer: StorageWriter | None = None,
         process_group: dist.ProcessGroup | None = None,
@@ -101,6 +100,8 @@ class HFDualWriter(StorageWriter, SlabStager):
             staging: `"blocking"` returns from `async_save` when everything is copied. `"overlap"`
                 copies during the next forward and backward, and needs `guard(optimizer)`.
             overwrite: Replace an existing checkpoint, in the step that publishes the new one.
+            share: `"auto"` lets both halves share disk blocks where the file system can (XFS,
+                btrfs, ZFS): the disk then holds the weights once. `"off"` writes them twice.
             slots: Limit on the number of processes of a node that write at the same time.
             dcp_writer: Writes the DCP half. `None` uses torch's writer without its extra copies.
             process_group: Process group of the save; pass the same group to `async_save`.
@@ -119,6 +120,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         check_options.one_of("weights", weights, ("both", "once"))
         check_options.one_of("staging", staging, ("blocking", "overlap"))
         check_options.one_of("on_export_error", on_export_error, ("raise", "warn"))
+        check_options.one_of("share", share, ("auto", "off"))
         check_options.one_of("strategy", strategy, ("auto", "direct"))
         check_options.check_numbers(timeout_s=timeout_s, host_budget_bytes=host_budget_bytes)
         check_options.check_no_storage_options(storage_options)
@@ -129,6 +131,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.weights = weights
         self.staging = staging
         self.overwrite = overwrite
+        self.share = share
         self.slots = slots
         self.dcp_writer = dcp_writer
         self.process_group = process_group
@@ -341,6 +344,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 slots=self.slots,
                 subdir=self._subdir,
                 bounce_nbytes=bounce_nbytes_of(self.host_budget_bytes),
+                share=self.share,
             ).run()
             PLAN_CACHE.settle_plan(attempt.global_plan)
             attempt.check()
@@ -365,36 +369,15 @@ class HFDualWriter(StorageWriter, SlabStager):
         """
         attempt = self._current()
         attempt.begin_finish()
-        plan, directory = self._planned(attempt), attempt.directory
-        if directory is None:
-            msg = "the coordinator did not prepare this save"
-            raise PlanningError(msg, rank=attempt.rank, phase="finish", path=attempt.target)
-        began = time.monotonic()
         try:
-            attempt.check()
-            plain, reports = take_reports(results)
-            if not attempt.are_facts_checked:
-                rank_facts.check_reported_facts(plan.plans, reports)
-            errors = [r.export_error for r in reports if r.export_error is not None]
-            error = attempt.export_error or (errors[0] if errors else None)
-            if error is None:
-                error = self._add_checksums(attempt, directory, plan)
-            if error is not None:
-                coordinator.check_dcp_stands_alone(plan, error)
-                coordinator.drop_export(directory, self._subdir)
-            coordinator.check_written(metadata, plain)
-            self._finish_dcp(attempt, directory, metadata, plain)
-            coordinator.publish(
-                directory,
-                plan,
-                reports,
-                attempt.whole_files,
+            error = FinishPhase(
+                attempt=attempt,
+                export=self.export,
+                dcp_writer=self.dcp_writer,
                 subdir=self._subdir,
                 overwrite=self.overwrite,
-                attempt=attempt,
-                error=error,
-                extra={"finish": time.monotonic() - began},
-            )
+                check_facts=rank_facts.check_reported_facts,
+            ).run(metadata, results)
         finally:
             attempt.end()
             attempt.withdraw()
@@ -403,38 +386,6 @@ class HFDualWriter(StorageWriter, SlabStager):
             if self.on_export_error == "raise":
                 raise error
             _log.warning("checkpoint %s has no export: %s", attempt.target, error)
-
-    def _add_checksums(
-        self, attempt: Attempt, directory: StagingDirectory, plan: global_plan.GlobalPlan
-    ) -> ExportError | None:
-        """Add checksums if `export` asks for them; a failure costs the export, not the DCP half."""
-        if plan.layout is None or self.export is None or self.export.checksums is None:
-            return None
-        try:
-            with attempt.timed("checksums"):
-                file = add_checksums(directory.path, self._subdir, check=attempt.check)
-        except (SaveAbortedError, SaveTimeoutError):
-            raise
-        except OSError as error:
-            path = os.path.join(directory.path, self._subdir)
-            return export_error(error, rank=attempt.rank, path=path)
-        attempt.add_whole_files(file)
-        return None
-
-    def _finish_dcp(
-        self,
-        attempt: Attempt,
-        directory: StagingDirectory,
-        metadata: Metadata,
-        results: list[list[WriteResult]],
-    ) -> None:
-        writer = self.dcp_writer
-        if writer is None:
-            writer = SlabFileSystemWriter(directory.path, checkpoint_id=directory.target)
-            writer.set_up_storage_writer(True, rank=attempt.rank, use_collectives=True)
-        with attempt.timed("metadata"), write_errors(directory.path):
-            coordinator.share_text(results)
-            writer.finish(metadata, results)
 
     def explain(
         self, state_dict: dict[str, Any], *, planner: SavePlanner | None = None
@@ -472,12 +423,6 @@ class HFDualWriter(StorageWriter, SlabStager):
             msg = "this writer has no save in flight"
             raise PlanningError(msg, path=self.path)
         return attempt
-
-    def _planned(self, attempt: Attempt) -> global_plan.GlobalPlan:
-        if attempt.global_plan is None:
-            msg = "the coordinator made no global plan"
-            raise PlanningError(msg, rank=attempt.rank, path=attempt.target)
-        return attempt.global_plan
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle for a checkpointer process, with the export's files instead of its objects."""

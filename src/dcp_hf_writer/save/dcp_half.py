@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
+    from dcp_hf_writer.plan.shared_runs import SharedRun
+    from dcp_hf_writer.save.share_blocks import BlockSharing
+
 # Buffers collected for one system call; each tensor adds three.
 _GROUP = 1000
 
@@ -46,6 +49,7 @@ class SlabFileSystemWriter(FileSystemWriter):
         self.source: TensorSource | None = None
         self.finish_file: Callable[[OutputFile], None] = _sync_and_close
         self.check: Callable[[], None] = lambda: None
+        self.sharing: BlockSharing | None = None
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Return the plan unchanged: the coordinator has already made a new directory."""
@@ -64,9 +68,9 @@ class SlabFileSystemWriter(FileSystemWriter):
             path, name, items = file_queue.get_nowait()
             file = OutputFile(str(path), create=True)
             try:
-                results += _FileWriter(file, name, planner, source, self.check).write(
-                    items, self.files
-                )
+                results += _FileWriter(
+                    file, name, planner, source, self.check, sharing=self.sharing
+                ).write(items, self.files)
             except BaseException:
                 file.discard()
                 raise
@@ -91,9 +95,12 @@ class _FileWriter:
         planner: SavePlanner,
         source: TensorSource,
         check: Callable[[], None],
+        *,
+        sharing: BlockSharing | None,
     ) -> None:
         self._file, self._name = file, name
         self._planner, self._source, self._check = planner, source, check
+        self._sharing = sharing
         self._buffers: list[memoryview] = []
         self._gathered = 0
         self._written = 0
@@ -126,26 +133,42 @@ class _FileWriter:
         # A block of a larger tensor is stored in row-major order, as torch's writer stores it.
         kind = tensor if tensor.is_contiguous() else tensor.new_empty(tensor.shape, device="meta")
         before, after = tensor_archive(kind)
+        runs = [] if self._sharing is None else self._sharing.runs_of(item, tensor)
+        if self._sharing is not None and runs:
+            gap = self._sharing.gap_before(runs, self._position + len(before))
+            self._add_rest(bytes(gap))
         start = self._position
         self._add_rest(before)
         if tensor.nbytes:
             began = self._position
-            self._ranges.append((began, tensor.nbytes, self._add_data(item, tensor)))
+            self._ranges.append((began, tensor.nbytes, self._add_data(item, tensor, runs)))
         self._add_rest(after)
         return self._result(item, start)
 
-    def _add_data(self, item: WriteItem, tensor: torch.Tensor) -> str:
+    def _add_data(self, item: WriteItem, tensor: torch.Tensor, runs: Sequence[SharedRun]) -> str:
         """Append the data of a tensor; returns the digest of the data."""
         if tensor.is_contiguous():
             data = host_bytes(tensor)
             whole = self._source.digest(item, data)
-            self._add(data)
+            self._add_shared(data, runs)
             return whole
         digest = xxhash.xxh3_64()
         for data in row_major_bytes(tensor):
             digest.update(data)
             self._add(data)
         return str(digest.hexdigest())
+
+    def _add_shared(self, data: memoryview, runs: Sequence[SharedRun]) -> None:
+        """Append data; share the disk blocks of its runs with the export where that works."""
+        done, data_start = 0, self._position
+        for part in () if self._sharing is None else self._sharing.parts(runs, data_start):
+            self._add(data[done : part.offset])
+            self._flush()
+            done = part.offset
+            if self._sharing is not None and self._sharing.clone(part, self._file, data_start):
+                done += part.nbytes
+                self._position = self._written = data_start + done
+        self._add(data[done:])
 
     def _add_rest(self, data: bytes) -> None:
         self._rest.update(data)

@@ -38,12 +38,14 @@ from dcp_hf_writer.save.dcp_half import (
     run_given_writer,
 )
 from dcp_hf_writer.save.hf_half import BlockWriter, is_interleaved, regions_by_file
+from dcp_hf_writer.save.share_blocks import BlockSharing
 from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
+from dcp_hf_writer.storage.block_clones import PROBE, CloneSource
 from dcp_hf_writer.storage.posix_outputs import OutputFile
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
     from torch.distributed.checkpoint.storage import StorageWriter
@@ -54,6 +56,8 @@ if TYPE_CHECKING:
     from dcp_hf_writer.save.commit import StagingDirectory
     from dcp_hf_writer.storage.output_fsync import OpenFiles
     from dcp_hf_writer.storage.write_slots import WriteSlots
+
+    Blocks = Sequence[tuple[WriteItem, Region]]
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +90,10 @@ class WritePhase:
     subdir: str
     bounce_nbytes: int
     """Size in bytes of the buffer for casts and for blocks that are not contiguous."""
+    share: str = "auto"
+    """`"auto"` lets the halves share disk blocks where the file system can; `"off"` does not."""
+    block_nbytes: int | None = field(default=None, init=False)
+    """Size of the disk blocks that the halves share; `None` if they share none."""
     blocks: BlockWriter = field(default_factory=BlockWriter, init=False)
     """Writes the blocks of this save; no other save uses it at the same time."""
 
@@ -99,6 +107,15 @@ class WritePhase:
             CheckpointError: If the DCP half failed, or the save was given up. The report carries
                 errors of the export instead.
         """
+        with contextlib.suppress(IndexError):
+            self.blocks = _idle_blocks.pop()
+        try:
+            return self._run()
+        finally:
+            # Also after a failure, or the next save would have to fault in a new buffer.
+            _idle_blocks[:] = [self.blocks]
+
+    def _run(self) -> list[WriteResult]:
         attempt = self.attempt
         report = RankReport(attempt.rank, socket.gethostname())
         report.export_error = attempt.export_error
@@ -106,19 +123,18 @@ class WritePhase:
         files = attempt.open_files()
         source = TensorSource(self.planner)
         results: list[WriteResult] = []
-        with contextlib.suppress(IndexError):
-            self.blocks = _idle_blocks.pop()
         tensors = [i for i in self.plan.items if i.type != WriteItemType.BYTE_IO]
         work = regions_by_file(tensors, self.own.targets)
         left_out = self._stored_once(tensors)
         if left_out:
             self._leave_out({result.index for result in left_out})
+        self.block_nbytes = self._shared_block_nbytes()
         shares = self.slots.is_shared_by_halves()
         reach("before slot")
         with ExitStack() as held:
             if shares:
                 self._hold(held, "dcp")
-            jobs = self._jobs(sorted(work))
+            jobs = self._jobs(sorted(work), is_dcp_last=self.block_nbytes is not None)
             exports = [job for job in jobs if job is not None]
             settled = set(exports[len(exports) - len(exports) // max(self.own.host_size, 1) :])
             for job in jobs:
@@ -126,7 +142,7 @@ class WritePhase:
                     if not shares:
                         self._hold(held_by_half, "dcp" if job is None else "hf")
                     if job is None:
-                        results = self._write_dcp(files, source, report)
+                        results = self._write_dcp(files, source, report, work)
                     elif report.export_error is None:
                         # Defer the fsync of a file whose pages other ranks fill too: otherwise the
                         # device writes such a page once for each rank. The other ranks have already
@@ -140,13 +156,13 @@ class WritePhase:
             files.sync_kept()
             with attempt.timed("sync"):
                 self._join(files, report)
-        _idle_blocks[:] = [self.blocks]
         reach("after fsync")
         attempt.close_files()
         report.seconds = dict(attempt.seconds)
         report.nbytes = {
             "dcp": sum(result.size_in_bytes for result in results),
             "hf": report.nbytes.get("hf", 0),
+            "shared": report.nbytes.get("shared", 0),
         }
         return [*results, *left_out, WriteResult(MetadataIndex(_REPORT_FQN), 0, report)]
 
@@ -168,11 +184,25 @@ class WritePhase:
         kept = [item for item in self.plan.items if item.index not in indices]
         self.plan = replace(self.plan, items=kept)
 
-    def _jobs(self, files: Sequence[int]) -> list[int | None]:
+    def _jobs(self, files: Sequence[int], *, is_dcp_last: bool) -> list[int | None]:
         """Return this rank's files in rotated order; `None` stands for its DCP file."""
-        jobs: list[int | None] = [None, *files]
+        jobs: list[int | None] = [*files] if is_dcp_last else [None, *files]
         start = self.own.host_rank * len(jobs) // max(self.own.host_size, 1)
-        return jobs[start:] + jobs[:start]
+        rotated = jobs[start:] + jobs[:start]
+        return [*rotated, None] if is_dcp_last else rotated
+
+    def _shared_block_nbytes(self) -> int | None:
+        """Return the size of the disk blocks that the halves share; `None` if they share none."""
+        if self.share == "off" or self.dcp_writer is not None or not self.own.targets:
+            return None
+        return PROBE.block_nbytes(self.directory.path)
+
+    def _sharing(self, work: Mapping[int, Blocks], report: RankReport) -> BlockSharing | None:
+        # After an error of the export, its files may lack bytes.
+        if self.block_nbytes is None or report.export_error is not None:
+            return None
+        paths = [os.path.join(self.directory.path, self.subdir, n) for n, _ in self.own.files]
+        return BlockSharing(work, CloneSource(paths, block_nbytes=self.block_nbytes))
 
     def _hold(self, held: ExitStack, half: str) -> None:
         with self.attempt.timed("slot wait"):
@@ -198,13 +228,17 @@ class WritePhase:
             raise
 
     def _write_dcp(
-        self, files: OpenFiles, source: TensorSource, report: RankReport
+        self,
+        files: OpenFiles,
+        source: TensorSource,
+        report: RankReport,
+        work: Mapping[int, Blocks],
     ) -> list[WriteResult]:
         attempt = self.attempt
         with attempt.timed("write dcp"):
             try:
                 results = (
-                    self._write_own_dcp(files, source, report)
+                    self._write_own_dcp(files, source, report, self._sharing(work, report))
                     if self.dcp_writer is None
                     else run_given_writer(
                         self.dcp_writer,
@@ -222,7 +256,11 @@ class WritePhase:
         return results
 
     def _write_own_dcp(
-        self, files: OpenFiles, source: TensorSource, report: RankReport
+        self,
+        files: OpenFiles,
+        source: TensorSource,
+        report: RankReport,
+        sharing: BlockSharing | None,
     ) -> list[WriteResult]:
         writer = SlabFileSystemWriter(self.directory.path, checkpoint_id=self.directory.target)
         writer.set_up_storage_writer(
@@ -231,7 +269,13 @@ class WritePhase:
         writer.source = source
         writer.finish_file = files.sync
         writer.check = self.attempt.check
-        future = writer.write_data(self.plan, self.planner)
+        writer.sharing = sharing
+        try:
+            future = writer.write_data(self.plan, self.planner)
+        finally:
+            if sharing is not None:
+                sharing.close()
+                report.nbytes["shared"] = sharing.nbytes
         report.dcp_files = writer.files
         results: list[WriteResult] = future.value()
         return results

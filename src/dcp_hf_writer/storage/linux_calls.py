@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import struct
 
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
+_FICLONERANGE = 0x4020940D
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -37,6 +40,27 @@ def reserve(fd: int, nbytes: int) -> None:
         number = ctypes.get_errno()
         if number != errno.EINTR:
             _fail(number, None)
+
+
+def clone_range(source: int, start: int, nbytes: int, fd: int, offset: int) -> None:
+    """Let a file share disk blocks with a range of another file (reflink).
+
+    The kernel first writes the range of the source to the disk.
+
+    Args:
+        source: Descriptor of the file to share with, open for reading.
+        start: First byte of the range, a multiple of the block size of the file system.
+        nbytes: Length of the range, a multiple of the block size.
+        fd: Descriptor of the other file, open for writing.
+        offset: Where the range goes in it, a multiple of the block size.
+
+    Raises:
+        OSError: If the file system cannot clone this range.
+
+    Source:
+        ioctl_ficlonerange(2).
+    """
+    fcntl.ioctl(fd, _FICLONERANGE, struct.pack("qQQQ", source, start, nbytes, offset))
 
 
 def rename_no_replace(source: str, target: str) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from dcp_hf_writer.errors import CheckpointError, WriteError
 from dcp_hf_writer.storage.linux_calls import (
     UnsupportedCallError,
+    clone_range,
     rename_no_replace,
     reserve,
 )
@@ -122,6 +123,21 @@ class OutputFile:
         if done != nbytes:
             self.write(memoryview(b"".join(group))[done:], offset + done)
         return offset + nbytes
+
+    def clone(self, source: int, start: int, nbytes: int, offset: int) -> None:
+        """Share disk blocks with another file instead of writing the same bytes again.
+
+        Args:
+            source: Descriptor of the other file, open for reading.
+            start: First byte in it, a multiple of the block size.
+            nbytes: How many bytes, a multiple of the block size.
+            offset: Where they go in this file, a multiple of the block size.
+
+        Raises:
+            WriteError: If the file system cannot clone; see `block_clones.CANNOT_CLONE`.
+        """
+        with write_errors(self.path):
+            clone_range(source, start, nbytes, self._fd, offset)
 
     def set_size(self, nbytes: int, *, fs_type: str) -> None:
         """Give the file its final size, and reserve its space if that is cheap.

@@ -1,0 +1,134 @@
+"""The last phase of a save: the coordinator checks what the ranks wrote, and publishes it."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from dcp_hf_writer.errors import PlanningError, SaveAbortedError, SaveTimeoutError
+from dcp_hf_writer.save import coordinator
+from dcp_hf_writer.save.checksums import add_checksums
+from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
+from dcp_hf_writer.save.write_phase import export_error, take_reports
+from dcp_hf_writer.storage.posix_outputs import write_errors
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.planner import SavePlan
+    from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+
+    from dcp_hf_writer.errors import ExportError
+    from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.plan.global_plan import GlobalPlan
+    from dcp_hf_writer.plan.rank_report import RankReport
+    from dcp_hf_writer.save.attempt import Attempt
+    from dcp_hf_writer.save.commit import StagingDirectory
+
+
+@dataclass(slots=True)
+class FinishPhase:
+    """The finish phase of a save; only the coordinator has one."""
+
+    attempt: Attempt
+    export: HFExport | None
+    dcp_writer: StorageWriter | None
+    """The user's writer for the DCP half; `None` for ours."""
+    subdir: str
+    overwrite: bool
+    check_facts: Callable[[Sequence[SavePlan], Sequence[RankReport]], None]
+    """Compares the facts of the ranks if the planning step did not see them."""
+
+    def run(self, metadata: Metadata, results: list[list[WriteResult]]) -> ExportError | None:
+        """Check that the files are complete, and publish the checkpoint.
+
+        Args:
+            metadata: The planner's metadata.
+            results: What the ranks returned from their write phases, by rank.
+
+        Returns:
+            Why the published checkpoint has no export; `None` if it has one, or if none was asked
+            for.
+
+        Raises:
+            CoverageError: If the parts that the ranks wrote do not cover each file exactly once.
+            StorageError: If the checkpoint could not be published.
+        """
+        attempt = self.attempt
+        plan, directory = _planned(attempt), attempt.directory
+        if directory is None:
+            msg = "the coordinator did not prepare this save"
+            raise PlanningError(msg, rank=attempt.rank, phase="finish", path=attempt.target)
+        began = time.monotonic()
+        attempt.check()
+        plain, reports = take_reports(results)
+        if not attempt.are_facts_checked:
+            self.check_facts(plan.plans, reports)
+        error = self._export_error(directory, plan, reports)
+        coordinator.check_written(metadata, plain)
+        self._finish_dcp(directory, metadata, plain)
+        coordinator.publish(
+            directory,
+            plan,
+            reports,
+            attempt.whole_files,
+            subdir=self.subdir,
+            overwrite=self.overwrite,
+            attempt=attempt,
+            error=error,
+            extra={"finish": time.monotonic() - began},
+        )
+        return error
+
+    def _export_error(
+        self, directory: StagingDirectory, plan: GlobalPlan, reports: Sequence[RankReport]
+    ) -> ExportError | None:
+        """Return why there is no export, and remove what there is of a failed one."""
+        errors = [r.export_error for r in reports if r.export_error is not None]
+        error = self.attempt.export_error or (errors[0] if errors else None)
+        if error is None:
+            error = self._add_checksums(directory, plan)
+        if error is not None:
+            coordinator.check_dcp_stands_alone(plan, error)
+            coordinator.drop_export(directory, self.subdir)
+        return error
+
+    def _add_checksums(self, directory: StagingDirectory, plan: GlobalPlan) -> ExportError | None:
+        """Add checksums if `export` asks for them; a failure costs the export, not the DCP half."""
+        attempt = self.attempt
+        if plan.layout is None or self.export is None or self.export.checksums is None:
+            return None
+        try:
+            with attempt.timed("checksums"):
+                file = add_checksums(directory.path, self.subdir, check=attempt.check)
+        except (SaveAbortedError, SaveTimeoutError):
+            raise
+        except OSError as error:
+            path = os.path.join(directory.path, self.subdir)
+            return export_error(error, rank=attempt.rank, path=path)
+        attempt.add_whole_files(file)
+        return None
+
+    def _finish_dcp(
+        self,
+        directory: StagingDirectory,
+        metadata: Metadata,
+        results: list[list[WriteResult]],
+    ) -> None:
+        attempt, writer = self.attempt, self.dcp_writer
+        if writer is None:
+            writer = SlabFileSystemWriter(directory.path, checkpoint_id=directory.target)
+            writer.set_up_storage_writer(True, rank=attempt.rank, use_collectives=True)
+        with attempt.timed("metadata"), write_errors(directory.path):
+            coordinator.share_text(results)
+            writer.finish(metadata, results)
+
+
+def _planned(attempt: Attempt) -> GlobalPlan:
+    if attempt.global_plan is None:
+        msg = "the coordinator made no global plan"
+        raise PlanningError(msg, rank=attempt.rank, path=attempt.target)
+    return attempt.global_plan
