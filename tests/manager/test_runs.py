@@ -18,7 +18,7 @@ from dcp_hf_writer.errors import (
     MismatchError,
     StorageError,
 )
-from support.managed_runs import Seen, managed, report_steps
+from support.managed_runs import Seen, managed, report_steps, state_at
 from support.named_bytes import sharded_state
 from support.ranks import run_ranks
 
@@ -53,13 +53,13 @@ def run_by_the_clock(rank: int, world_size: int, root: Path) -> Seen:
     """Train without collectives, one rank at a third of the speed of the other."""
     seen = Seen()
     begun: list[int] = []
-    with managed(root, seen, save_every=timedelta(seconds=1.5), export=None) as manager:
-        for step in range(1, 400 if rank == 0 else 130):
-            if manager.step(step, lambda: sharded_state(step)):  # noqa: B023
+    with managed(root, seen, save_every=timedelta(seconds=0.7), export=None) as manager:
+        for step in range(1, 2000):
+            if manager.step(step, lambda: state_at(step)):  # noqa: B023
                 begun.append(step)
             if len(begun) == 3:
                 break
-            time.sleep(0.01 if rank == 0 else 0.03)
+            time.sleep(0.01 if rank == 0 else 0.02)
     seen.values["begun"] = begun
     return seen
 

@@ -14,10 +14,12 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from dcp_hf_writer.check.verify import verify
 from dcp_hf_writer.errors import (
     CheckpointError,
     CorruptCheckpointError,
     MismatchError,
+    PickledObjectError,
     ReadError,
 )
 from dcp_hf_writer.load.choose_half import read_dcp_metadata
@@ -171,14 +173,18 @@ class Restore:
         """
         # Without the first agreement, an error on one rank would leave the others waiting in a
         # collective of the load.
-        key = f"{self._key}/{number}"
-        ranks, error = self._together(lambda: self._ranks_to_load(stored, objects), f"{key}/look")
+        key, path = f"{self._key}/{number}", stored.path
+        ranks, error = self._together(
+            lambda: self._ranks_to_load(stored, objects), f"{key}/look", path
+        )
         if error is not None:
             return None, error
-        return self._together(lambda: self._load(stored, state_dict, objects, ranks), f"{key}/load")
+        return self._together(
+            lambda: self._load(stored, state_dict, objects, ranks), f"{key}/load", path
+        )
 
     def _together(
-        self, act: Callable[[], _T], key: str
+        self, act: Callable[[], _T], key: str, path: str
     ) -> tuple[_T | None, CheckpointError | None]:
         """Do a part of the load on all ranks; if it fails on one, it fails on all.
 
@@ -194,7 +200,7 @@ class Restore:
             result = act()
         except (Exception, CheckpointException) as problem:  # noqa: BLE001 - all ranks agree on it
             error = own_error(problem) or problem
-        error = self._agreed(error, key)
+        error = self._agreed(error, key, path)
         if isinstance(error, (CorruptCheckpointError, ReadError)):
             return None, error
         if error is not None:
@@ -218,11 +224,11 @@ class Restore:
             strict=self._options.strict and trainer_state.run_key() in there,
         )
 
-    def _agreed(self, error: BaseException | None, key: str) -> BaseException | None:
+    def _agreed(self, error: BaseException | None, key: str, path: str) -> BaseException | None:
         """Return the first error of any rank, so that all ranks go on alike."""
         tools = self._tools
         if tools.world.is_alone:
-            return error
+            return _as_damage(error, path)
         tools.messages.put(f"{key}/result/{tools.world.rank}", _sendable(error))
         if tools.world.is_coordinator:
             errors = []
@@ -234,7 +240,7 @@ class Restore:
                     )
                 )
                 tools.messages.drop(name)
-            first = next((one for one in errors if one is not None), None)
+            first = _as_damage(next((one for one in errors if one is not None), None), path)
             tools.messages.put(f"{key}/verdict", first)
         verdict = tools.messages.take(
             f"{key}/verdict", timeout_s=tools.timeout_s, sender=_SENDER, doing="read"
@@ -356,6 +362,24 @@ class Restore:
                 found=f"subdirectories {list(stored.facts.parts)}",
                 hint="leave these entries out of the state dict, or pass strict=False",
             )
+
+
+def _as_damage(error: BaseException | None, path: str) -> BaseException | None:
+    """Return the damage that `verify` finds, if an error may come from damaged data.
+
+    Zeros where an object should be look like an object that nobody knows.
+    """
+    if error is None or (
+        isinstance(error, CheckpointError) and not isinstance(error, PickledObjectError)
+    ):
+        return error
+    report = verify(path, progress=False)
+    if report.checked == "digests" and not report.ok:
+        try:
+            report.raise_if_bad()
+        except CorruptCheckpointError as damage:
+            return damage
+    return error
 
 
 def _is_bare(entry: Mapping[str, Any], there: Iterable[str]) -> bool:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -72,7 +73,8 @@ class SaveCalls:
         self._world, self._cadence = world, cadence
         self._changed = threading.Condition()
         self._wish: _Wish | None = None
-        self._call: SaveCall | None = None
+        # In order: a slow rank may learn of a second call before it has reached the first.
+        self._calls: deque[SaveCall] = deque()
         self._is_held = False
         self._is_closed = False
         self._last_step = -1
@@ -114,10 +116,9 @@ class SaveCalls:
             if self._is_held:
                 raise _no_answer([0])
             self._last_step = step
-            if self._call is None or step < self._call.from_step:
+            if not self._calls or step < self._calls[0].from_step:
                 return None
-            call, self._call = self._call, None
-            return call
+            return self._calls.popleft()
 
     def _due_alone(self, step: int) -> SaveCall | None:
         wish = self._next_wish()
@@ -156,7 +157,7 @@ class SaveCalls:
 
     def _round(self, messages: Messages, key: str) -> bool:
         """Take part in a round if one is open; returns whether it is over."""
-        wish = None if self._call is not None else self._next_wish()
+        wish = None if self._calls else self._next_wish()
         if wish is not None and not messages.has(f"{key}/open"):
             messages.put(f"{key}/open", (wish.reason, wish.stop_signal))
         if not messages.has(f"{key}/open"):
@@ -167,7 +168,8 @@ class SaveCalls:
         messages.put(f"{key}/last/{self._world.rank}", last)
         call = self._decided(messages, key)
         with self._changed:
-            self._call, self._is_held = call, False
+            self._calls.append(call)
+            self._is_held = False
             if self._wish is not None and self._wish.stop_signal in {None, call.stop_signal}:
                 self._wish = None
             self._changed.notify_all()

@@ -18,6 +18,7 @@ from dcp_hf_writer.save.failure_explanations import guard_process_save
 from dcp_hf_writer.staging.staged_state_dict import (
     StagedStateDict,
     failed_state_dict,
+    failure_in,
     staging_error,
 )
 from dcp_hf_writer.staging.stager import STAGER, Copies, Staged, StagingMode, wait_before_step
@@ -58,6 +59,10 @@ class SlabStager(AsyncStager):
         """
         deadline = time.monotonic() + self.timeout_s
         self._read_assets()
+        broken = failure_in(state_dict)
+        if broken is not None:
+            # The caller could not make the state dict on this rank.
+            return _failed(deadline, broken, self.path)
         try:
             staged = STAGER.stage(state_dict, mode=self.staging, what=self.path, deadline=deadline)
         except StagingBusyError:
