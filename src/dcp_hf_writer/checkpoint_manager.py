@@ -7,7 +7,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_hf_writer.errors import CheckpointError, ConfigError
-from dcp_hf_writer.manager.cadence import as_cadence
 from dcp_hf_writer.manager.failure_policy import rules_of
 from dcp_hf_writer.manager.free_space import refusal_for_space
 from dcp_hf_writer.manager.keep_house import Housekeeper
@@ -23,7 +22,7 @@ from dcp_hf_writer.manager.run_directory import RunDirectory
 from dcp_hf_writer.manager.run_saves import RunSaves, SaveOptions
 from dcp_hf_writer.manager.save_calls import SaveCalls
 from dcp_hf_writer.manager.save_report import as_callbacks
-from dcp_hf_writer.manager.save_schedule import DueSave, SaveSchedule
+from dcp_hf_writer.manager.save_schedule import DueSave, schedule_of
 from dcp_hf_writer.manager.shared_root import prepare_shared_root
 from dcp_hf_writer.manager.step_names import StepNames
 from dcp_hf_writer.manager.trainer_state import DATASET_NAMES, SCHEDULER_NAMES
@@ -158,11 +157,8 @@ class CheckpointManager:
             raise ConfigError(msg, expected="optimizers=[optimizer]", found="none")
         if isinstance(keep_best, tuple):
             keep_best = KeepBest(*keep_best)
-        self._schedule = SaveSchedule(
-            as_cadence("save_every", save_every),
-            None if export_every is None else as_cadence("export_every", export_every),
-            as_cadence("snapshot_every", snapshot_every),
-            export is not None,
+        self._schedule = schedule_of(
+            save_every, export_every, snapshot_every, has_export=export is not None
         )
         self._export, self._weights, self._timeout_s = export, weights, timeout_s
         self._allow_pickled_objects = allow_pickled_objects

@@ -18,7 +18,7 @@ from dcp_hf_writer.manager.cadence import (
     Never,
     as_cadence,
 )
-from dcp_hf_writer.manager.save_schedule import DueSave, SaveSchedule
+from dcp_hf_writer.manager.save_schedule import DueSave, SaveSchedule, schedule_of
 
 
 @given(count=st.integers(1, 50), last=st.integers(0, 300))
@@ -62,6 +62,13 @@ def test_option_stands_for_a_cadence(value: object, expected: Cadence) -> None:
 def test_option_is_refused_with_its_name_or_value(value: object) -> None:
     with pytest.raises(ConfigError, match=r"cadence|save_every"):
         as_cadence("save_every", value)
+
+
+@pytest.mark.parametrize("name", ["export_every", "snapshot_every"])
+def test_clock_is_for_saves_alone(name: str) -> None:
+    options = {"save_every": 1, "export_every": None, "snapshot_every": None}
+    with pytest.raises(ConfigError, match=f"{name} must be in steps"):
+        schedule_of(**{**options, name: timedelta(hours=1)}, has_export=True)
 
 
 def schedule(**changes: object) -> SaveSchedule:

@@ -128,7 +128,7 @@ def test_other_number_of_ranks_needs_a_function_or_a_choice(tmp_path: Path) -> N
         run_ranks(restore_objects, 3, root, "plain")
     assert "merge={'dataloader': function}" in str(caught.value)
     found = run_ranks(restore_objects, 3, root, "merge")
-    assert [one[:4] for one in found] == [(1, {"tokens": 12}, rank, 67) + () for rank in range(3)]
+    assert [one[:4] for one in found] == [(1, {"tokens": 12}, rank, 67) for rank in range(3)]
     found = run_ranks(restore_objects, 1, root, "without")
     assert [one[:4] for one in found] == [(1, {"tokens": 12}, -1, 0)]
 

@@ -90,7 +90,7 @@ def report_steps(manager: CheckpointManager, seen: Seen, steps: Sequence[int]) -
             seen.raised[step] = Raised.of(error)
 
 
-def run_with_faults(
+def run_with_faults(  # noqa: PLR0917 - the arguments of a rank have no names
     rank: int,
     world_size: int,
     root: Path,

@@ -132,22 +132,30 @@ class AnyOf(Cadence):
         return any(part.is_due_at_close() for part in self.parts)
 
 
-def as_cadence(name: str, value: Any) -> Cadence:
+def as_cadence(name: str, value: Any, *, may_use_clock: bool = True) -> Cadence:
     """Return the cadence that an option stands for.
 
     Args:
         name: Name of the option, for the message.
         value: A number of steps, a `timedelta`, a `Cadence`, or `None` for never.
+        may_use_clock: Whether the cadence may depend on the clock.
 
     Raises:
         ConfigError: If the value is none of these.
     """
+    if isinstance(value, timedelta):
+        value = EverySeconds(value.total_seconds())
+    if isinstance(value, Cadence) and value.uses_clock and not may_use_clock:
+        raise ConfigError(
+            f"{name} must be in steps, which are the same on every rank",
+            expected="a number of steps, or EverySteps(500)",
+            found=repr(value),
+            hint="use the clock for save_every",
+        )
     if value is None:
         return Never()
     if isinstance(value, Cadence):
         return value
-    if isinstance(value, timedelta):
-        return EverySeconds(value.total_seconds())
     if isinstance(value, int) and not isinstance(value, bool):
         return EverySteps(value)
     raise ConfigError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from dcp_hf_writer.manager.cadence import as_cadence
 
 if TYPE_CHECKING:
     from dcp_hf_writer.manager.cadence import Cadence
@@ -65,3 +67,22 @@ class SaveSchedule:
         if not self.has_export or self.export_every is None:
             return False
         return self.export_every.is_due_at(step, is_first=is_first)
+
+
+def schedule_of(
+    save_every: Any, export_every: Any, snapshot_every: Any, *, has_export: bool
+) -> SaveSchedule:
+    """Make the schedule that the options of a manager stand for.
+
+    Raises:
+        ConfigError: If an option is no cadence, or depends on the clock and must not.
+    """
+    exports = None
+    if export_every is not None:
+        exports = as_cadence("export_every", export_every, may_use_clock=False)
+    return SaveSchedule(
+        as_cadence("save_every", save_every),
+        exports,
+        as_cadence("snapshot_every", snapshot_every, may_use_clock=False),
+        has_export,
+    )
