@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Literal
@@ -13,7 +14,6 @@ from dcp_hf_writer.manager.keep_house import Housekeeper
 from dcp_hf_writer.manager.on_signal import OnSignal, SignalHandlers
 from dcp_hf_writer.manager.own_group import OwnGroup
 from dcp_hf_writer.manager.pending_save import SaveRequest
-from dcp_hf_writer.manager.planned_size import planned_nbytes
 from dcp_hf_writer.manager.rank_messages import Messages, World
 from dcp_hf_writer.manager.restore_run import Restore, Restored, RestoreOptions, RestoreTools
 from dcp_hf_writer.manager.retention import KeepBest, Retention
@@ -25,14 +25,11 @@ from dcp_hf_writer.manager.save_report import as_callbacks
 from dcp_hf_writer.manager.save_schedule import DueSave, schedule_of
 from dcp_hf_writer.manager.shared_root import prepare_shared_root
 from dcp_hf_writer.manager.step_names import StepNames
-from dcp_hf_writer.manager.trainer_state import DATASET_NAMES, SCHEDULER_NAMES
-from dcp_hf_writer.mapping.hf_export import HFExport
+from dcp_hf_writer.manager.trainer_state import skipped_names
 from dcp_hf_writer.preflight import check_options
-from dcp_hf_writer.reader import HFDualReader
+from dcp_hf_writer.run_writers import RunWriters
 from dcp_hf_writer.staging.stager import wait_before_step
 from dcp_hf_writer.storage.write_slots import WriteSlots
-from dcp_hf_writer.tensors.dtypes import export_dtype
-from dcp_hf_writer.writer import HFDualWriter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +39,10 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from dcp_hf_writer.manager.save_report import SaveReport
+    from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.staging.stager import StagingMode
+
+_log = logging.getLogger(__name__)
 
 _managers = 0
 """Managers that this process has made; all ranks make them in the same order."""
@@ -160,18 +160,23 @@ class CheckpointManager:
         self._schedule = schedule_of(
             save_every, export_every, snapshot_every, has_export=export is not None
         )
-        self._export, self._weights, self._timeout_s = export, weights, timeout_s
-        self._allow_pickled_objects = allow_pickled_objects
-        self._writer_options: dict[str, Any] = {
-            "staging": staging,
-            "slots": slots,
-            "strategy": strategy,
-            "timeout_s": timeout_s,
-            "host_budget_bytes": host_budget_bytes,
-        }
+        check_options.one_of("weights", weights, ("both", "once"))
+        self._timeout_s, self._allow_pickled_objects = timeout_s, allow_pickled_objects
+        self._writers = RunWriters(
+            export,
+            weights=weights,
+            allow_pickled_objects=allow_pickled_objects,
+            options={
+                "staging": staging,
+                "slots": slots,
+                "strategy": strategy,
+                "timeout_s": timeout_s,
+                "host_budget_bytes": host_budget_bytes,
+            },
+        )
         retention = Retention(keep_last, keep_every, keep_best, export_keep_last)
         options = SaveOptions(
-            self._make_writer,
+            self._writers.writer,
             timeout_s,
             rules_of(on_failure),
             as_callbacks("on_saved", on_saved),
@@ -179,10 +184,10 @@ class CheckpointManager:
             checkpointer == "process",
             planner,
             late_after_s,
-            HFExport.subdir if export is None else export.subdir,
+            self._writers.subdir,
         )
         self.root = check_options.local_path(root)
-        self._make_writer(os.path.join(self.root, names.name_of(0)), has_export=export is not None)
+        self._writers.writer(os.path.join(self.root, names.name_of(0)), has_export=True)
         _managers += 1
         self._world = World.current()
         self._content = RunContent(
@@ -212,7 +217,7 @@ class CheckpointManager:
             self._world, self._schedule.save_every, self._connect, listens=on_signal is not None
         )
         self._on_signal = on_signal
-        self._signals = None if on_signal is None else SignalHandlers(on_signal, self._wish)
+        self._signals = None if on_signal is None else SignalHandlers(on_signal, self._calls.wish)
 
     def step(
         self,
@@ -274,7 +279,7 @@ class CheckpointManager:
             CheckpointError: As `step`; with `wait`, also the failure of this save.
         """
         self._check_open()
-        if export and self._export is None:
+        if export and self._writers.export is None:
             msg = "this manager writes no export"
             raise ConfigError(msg, expected="CheckpointManager(..., export=HFExport(...))")
         self._save(step, state_dict, self._schedule.by_hand(step, export=export), metrics)
@@ -284,11 +289,7 @@ class CheckpointManager:
         return self._saves.report
 
     def _save(
-        self,
-        step: int,
-        state_dict: Any,
-        due: DueSave,
-        metrics: Mapping[str, float] | None,
+        self, step: int, state_dict: Any, due: DueSave, metrics: Mapping[str, float] | None
     ) -> None:
         if isinstance(step, bool) or not isinstance(step, int) or step < 0:
             msg = "step must be a whole number of zero or more"
@@ -314,26 +315,9 @@ class CheckpointManager:
     def _no_space(
         self, content: dict[str, Any], path: str, *, has_export: bool
     ) -> CheckpointError | None:
-        export = self._export if has_export else None
-        needed = planned_nbytes(
-            content,
-            export_dtype=None if export is None else export_dtype(export.dtype),
-            has_second_copy=export is not None and self._weights == "both",
-        )
+        needed = self._writers.planned_nbytes(content, has_export=has_export)
         return refusal_for_space(
             self._directory, self._house, path=path, needed=needed, timeout_s=self._timeout_s
-        )
-
-    def _make_writer(
-        self, path: str, *, has_export: bool, overwrite: bool = False, group: Any = None
-    ) -> HFDualWriter:
-        return HFDualWriter(
-            path,
-            export=self._export if has_export else None,
-            weights=self._weights if has_export else "both",
-            overwrite=overwrite,
-            process_group=group,
-            **self._writer_options,
         )
 
     def restore(
@@ -383,17 +367,19 @@ class CheckpointManager:
         self.wait()
         self._restores += 1
         given = state_dict() if callable(state_dict) else state_dict
-        skipped = (frozenset() if load_dataset else DATASET_NAMES) | (
-            frozenset() if load_scheduler else SCHEDULER_NAMES
-        )
         options = RestoreOptions(
-            load_optimizer, strict, skipped, merge or {}, self._allow_pickled_objects, planner
+            load_optimizer,
+            strict,
+            skipped_names(load_dataset=load_dataset, load_scheduler=load_scheduler),
+            merge or {},
+            self._allow_pickled_objects,
+            planner,
         )
+        self._saves.renew_group(f"restore/{self._restores}")
         tools = RestoreTools(
-            self._world,
             self._messages,
             self._group.current,
-            lambda path, source: self._make_reader(path, source, verify=verify),
+            lambda path, source: self._writers.reader(path, source, verify=verify),
             self._timeout_s,
         )
         candidates = None
@@ -409,16 +395,6 @@ class CheckpointManager:
         """What the latest `restore` loaded: step, path, trainer state, and what it passed over."""
         return self._restored
 
-    def _make_reader(self, path: str, source: Any, *, verify: bool) -> HFDualReader:
-        has_manifest = verify and os.path.exists(os.path.join(path, "dcp-hf.json"))
-        return HFDualReader(
-            path,
-            source=source,
-            specs=None if self._export is None else self._export.specs,
-            verify=has_manifest,
-            allow_pickled_objects=self._allow_pickled_objects,
-        )
-
     def warm_up(self, state_dict: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> int:
         """Allocate the staging memory and read the assets, so that the first save need not.
 
@@ -426,8 +402,7 @@ class CheckpointManager:
             Size of the staged copy on this rank, in bytes.
         """
         content = self._content.at(0, state_dict)
-        writer = self._make_writer(self._directory.path_of(0), has_export=self._export is not None)
-        return writer.warm_up(content)
+        return self._writers.writer(self._directory.path_of(0), has_export=True).warm_up(content)
 
     def latest(self) -> int | None:
         """Return the newest step with a whole checkpoint, by a fresh listing; `None` if none."""
@@ -438,27 +413,21 @@ class CheckpointManager:
         return self._directory.steps()
 
     def path_of(self, step: int) -> str:
-        """Return the path of the checkpoint of a step, the snapshot if there is no other."""
+        """Return the path of the checkpoint of a step; of the snapshot if there is no other."""
         return self._directory.find(step)
 
-    def pin(self, step: int) -> None:
-        """Keep a step whatever the retention says, until `unpin`.
+    def pin(self, step: int, *, keep: bool = True) -> None:
+        """Keep a step whatever the retention says; `keep=False` leaves it to the retention again.
 
         Raises:
             ConfigError: If there is no whole checkpoint of the step.
         """
-        self._directory.pin(step, is_pinned=True, may_write=self._world.is_coordinator)
-
-    def unpin(self, step: int) -> None:
-        """Leave a step to the retention again.
-
-        Raises:
-            ConfigError: If there is no whole checkpoint of the step.
-        """
-        self._directory.pin(step, is_pinned=False, may_write=self._world.is_coordinator)
+        self._directory.pin(step, is_pinned=keep, may_write=self._world.is_coordinator)
 
     def wait(self, timeout_s: float | None = None) -> None:
-        """Wait until no save is in flight and retention is done, and raise what went wrong.
+        """Wait until no save is in flight, and raise what went wrong.
+
+        On rank 0, which deletes for all ranks, also wait until retention is done.
 
         Raises:
             SaveTimeoutError: If the save is not over within `timeout_s` seconds.
@@ -499,7 +468,8 @@ class CheckpointManager:
         for hook in self._hooks:
             hook.remove()
         self._house.close()
-        self._group.close()
+        if not self._saves.is_busy:
+            self._group.close()
 
     def __enter__(self) -> Self:
         return self
@@ -523,14 +493,14 @@ class CheckpointManager:
         """Take the last save after a stop signal, and end the process as the signal asks."""
         if self._signals is not None:
             self._signals.start_budget(number)
-        if self._on_signal is None or self._on_signal.last_save:
-            self._save_last()
-        self.wait()
+        try:
+            if self._on_signal is None or self._on_signal.last_save:
+                self._save_last()
+            self.wait()
+        except CheckpointError as error:
+            _log.error("the last save before the end failed: %s", error)
         self._release()
         raise SystemExit(128 + number)
-
-    def _wish(self, reason: str, stop_signal: int | None) -> None:
-        self._calls.wish(reason, stop_signal=stop_signal)
 
     def _connect(self) -> Messages:
         return Messages(self._world, self._prefix)

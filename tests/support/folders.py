@@ -22,7 +22,7 @@ FOLDERS = (
 )
 """A module may import from its own folder and from those before it."""
 
-ENTRIES = ("writer", "reader", "hf_loader", "checkpoint_manager")
+ENTRIES = ("writer", "reader", "hf_loader", "run_writers", "checkpoint_manager")
 """Modules at the top that may import from every folder; only the package imports them."""
 
 PURE = ("tensors", "mapping", "formats", "plan")

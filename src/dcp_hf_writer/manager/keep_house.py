@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotDone
 from typing import TYPE_CHECKING
 
+from dcp_hf_writer.errors import SaveTimeoutError
 from dcp_hf_writer.manager.retention import KnownStep, Retention, plan_retention
 
 if TYPE_CHECKING:
@@ -42,10 +44,20 @@ class Housekeeper:
         """Wait until the deletions that were begun are over.
 
         Raises:
-            TimeoutError: If they are not over in time.
+            SaveTimeoutError: If they are not over in time.
         """
-        if self._latest is not None:
+        if self._latest is None:
+            return
+        try:
             self._latest.result(timeout_s)
+        except NotDone as error:
+            raise SaveTimeoutError(
+                "deleting old checkpoints did not end in time",
+                path=self._directory.root,
+                expected=f"done within {timeout_s} s",
+                found="still deleting",
+                hint="the newest checkpoint is durable; wait longer, or go on",
+            ) from error
 
     def close(self) -> None:
         """End the thread, after the deletions that were begun."""

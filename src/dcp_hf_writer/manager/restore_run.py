@@ -84,12 +84,16 @@ class RestoreOptions:
 class RestoreTools:
     """What a restore needs from the manager."""
 
-    world: World
     messages: Messages
     group: dist.ProcessGroup | None
     reader: Callable[[str, str], StorageReader]
     """Makes the reader of a path and a source, `"dcp"`, `"hf"` or `"auto"`."""
     timeout_s: float
+
+    @property
+    def world(self) -> World:
+        """The ranks."""
+        return self.messages.world
 
 
 class Restore:

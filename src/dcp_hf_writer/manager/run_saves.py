@@ -140,7 +140,7 @@ class RunSaves:
         self._count += 1
         wanted = request(self._count)
         try:
-            self._meet(f"begin/{self._count}")
+            self.renew_group(f"begin/{self._count}")
             content = _made(state_dict)
             self._permit(
                 f"begin/{self._count}", refuse(content) if self._world.is_coordinator else None
@@ -160,8 +160,15 @@ class RunSaves:
         self._pending, self._said_late_at = pending, 0.0
         pending.begin(lambda: self._launch(writer, kept, content))
 
-    def _meet(self, key: str) -> None:
-        """Replace the process group if it lost a rank, once all ranks are there."""
+    def renew_group(self, key: str) -> None:
+        """Replace the process group if it lost a rank, once all ranks are there.
+
+        Args:
+            key: Key of the roll call; the same on every rank, and used once.
+
+        Raises:
+            RankLostError: If a rank does not answer.
+        """
         if self._world.is_alone or not self._group.is_lost:
             return
         self._group.answer_roll_call(self._messages, key)

@@ -87,7 +87,7 @@ class SaveCalls:
             )
             self._thread.start()
 
-    def wish(self, reason: str, *, stop_signal: int | None = None) -> None:
+    def wish(self, reason: str, stop_signal: int | None = None) -> None:
         """Call for a save on all ranks. A signal handler may call it: it takes no lock."""
         if self._wish is None or self._wish.stop_signal is None:
             self._wish = _Wish(reason, stop_signal)

@@ -163,6 +163,12 @@ def check_objects(objects: Mapping[str, Any]) -> None:
             )
 
 
+def skipped_names(*, load_dataset: bool, load_scheduler: bool) -> frozenset[str]:
+    """Return the names of the objects that a restore leaves alone."""
+    dataset = frozenset() if load_dataset else DATASET_NAMES
+    return dataset | (frozenset() if load_scheduler else SCHEDULER_NAMES)
+
+
 def _rank_key(rank: int) -> str:
     return f"{rank:0{_RANK_DIGITS}d}"
 
