@@ -4,7 +4,7 @@ from dcp_hf_writer import errors
 from dcp_hf_writer.check.materialize import materialize
 from dcp_hf_writer.check.verify import VerifyReport, verify
 from dcp_hf_writer.checkpoint_manager import CheckpointManager
-from dcp_hf_writer.hf_loader import load_hf
+from dcp_hf_writer.hf_loader import LoadedKeys, load_hf
 from dcp_hf_writer.integrations.transformers import specs_from_transformers
 from dcp_hf_writer.manager.cadence import EverySeconds, EverySteps, FirstStep, LastStep
 from dcp_hf_writer.manager.failure_policy import Retry, SaveFailure
@@ -16,6 +16,7 @@ from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.mapping.load_spec import LoadSpec, Piece, ShardSpec
 from dcp_hf_writer.mapping.specs_from_function import specs_from_function
 from dcp_hf_writer.reader import HFDualReader
+from dcp_hf_writer.save.per_rank import PerRank
 from dcp_hf_writer.storage.write_slots import WriteSlots
 from dcp_hf_writer.stream.bucket_stream import iter_hf_buckets
 from dcp_hf_writer.torch_seam.planners import HFLoadPlanner, HFSavePlanner
@@ -34,7 +35,9 @@ __all__ = [
     "KeepBest",
     "LastStep",
     "LoadSpec",
+    "LoadedKeys",
     "OnSignal",
+    "PerRank",
     "Piece",
     "Retry",
     "SaveFailure",

@@ -26,6 +26,7 @@ from dcp_hf_writer.manager.save_schedule import DueSave, schedule_of
 from dcp_hf_writer.manager.shared_root import prepare_shared_root
 from dcp_hf_writer.manager.step_names import StepNames
 from dcp_hf_writer.manager.trainer_state import skipped_names
+from dcp_hf_writer.mapping.option_values import check_flag, check_seconds, check_whole, check_word
 from dcp_hf_writer.preflight import check_options
 from dcp_hf_writer.run_writers import RunWriters
 from dcp_hf_writer.staging.stager import wait_before_step
@@ -150,7 +151,9 @@ class CheckpointManager:
             RankLostError: If a rank does not make its manager.
         """
         global _managers  # noqa: PLW0603 - one counter per process
-        check_options.one_of("checkpointer", checkpointer, ("thread", "process"))
+        check_word("checkpointer", checkpointer, ("thread", "process"))
+        check_seconds("late_after_s", late_after_s)
+        check_flag("save_rng", save_rng)
         check_options.check_no_storage_options(storage_options)
         if staging == "overlap" and not optimizers:
             msg = 'staging="overlap" copies while training goes on, so optimizers must wait for it'
@@ -160,7 +163,7 @@ class CheckpointManager:
         self._schedule = schedule_of(
             save_every, export_every, snapshot_every, has_export=export is not None
         )
-        check_options.one_of("weights", weights, ("both", "once"))
+        check_word("weights", weights, ("both", "once"))
         self._timeout_s, self._allow_pickled_objects = timeout_s, allow_pickled_objects
         self._writers = RunWriters(
             export,
@@ -291,9 +294,7 @@ class CheckpointManager:
     def _save(
         self, step: int, state_dict: Any, due: DueSave, metrics: Mapping[str, float] | None
     ) -> None:
-        if isinstance(step, bool) or not isinstance(step, int) or step < 0:
-            msg = "step must be a whole number of zero or more"
-            raise ConfigError(msg, expected="for example 100", found=repr(step))
+        check_whole("step", step, least=0)
         path = self._directory.path_of(step, is_snapshot=due.is_snapshot)
         overwrite = os.path.lexists(path) and self._may_replace(step)
         self._calls.note_save()

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
-import re
-from dataclasses import dataclass, replace
+import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
-from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
-from dcp_hf_writer.errors import ConfigError, PlanningError
+from dcp_hf_writer.errors import ConfigError, MismatchError
+from dcp_hf_writer.excerpts import MOST_NAMES, some_of
+from dcp_hf_writer.integrations.unsharded_meta_model import runtime_name
 from dcp_hf_writer.load.choose_half import find_place, open_hf_source
 from dcp_hf_writer.load.exchange_reads import Reading
-from dcp_hf_writer.load.hf_source import Findings, HFSource, WantedBlock
+from dcp_hf_writer.load.held_tensors import held_tensors
+from dcp_hf_writer.load.hf_fit import HFFit, LoadTarget
+from dcp_hf_writer.load.hf_source import Findings, WantedBlock
 from dcp_hf_writer.load.read_hf_blocks import load_blocks
+from dcp_hf_writer.load.tied_in_files import refuse_drifted_ties
 from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.hf_export import specs_by_name
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
-from dcp_hf_writer.staging.same_memory import memory_identity
 from dcp_hf_writer.tensors.boxes import whole
-from dcp_hf_writer.tensors.shards import blocks_of, shards_of
-from dcp_hf_writer.torch_seam.multi_block_tensors import blocked_tensors
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Iterator, Mapping
+    from collections.abc import Iterable, Mapping
 
+    from dcp_hf_writer.load.choose_half import CheckpointPlace
+    from dcp_hf_writer.load.held_tensors import HeldTensor
+    from dcp_hf_writer.load.hf_source import HFSource
     from dcp_hf_writer.mapping.load_spec import LoadSpec
-    from dcp_hf_writer.tensors.boxes import Box, Shape
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +64,7 @@ def load_hf(
             fully_shard(layer)
         fully_shard(model)
         model.to_empty(device="cuda")
-        load_hf(model, "Qwen/Qwen3-30B-A3B")                 # a local snapshot of it
+        load_hf(model, snapshot_download("Qwen/Qwen3-30B-A3B"))     # of huggingface_hub
 
     The directory may come from `HFDualWriter` or from a hub. Each rank reads only the bytes of its
     own shards; no rank ever holds a full tensor, and there is no communication. Floats are cast to
@@ -70,11 +76,14 @@ def load_hf(
             placements, a plain tensor that its spec declares to be a shard, or a whole tensor.
         path: The directory, one of its files (weights or index), or a checkpoint that contains the
             directory; a local path or an fsspec URL.
-        specs: How runtime tensors map to HuggingFace tensors. `None` derives the specs of a
-            transformers model; for any other model, it means that the names are the same.
+        specs: How runtime tensors map to HuggingFace tensors. `None` finds the names of a
+            transformers model as `from_pretrained` finds them: older names, and names with or
+            without the prefix of the base model. For any other model, `None` means that the names
+            are the same.
         strict: Refuse names that only the model or only the directory has. Two kinds of names are
             allowed: those that the model declares optional, as transformers models do, and buffers
-            that are not in the state dict of the model.
+            that are not in the state dict of the model. With `False`, a warning in the log says how
+            much was not loaded.
         key: Entry of the state dict that holds the model; `None` finds it as `HFExport` does.
         verify: Compare the bytes with the digests of the manifest before they are loaded; `path`
             must have a manifest.
@@ -86,27 +95,33 @@ def load_hf(
     Raises:
         ConfigError: If an option cannot be used as given, or a tensor is on the meta device.
         MismatchError: If tensors do not fit or, with `strict`, are missing or unexpected. One error
-            lists all of them, before any weights are read.
+            lists all of them, before any weights are loaded. Also if no tensor of the model is
+            there, or if the directory holds different values for tensors that the model ties.
         PlanningError: If a tensor contradicts its spec or its placements, or if the directory is
             quantised in a way that this package cannot read.
         ReadError: If there are no weights, or they cannot be read.
         CorruptCheckpointError: If files are damaged, or contradict each other.
     """
-    by_name = _specs_of(model_or_state_dict, specs)
-    tensors = _held(_tensors_of(model_or_state_dict, key), by_name)
+    model = _transformers_model(model_or_state_dict)
+    by_name = _specs_of(model, specs)
+    tensors = held_tensors(_tensors_of(model_or_state_dict, key), by_name)
     place = find_place(path, "hf", storage_options, with_manifest=verify)
     source, inputs = open_hf_source(place, by_name, names=tensors)
     with inputs:
-        chosen, findings = _choose(source, tensors)
-        findings = _without_expected(findings, model_or_state_dict)
-        bad = findings if strict else Findings(mismatched=findings.mismatched)
-        if bad != Findings():
-            bad.refuse(place.weights.path, hint=_HINT if findings.missing else None)
-        parts = [(name, box, target) for name in chosen for box, target in tensors[name].parts]
-        blocks = [WantedBlock(name, box, target) for name, box, target in parts if box.numel]
+        target = _target(tensors, model_or_state_dict if model is None else model)
+        fit = target.fit(source)
+        if fit.findings != Findings() and model is not None and specs is None:
+            fit = min(fit, _fit_as_from_pretrained(model, source, target), key=HFFit.count)
+        _check(fit, target, place, strict=strict)
+        dtypes = {name: held.tensor.dtype for name, held in tensors.items()}
+        refuse_drifted_ties(place, fit.source, inputs, fit.tied, dtypes)
+        parts = [(name, box, to) for name in fit.chosen for box, to in tensors[name].parts]
+        blocks = [WantedBlock(name, box, to) for name, box, to in parts if box.numel]
         alone = Reading(None)
-        load_blocks(place, source, inputs, blocks, is_verified=verify, reading=alone)
-    return LoadedKeys(tuple(sorted(findings.missing)), tuple(sorted(findings.unexpected)))
+        load_blocks(place, fit.source, inputs, blocks, is_verified=verify, reading=alone)
+    if fit.findings != Findings():
+        _log_left_out(fit.findings, tensors, place.weights.path)
+    return LoadedKeys(tuple(sorted(fit.findings.missing)), tuple(sorted(fit.findings.unexpected)))
 
 
 _HINT = (
@@ -139,13 +154,29 @@ def _tensors_of(
     return found
 
 
-def _specs_of(
-    model: object, specs: Mapping[str, LoadSpec] | Iterable[LoadSpec] | None
-) -> dict[str, LoadSpec]:
-    if specs is None and any(
+def _transformers_model(given: object) -> Any:
+    """Return the transformers model inside wrappers; `None` if there is none."""
+    while isinstance(given, DistributedDataParallel) or hasattr(given, "_orig_mod"):
+        is_ddp = isinstance(given, DistributedDataParallel)
+        given = given.module if is_ddp else given._orig_mod  # type: ignore[attr-defined] # noqa: SLF001
+    is_one = any(
         kind.__name__ == "PreTrainedModel" and kind.__module__.startswith("transformers.")
-        for kind in type(model).__mro__
-    ):
+        for kind in type(given).__mro__
+    )
+    return given if is_one else None
+
+
+def _target(tensors: Mapping[str, HeldTensor], given: object) -> LoadTarget:
+    if not isinstance(given, torch.nn.Module):
+        return LoadTarget(tensors, None, {})
+    named = given.named_parameters(remove_duplicate=False)
+    return LoadTarget(tensors, given, {runtime_name(name): id(one) for name, one in named})
+
+
+def _specs_of(
+    model: Any, specs: Mapping[str, LoadSpec] | Iterable[LoadSpec] | None
+) -> dict[str, LoadSpec]:
+    if specs is None and model is not None:
         from dcp_hf_writer.integrations.transformers import (  # noqa: PLC0415 - optional
             specs_from_transformers,
         )
@@ -154,104 +185,49 @@ def _specs_of(
     return specs_by_name(specs)
 
 
-def _choose(source: HFSource, tensors: Mapping[str, _Held]) -> tuple[list[str], Findings]:
-    """Choose one name for each memory, because tied tensors share it; find what does not fit."""
-    chosen: dict[Any, str] = {}
-    missing: dict[str, Any] = {}
-    taken: set[str] = set()
-    for name, held in tensors.items():
-        identity = memory_identity(held.tensor) or name
-        if source.missing_keys(name):
-            missing[name] = identity
-        else:
-            chosen.setdefault(identity, name)
-            taken |= source.keys_of(name)
-    faults = {
-        name: source.fault(name, tensors[name].shape, tensors[name].tensor.dtype)
-        for name in chosen.values()
-    }
-    findings = Findings(
-        tuple(name for name, identity in missing.items() if identity not in chosen),
-        tuple(f"{name} ({fault})" for name, fault in faults.items() if fault is not None),
-        tuple(source.stored.keys() - taken),
+def _fit_as_from_pretrained(model: Any, source: HFSource, target: LoadTarget) -> HFFit:
+    """Read the names of the directory as `from_pretrained` reads them."""
+    from dcp_hf_writer.integrations.transformers_hub_names import (  # noqa: PLC0415 - optional
+        hub_names,
     )
-    return list(chosen.values()), findings
+
+    names = hub_names(model, source.stand_ins())
+    return target.fit(
+        source.with_specs(names.specs),
+        absent=names.absent,
+        failed=names.failed,
+        renamed=names.unused,
+    )
 
 
-def _without_expected(findings: Findings, model: object) -> Findings:
-    """Drop names that a model declares optional, and buffers that it creates itself.
+def _check(fit: HFFit, target: LoadTarget, place: CheckpointPlace, *, strict: bool) -> None:
+    """Refuse a directory that does not fit.
 
-    Source:
-        transformers, `PreTrainedModel._adjust_missing_and_unexpected_keys`.
+    Raises:
+        MismatchError: If it does not fit, or holds no tensor of the model.
     """
-    if not isinstance(model, torch.nn.Module):
-        return findings
-    buffers = {name for name, _ in model.named_buffers()}
-    unexpected = list(getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ())
-    if any(name.endswith("rotary_emb.inv_freq") for name in buffers):
-        # Old checkpoints hold this buffer once per layer. New models have it only once.
-        unexpected.append(r"rotary_emb\.inv_freq")
-    missing = list(getattr(model, "_keys_to_ignore_on_load_missing", None) or ())
-    return replace(
-        findings,
-        missing=tuple(name for name in findings.missing if not _matches(name, missing)),
-        unexpected=tuple(
-            key
-            for key in findings.unexpected
-            if key not in buffers and not _matches(key, unexpected)
-        ),
+    path, found = place.weights.path, fit.findings
+    bad = found if strict else Findings(mismatched=found.mismatched)
+    if fit.is_empty:
+        bad = Findings(tuple(target.tensors), found.mismatched, tuple(fit.source.stored))
+        if bad == Findings():
+            raise MismatchError("there are no tensors to load", phase="plan", path=path)
+    if bad != Findings():
+        bad.refuse(path, hint=_HINT if found.missing or fit.is_empty else None)
+
+
+def _log_left_out(findings: Findings, tensors: Mapping[str, HeldTensor], path: str) -> None:
+    every = {name: whole(held.shape).numel for name, held in tensors.items()}
+    left = sum(every[name] for name in findings.missing)
+    _log.warning(
+        "load_hf: %d of %d tensors of the model (%d of %d elements) are not in %s and keep their "
+        "values: %s; %d tensors there were not loaded: %s",
+        len(findings.missing),
+        len(every),
+        left,
+        sum(every.values()),
+        path,
+        some_of(sorted(findings.missing), most=MOST_NAMES) or "none",
+        len(findings.unexpected),
+        some_of(sorted(findings.unexpected), most=MOST_NAMES) or "none",
     )
-
-
-def _matches(name: str, patterns: Iterable[str]) -> bool:
-    return any(re.search(pattern, name) for pattern in patterns)
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class _Held:
-    """The parts of one tensor of the model that this rank holds."""
-
-    tensor: torch.Tensor
-    """The tensor in the state dict."""
-    shape: Shape
-    """Shape of the whole tensor."""
-    parts: tuple[tuple[Box, torch.Tensor], ...]
-    """Blocks of the whole tensor, and the memory of each."""
-
-
-def _held(tensors: Mapping[str, torch.Tensor], specs: Mapping[str, LoadSpec]) -> dict[str, _Held]:
-    """Find the blocks of each tensor that this rank holds."""
-    blocked = blocked_tensors(dict(tensors), {}, specs, key=None)
-    found = {}
-    for name, tensor in tensors.items():
-        special = blocked.get(name)
-        if special is not None:
-            boxes = [block.global_box for block in special.blocks]
-            parts = tuple((box, special.part(box.offsets)) for box in boxes)
-            found[name] = _Held(tensor, special.shape, parts)
-        elif isinstance(tensor, DTensor):
-            found[name] = _Held(tensor, tuple(tensor.shape), tuple(_placed(name, tensor)))
-        else:
-            shape = tuple(tensor.shape)
-            found[name] = _Held(tensor, shape, ((whole(shape), tensor.detach()),))
-    return found
-
-
-def _placed(name: str, tensor: DTensor) -> Iterator[tuple[Box, torch.Tensor]]:
-    """Yield the block of a DTensor that this rank holds, if it holds any."""
-    coordinate = tensor.device_mesh.get_coordinate()
-    if coordinate is None:
-        return
-    local = tensor.to_local().detach()
-    shards = shards_of(tensor.placements, tensor.device_mesh.shape, coordinate)
-    blocks = blocks_of(tuple(tensor.shape), shards)
-    if local.numel() != sum(block.global_box.numel for block in blocks) or len(blocks) > 1:
-        raise PlanningError(
-            "a rank's part of a tensor does not match its placements",
-            phase="plan",
-            fqn=name,
-            expected=f"blocks of shapes {[list(block.global_box.sizes) for block in blocks]}",
-            found=f"one local tensor of shape {list(local.shape)}",
-        )
-    for block in blocks:
-        yield block.global_box, local

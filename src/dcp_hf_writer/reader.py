@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import os
+import logging
 import re
 import threading
+import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -14,20 +15,35 @@ from torch.futures import Future
 
 from dcp_hf_writer.errors import CheckpointError, ConfigError, ReadError
 from dcp_hf_writer.load.choose_half import find_place
-from dcp_hf_writer.load.mismatches import check_blocks, has_methods_of, plans_alone
+from dcp_hf_writer.load.mismatches import check_blocks
+from dcp_hf_writer.load.planned_items import (
+    has_methods_of,
+    plans_all,
+    plans_alone,
+)
 from dcp_hf_writer.load.run_load import DCPLoad, HFLoad, Load, LoadOptions
+from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.hf_export import specs_by_name
-from dcp_hf_writer.preflight.check_options import one_of
+from dcp_hf_writer.mapping.option_values import check_flag, check_text, check_word
+from dcp_hf_writer.preflight.check_placements import refuse_partial
+from dcp_hf_writer.storage.open_directory import is_readable
+from dcp_hf_writer.storage.paths_as_written import plain_path
 from dcp_hf_writer.torch_seam.caller_frames import TorchLoad, find_load, other_planner, unknown_load
+from dcp_hf_writer.torch_seam.keyed_loads import keys_without_values
+from dcp_hf_writer.torch_seam.stream_transforms import StreamTransforms
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable, Mapping
 
     import torch.distributed as dist
+    from torch.distributed.checkpoint._extension import ExtensionRegistry
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
     from dcp_hf_writer.load.choose_half import SourceName
     from dcp_hf_writer.mapping.load_spec import LoadSpec
+
+_log = logging.getLogger(__name__)
 
 # Metadata files that torch writes, one for each rank, when it saves without collectives.
 _RANK_METADATA = re.compile(r"__\d+\.metadata")
@@ -65,6 +81,7 @@ class HFDualReader(StorageReader):
         exchange: bool = False,
         allow_pickled_objects: bool = False,
         storage_options: Mapping[str, Any] | None = None,
+        _extension_registry: ExtensionRegistry | None = None,
     ) -> None:
         """Set up a reader. Reads no file.
 
@@ -87,18 +104,35 @@ class HFDualReader(StorageReader):
             exchange: If several ranks of `process_group` need the same bytes, one rank reads them
                 and sends them to the others. Use it if storage is slower than the network.
             allow_pickled_objects: Load objects of any class from the DCP half. This runs code that
-                the checkpoint names. `False` loads only what `torch.load(weights_only=True)` loads.
+                the checkpoint names. `False` loads only plain values, tensors, and objects of the
+                standard library and numpy that hold data, and what `torch.load(weights_only=True)`
+                loads.
             storage_options: Options for fsspec, if `path` is a URL.
+            _extension_registry: The extensions that undo what `FileSystemWriter(_extensions=...)`
+                did to the bytes, as torch's `FileSystemReader` takes them. `None` knows torch's
+                own, `ZStandard`.
 
         Raises:
             ConfigError: If an option cannot be used as given.
         """
         super().__init__()
-        one_of("source", source, ("auto", "dcp", "hf"))
-        self.path = os.fspath(path)
+        check_word("source", source, ("auto", "dcp", "hf"))
+        self.path = plain_path(path)
+        check_flag("verify", verify)
+        check_flag("exchange", exchange)
+        check_flag("allow_pickled_objects", allow_pickled_objects)
+        if key is not None:
+            check_text("key", key)
         self.source = source
         self.verify = verify
         self._storage_options = storage_options
+        if process_group is not None and not exchange:
+            raise ConfigError(
+                "process_group is the group of an exchange, and there is none",
+                expected="exchange=True, or no process_group",
+                found="exchange=False",
+                hint="pass the process group of the load to dcp.load(process_group=...)",
+            )
         if exchange and process_group is None:
             raise ConfigError(
                 "exchange=True needs a process_group, whose ranks exchange what they read",
@@ -110,7 +144,9 @@ class HFDualReader(StorageReader):
             key=key,
             is_verified=verify,
             allow_pickled_objects=allow_pickled_objects,
-            group=process_group if exchange else None,
+            group=process_group,
+            load_id=str(uuid.uuid4()),
+            transforms=StreamTransforms(_extension_registry),
         )
         # torch runs one load in one thread; other threads may run other loads at the same time.
         self._thread = threading.local()
@@ -118,8 +154,10 @@ class HFDualReader(StorageReader):
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Forget the last load of this thread, and take `checkpoint_id` as the path of the next."""
         self._forget()
+        self._thread.storage_data = {}
+        self._thread.load_id = str(uuid.uuid4())
         if checkpoint_id is not None:
-            self._thread.path = os.fspath(checkpoint_id)
+            self._thread.path = plain_path(checkpoint_id)
 
     @property
     def checkpoint_id(self) -> str:
@@ -127,11 +165,28 @@ class HFDualReader(StorageReader):
         path: str = getattr(self._thread, "path", self.path)
         return path
 
+    @property
+    def load_id(self) -> str:
+        """Id of the loads in this thread, until `reset`."""
+        found: str = getattr(self._thread, "load_id", self._options.load_id)
+        return found
+
+    @property
+    def storage_data(self) -> dict[Any, Any]:
+        """Where the items of the last load in this thread are stored, by `MetadataIndex`.
+
+        Empty before the first load, after `reset`, and for a HuggingFace directory.
+        """
+        found: dict[Any, Any] = getattr(self._thread, "storage_data", {})
+        return found
+
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
-        """Whether a reader of this class can read from `checkpoint_id`."""
-        text = os.fspath(checkpoint_id)
-        return isinstance(text, str) and bool(text) and "\0" not in text
+        """Whether readers can read from such a place: a local path, or a URL that fsspec supports.
+
+        It does not look whether there is a checkpoint.
+        """
+        return is_readable(checkpoint_id)
 
     def read_metadata(self, *_: Any, **kwargs: Any) -> Metadata:
         """Read the metadata that the planner needs. torch calls this method first.
@@ -163,9 +218,10 @@ class HFDualReader(StorageReader):
             self._storage_options,
             with_manifest=self.verify,
         )
+        options = replace(self._options, load_id=self.load_id)
         if place.subdir is None:
-            return DCPLoad(place, self._options, rank=rank)
-        return HFLoad(place, self._options, state_dict=state_dict)
+            return DCPLoad(place, options, rank=rank)
+        return HFLoad(place, options, state_dict=state_dict)
 
     def set_up_storage_reader(
         self,
@@ -176,15 +232,27 @@ class HFDualReader(StorageReader):
     ) -> None:
         """Check that the checkpoint holds everything that the planner loads.
 
+        A planner that plans in its own way may leave out what does not fit. So of such a planner
+        only the plan is checked, before anything is read.
+
         Raises:
             UnsupportedTorchError: If torch's load, or its planner, cannot be found.
             MismatchError: If something is missing or does not fit; lists all of it.
+            PlanningError: If a DTensor to load into has a `Partial` placement.
             CheckpointError: The error that `read_metadata` met.
         """
         failed = getattr(self._thread, "failed", None)
         if failed is not None:
             raise failed
-        self._current().check(self._torch_load().planner, self._torch_load().given)
+        load, planner = self._current(), self._torch_load().planner
+        given = {fqn: value for fqn, (_, value) in flat_tensors(self._torch_load().given).items()}
+        refuse_partial(given, phase="read")
+        if plans_all(planner):
+            load.check(planner, self._torch_load().given)
+        lost = keys_without_values(planner, load.metadata)
+        if lost:
+            _log.warning("%s holds nothing under the keys %s", self.checkpoint_id, lost)
+        self._thread.storage_data = load.metadata.storage_data or {}
         self._thread.checked = {"set_up_storage_reader"}
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
@@ -199,8 +267,11 @@ class HFDualReader(StorageReader):
 
         Raises:
             PlanningError: If a rank holds several blocks of a tensor, but the plan joins them.
+            MismatchError: If the checkpoint lacks what is planned; lists all of it.
+            ConfigError: If the reader cannot undo how the bytes of an item were transformed.
         """
         planner, given = self._torch_load().planner, self._torch_load().given
+        self._current().check_items(plan.items)
         check_blocks(plan, planner, given, self._options.specs, key=self._options.key)
         self._thread.checked.add("prepare_local_plan")
         steps = ("prepare_local_plan", "prepare_global_plan", "read_data")
@@ -235,6 +306,8 @@ class HFDualReader(StorageReader):
         items = getattr(self._thread, "items", None)
         if items is not None:
             plan = replace(plan, items=items)
+        else:
+            load.check_items(plan.items)
         try:
             load.read(plan, planner)
         finally:

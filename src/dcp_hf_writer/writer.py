@@ -18,11 +18,12 @@ from dcp_hf_writer.errors import (
     PlanningError,
 )
 from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.mapping.flattening import with_states
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.plan import global_plan
 from dcp_hf_writer.plan.global_plan import RankPlan
 from dcp_hf_writer.preflight import check_options, rank_facts
-from dcp_hf_writer.preflight.drifted_ties import untrue_tie
+from dcp_hf_writer.preflight.check_placements import refuse_partial
 from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
 from dcp_hf_writer.save import coordinator, export_assets
 from dcp_hf_writer.save.announced_save import planned_directory
@@ -36,11 +37,13 @@ from dcp_hf_writer.save.owner_process import new_save_id
 from dcp_hf_writer.save.rank_progress import MEETING, Announcement
 from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
 from dcp_hf_writer.save.write_phase import WritePhase
-from dcp_hf_writer.save.writer_saves import WriterSaves
+from dcp_hf_writer.save.writer_saves import WriterSaves, tells
 from dcp_hf_writer.staging.staged_state_dict import refuse_failed
+from dcp_hf_writer.storage.output_place import check_output_place
 from dcp_hf_writer.storage.write_slots import WriteSlots
 from dcp_hf_writer.torch_seam.caller_frames import Planned, find_save, other_planner
 from dcp_hf_writer.torch_seam.plan_cache import PLAN_CACHE, is_from_cache, whole_plans
+from dcp_hf_writer.torch_seam.save_world import SaveWorld
 
 if TYPE_CHECKING:
     import os
@@ -90,16 +93,17 @@ class HFDualWriter(StorageWriter, SlabStager):
         timeout_s: float = 1800,
         host_budget_bytes: int = 256 << 20,
     ) -> None:
-        """Set up a writer. Reads and writes no file.
+        """Set up a writer. Writes no file, and starts nothing.
 
         Args:
-            path: Directory of the checkpoint. It must not exist, unless `overwrite` is set.
+            path: Directory of the checkpoint. It may exist; files in it that no save made stay. A
+                `file://` URL is taken too, and `~` is expanded.
             export: Options of the HuggingFace half; `None` writes the DCP half only.
             weights: `"both"` stores the weights in both halves. `"once"` stores a weight only in
                 the export if its bytes are the same there; `HFDualReader` reads such a checkpoint.
             staging: `"blocking"` returns from `async_save` when everything is copied. `"overlap"`
                 copies during the next forward and backward, and needs `guard(optimizer)`.
-            overwrite: Replace an existing checkpoint, in the step that publishes the new one.
+            overwrite: Replace the files of an existing checkpoint, in the step that publishes.
             share: `"auto"` lets both halves share disk blocks where the file system can (XFS,
                 btrfs, ZFS): the disk then holds the weights once. `"off"` writes them twice.
             slots: Limit on the number of processes of a node that write at the same time.
@@ -114,19 +118,15 @@ class HFDualWriter(StorageWriter, SlabStager):
             host_budget_bytes: Memory that a rank may use in addition to the staged copy.
 
         Raises:
-            ConfigError: If an option cannot be used as given.
+            ConfigError: If an option cannot be used as given, or `like` is no model directory.
+            ExportError: If a path among the assets cannot be read. With `on_export_error="warn"`,
+                the writer logs this error and errors of `like` instead.
+            StorageError: If the path or a parent of it is a file, or may not be written to.
         """
         super().__init__()
-        check_options.one_of("weights", weights, ("both", "once"))
-        check_options.one_of("staging", staging, ("blocking", "overlap"))
-        check_options.one_of("on_export_error", on_export_error, ("raise", "warn"))
-        check_options.one_of("share", share, ("auto", "off"))
-        check_options.one_of("strategy", strategy, ("auto", "direct"))
-        check_options.check_numbers(timeout_s=timeout_s, host_budget_bytes=host_budget_bytes)
-        check_options.check_no_storage_options(storage_options)
-        check_options.check_export(export, weights)
-        check_options.check_dcp_writer(dcp_writer)
+        check_options.check_writer(locals())
         self.path = check_options.local_path(path)
+        check_output_place(self.path)
         self.export = export
         self.weights = weights
         self.staging = staging
@@ -140,6 +140,8 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.timeout_s = timeout_s
         self.host_budget_bytes = host_budget_bytes
         self._saves = WriterSaves()
+        self._made_in = SaveWorld.at_staging(None, None)
+        self._look_at_assets()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Wait for an earlier save of this writer, then take `checkpoint_id` as the path.
@@ -153,9 +155,12 @@ class HFDualWriter(StorageWriter, SlabStager):
             if checkpoint_id is not None:
                 self.path = check_options.local_path(checkpoint_id)
             self._saves.set_target(self.path)
+            self._saves.renew_save_id()
         except CheckpointError:
             # An attempt gives the staged copy back when it ends; this save never makes one.
-            self._give_back_staged()
+            lease = self._pending_lease()
+            if lease is not None:
+                lease.release()
             raise
 
     @property
@@ -163,12 +168,17 @@ class HFDualWriter(StorageWriter, SlabStager):
         """Path of the checkpoint."""
         return self.path
 
+    @property
+    def save_id(self) -> str:
+        """Id of the saves until `reset`; `.metadata` has that of the coordinator."""
+        return self._saves.save_id
+
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether a writer of this class can write to `checkpoint_id`."""
         try:
             check_options.local_path(checkpoint_id)
-        except ConfigError:
+        except (ConfigError, TypeError):
             return False
         return True
 
@@ -176,11 +186,16 @@ class HFDualWriter(StorageWriter, SlabStager):
         """Begin a save. torch calls this method first, in the thread that runs the save."""
         self._saves.wait_for_earlier()
         target = self._saves.take_target(self.path)
-        give_back = self._give_back_staged
-        attempt = begin_save(target, timeout_s=self.timeout_s, give_back=give_back)
+        attempt = begin_save(
+            target,
+            timeout_s=self.timeout_s,
+            made_in=self._made_in,
+            pending=self._pending_lease,
+        )
         self._saves.begin(attempt)
-        return StorageMeta(checkpoint_id=attempt.target)
+        return StorageMeta(checkpoint_id=attempt.target, save_id=self.save_id)
 
+    @tells
     def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **kwargs: Any) -> None:  # noqa: FBT001 - torch's
         """Find the planner and the state dict of the save, and meet the other ranks.
 
@@ -192,16 +207,20 @@ class HFDualWriter(StorageWriter, SlabStager):
         check_options.check_collectives(is_used=kwargs.get("use_collectives", True))
         attempt = self._current()
         if attempt.context.refusal is not None:
-            attempt.end()
             raise attempt.context.refusal
         save = find_save()
         view = RankView.of(Planned.of(save.planner, save.given))
+        refuse_partial(view.planned.state_dict, phase="plan")
         attempt.see(view)
-        rendezvous = MEETING.rendezvous_of(self.process_group)
+        rendezvous = MEETING.rendezvous_of(save.group) if save.is_distributed else None
         member = Membership.of(save.ranks, is_coordinator, rendezvous, MEETING.next_count())
         attempt.enter(member)
-        PLAN_CACHE.begin_plan(view.tied())
+        planner = save.planner
+        PLAN_CACHE.begin_plan(planner, view.tied())
+        # Not a method of `save`: that would keep torch's `distW`, whose end is the end of the save.
+        attempt.at_end(lambda: PLAN_CACHE.end_plan(planner))
 
+    @tells
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Attach facts to DCP's plan that only this rank can tell.
 
@@ -210,7 +229,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         """
         attempt = self._current()
         refuse_failed(item.index.fqn for item in plan.items)
-        PLAN_CACHE.check_sent(plan)
+        PLAN_CACHE.check_sent(plan, attempt.view.planned.planner)
         facts = rank_facts.local_facts(
             plan,
             attempt.view,
@@ -219,15 +238,14 @@ class HFDualWriter(StorageWriter, SlabStager):
             export=self.export,
             group=self.process_group,
         )
-        if self.export is not None:
-            view = attempt.view
-            error = untrue_tie(view.planned, self.export, view.memory, rank=attempt.rank)
-            if error is not None:
-                attempt.leave_out_export(error)
+        error = rank_facts.export_fault(attempt.view, self.export, rank=attempt.rank)
+        if error is not None:
+            attempt.leave_out_export(error)
         attempt.send(SentFacts(facts.stamp, None if plan.usable else facts.samples))
         reach("local plan")
         return replace(plan, storage_data=facts)
 
+    @tells
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Plan the export, and make the directory with headers and assets (coordinator only).
 
@@ -241,6 +259,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt = self._current()
         attempt.check()
         check_options.check_collectives(is_used=len(plans) == attempt.member.world_size)
+        rank_facts.check_targets(plans, attempt.target)
         if len(plans) == 1:
             attempt.save_alone()
         export, assets = self._export_of(attempt)
@@ -252,17 +271,18 @@ class HFDualWriter(StorageWriter, SlabStager):
         if untrue is not None:
             attempt.leave_out_export(untrue)
         known, result = self._plan(whole, export, assets)
-        if known.layout is not None and export is not None and assets is not None:
-            coordinator.check_names(known.layout, assets, export)
-        directory = StagingDirectory(attempt.target, new_save_id())
+        files = coordinator.export_files(known.layout, assets, export)
+        directory = StagingDirectory.of(attempt.target, new_save_id())
         with attempt.timed("prepare"):
             try:
-                coordinator.make_directory(directory, overwrite=self.overwrite, attempt=attempt)
+                coordinator.make_directory(
+                    directory, overwrite=self.overwrite, attempt=attempt, new_files=files
+                )
                 is_ready = coordinator.make_export(
                     known, assets, attempt, strategy=self.strategy, subdir=self._subdir
                 )
             except BaseException:
-                attempt.end()
+                attempt.clean_up()
                 raise
         if not is_ready:
             known, result = self._plan(whole, None, None)
@@ -297,7 +317,8 @@ class HFDualWriter(StorageWriter, SlabStager):
         if self.export is None:
             return None, None
         try:
-            return self.export, export_assets.assets_of(self.export)
+            is_staged = attempt.context.staged is not None
+            return self.export, self._assets_of(self.export, is_staged=is_staged)
         except ExportError as error:
             attempt.leave_out_export(error)
             return None, None
@@ -309,6 +330,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         target = self._current().target
         return SlabFileSystemWriter(target, checkpoint_id=target).prepare_global_plan(bare)
 
+    @tells
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write this rank's part of both halves; the files are durable on return.
 
@@ -318,6 +340,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt = self._current()
         if attempt.view.planned.planner is not planner:
             raise other_planner("save", rank=attempt.rank)
+        PLAN_CACHE.end_plan(planner)
         own = plan.storage_data
         if not isinstance(own, RankPlan):
             msg = "DCP gave this rank a plan that HFDualWriter did not make"
@@ -328,6 +351,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 found=type(own).__name__,
                 hint="with enable_plan_caching, use a planner that no other writer has used",
             )
+        attempt.check_world()
         attempt.seconds.setdefault("plan", time.monotonic() - attempt.context.began)
         try:
             directory = planned_directory(attempt, own)
@@ -352,13 +376,14 @@ class HFDualWriter(StorageWriter, SlabStager):
         except BaseException:
             attempt.post("failed")
             if attempt.member.rendezvous is None:
-                attempt.end()
+                attempt.clean_up()
             raise
         attempt.post("written")
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
 
+    @tells
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Check that the files are complete, and publish the checkpoint (coordinator only).
 
@@ -368,6 +393,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             ExportError: If the DCP half was committed and the export failed.
         """
         attempt = self._current()
+        attempt.check_world()
         attempt.begin_finish()
         try:
             error = FinishPhase(
@@ -376,16 +402,17 @@ class HFDualWriter(StorageWriter, SlabStager):
                 dcp_writer=self.dcp_writer,
                 subdir=self._subdir,
                 overwrite=self.overwrite,
+                save_id=self.save_id,
                 check_facts=rank_facts.check_reported_facts,
             ).run(metadata, results)
         finally:
-            attempt.end()
+            attempt.clean_up()
             attempt.withdraw()
         reach("before reply")
         if error is not None:
             if self.on_export_error == "raise":
                 raise error
-            _log.warning("checkpoint %s has no export: %s", attempt.target, error)
+            _log.warning("a checkpoint has no export: %s", error)
 
     def explain(
         self, state_dict: dict[str, Any], *, planner: SavePlanner | None = None
@@ -405,7 +432,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         """
         self._saves.wait_for_earlier()
         run = DryRun(self.path, self.export, self.process_group, fresh_planner(planner), self._once)
-        return run.run(state_dict)
+        return run.run(with_states(state_dict))
 
     @property
     def _subdir(self) -> str:
@@ -427,10 +454,9 @@ class HFDualWriter(StorageWriter, SlabStager):
     def __getstate__(self) -> dict[str, Any]:
         """Pickle for a checkpointer process, with the export's files instead of its objects."""
         state = dict(self.__dict__)
-        read = None if self.export is None else export_assets.known(self.export)
-        if self.export is not None and read is not None:
-            state["_assets"] = read
-            state["export"] = export_assets.without_objects(self.export)
+        if self.export is not None:
+            sent = export_assets.to_send(self.export, self._assets_error)
+            state["export"], state["_assets"], state["_assets_error"] = sent
         for name in ("process_group", "_copies", "_lease"):
             state[name] = None
         return state

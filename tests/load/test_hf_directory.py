@@ -188,7 +188,7 @@ def test_tensor_in_two_files_is_refused_unless_the_index_says_which(tmp_path: Pa
     assert (error.key, error.found) == ("a.weight", SHARDS[0])
 
 
-def test_pieces_of_tensors_are_refused(tmp_path: Path) -> None:
+def test_parts_of_tensors_without_their_places_are_refused(tmp_path: Path) -> None:
     save_file(WEIGHTS, tmp_path / "model.safetensors", metadata={"DCP_SHARDING_INFO": "{}"})
     assert "HuggingFaceStorageWriter" in str(refusal(tmp_path))
 

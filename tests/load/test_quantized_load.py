@@ -185,3 +185,13 @@ def test_a_method_that_is_not_known_is_named(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(PlanningError, match="found 'awq'"):
         load_hf({"a.weight": torch.zeros(4, 32)}, tmp_path)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_base_model_is_loaded_from_a_quantised_directory_of_the_whole(name: str, hub: Path) -> None:
+    expected = torch.load(hub / f"{name}.pt")
+    base = build(name, {fqn: one.dtype for fqn, one in expected.items()}).base_model
+    keys = load_hf(base, hub / name, strict=False)
+    assert (keys.missing, keys.unexpected) == ((), ("lm_head.weight",))
+    for fqn, value in base.state_dict().items():
+        assert same(value, expected[f"model.{fqn}"]), fqn

@@ -646,3 +646,89 @@ def test_state_dict_is_made_from_what_is_there(saved: Path, source: Any) -> None
         assert_is_of_step(found, 3)
     else:
         assert tensor_difference(found, model_of(3)) is None
+
+
+def test_reader_tells_what_readers_of_torch_tell(saved: Path) -> None:
+    reader, stock = HFDualReader(saved / "stock"), dcp.FileSystemReader(saved / "stock")
+    assert (reader.storage_data, stock.storage_data) == ({}, {})
+    first = reader.load_id
+    for one in (reader, stock):
+        dcp.load(blank(), storage_reader=one)
+        assert one.read_metadata().storage_meta.load_id == one.load_id  # type: ignore[union-attr]
+    assert reader.storage_data == stock.storage_data
+    assert reader.load_id == first
+    reader.reset()
+    assert reader.storage_data == {}
+    assert reader.load_id != first
+
+
+@pytest.mark.parametrize(
+    ("place", "is_readable"),
+    [
+        ("a/b", True),
+        ("/a/b", True),
+        ("file:///a", True),
+        ("memory://a", True),
+        ("simplecache::memory://a", True),
+        ("nonsense://a", False),
+        ("simplecache::nonsense://a", False),
+        ("", False),
+        ("a\0b", False),
+        (b"a", False),
+        (None, False),
+        (3, False),
+    ],
+    ids=repr,
+)
+def test_checkpoint_id_is_valid_if_a_reader_can_be_made_of_it(
+    place: Any,
+    is_readable: bool,  # noqa: FBT001
+) -> None:
+    assert HFDualReader.validate_checkpoint_id(place) is is_readable
+
+
+def test_group_without_an_exchange_is_refused() -> None:
+    group: Any = object()
+    with pytest.raises(ConfigError, match="exchange=True"):
+        HFDualReader("x", process_group=group)
+
+
+def test_stateful_objects_are_loaded_from_either_half(tmp_path: Path) -> None:
+    class Model:
+        def __init__(self, value: float) -> None:
+            self.weights = {"w": torch.full((3,), value)}
+
+        def state_dict(self) -> dict[str, Any]:
+            return self.weights
+
+        def load_state_dict(self, state: dict[str, Any]) -> None:
+            self.weights = {name: value * 2 for name, value in state.items()}
+
+    dcp.save({"model": Model(3.0)}, storage_writer=HFDualWriter(tmp_path / "x"))
+    for source in ("dcp", "hf"):
+        target = Model(0.0)
+        reader = HFDualReader(tmp_path / "x", source=source)  # type: ignore[arg-type]
+        dcp.load({"model": target}, storage_reader=reader)
+        assert target.weights["w"].tolist() == [6.0] * 3
+
+
+def test_writer_tells_the_save_id_that_the_metadata_has(tmp_path: Path) -> None:
+    writer = HFDualWriter(tmp_path / "1")
+    ids = []
+    for step in ("1", "2"):
+        state = {"model": {"w": torch.ones(2)}}
+        dcp.save(state, storage_writer=writer, checkpoint_id=tmp_path / step)
+        ids.append(writer.save_id)
+        metadata = HFDualReader(tmp_path / step).read_metadata()
+        assert metadata.storage_meta is not None
+        assert metadata.storage_meta.save_id == writer.save_id
+    assert len(set(ids)) == 2
+    assert not HFDualWriter.validate_checkpoint_id(None)  # type: ignore[arg-type]
+    assert not HFDualWriter.validate_checkpoint_id("s3://bucket/x")
+
+
+def test_explanation_and_warm_up_see_the_states_of_objects(tmp_path: Path) -> None:
+    state = {"model": torch.nn.Linear(3, 2)}
+    writer = HFDualWriter(tmp_path / "x")
+    assert writer.warm_up(state) == 8 * 4
+    assert {row.fqn for row in writer.explain(state).rows} == {"model.weight", "model.bias"}

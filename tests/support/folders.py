@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 SOURCE = ROOT / "src" / "dcp_hf_writer"
 DESIGN = ROOT / "docs" / "design.md"
 
-LEAVES = ("errors", "excerpts", "failpoints")
+LEAVES = ("errors", "excerpts", "failpoints", "said_once")
 """Modules at the top that every other may import; they import none."""
 
 FOLDERS = (

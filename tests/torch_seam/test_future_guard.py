@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures.thread import _threads_queues
 from typing import TYPE_CHECKING, Any
@@ -15,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dcp_hf_writer import HFDualWriter
 from dcp_hf_writer.errors import UnsupportedTorchError, WriteError
-from dcp_hf_writer.torch_seam.future_guard import find_future, own_error
+from dcp_hf_writer.torch_seam.future_guard import current_future, find_future, own_error
 from support.lost_lookups import assert_nothing_is_there, refusal, save, without
 from support.ranks import run_ranks
 from support.small_states import difference, state_of
@@ -117,3 +119,61 @@ def test_future_is_that_of_the_task_that_the_thread_runs() -> None:
     assert find_future(is_async=False) is None
     with pytest.raises(UnsupportedTorchError, match="future of the save"):
         find_future(is_async=True)
+
+
+# Saves within a task of the user's own executor
+
+# Longer than a guard waits after the deadline of its save.
+GOES_ON_S = 3.5
+
+
+def save_and_go_on(root: Path, kept: list[BaseException]) -> str:
+    save("sync", state_of(1), HFDualWriter(root / "step-1", timeout_s=1.0), no_dist=True)
+    try:
+        dcp.save(
+            state_of(2), storage_writer=HFDualWriter(root / "step-1", timeout_s=1.0), no_dist=True
+        )
+    except CheckpointException as error:
+        # Its frames keep what torch drops when a save ends.
+        kept.append(error)
+    time.sleep(GOES_ON_S)
+    return "done"
+
+
+def test_task_that_goes_on_after_its_saves_is_not_failed_at_their_deadline(tmp_path: Path) -> None:
+    kept: list[BaseException] = []
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(save_and_go_on, tmp_path, kept)
+        assert future.result(60) == "done"
+    assert len(kept) == 1
+    assert difference(tmp_path / "step-1", 1) is None
+
+
+def test_error_of_a_task_after_its_saves_stays_its_own(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        for step in range(3):
+            save("sync", state_of(step), HFDualWriter(tmp_path / f"step-{step}"), no_dist=True)
+        with contextlib.suppress(CheckpointException):
+            dcp.save(state_of(9), storage_writer=HFDualWriter(tmp_path / "step-1"), no_dist=True)
+        caplog.clear()
+        msg = "of the task"
+        raise WriteError(msg)
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(fail)
+        with pytest.raises(WriteError, match="of the task"):
+            future.result(60)
+    assert not caplog.records
+
+
+def test_guards_of_saves_that_are_over_leave_the_future_as_it_was(tmp_path: Path) -> None:
+    def hooks() -> list[str]:
+        for step in range(3):
+            save("sync", state_of(step), HFDualWriter(tmp_path / f"step-{step}"), no_dist=True)
+        future = current_future()
+        return sorted({"set_result", "set_exception"} & set(vars(future)))
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(hooks).result(60) == []

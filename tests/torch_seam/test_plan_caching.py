@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter, SavePlanner
+from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
 
@@ -16,6 +16,7 @@ from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
 from dcp_hf_writer.errors import CheckpointError, PlanningError, TargetExistsError
 from dcp_hf_writer.plan import global_plan
 from support.compare import tensor_difference
+from support.plan_caches import clear_caches, held_by_torch, is_cached
 from support.rank_process import Raised
 from support.ranks import run_ranks
 from support.small_states import dcp_difference, difference, leftovers, model_of, spoil, state_of
@@ -26,20 +27,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from torch.distributed.device_mesh import DeviceMesh
-
-CACHES = (
-    *("_cached_save_plan", "_cached_final_save_plan", "_cached_all_plans"),
-    *("_cached_global_plan", "_cached_metadata"),
-)
-
-
-def clear_caches() -> None:
-    for name in CACHES:
-        getattr(SavePlanner, name).clear()
-
-
-def is_cached() -> bool:
-    return bool(SavePlanner._cached_save_plan and SavePlanner._cached_final_save_plan)
 
 
 class OtherPlanner(DefaultSavePlanner):
@@ -182,6 +169,31 @@ def cache_is_that_of_another_writer(saver: Saver) -> None:
     saver.save("mixed-27", saver.state(27))
 
 
+def save_by_torch(saver: Saver, name: str, step: int, planner: DefaultSavePlanner) -> None:
+    writer = FileSystemWriter(saver.root / name)
+    dcp.async_save(saver.state(step), storage_writer=writer, planner=planner).result()
+
+
+def another_writer_takes_turns(saver: Saver) -> None:
+    """Each finds the caches as it left them, also with one planner for both."""
+    held: dict[str, Any] = {}
+    planner = DefaultSavePlanner(enable_plan_caching=True)
+    for step in (36, 38, 40):
+        saver.save(f"ours-{step}", saver.state(step))
+        assert held_by_torch() == held
+        save_by_torch(saver, f"theirs-{step + 1}", step + 1, planner)
+        held = held_by_torch()
+        assert held
+    error = saver.refused("taken", saver.state(1))
+    assert isinstance(error, TargetExistsError)
+    assert held_by_torch() == held
+    future = dcp.async_save(
+        saver.state(42), storage_writer=HFDualWriter(saver.root / "ours-42"), planner=planner
+    )
+    future.result()
+    save_by_torch(saver, "theirs-43", 43, planner)
+
+
 SCENARIOS: tuple[Callable[[Saver], None], ...] = (
     unchanged_plans,
     plan_of_one_rank_changes,
@@ -191,6 +203,7 @@ SCENARIOS: tuple[Callable[[Saver], None], ...] = (
     export_is_refused,
     dtype_changes,
     cache_is_that_of_another_writer,
+    another_writer_takes_turns,
 )
 
 
@@ -311,6 +324,14 @@ def test_checkpoint_is_right_when_another_writer_filled_the_cache(
     saved: tuple[Path, dict[str, Raised | None]], step: int
 ) -> None:
     assert difference(saved[0] / f"mixed-{step}", step) is None
+
+
+@pytest.mark.parametrize("step", [36, 38, 40, 42])
+def test_checkpoints_are_right_when_two_writers_take_turns(
+    saved: tuple[Path, dict[str, Raised | None]], step: int
+) -> None:
+    assert difference(saved[0] / f"ours-{step}", step) is None
+    assert dcp_difference(saved[0] / f"theirs-{step + 1}", state_of(step + 1)) is None
 
 
 @pytest.mark.parametrize("how", ["async", "sync"])

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from dcp_hf_writer.digests.problems import Problem
 from dcp_hf_writer.errors import CheckpointError
 from dcp_hf_writer.formats.names_on_disk import INDEX_NAME, SINGLE_NAME, SUFFIX
+from dcp_hf_writer.formats.sharded_safetensors import has_pieces, join_pieces
 from dcp_hf_writer.formats.strict_json import shortened
 from dcp_hf_writer.load.hf_directory import MAX_INDEX_NBYTES, parse_index, read_header
 
@@ -43,8 +44,11 @@ class DirectoryCheck:
         self.weights = sorted(n for n in sizes if n.endswith(SUFFIX) and "/" not in n)
         for name in self.weights:
             self._read_header(name)
+        is_in_parts = self._check_pieces()
         if INDEX_NAME in sizes:
             self._check_index()
+        elif is_in_parts:
+            return
         else:
             self._check_without_index()
 
@@ -59,6 +63,18 @@ class DirectoryCheck:
                 self.headers[name] = read_header(file)
         except CheckpointError as error:
             self.problems.append(Problem.of(error, name))
+
+    def _check_pieces(self) -> bool:
+        """Check the parts that torch's writer saved on each rank; return whether there are any."""
+        readable = {name: self.headers[name] for name in self.weights if name in self.headers}
+        if not any(map(has_pieces, readable.values())):
+            return False
+        if len(readable) == len(self.weights):
+            try:
+                join_pieces(readable, path=self._files.path)
+            except CheckpointError as error:
+                self.problems.append(Problem.of(error, ""))
+        return True
 
     def _check_index(self) -> None:
         path = f"{self._files.path}/{INDEX_NAME}"

@@ -5,7 +5,8 @@ torch reads this file with `pickle.load`, which runs whatever code the file name
 rely on, before any other code sees the objects.
 
 A newer torch may add fields to its classes, as torch 2.15 added `TensorProperties.strides`. Such
-fields are kept if they are plain. An unknown class is refused.
+fields are kept if they are plain. An unknown class is refused. Names that torch used before 2.3 are
+mapped to today's classes.
 """
 
 from __future__ import annotations
@@ -50,6 +51,8 @@ if TYPE_CHECKING:
 MAX_METADATA_NBYTES = 1 << 30
 
 _METADATA = "torch.distributed.checkpoint.metadata"
+# torch before 2.3 took the class for tensor properties from another module.
+_METADATA_BEFORE_2_3 = "torch.distributed._shard.sharded_tensor.metadata"
 _FILE_SYSTEM = "torch.distributed.checkpoint.filesystem"
 
 _MAX_NBYTES = 1 << 63
@@ -359,6 +362,8 @@ _ADMITTED: Mapping[tuple[str, str], Admitted] = {
         BytesStorageMetadata, _building({}, {}), has_state=False
     ),
     (_METADATA, "TensorProperties"): Class(TensorProperties, _build_properties),
+    (_METADATA_BEFORE_2_3, "TensorProperties"): Class(TensorProperties, _build_properties),
+    (_METADATA_BEFORE_2_3, "MEM_FORMAT_ENCODING"): Function(_memory_format),
     (_METADATA, "ChunkStorageMetadata"): Class(
         ChunkStorageMetadata, _building({"offsets": (torch.Size,), "sizes": (torch.Size,)}, {})
     ),

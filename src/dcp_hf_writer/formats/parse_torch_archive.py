@@ -196,7 +196,7 @@ class _Described:
 
 def _describe(pickled: bytes, path: str) -> _Described:
     try:
-        found = unpickle(pickled, _ADMITTED, path=path, persistent=_storage)
+        found = unpickle(pickled, TENSOR_GLOBALS, path=path, persistent=described_storage)
     except CorruptCheckpointError as error:
         # torch.load(weights_only=True) supports more classes of tensors, and runs no code either.
         raise UnusualArchiveError(str(error)) from error
@@ -210,7 +210,13 @@ class _StorageKind:
     dtype: torch.dtype | None
 
 
-def _storage(value: Any) -> _Storage:
+def described_storage(value: Any) -> _Storage:
+    """Return the description of the storage that a persistent id stands for.
+
+    Raises:
+        ValueError: If the id is not that of a storage.
+        TypeError: If the id is not a tuple.
+    """
     word, kind, key, location, numel = value
     if word != "storage" or not isinstance(kind, _StorageKind) or type(location) is not str:
         raise ValueError("a persistent id that is not a storage")
@@ -266,7 +272,7 @@ _STORAGES: Mapping[str, torch.dtype] = {
     "ComplexDoubleStorage": torch.complex128,
 }
 
-_ADMITTED: Mapping[tuple[str, str], Admitted] = {
+TENSOR_GLOBALS: Mapping[tuple[str, str], Admitted] = {
     **{("torch", name): Constant(dtype) for name, dtype in DTYPES.items()},
     **{("torch", name): Constant(_StorageKind(dtype)) for name, dtype in _STORAGES.items()},
     ("torch.storage", "UntypedStorage"): Constant(_StorageKind(None)),
@@ -275,6 +281,7 @@ _ADMITTED: Mapping[tuple[str, str], Admitted] = {
     ("torch._utils", "_rebuild_parameter"): Function(_rebuild_parameter),
     ("collections", "OrderedDict"): Function(_no_hooks),
 }
+"""What the pickle of a tensor may refer to."""
 
 
 def _refuse(path: str, problem: str, *, found: object = None, expected: object = None) -> NoReturn:

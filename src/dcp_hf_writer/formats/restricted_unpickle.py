@@ -2,7 +2,7 @@
 
 Pure. Python's own unpickler calls whatever function a stream names. It reserves memory for whatever
 length a stream claims, and when it hashes nested tuples, it recurses in C to any depth. This
-interpreter supports only the opcodes that occur in DCP's metadata and in `torch.save` of a tensor,
+interpreter supports only the opcodes that occur in DCP's metadata and in what `torch.save` writes,
 and refuses all others. It imports nothing: it looks up each name of the stream in a table that the
 caller passes.
 """
@@ -34,6 +34,8 @@ class Function:
 
     call: Callable[..., Any]
     """Raises `TypeError` or `ValueError` to refuse its arguments."""
+    returns: Class | None = None
+    """The class of its results, if the stream may set the state of a result."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ def unpickle(
     path: str,
     persistent: Callable[[Any], Any] | None = None,
     unknown: list[Any] | None = None,
+    keys: frozenset[type] = frozenset({str, int}),
 ) -> Any:
     """Build the value that a pickle describes, without running foreign code.
 
@@ -76,6 +79,8 @@ def unpickle(
         path: The file, for error messages.
         persistent: Resolves persistent ids; `None` refuses them.
         unknown: Receives what the `build` functions return, except `None`.
+        keys: Types of dict keys to allow, besides the admitted classes that may be keys. Objects of
+            these types must hash fast.
 
     Returns:
         The value: `None`, bool, int, float, str, bytes, list, tuple, dict, an object of an admitted
@@ -88,7 +93,7 @@ def unpickle(
             admitted; the error names it.
     """
     try:
-        machine = _Machine(data, admitted, persistent)
+        machine = _Machine(data, admitted, persistent, keys)
         found = machine.run()
     except _RefusedError as error:
         problem: object = error
@@ -117,8 +122,8 @@ _TUPLE1, _TUPLE2 = (_CODES[n] for n in ("TUPLE1", "TUPLE2"))
 _NEWOBJ, _BUILD, _REDUCE = (_CODES[n] for n in ("NEWOBJ", "BUILD", "REDUCE"))
 _SETITEMS, _BININT2 = (_CODES[n] for n in ("SETITEMS", "BININT2"))
 
-# Limit of one integer, in bytes; no size or offset in a checkpoint needs more.
-_MAX_INT_NBYTES = 16
+# Limit of one integer, in bytes; no size, offset or state of a random generator needs more.
+_MAX_INT_NBYTES = 32
 
 
 class _Machine:
@@ -129,6 +134,7 @@ class _Machine:
         data: bytes,
         admitted: Mapping[tuple[str, str], Admitted],
         persistent: Callable[[Any], Any] | None,
+        keys: frozenset[type],
     ) -> None:
         self.data = data
         self.at = 0
@@ -139,9 +145,10 @@ class _Machine:
         self.unknown: list[Any] = []
         self._admitted = admitted
         self._persistent = persistent
-        kinds = (one for one in admitted.values() if isinstance(one, Class))
+        results = (one.returns for one in admitted.values() if isinstance(one, Function))
+        kinds = (one for one in (*admitted.values(), *results) if isinstance(one, Class))
         self._class_of = {one.kind: one for one in kinds}
-        self._key_kinds = {str, int} | {k for k, one in self._class_of.items() if one.is_key}
+        self._key_kinds = keys | {k for k, one in self._class_of.items() if one.is_key}
 
     def run(self) -> Any:  # noqa: C901, PLR0912, PLR0915 - see below
         """Interpret the stream up to its end."""

@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
-from dcp_hf_writer.errors import CorruptCheckpointError, PickledObjectError
+from dcp_hf_writer.errors import CorruptCheckpointError
 from dcp_hf_writer.formats.parse_torch_archive import (
     ArchivedTensor,
     UnusualArchiveError,
     find_tensor,
 )
-from dcp_hf_writer.formats.strict_json import shortened
 from dcp_hf_writer.formats.weights_once_places import StoredOnce
+from dcp_hf_writer.load.check_objects import check_object
 from dcp_hf_writer.load.read_phase import is_direct
 from dcp_hf_writer.load.read_plan import Expected, Fetch, fetch_of_copy
 from dcp_hf_writer.tensors.boxes import Box
 from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
 from dcp_hf_writer.tensors.strided_copies import clip, strides_of
+from dcp_hf_writer.torch_seam.stream_transforms import StreamTransforms
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -46,6 +47,11 @@ _END_NBYTES = 2048
 # Usually far fewer bytes precede the data of an archive. A longer prefix is not kept.
 _MAX_PREFIX_NBYTES = 4096
 
+# Limits of what a transformed item may become. An archive may store a tensor in a wider form.
+_MOST_TIMES = 2
+_MOST_BESIDE_NBYTES = 16 << 20
+_MAX_OBJECT_NBYTES = 1 << 32
+
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
@@ -65,13 +71,33 @@ class WholeRead:
     where: _StorageInfo
 
 
+def fetch_of_archive(read: WholeRead) -> Fetch:
+    """Return the fetch of all bytes of an archive, for a check of its digests."""
+    where = read.where
+    loops = ((where.length, 1, 1),)
+    return Fetch(where.relative_path, where.offset, torch.uint8, 0, 0, loops, is_direct=True)
+
+
 class DCPSource:
     """The DCP half of one checkpoint; thread-safe."""
 
-    def __init__(self, inputs: OpenInputs, metadata: Metadata) -> None:
-        """Read the items of `metadata`, which `parse_metadata` returned."""
+    def __init__(
+        self,
+        inputs: OpenInputs,
+        metadata: Metadata,
+        transforms: StreamTransforms | None = None,
+    ) -> None:
+        """Read the items of `metadata`, which `parse_metadata` returned.
+
+        Args:
+            inputs: The files.
+            metadata: The metadata.
+            transforms: Undoes what extensions of torch's writer did to the bytes; `None` undoes
+                what torch's own extensions did.
+        """
         self._inputs = inputs
         self._metadata = metadata
+        self._transforms = StreamTransforms(None) if transforms is None else transforms
         self._storage: Mapping[MetadataIndex, _StorageInfo | StoredOnce] = (
             metadata.storage_data or {}
         )
@@ -131,7 +157,7 @@ class DCPSource:
         places: dict[MetadataIndex, _StorageInfo] = {}
         for one in wanted:
             where = self._where(one.item)
-            if not isinstance(where, StoredOnce):
+            if not isinstance(where, StoredOnce) and not where.transform_descriptors:
                 places.setdefault(one.item.storage_index, where)
         return places
 
@@ -144,28 +170,30 @@ class DCPSource:
             where = self._where(one.item)
             if isinstance(where, StoredOnce):
                 fetches += self._of_once(number, one, where)
-            elif (archived := found[one.item.storage_index]) is None:
+            elif (archived := found.get(one.item.storage_index)) is None:
                 whole.append(WholeRead(one, where))
             else:
                 fetches.append(_of_archive(number, one, where, archived))
         return fetches, whole
 
     def load_whole(self, read: WholeRead) -> None:
-        """Load a tensor whose archive is unusual, and copy the wanted part of it.
+        """Load a tensor whose archive is unusual or transformed, and copy the wanted part of it.
 
         Raises:
+            ConfigError: If the reader cannot undo the transform.
             CorruptCheckpointError: If the archive holds anything but a tensor of the shape in the
                 metadata.
             ReadError: If the file cannot be read.
         """
         item, where = read.wanted.item, read.where
+        chunk = self._chunk_sizes(item.storage_index)
+        most = _MOST_TIMES * math.prod(chunk) * self._dtype_of(item.storage_index).itemsize
         with self._inputs.use(where.relative_path) as file:
-            data = io.BytesIO(file.read(where.offset, where.length))
+            data = self._content(file, where, item, max_nbytes=most + _MOST_BESIDE_NBYTES)
             try:
-                tensor = torch.load(data, map_location="cpu", weights_only=True)
+                tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
             except (pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
                 _refuse(file.path, "an archive holds no tensor", item, found=str(error)[:200])
-            chunk = self._chunk_sizes(item.storage_index)
             if not isinstance(tensor, torch.Tensor) or tensor.shape != chunk:
                 _refuse(
                     file.path,
@@ -177,7 +205,9 @@ class DCPSource:
         for dim, (offset, length) in enumerate(
             zip(item.storage_offsets, item.lengths, strict=True)
         ):
-            tensor = tensor.narrow(dim, offset, length)
+            # Not every subclass can be cut, along every dimension: 8-bit optimizer state cannot.
+            if (offset, length) != (0, tensor.shape[dim]):
+                tensor = tensor.narrow(dim, offset, length)
         read.wanted.target.detach().copy_(tensor)
 
     def read_objects(
@@ -192,8 +222,7 @@ class DCPSource:
             allow_pickled_objects: Skip the check.
 
         Raises:
-            PickledObjectError: If loading an object would call anything that torch does not
-                consider safe.
+            PickledObjectError: If loading an object would run code that the object names.
             CorruptCheckpointError: If a file contradicts the metadata.
             ReadError: If a file cannot be read.
         """
@@ -209,7 +238,8 @@ class DCPSource:
                 # An optimizer stores its options once per parameter. Most are equal: check each
                 # distinct one once.
                 if data not in safe:
-                    _check_object(data, item, f"{self._inputs.files.path}/{self.file_of(item)}")
+                    path = f"{self._inputs.files.path}/{self.file_of(item)}"
+                    check_object(data, fqn=item.storage_index.fqn, path=path)
                     safe.add(data)
         return [io.BytesIO(data) for data in found]
 
@@ -218,8 +248,36 @@ class DCPSource:
         if isinstance(where, StoredOnce):
             _refuse(self._inputs.files.path, "the metadata stores an object as a tensor", item)
         with self._inputs.use(where.relative_path) as file:
-            _check_place(file, where, item)
-            return file.read(where.offset, where.length)
+            return self._content(file, where, item, max_nbytes=_MAX_OBJECT_NBYTES)
+
+    def _content(
+        self, file: InputFile, where: _StorageInfo, item: ReadItem, *, max_nbytes: int
+    ) -> bytes:
+        """Return the bytes of an item, without the transforms of torch's extensions."""
+        _check_place(file, where, item)
+        data = file.read(where.offset, where.length)
+        descriptors = where.transform_descriptors
+        if not descriptors:
+            return data
+        fqn = item.storage_index.fqn
+        return self._transforms.undo(
+            data, descriptors, max_nbytes=max_nbytes, fqn=fqn, path=file.path
+        )
+
+    def check_transforms(self, items: Iterable[ReadItem]) -> None:
+        """Check that the reader can undo all transforms of some items. Reads nothing.
+
+        Raises:
+            ConfigError: If it cannot.
+        """
+        known: set[tuple[str, ...]] = set()
+        for item in items:
+            where = self._storage.get(item.storage_index)
+            found = tuple(getattr(where, "transform_descriptors", None) or ())
+            if found and found not in known:
+                known.add(found)
+                path = f"{self._inputs.files.path}/{self.file_of(item)}"
+                self._transforms.check(found, fqn=item.storage_index.fqn, path=path)
 
     def file_of(self, item: ReadItem) -> str:
         """Return the name of the file that holds an object; empty if it is stored as a tensor."""
@@ -231,6 +289,11 @@ class DCPSource:
         if where is None:
             _refuse(self._inputs.files.path, "the metadata does not say where an item is", item)
         return where
+
+    def _dtype_of(self, index: MetadataIndex) -> torch.dtype:
+        entry = self._metadata.state_dict_metadata[index.fqn]
+        assert isinstance(entry, TensorStorageMetadata)
+        return entry.properties.dtype
 
     def _chunk_sizes(self, index: MetadataIndex) -> torch.Size:
         entry = self._metadata.state_dict_metadata[index.fqn]
@@ -287,20 +350,9 @@ class DCPSource:
         self, index: MetadataIndex, where: _StorageInfo
     ) -> tuple[int, torch.dtype, torch.Size]:
         """Return length, dtype and shape: archives that agree in these differ only in the data."""
-        entry = self._metadata.state_dict_metadata[index.fqn]
-        assert isinstance(entry, TensorStorageMetadata)
-        return where.length, entry.properties.dtype, self._chunk_sizes(index)
+        return where.length, self._dtype_of(index), self._chunk_sizes(index)
 
     def _check(self, index: MetadataIndex, where: _StorageInfo) -> None:
-        if where.transform_descriptors:
-            raise CorruptCheckpointError(
-                "an extension of torch's writer has transformed the bytes of a tensor",
-                phase="read",
-                path=where.relative_path,
-                fqn=index.fqn,
-                found=shortened(list(where.transform_descriptors)),
-                hint="load it with torch's FileSystemReader and the same extensions",
-            )
         with self._inputs.use(where.relative_path) as file:
             _check_place(file, where, index)
 
@@ -388,32 +440,6 @@ def _check_parts(where: StoredOnce, chunk: torch.Size, item: ReadItem, path: str
             )
     if sum(copy.numel for copy in copies) != math.prod(chunk):
         _refuse(path, "the metadata does not say where each element of a chunk is stored", item)
-
-
-def _check_object(data: bytes, item: ReadItem, path: str) -> None:
-    try:
-        torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch raises errors of many types. Whatever it refuses here, the planner would run.
-        raise PickledObjectError(
-            "loading an object of the checkpoint would run code that the object names",
-            phase="read",
-            path=path,
-            fqn=item.storage_index.fqn,
-            expected="numbers, text, tensors, and containers of them",
-            found=_named(data) or str(error)[:200],
-            hint="if you trust its author, call torch.serialization.add_safe_globals([...]), or "
-            "pass HFDualReader(..., allow_pickled_objects=True)",
-        ) from error
-
-
-def _named(data: bytes) -> str:
-    """Return the globals of an object that torch does not consider safe; empty if unknown."""
-    try:
-        names = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
-    except Exception:  # noqa: BLE001 - only the text of an error depends on it
-        return ""
-    return ", ".join(sorted(names))[:200]
 
 
 def _refuse(

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import re
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dcp_hf_writer.errors import CorruptCheckpointError, ReadError
+from dcp_hf_writer.errors import CorruptCheckpointError, PlanningError, ReadError
 from dcp_hf_writer.excerpts import some_of
 from dcp_hf_writer.formats.names_on_disk import (
     CONFIG_NAME,
@@ -25,6 +25,7 @@ from dcp_hf_writer.formats.parse_safetensors_header import (
     parse_header,
 )
 from dcp_hf_writer.formats.quantized_checkpoints import logical_tensors
+from dcp_hf_writer.formats.sharded_safetensors import has_pieces, join_pieces
 from dcp_hf_writer.formats.strict_json import is_text, parse_json, shortened
 from dcp_hf_writer.plan.parse_manifest import is_relative_name
 
@@ -33,8 +34,10 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.formats.parse_safetensors_header import FileHeader, StoredTensor
     from dcp_hf_writer.formats.quantized_tensors import Stored
+    from dcp_hf_writer.formats.sharded_safetensors import PiecedTensor
     from dcp_hf_writer.storage.input_contract import InputFile
     from dcp_hf_writer.storage.open_inputs import OpenInputs
+    from dcp_hf_writer.tensors.boxes import Shape
 
 
 MAX_INDEX_NBYTES = 256 << 20
@@ -42,9 +45,8 @@ _MAX_CONFIG_NBYTES = 16 << 20
 
 _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 
-# The key that torch's HuggingFaceStorageWriter adds to the metadata of files that hold pieces of
-# tensors.
-_PIECES = "DCP_SHARDING_INFO"
+# Files of one rank, as torch's HuggingFaceStorageWriter(save_distributed=True) names them.
+_OF_RANK = re.compile(r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors")
 
 _MANY = 8
 """How many names an error lists."""
@@ -60,12 +62,19 @@ class HFDirectory:
     headers: Mapping[str, FileHeader]
     """Header of each file of weights, by file name."""
     file_of_key: Mapping[str, str]
-    """Name of the file that holds a stored tensor, by key."""
+    """Name of the file that holds a stored tensor, or its first part, by key."""
     config: Mapping[str, Any] | None
     """The model's `config.json`; `None` without one."""
+    pieced: Mapping[str, PiecedTensor] = field(default_factory=dict)
+    """Tensors that are stored in several parts, by key."""
+
+    def shape(self, key: str) -> Shape:
+        """Return the shape of a stored tensor in torch elements, all its parts together."""
+        pieced = self.pieced.get(key)
+        return self.stored(key).torch_shape if pieced is None else pieced.shape
 
     def stored(self, key: str) -> StoredTensor:
-        """Return the entry of a stored tensor in the header of its file."""
+        """Return the entry of a stored tensor, or of its first part, in the header of its file."""
         return self.headers[self.file_of_key[key]].tensors[key]
 
     def logical(self, wanted: Collection[str] | None = None) -> dict[str, Stored]:
@@ -79,9 +88,19 @@ class HFDirectory:
         """
         kinds = {}
         for key in self.file_of_key:
-            stored = self.stored(key)
-            kinds[key] = (stored.dtype, stored.torch_shape)
-        return logical_tensors(kinds, self.config, wanted=wanted)
+            kinds[key] = (self.stored(key).dtype, self.shape(key))
+        found = logical_tensors(kinds, self.config, wanted=wanted)
+        for name, one in found.items():
+            if not one.is_plain and not self.pieced.keys().isdisjoint(one.keys):
+                raise PlanningError(
+                    "a quantised tensor is stored in parts",
+                    phase="plan",
+                    key=name,
+                    expected="codes and scales that each lie in one file",
+                    found="files of torch's HuggingFaceStorageWriter(save_distributed=True)",
+                    hint="consolidate them with torch.distributed.checkpoint",
+                )
+        return found
 
 
 def is_hf_directory(names: Collection[str]) -> bool:
@@ -99,7 +118,7 @@ def open_hf_directory(inputs: OpenInputs, *, only: str | None = None) -> HFDirec
     Raises:
         ReadError: If it has no weights, or a file cannot be read.
         CorruptCheckpointError: If index and files contradict each other, or a header is damaged;
-            if files hold pieces of tensors; if it is not clear which files belong together.
+            if parts of tensors are missing; if it is not clear which files belong together.
     """
     names = inputs.files.names()
     index, files = _weights(names if only is None else [only], inputs.files.path)
@@ -111,12 +130,23 @@ def open_hf_directory(inputs: OpenInputs, *, only: str | None = None) -> HFDirec
         _check_single(files, names if only is None else [], inputs.files.path)
     headers = _headers(inputs, files)
     config = _read_config(inputs, names)
-    return HFDirectory(headers, _files_of_keys(headers, file_of_indexed, inputs), config)
+    joined: dict[str, PiecedTensor] = {}
+    if any(map(has_pieces, headers.values())):
+        joined = join_pieces(headers, path=inputs.files.path)
+        if index is None:
+            file_of_indexed = {key: one.pieces[0].file for key, one in joined.items()}
+    return HFDirectory(
+        headers,
+        _files_of_keys(headers, file_of_indexed, inputs),
+        config,
+        {key: one for key, one in joined.items() if len(one.pieces) > 1},
+    )
 
 
 def _headers(inputs: OpenInputs, files: Sequence[str]) -> dict[str, FileHeader]:
     def header(name: str) -> FileHeader:
-        return _whole_tensors(inputs, name)
+        with inputs.use(name) as file:
+            return read_header(file)
 
     if inputs.files.reads_ahead and len(files) <= _FEW:
         return {name: header(name) for name in files}
@@ -141,7 +171,7 @@ def _weights(names: Sequence[str], path: str) -> tuple[str | None, list[str]]:
             expected=f"{SINGLE_NAME}, or {INDEX_NAME} and the files that it names",
             found=f"{len(names)} other files" if names else "an empty directory",
         )
-    if len(files) > 1 and not _is_complete(files):
+    if len(files) > 1 and not _is_complete(files) and not all(map(_OF_RANK.fullmatch, files)):
         _refuse(
             path,
             "there are several files of weights, and no index says which belong together",
@@ -241,21 +271,6 @@ def read_header(file: InputFile) -> FileHeader:
     start = file.read(0, min(LENGTH_NBYTES, file.nbytes))
     nbytes = header_nbytes(start, file_nbytes=file.nbytes, path=file.path)
     return parse_header(file.read(0, nbytes), file_nbytes=file.nbytes, path=file.path)
-
-
-def _whole_tensors(inputs: OpenInputs, name: str) -> FileHeader:
-    with inputs.use(name) as file:
-        header = read_header(file)
-    if _PIECES in header.metadata:
-        _refuse(
-            file.path,
-            "a file holds pieces of tensors, as torch's HuggingFaceStorageWriter writes them",
-            expected="whole tensors",
-            found=_PIECES,
-            hint="consolidate them with torch.distributed.checkpoint, or load them with "
-            "HuggingFaceStorageReader",
-        )
-    return header
 
 
 def _files_of_keys(

@@ -10,12 +10,14 @@ import torch
 from dcp_hf_writer.errors import MismatchError
 from dcp_hf_writer.excerpts import MOST_NAMES, some_of
 from dcp_hf_writer.formats.strict_json import shortened
+from dcp_hf_writer.load.name_prefixes import prefix_difference
 from dcp_hf_writer.load.read_phase import is_direct
 from dcp_hf_writer.load.read_plan import Fetch, fetch_of_box, fetch_of_copy
 from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.plan.layout import PartTarget
 from dcp_hf_writer.plan.regions import Region, TargetTable
 from dcp_hf_writer.plan.weights_once import is_whole
+from dcp_hf_writer.tensors.clip_stored import clip_stored
 from dcp_hf_writer.tensors.dtypes import CASTABLE, TORCH_BY_NAME
 from dcp_hf_writer.tensors.strided_copies import covered, runtime_loops, strides_of
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
     from dcp_hf_writer.formats.quantized_tensors import Stored
+    from dcp_hf_writer.formats.sharded_safetensors import PiecedTensor
     from dcp_hf_writer.load.hf_directory import HFDirectory
     from dcp_hf_writer.tensors.boxes import Box, Shape
     from dcp_hf_writer.tensors.strided_copies import Copy
@@ -74,8 +77,14 @@ class Findings:
     unexpected: tuple[str, ...] = ()
     """Stored tensors that no runtime tensor is loaded from."""
 
-    def refuse(self, path: str, *, hint: str | None = None) -> None:
+    def refuse(self, path: str, *, entry: str = "", hint: str | None = None) -> None:
         """Raise one error that lists everything.
+
+        Args:
+            path: The checkpoint.
+            entry: What the missing names start with because they lie in an entry of the state
+                dict, such as `"model."`.
+            hint: What the caller can do.
 
         Raises:
             MismatchError: Always.
@@ -88,6 +97,9 @@ class Findings:
         found = "; ".join(
             f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names
         )
+        missing = [name.removeprefix(entry) for name in self.missing]
+        if (prefix := prefix_difference(missing, self.unexpected)) is not None:
+            found += f"; {prefix}"
         raise MismatchError(
             "the checkpoint does not fit the state dict; nothing was loaded",
             phase="plan",
@@ -124,6 +136,7 @@ class HFSource:
         """
         self.directory = directory
         self._tied = tied
+        self._wanted = names
         wanted = {key for spec in specs.values() for key in spec.hf_keys}
         wanted |= {name for name in names if name not in specs}
         self.stored = directory.logical(wanted)
@@ -134,6 +147,17 @@ class HFSource:
         self._repeated: set[str] = set()
         self._number_of_file = {name: i for i, name in enumerate(directory.headers)}
         self._files = list(directory.headers)
+
+    def with_specs(self, specs: Mapping[str, LoadSpec]) -> HFSource:
+        """Return the same directory, seen through other specs."""
+        return HFSource(self.directory, specs, names=self._wanted, tied=self._tied)
+
+    def stand_ins(self) -> dict[str, torch.Tensor]:
+        """Return tensors without data, of the shapes and dtypes of the stored ones, by key."""
+        return {
+            key: torch.empty(one.shape, dtype=TORCH_BY_NAME[one.dtype], device="meta")
+            for key, one in self.stored.items()
+        }
 
     def _as_stored(self, spec: LoadSpec) -> LoadSpec:
         """Return the spec, or one that renames nothing if the directory uses the runtime name."""
@@ -221,7 +245,7 @@ class HFSource:
         padded: list[torch.Tensor] = []
         for number, block in enumerate(blocks):
             own = self._unmapped(block.name)
-            if own is not None and own.is_plain:
+            if own is not None and own.is_plain and own.keys[0] not in self.directory.pieced:
                 fetches.append(self._fetch_box(own, number, block))
                 continue
             table = self._targets_of(block.name)
@@ -281,9 +305,23 @@ class HFSource:
         for part in spec.parts:
             key = self._key(self._alias(spec, part.key))
             stored = self.stored[key]
+            pieced = self.directory.pieced.get(stored.keys[0])
+            if pieced is not None:
+                yield from self._targets_of_pieces(key, pieced, part.copies)
+                continue
             raw = self.directory.stored(stored.keys[0])
             file = self._number_of_file[self.directory.file_of_key[raw.key]]
             yield PartTarget(key, file, raw.start, stored.dtype, stored.shape, part.copies)
+
+    def _targets_of_pieces(
+        self, key: str, pieced: PiecedTensor, copies: Sequence[Copy]
+    ) -> Iterator[PartTarget]:
+        """Yield the target that each part of a stored tensor is."""
+        for piece in pieced.pieces:
+            inner = tuple(one for copy in copies for one in clip_stored(copy, piece.box))
+            number, start = self._number_of_file[piece.file], piece.stored.start
+            if inner:
+                yield PartTarget(key, number, start, pieced.dtype, piece.box.sizes, inner)
 
     def _keys(self, spec: LoadSpec) -> tuple[str, ...]:
         return tuple(self._alias(spec, key) for key in spec.hf_keys)

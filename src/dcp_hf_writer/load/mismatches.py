@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.mapping.flattening import flat_tensors
@@ -19,7 +18,6 @@ from dcp_hf_writer.torch_seam.names_before_torch_2_4 import names_before_2_4
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
-    from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 
     from dcp_hf_writer.mapping.load_spec import LoadSpec
@@ -46,14 +44,16 @@ def misfits(
     Args:
         planner: The planner.
         given: The nested state dict that it was set up with.
-        metadata: Metadata of the checkpoint.
+        metadata: Metadata of the checkpoint; the planner's own copy counts, if it has one.
 
     Returns:
         The missing FQNs, and the reason why a tensor does not fit, by FQN. No FQN counts as missing
         if the planner allows missing tensors. A planner that does not show its state dict may
         rename tensors, so only that planner can find the missing ones.
     """
-    wanted, there = loaded_values(planner, given), metadata.state_dict_metadata
+    seen = getattr(planner, "metadata", None)
+    known = seen if isinstance(seen, Metadata) else metadata
+    wanted, there = loaded_values(planner, given), known.state_dict_metadata
     missing = [fqn for fqn in wanted if fqn not in there]
     is_shown = isinstance(getattr(planner, "state_dict", None), dict)
     if missing and (
@@ -82,18 +82,6 @@ def _has_old_names(planner: LoadPlanner, wanted: Mapping[str, Any], there: Itera
     if not isinstance(nested, dict):
         return False
     return bool(names_before_2_4(nested).intersection(set(there) - wanted.keys()))
-
-
-def plans_alone(planner: LoadPlanner | None) -> bool:
-    """Whether the local plan of each rank is final, as it is with torch's own planner."""
-    return has_methods_of(DefaultLoadPlanner, planner, "create_global_plan", "finish_plan")
-
-
-def has_methods_of(kind: type, one: object, *names: str) -> bool:
-    """Whether `one` has these methods of `kind`: neither a subclass nor `one` replaces them."""
-    return all(
-        getattr(getattr(one, name, None), "__func__", None) is getattr(kind, name) for name in names
-    )
 
 
 def check_blocks(

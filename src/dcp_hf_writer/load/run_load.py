@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -17,22 +16,25 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType
 
-from dcp_hf_writer.errors import MismatchError
+from dcp_hf_writer.errors import ConfigError, MismatchError
 from dcp_hf_writer.formats.names_on_disk import METADATA_NAME
 from dcp_hf_writer.load.choose_half import open_hf_source, read_dcp_metadata
-from dcp_hf_writer.load.dcp_source import DCPSource, Wanted
+from dcp_hf_writer.load.dcp_source import DCPSource, Wanted, fetch_of_archive
 from dcp_hf_writer.load.exchange_reads import Reading
 from dcp_hf_writer.load.hf_source import Findings, WantedBlock
 from dcp_hf_writer.load.mismatches import loaded_values, misfits
+from dcp_hf_writer.load.planned_items import gives_own_tensors, item_faults
 from dcp_hf_writer.load.read_hf_blocks import load_blocks
 from dcp_hf_writer.load.read_phase import run_reads
 from dcp_hf_writer.load.read_plan import plan_reads
+from dcp_hf_writer.load.tied_in_files import refuse_drifted_ties
 from dcp_hf_writer.load.verify_while_reading import verify_ranges
 from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
 from dcp_hf_writer.staging.same_memory import memory_identity
 from dcp_hf_writer.storage.open_inputs import OpenInputs
 from dcp_hf_writer.tensors.boxes import Box
+from dcp_hf_writer.torch_seam.keyed_loads import paths_of_fqns
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -43,6 +45,8 @@ if TYPE_CHECKING:
     from dcp_hf_writer.load.choose_half import CheckpointPlace
     from dcp_hf_writer.load.read_plan import Fetch
     from dcp_hf_writer.mapping.load_spec import LoadSpec
+    from dcp_hf_writer.mapping.model_entry import Path
+    from dcp_hf_writer.torch_seam.stream_transforms import StreamTransforms
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +59,10 @@ class LoadOptions:
     allow_pickled_objects: bool
     group: dist.ProcessGroup | None
     """The ranks that read together and send each other what they read; `None` reads alone."""
+    load_id: str
+    """Id of the load, which torch keeps in the metadata."""
+    transforms: StreamTransforms
+    """Undoes what extensions of torch's writer did to the bytes."""
 
 
 class Load(ABC):
@@ -71,6 +79,9 @@ class Load(ABC):
     def check(self, planner: LoadPlanner, given: Mapping[str, Any]) -> None:
         """Check that the checkpoint holds everything that the planner loads, in a form that fits.
 
+        Only for planners that load their whole state dict; of others, `check_items` checks what
+        they plan.
+
         Args:
             planner: Planner of the load.
             given: The nested state dict that it was set up with.
@@ -78,6 +89,17 @@ class Load(ABC):
         Raises:
             MismatchError: If it does not; lists everything that is missing or does not fit.
         """
+
+    def check_items(self, items: Sequence[ReadItem]) -> None:
+        """Check that the checkpoint holds every item of a plan. Reads nothing.
+
+        Raises:
+            MismatchError: If it does not; lists everything that is missing or does not fit.
+            ConfigError: If the reader cannot undo how the bytes of an item were transformed.
+        """
+        missing, faults = item_faults(items, self.metadata)
+        if missing or faults:
+            Findings(tuple(missing), tuple(faults)).refuse(self._place.files.path)
 
     @abstractmethod
     def _load_tensors(self, wanted: Sequence[Wanted], reading: Reading) -> None:
@@ -97,16 +119,20 @@ class Load(ABC):
             objects = self._read_objects(
                 [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
             )
-            wanted = [
-                Wanted(item, _resolved(planner, item))
-                for item in plan.items
-                if item.type == LoadItemType.TENSOR
-            ]
-            self._load_tensors(wanted, reading)
+            tensors = [item for item in plan.items if item.type == LoadItemType.TENSOR]
+            if gives_own_tensors(planner) and self._options.group is None:
+                steps = [[item] for item in tensors]
+            else:
+                steps = [tensors]
+            for step in steps:
+                wanted = [Wanted(item, _resolved(planner, item)) for item in step]
+                if gives_own_tensors(planner):
+                    _check_distinct(wanted, planner)
+                self._load_tensors(wanted, reading)
+                for one in wanted:
+                    planner.commit_tensor(one.item, one.target)
         for item, data in objects:
             planner.load_bytes(item, data)
-        for one in wanted:
-            planner.commit_tensor(one.item, one.target)
 
     def close(self) -> None:
         """Close the open files of a load that ends before it reads."""
@@ -117,6 +143,25 @@ class Load(ABC):
             # `find_place` refuses a verified load that has no manifest.
             assert self._place.manifest is not None
             verify_ranges(self._place, self._place.manifest, fetches, **others)
+
+
+def _check_distinct(wanted: Sequence[Wanted], planner: LoadPlanner) -> None:
+    """Check that a planner of its own kind did not give one buffer for several items."""
+    there: dict[tuple[int, int], Wanted] = {}
+    for one in wanted:
+        if one.target.numel():
+            first = there.setdefault((one.target.data_ptr(), one.target.numel()), one)
+            if first is not one:
+                raise ConfigError(
+                    "an exchange fills all tensors at once, but the planner gives one buffer for "
+                    "several items",
+                    phase="read",
+                    fqn=one.item.dest_index.fqn,
+                    expected="a tensor for each item",
+                    found=f"the tensor of {first.item.dest_index.fqn!r} again, from "
+                    f"{type(planner).__name__}",
+                    hint="leave out exchange=True",
+                )
 
 
 def _resolved(planner: LoadPlanner, item: ReadItem) -> torch.Tensor:
@@ -152,8 +197,11 @@ class DCPLoad(Load):
         self.metadata = read_dcp_metadata(place.files, rank)
         if self.metadata.storage_meta is None:
             self.metadata.storage_meta = StorageMeta()
-        self.metadata.storage_meta.load_id = str(uuid.uuid4())
-        self._source = DCPSource(self._inputs, self.metadata)
+        self.metadata.storage_meta.load_id = options.load_id
+        if self.metadata.planner_data is None:
+            # A planner that does not flatten writes none, and torch's keyed loads need it.
+            self.metadata.planner_data = paths_of_fqns(self.metadata.state_dict_metadata)
+        self._source = DCPSource(self._inputs, self.metadata, options.transforms)
 
     def check(self, planner: LoadPlanner, given: Mapping[str, Any]) -> None:
         """Check that what is loaded is there; see `Load.check`."""
@@ -161,6 +209,11 @@ class DCPLoad(Load):
         if missing or faults:
             mismatched = (f"{fqn} ({fault})" for fqn, fault in faults.items())
             Findings(tuple(missing), tuple(mismatched)).refuse(self._place.files.path)
+
+    def check_items(self, items: Sequence[ReadItem]) -> None:
+        """Check that the checkpoint holds every item of a plan; see `Load.check_items`."""
+        super().check_items(items)
+        self._source.check_transforms(items)
 
     def _read_objects(self, items: Sequence[ReadItem]) -> list[tuple[ReadItem, Any]]:
         allow = self._options.allow_pickled_objects
@@ -171,7 +224,7 @@ class DCPLoad(Load):
 
     def _load_tensors(self, wanted: Sequence[Wanted], reading: Reading) -> None:
         fetches, whole, expected = self._source.guessed_fetches(wanted)
-        self._verify(fetches)
+        self._verify([*fetches, *map(fetch_of_archive, whole)])
         targets = [one.target for one in wanted]
         differing = reading.run(self._inputs, plan_reads(fetches, expected), targets)
         if differing:
@@ -205,19 +258,21 @@ class HFLoad(Load):
         """
         tensors = {} if state_dict is None else flat_tensors(state_dict)
         paths = {fqn: path for fqn, (path, _) in tensors.items()}
-        prefix = model_prefix(paths, key=options.key) if paths else ()
-        start = "".join(f"{part}." for part in prefix)
+        prefix: Path = (options.key,) if options.key is not None else ()
+        if paths:
+            prefix = model_prefix(paths, key=options.key)
+        self._start = "".join(f"{part}." for part in prefix)
         in_model = names_in_model(paths, prefix)
         names = set(in_model.values())
         self._source, inputs = open_hf_source(place, options.specs, names=names)
         super().__init__(place, inputs, options)
-        self._name_of = {f"{start}{name}": name for name in self._source.names()}
+        self._name_of = {f"{self._start}{name}": name for name in self._source.names()}
         self._name_of |= self._tied_in_memory({fqn: tensors[fqn][1] for fqn in in_model})
         self.metadata = Metadata(
             {fqn: self._entry(name) for fqn, name in self._name_of.items()},
-            planner_data={},
+            planner_data=paths_of_fqns(self._name_of),
             storage_data={},
-            storage_meta=StorageMeta(load_id=str(uuid.uuid4())),
+            storage_meta=StorageMeta(load_id=options.load_id),
         )
 
     def _tied_in_memory(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
@@ -245,12 +300,15 @@ class HFLoad(Load):
         """Check that what is loaded is there; see `Load.check`."""
         missing, faults = misfits(planner, given, self.metadata)
         values = loaded_values(planner, given)
-        for fqn, value in values.items():
+        # A planner that loads through tensors of its own casts as it likes.
+        compared = {} if gives_own_tensors(planner) else values
+        for fqn, value in compared.items():
             if isinstance(value, torch.Tensor) and fqn in self._name_of and fqn not in faults:
                 fault = self._source.fault(self._name_of[fqn], tuple(value.shape), value.dtype)
                 if fault is not None:
                     faults[fqn] = fault
         if not missing and not faults:
+            self._refuse_drifted_ties(values)
             return
         taken = {
             key
@@ -262,9 +320,42 @@ class HFLoad(Load):
             tuple(missing),
             tuple(f"{fqn} ({fault})" for fqn, fault in faults.items()),
             tuple(self._source.stored.keys() - taken),
-        ).refuse(self._place.weights.path, hint=_HINT)
+        ).refuse(self._place.weights.path, entry=self._start, hint=_HINT)
+
+    def _refuse_drifted_ties(self, values: Mapping[str, Any]) -> None:
+        groups: dict[Any, list[str]] = {}
+        for fqn, value in values.items():
+            identity = memory_identity(value) if isinstance(value, torch.Tensor) else None
+            if identity is not None and fqn in self._name_of:
+                groups.setdefault(identity, []).append(fqn)
+        tied = [[self._name_of[fqn] for fqn in group] for group in groups.values()]
+        dtypes = {self._name_of[fqn]: values[fqn].dtype for one in groups.values() for fqn in one}
+        refuse_drifted_ties(self._place, self._source, self._inputs, tied, dtypes)
+
+    def check_items(self, items: Sequence[ReadItem]) -> None:
+        """Check that the directory holds every item of a plan; see `Load.check_items`."""
+        super().check_items(items)
+        objects = {item.storage_index.fqn for item in items if item.type == LoadItemType.BYTE_IO}
+        if objects:
+            faults = (f"{fqn} (read as an object, stored as a tensor)" for fqn in sorted(objects))
+            Findings(mismatched=tuple(faults)).refuse(self._place.weights.path)
+
+    def _check_dtypes(self, wanted: Sequence[Wanted]) -> None:
+        faults: dict[str, str] = {}
+        for one in wanted:
+            fqn, dtype = one.item.storage_index.fqn, one.target.dtype
+            shape, stored = self._source.kind(self._name_of[fqn])
+            fault = None
+            if dtype != stored:
+                fault = self._source.fault(self._name_of[fqn], shape, dtype)
+            if fault is not None:
+                faults[fqn] = fault
+        if faults:
+            texts = tuple(f"{fqn} ({fault})" for fqn, fault in faults.items())
+            Findings(mismatched=texts).refuse(self._place.weights.path)
 
     def _load_tensors(self, wanted: Sequence[Wanted], reading: Reading) -> None:
+        self._check_dtypes(wanted)
         blocks = {}
         for one in wanted:
             item = one.item

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from dcp_hf_writer.errors import ConfigError
+from dcp_hf_writer.mapping.option_values import check_whole, check_word
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -25,10 +26,8 @@ class KeepBest:
 
     def __post_init__(self) -> None:
         """Check mode and count."""
-        if self.mode not in {"min", "max"}:
-            msg = "keep_best needs a mode"
-            raise ConfigError(msg, expected="'min' or 'max'", found=repr(self.mode))
-        _check_count("keep_best count", self.count)
+        check_word("mode of keep_best", self.mode, ("min", "max"))
+        check_whole("count of keep_best", self.count, least=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,19 +48,13 @@ class Retention:
         for name in ("keep_last", "keep_every", "export_keep_last"):
             value = getattr(self, name)
             if value is not None:
-                _check_count(name, value)
+                check_whole(name, value, least=1)
         if self.keep_last is None and (self.keep_every is not None or self.keep_best is not None):
             raise ConfigError(
                 "keep_every and keep_best keep steps that keep_last would delete",
                 expected="keep_last together with them",
                 found="keep_last=None, which keeps every step",
             )
-
-
-def _check_count(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        msg = f"{name} must be a whole number above zero"
-        raise ConfigError(msg, expected="for example 3", found=repr(value))
 
 
 @dataclass(frozen=True, slots=True)

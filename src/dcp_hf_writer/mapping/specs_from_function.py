@@ -84,7 +84,7 @@ def derive(
     hf: dict[str, HFSide] = {}
     groups: dict[int, list[str]] = {}
     for key, value in returned.items():
-        hf[key] = _hf_side(key, value)
+        hf[key] = side_of(key, value)
         groups.setdefault(value.memory.number, []).append(key)
     return Derivation(specs_of(hf, tensors), hf, tuple(map(tuple, groups.values())))
 
@@ -105,7 +105,13 @@ def specs_of(hf: Mapping[str, HFSide], tensors: Mapping[str, torch.Tensor]) -> d
     }
 
 
-def _hf_side(key: str, value: Any) -> HFSide:
+def side_of(key: str, value: Any) -> HFSide:
+    """Describe a symbolic tensor that a function returned under `key`.
+
+    Raises:
+        SpecError: If `value` is not made of the symbolic tensors that the function was given, or
+            holds an element twice.
+    """
     if not isinstance(value, SymbolicTensor):
         raise SpecError(
             "the function returns a value that is not made of the model's tensors",

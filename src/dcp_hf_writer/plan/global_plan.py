@@ -42,11 +42,13 @@ class LocalFacts:
     tied: tuple[tuple[str, ...], ...]
     """Groups of FQNs whose tensors share one memory on this rank."""
     samples: bytes = b""
-    """Samples of tensors that may look like replicas; `detect_hand_sharded` compares them."""
+    """Samples of tensors that may look like replicas; `compare_ranks` compares them."""
     stamp: str = ""
     """Unique to this rank and save: DCP's plan cache may show the facts of an earlier save."""
     lone_ties: tuple[tuple[str, str, bool], ...] = ()
     """Declared ties of which the rank holds only one tensor, as `drifted_ties` lists them."""
+    target: str | None = None
+    """Path that the rank saves to; out of date in a plan from DCP's plan cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +139,7 @@ def plan_globally(
     facts = [_facts(plan) for plan in plans]
     hosts = tuple(fact.host for fact in facts)
     if export is None:
+        _planned_tensors(plans)  # for its check of what the ranks plan under one name
         return GlobalPlan(plans, None, uuid.uuid4().hex, options, hosts, {}, {}, ())
     planned = _planned_tensors(plans)
     tensors = _runtime_tensors(planned, facts, export.key)
@@ -232,7 +235,11 @@ def _facts(plan: SavePlan) -> LocalFacts:
 
 
 def _planned_tensors(plans: Iterable[SavePlan]) -> dict[str, PlannedTensor]:
-    """Collect for each tensor what all ranks write."""
+    """Collect for each tensor what all ranks write.
+
+    Raises:
+        PlanningError: If ranks plan different dtypes or shapes for one tensor.
+    """
     # Only this loop visits every item of every rank, so its time grows with the job. It reads each
     # attribute once: most of the time is spent on fetching the objects from memory.
     found: dict[str, PlannedTensor] = {}
@@ -247,11 +254,28 @@ def _planned_tensors(plans: Iterable[SavePlan]) -> dict[str, PlannedTensor]:
             if tensor is None:
                 path = tuple(paths.get(fqn, (fqn,)))
                 tensor = found[fqn] = PlannedTensor(data, path, [], [], [])
+            elif data.size != tensor.data.size or (
+                data.properties.dtype is not tensor.data.properties.dtype
+            ):
+                raise _unlike(fqn, tensor, data, rank)
             chunk = data.chunk
             tensor.ranks.append(rank)
             tensor.offsets.append(chunk.offsets)
             tensor.sizes.append(chunk.sizes)
     return found
+
+
+def _unlike(fqn: str, tensor: PlannedTensor, data: TensorWriteData, rank: int) -> PlanningError:
+    first = tensor.data
+    return PlanningError(
+        "ranks hold shards of different dtype or shape under one name",
+        phase="plan",
+        fqn=fqn,
+        expected=f"{first.properties.dtype} of shape {list(first.size)}, as on rank "
+        f"{tensor.ranks[0]}",
+        found=f"{data.properties.dtype} of shape {list(data.size)} on rank {rank}",
+        hint="give the tensor one dtype and shape on all ranks, or a name of its own on each",
+    )
 
 
 def _runtime_tensors(

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from dcp_hf_writer.errors import ExportError
 from dcp_hf_writer.mapping.spec_match import model_names
 from dcp_hf_writer.mapping.tied_names import declared_ties
+from dcp_hf_writer.torch_seam.tensor_forms import plain_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -162,8 +163,11 @@ def _are_equal(one: Any, other: Any) -> bool | None:
     if isinstance(one, DTensor) and isinstance(other, DTensor):
         if (one.device_mesh, one.placements) != (other.device_mesh, other.placements):
             return None
-        one, other = one.to_local(), other.to_local()
-    if isinstance(one, DTensor) or isinstance(other, DTensor):
+    elif isinstance(one, DTensor) or isinstance(other, DTensor):
+        return None
+    one, other = plain_of(one), plain_of(other)
+    if one is None or other is None:
+        # Encoded values: nobody can say whether two codes mean the same.
         return None
     if (one.shape, one.dtype) != (other.shape, other.dtype):
         return False

@@ -22,10 +22,15 @@ from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.formats.names_on_disk import INDEX_NAME
 from dcp_hf_writer.mapping.model_entry import model_prefix
 from dcp_hf_writer.plan.global_plan import GlobalPlan, RankPlan, plan_globally, rank_plans
-from dcp_hf_writer.preflight.drifted_ties import untrue_tie
 from dcp_hf_writer.preflight.explanation import Explanation
 from dcp_hf_writer.preflight.explanation_rows import FileSum, RankSum, Row, left_out
-from dcp_hf_writer.preflight.rank_facts import check_facts, local_facts, untrue_tie_of_ranks
+from dcp_hf_writer.preflight.rank_facts import (
+    check_facts,
+    export_fault,
+    local_facts,
+    untrue_tie_of_ranks,
+)
+from dcp_hf_writer.preflight.value_checks import pickle_faults, storage_faults
 from dcp_hf_writer.save.export_assets import file_of_key_in_like
 from dcp_hf_writer.save.hf_half import regions_by_file, way_of
 from dcp_hf_writer.save.save_context import RankView
@@ -37,6 +42,7 @@ from dcp_hf_writer.torch_seam.dtensor import local_of
 from dcp_hf_writer.torch_seam.future_guard import own_error
 from dcp_hf_writer.torch_seam.plan_cache import without_cache
 from dcp_hf_writer.torch_seam.planning_collectives import steps_of
+from dcp_hf_writer.torch_seam.tensor_forms import is_whole_form, plain_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -58,6 +64,8 @@ class _Local:
     total: RankSum
     error: ExportError | None
     """Why the checkpoint would have no export."""
+    refusals: tuple[str, ...]
+    """Why the save would be refused on this rank."""
 
 
 @dataclass(slots=True)
@@ -115,9 +123,9 @@ class DryRun:
             is_coordinator=self._is_coordinator,
             export=self.export,
             group=self.group,
+            is_dry_run=True,
         )
-        if self.export is not None:
-            self._error = untrue_tie(view.planned, self.export, view.memory, rank=self._rank)
+        self._error = export_fault(view, self.export, rank=self._rank)
         return replace(plan, storage_data=facts)
 
     def _plan_all(self, plans: list[SavePlan]) -> list[SavePlan]:
@@ -145,6 +153,7 @@ class DryRun:
             self._row(item, region, names, source)
             for _, blocks in sorted(work.items())
             for item, region in blocks
+            if _is_plain(self._view.planned.state_dict.get(item.index.fqn))
         ]
         kept = [item for item in tensors if item.index.fqn not in own.once]
         total = RankSum(
@@ -157,7 +166,9 @@ class DryRun:
             blocks=len(rows),
             files=len(work),
         )
-        return _Local(rows, total, self._error)
+        planned = self._view.planned
+        faults = (*storage_faults(planned, on_meta=True), *pickle_faults(planned))
+        return _Local(rows, total, self._error, tuple(map(str, faults)))
 
     def _row(
         self, item: WriteItem, region: Region, files: Sequence[str], source: TensorSource
@@ -223,7 +234,10 @@ class DryRun:
             stored_once=tuple(plan.once),
             missing_keys=tuple(sorted(missing)),
             unexpected_keys=tuple(sorted(unexpected)),
-            problems=tuple(_problems(errors, missing if wanted is not None else set(), unexpected)),
+            problems=(
+                *(f"the save would be refused: {text}" for one in found for text in one.refusals),
+                *_problems(errors, missing if wanted is not None else set(), unexpected),
+            ),
         )
 
 
@@ -238,6 +252,14 @@ def _without_expectations(export: HFExport) -> HFExport:
     relaxed = copy.copy(export)
     object.__setattr__(relaxed, "expect_keys", None)
     return relaxed
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether the export stores a value as it is; what a planner makes of others is plain."""
+    if not isinstance(value, torch.Tensor):
+        return True
+    plain = plain_of(value)
+    return not is_whole_form(value) and (plain is None or plain.layout is torch.strided)
 
 
 def _keys(layout: Layout | None) -> list[str]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.excerpts import some_of
 from dcp_hf_writer.save.tensor_bytes import chunk_of
 from dcp_hf_writer.tensors.boxes import intersect
+from dcp_hf_writer.torch_seam.dtensor import is_strided, local_of
 from dcp_hf_writer.torch_seam.multi_block_tensors import blocked_tensors
+from dcp_hf_writer.torch_seam.planners import HFSavePlanner
 from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 if TYPE_CHECKING:
@@ -39,10 +42,12 @@ def check_plan(plan: SavePlan, planned: Planned, export: HFExport | None) -> Non
 
     Raises:
         PlanningError: If the items of a tensor are not its blocks, and the error names the planner
-            to pass; or if the plan has a tensor that `planned` lacks.
+            to pass; if the plan has a tensor that `planned` lacks; or if a local tensor does not
+            have the sizes that its placements imply.
         UnsupportedTorchError: If the planner reuses a plan and does not show it.
     """
     _check_seen(plan, planned)
+    _check_local_sizes(plan, planned)
     specs, key = ({}, None) if export is None else (export.spec_by_fqn, export.key)
     expected = blocked_tensors(planned.state_dict, planned.paths, specs, key=key)
     made = plan if plan.usable or not expected else _reused_plan(planned)
@@ -74,6 +79,28 @@ def _check_seen(plan: SavePlan, planned: Planned) -> None:
                 expected="an FQN of the planner's state_dict, or of the state dict of the save",
                 found=f"an FQN that only {type(planned.planner).__name__} knows",
                 hint="give the planner an attribute state_dict: a dict of its values by FQN",
+            )
+
+
+def _check_local_sizes(plan: SavePlan, planned: Planned) -> None:
+    # DCP plans the sizes that the placements imply, and never looks at the local tensor.
+    blocked = planned.planner.declared if isinstance(planned.planner, HFSavePlanner) else ()
+    for item in plan.items:
+        value = planned.state_dict.get(item.index.fqn)
+        if not isinstance(value, DTensor) or item.index.fqn in blocked or is_strided(value):
+            continue
+        implied, found = chunk_of(item).sizes, tuple(local_of(value).shape)
+        if implied != found:
+            placements = ", ".join(map(repr, value.placements))
+            raise PlanningError(
+                "a local tensor does not have the sizes that its placements imply",
+                phase="plan",
+                fqn=item.index.fqn,
+                expected=f"a local tensor of shape {list(implied)}, which {placements} of "
+                f"{list(value.shape)} gives this rank",
+                found=f"shape {list(found)}",
+                hint="DCP supports only the sizes of torch.chunk: use distribute_tensor, or save "
+                "the local tensor as a plain tensor whose LoadSpec declares its shards",
             )
 
 

@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from dcp_hf_writer.excerpts import some_of
 from dcp_hf_writer.plan.global_plan import LocalFacts
-from dcp_hf_writer.preflight.detect_hand_sharded import check_samples, samples_of
-from dcp_hf_writer.preflight.drifted_ties import lone_ties, tie_apart
+from dcp_hf_writer.preflight.compare_ranks import check_samples
+from dcp_hf_writer.preflight.drifted_ties import lone_ties, tie_apart, untrue_tie
 from dcp_hf_writer.preflight.plan_check import check_plan
+from dcp_hf_writer.preflight.rank_samples import samples_of
+from dcp_hf_writer.preflight.value_checks import check_tensors, encoded_weight
 from dcp_hf_writer.save.owner_process import page_cache_id
+from dcp_hf_writer.save.rank_progress import other_path
 from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 if TYPE_CHECKING:
@@ -24,6 +28,9 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.rank_report import RankReport
     from dcp_hf_writer.save.save_context import RankView
 
+# Ranks whose path the error shows.
+_MOST_PATHS = 4
+
 
 def local_facts(
     plan: SavePlan,
@@ -33,6 +40,7 @@ def local_facts(
     is_coordinator: bool,
     export: HFExport | None,
     group: dist.ProcessGroup | None,
+    is_dry_run: bool = False,
 ) -> LocalFacts:
     """Check a rank's plan, and return the facts to send with it.
 
@@ -43,12 +51,17 @@ def local_facts(
         is_coordinator: Whether this rank is the coordinator.
         export: Options of the export.
         group: Process group of the save.
+        is_dry_run: Whether no tensor will be written. Tensors may then have no data, and the caller
+            looks for tensors that cannot be saved.
 
     Raises:
         PlanningError: If the plan leaves out blocks that this rank holds.
+        StagingError: If a tensor cannot be saved.
         UnsupportedTorchError: If the planner reuses a plan and does not show it.
     """
     check_plan(plan, view.planned, export)
+    if not is_dry_run:
+        check_tensors(view.planned)
     return LocalFacts(
         host=page_cache_id(target),
         order=_order(plan, view) if is_coordinator else None,
@@ -60,6 +73,7 @@ def local_facts(
         ),
         stamp=uuid.uuid4().hex,
         lone_ties=lone_ties(view.planned, export),
+        target=target,
     )
 
 
@@ -69,6 +83,23 @@ def _order(plan: SavePlan, view: RankView) -> tuple[str, ...]:
     # state dict gives that tensor a place in the order.
     planned = (item.index.fqn for item in plan.items)
     return tuple(dict.fromkeys((*view.planned.state_dict, *planned)))
+
+
+def export_fault(view: RankView, export: HFExport | None, *, rank: int) -> ExportError | None:
+    """Return why what this rank holds costs the export; `None` if it does not.
+
+    Args:
+        view: What this rank is to save.
+        export: Options of the export; `None` if there is none.
+        rank: This rank.
+
+    Raises:
+        ModelKeyError: If it is not clear which entry holds the model.
+    """
+    if export is None:
+        return None
+    error = untrue_tie(view.planned, export, view.memory, rank=rank)
+    return error or encoded_weight(view.planned, export, rank=rank)
 
 
 def check_facts(plans: Sequence[SavePlan]) -> None:
@@ -83,6 +114,28 @@ def check_facts(plans: Sequence[SavePlan]) -> None:
     """
     facts = [plan.storage_data for plan in plans]
     check_samples([fact.samples if isinstance(fact, LocalFacts) else b"" for fact in facts], plans)
+
+
+def check_targets(plans: Sequence[SavePlan], target: str) -> None:
+    """Check that all ranks save to one path (coordinator).
+
+    Args:
+        plans: Plan of each rank as the rank sent it, in rank order. A plan that is not usable is
+            one that DCP's plan cache replaces; such a rank looks for the coordinator's path itself.
+        target: Path of the coordinator.
+
+    Raises:
+        ConfigError: If a rank saves to another path; names the ranks and their paths.
+    """
+    others = [
+        f"rank {rank}: {plan.storage_data.target}"
+        for rank, plan in enumerate(plans)
+        if plan.usable
+        and isinstance(plan.storage_data, LocalFacts)
+        and plan.storage_data.target not in (target, None)
+    ]
+    if others:
+        raise other_path(target, some_of(others, most=_MOST_PATHS))
 
 
 def untrue_tie_of_ranks(plans: Sequence[SavePlan]) -> ExportError | None:

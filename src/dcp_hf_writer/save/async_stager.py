@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
 from concurrent.futures import Future
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from dcp_hf_writer.errors import StagingBusyError, StagingError
+from dcp_hf_writer.errors import CheckpointError, StagingBusyError, StagingError
 from dcp_hf_writer.failpoints import reach
-from dcp_hf_writer.save import export_assets
-from dcp_hf_writer.save.failure_explanations import guard_process_save
+from dcp_hf_writer.mapping.flattening import with_states
+from dcp_hf_writer.mapping.hf_export import HFExport
+from dcp_hf_writer.save import export_assets, save_log
+from dcp_hf_writer.save.failure_explanations import check_world
+from dcp_hf_writer.save.owner_process import is_on_first_host
+from dcp_hf_writer.save.process_saves import guard_process_save
+from dcp_hf_writer.save.rank_progress import MEETING
 from dcp_hf_writer.staging.staged_state_dict import (
     StagedStateDict,
     failed_state_dict,
@@ -22,12 +28,17 @@ from dcp_hf_writer.staging.staged_state_dict import (
     staging_error,
 )
 from dcp_hf_writer.staging.stager import STAGER, Copies, Staged, StagingMode, wait_before_step
+from dcp_hf_writer.torch_seam.caller_frames import find_async_save
+from dcp_hf_writer.torch_seam.save_world import SaveWorld
 
 if TYPE_CHECKING:
     import torch
 
-    from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.save.export_assets import Assets
     from dcp_hf_writer.staging.slab import Lease
+
+
+_log = logging.getLogger(__name__)
 
 
 class SlabStager(AsyncStager):
@@ -38,11 +49,14 @@ class SlabStager(AsyncStager):
     staging: StagingMode
     timeout_s: float
     process_group: dist.ProcessGroup | None
+    on_export_error: str
     _copies: Copies | None = None
     """Copies of the latest overlapped staging. Its state dict is not kept: the lease ends when the
     state dict is freed."""
     _lease: weakref.ref[Lease] | None = None
     """Lease of the latest staging. A weak reference, because a lease keeps its slab mapped."""
+    _assets_error: CheckpointError | None = None
+    """Why the latest staging could not read the assets; its save raises it."""
 
     def stage(self, state_dict: dict[str, Any]) -> Any:
         """Copy a state dict into the slab; later changes to the tensors do not reach the files.
@@ -57,40 +71,54 @@ class SlabStager(AsyncStager):
         Raises:
             StagingBusyError: If an earlier save is still in flight at the deadline.
         """
-        deadline = time.monotonic() + self.timeout_s
-        self._read_assets()
-        broken = failure_in(state_dict)
-        if broken is not None:
-            # The caller could not make the state dict on this rank.
-            return _failed(deadline, broken, self.path)
+        began = time.monotonic()
+        call = find_async_save()
+        target = self.path if call is None or call.checkpoint_id is None else call.checkpoint_id
+        place = _Place(target, HFExport.subdir if self.export is None else self.export.subdir)
+        deadline = began + self.timeout_s
+        world = SaveWorld.at_staging(call, self.process_group)
+        self._assets_error = self._read_assets(is_first=world.rank == 0)
         try:
-            staged = STAGER.stage(state_dict, mode=self.staging, what=self.path, deadline=deadline)
+            broken = failure_in(state_dict)
+            if broken is not None:
+                raise broken  # noqa: TRY301 - as a value that cannot be staged
+            staged = STAGER.stage(
+                state_dict, mode=self.staging, what=target, deadline=deadline, world=world
+            )
         except StagingBusyError:
             # The save in flight may be stuck in a collective: no other save may begin beside it.
             raise
         except Exception as error:  # noqa: BLE001 - raised in the plan
             self._copies = None
-            failed = _failed(deadline, error, self.path)
+            lease = STAGER.take_turn(what=target, deadline=deadline, world=world)
+            failed = _failed(lease, error, place)
             return failed if self.staging == "blocking" else _done(failed)
         reach("staged")
+        save_log.log_phase(target, world.rank, "stage", time.monotonic() - began)
         self._copies, self._lease = staged.copies, weakref.ref(staged.lease)
-        result, lease, target = staged.state_dict, staged.lease, self.path
-        result.on_send = lambda: guard_process_save(lease, deadline=deadline, target=target)
-        return result if staged.copies is None else _when_copied(staged, deadline, target)
+        result = staged.state_dict
+        _attend(result, staged.lease, place)
+        return result if staged.copies is None else _when_copied(staged, place)
 
     def stage_again(self, staged: StagedStateDict) -> StagedStateDict:
         """Return what `stage` returned for another try at its save, which must be over.
 
         Copies nothing. If the content is gone, the save of the returned state dict raises the
         reason in the planning step, on every rank.
+
+        Raises:
+            StagingBusyError: If another save is still in flight at the deadline.
         """
         deadline, target = time.monotonic() + self.timeout_s, self.path
+        place = _Place(target, HFExport.subdir if self.export is None else self.export.subdir)
+        world = SaveWorld.at_staging(find_async_save(), self.process_group)
         try:
-            again = STAGER.stage_again(staged, deadline=deadline)
+            again = STAGER.stage_again(staged, deadline=deadline, world=world)
         except StagingError as error:
-            return _failed(deadline, error, target)
-        lease = again.lease
-        again.on_send = lambda: guard_process_save(lease, deadline=deadline, target=target)
+            lease = STAGER.take_turn(what=target, deadline=deadline, world=world)
+            return _failed(lease, error, place)
+        assert again.lease is not None
+        _attend(again, again.lease, place)
         return again
 
     @property
@@ -127,27 +155,62 @@ class SlabStager(AsyncStager):
 
         Returns:
             Size of the staged copy on this rank, in bytes.
-        """
-        self._read_assets()
-        return STAGER.warm_up(state_dict, deadline=time.monotonic() + self.timeout_s)
 
-    def _give_back_staged(self) -> None:
-        """Release the latest lease if it still waits for a save that will not come.
+        Raises:
+            ExportError: If an asset cannot be read; on the coordinator only.
+            ConfigError: If `assets` or `like` is invalid; on the coordinator only.
+        """
+        error = self._read_assets(is_first=self._plans_export())
+        if error is not None:
+            raise error
+        return STAGER.warm_up(with_states(state_dict), deadline=time.monotonic() + self.timeout_s)
+
+    def _pending_lease(self) -> Lease | None:
+        """Return the latest lease if it still waits for its save, and this thread may run it.
 
         A synchronous save runs in the thread that stages. It leaves the lease alone, because the
         lease belongs to an asynchronous save that comes later.
         """
         lease = None if self._lease is None else self._lease()
         is_mine = lease is not None and lease.stager is threading.current_thread()
-        if lease is not None and lease.is_pending and not is_mine:
-            lease.release()
+        return lease if lease is not None and lease.is_pending and not is_mine else None
 
-    def _read_assets(self) -> None:
-        # Read now, in the training thread: config objects may change while the save runs. Errors
-        # are kept and raised in the planning step, where every rank learns of them.
-        is_first = not dist.is_initialized() or dist.get_rank(self.process_group) == 0
-        if self.export is not None and is_first:
-            export_assets.preload(self.export)
+    def _read_assets(self, *, is_first: bool) -> CheckpointError | None:
+        # Read now, in the training thread: config objects may change while the save runs. A save
+        # raises the error in its planning step, where every rank learns of it.
+        if self.export is None or not is_first:
+            return None
+        return export_assets.preload(self.export)
+
+    def _assets_of(self, export: HFExport, *, is_staged: bool) -> Assets:
+        """Return the assets for a save; raise, once, what kept its staging from reading them."""
+        error, self._assets_error = self._assets_error, None
+        if is_staged and error is not None:
+            raise error
+        return export_assets.assets_of(export)
+
+    def _look_at_assets(self) -> None:
+        """Check early that `like` and paths among the assets are there.
+
+        Only the coordinator reads them later. The other ranks of its host look too, so that all of
+        them raise together. On other hosts, the paths may be missing.
+
+        Raises:
+            ConfigError: If `like` or an asset cannot be used as given.
+            ExportError: If a path among the assets cannot be read.
+        """
+        if self.export is None or not (self._plans_export() or is_on_first_host()):
+            return
+        try:
+            export_assets.look_at(self.export)
+        except CheckpointError as error:
+            if self.on_export_error == "raise":
+                raise
+            _log.warning("a checkpoint would have no export now: %s", error)
+
+    def _plans_export(self) -> bool:
+        """Whether this rank is the coordinator, the only one that reads `like` and assets."""
+        return not dist.is_initialized() or dist.get_rank(self.process_group) == 0
 
 
 def _done(value: Any) -> Future[Any]:
@@ -156,31 +219,49 @@ def _done(value: Any) -> Future[Any]:
     return result
 
 
-def _failed(deadline: float, error: BaseException, target: str) -> StagedStateDict:
+class _Place(NamedTuple):
+    """Where a save writes. Not the writer: what is staged must not keep the writer alive."""
+
+    target: str
+    """Path of the checkpoint."""
+    subdir: str
+    """Directory of the export within it."""
+
+
+def _attend(staged: StagedStateDict, lease: Lease, place: _Place) -> None:
+    """Check the save of a staged state dict when it begins; guard it if a process runs it."""
+    handover = lease.handover
+    assert handover is not None
+    target, subdir = place.target, place.subdir
+    staged.on_send = lambda: guard_process_save(lease, handover, target=target, subdir=subdir)
+    world = handover.world
+    if world is not None and world.size > 1:
+        # The records of the ranks need the group, which may be gone when the save begins.
+        MEETING.rendezvous_of(None if world.group is None else world.group())
+        staged.on_save = lambda: check_world(lease, world, target=target)
+
+
+def _failed(lease: Lease, error: BaseException, place: _Place) -> StagedStateDict:
     """Return a state dict whose save raises the error that staging met."""
-    failed = failed_state_dict(staging_error(error))
-    failed.on_send = lambda: guard_process_save(None, deadline=deadline, target=target)
+    failed = failed_state_dict(staging_error(error), lease)
+    _attend(failed, lease, place)
     return failed
 
 
-def _when_copied(staged: Staged, deadline: float, target: str) -> Future[Any]:
-    """Return a future of the staged state dict; if a copy fails, of one that holds the error."""
+def _when_copied(staged: Staged, place: _Place) -> Future[Any]:
+    """Return a future of the staged state dict; if a copy fails, of one with the error."""
     result: Future[Any] = Future()
     lease, copies = staged.lease, staged.copies
-    # If no save takes up the lease, it ends when the state dict is freed. The writer keeps `done`,
-    # and the result holds the state dict too: so `done` must drop its references to both.
+    # If no save takes up the lease, it ends when the state dict is freed. The writer keeps
+    # `done`, and the result holds the state dict too: so `done` must drop both references.
     handed = [(result, staged.state_dict)]
 
     def done(copying: Future[None]) -> None:
         future, state_dict = handed.pop()
         error = copying.exception()
-        if error is None:
-            future.set_result(state_dict)
-        else:
-            lease.release()
-            # The planning step raises it: an error here would leave the other ranks waiting in a
-            # collective.
-            future.set_result(_failed(deadline, error, target))
+        # The planning step raises the error: here it would leave the other ranks waiting in a
+        # collective.
+        future.set_result(state_dict if error is None else _failed(lease, error, place))
 
     if copies is not None:
         copies.copying.add_done_callback(done)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import socket
 import threading
 import time
 from contextlib import contextmanager
@@ -18,13 +16,14 @@ from dcp_hf_writer.errors import (
     SaveTimeoutError,
     StagingBusyError,
 )
+from dcp_hf_writer.save import save_log
 from dcp_hf_writer.save.commit_state import CommitState
 from dcp_hf_writer.save.rank_progress import Progress
 from dcp_hf_writer.save.save_context import Membership, SentFacts
 from dcp_hf_writer.storage.output_fsync import OpenFiles
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from dcp_hf_writer.errors import ExportError
     from dcp_hf_writer.plan.encode_manifest import WholeFile
@@ -53,7 +52,7 @@ class Attempt:
             lease: Lease of the staged copy; released when the save ends.
         """
         self.context = context
-        self.member = Membership()
+        self.member = Membership(rank=max(context.world.rank, 0))
         """This rank's part in the save; known after `enter`."""
         self.sent = SentFacts()
         """Facts that this rank sent with its local plan; known after `send`."""
@@ -74,6 +73,10 @@ class Attempt:
         """Seconds spent in each phase; `timed` adds to them."""
         self._view: RankView | None = None
         self._lease = lease
+        self._at_end: list[Callable[[], None]] = []
+        self._phase_began = context.began
+        # The parent of a checkpointer process tells what becomes of its save.
+        self._is_told = context.is_sent
         self._state = CommitState()
         if context.staged is not None:
             self.seconds["stage"] = context.staged.stall_s
@@ -142,7 +145,12 @@ class Attempt:
 
     def begin_finish(self) -> None:
         """Enter the last phase, in which only the coordinator works; other ranks are not told."""
-        self.phase = "finish"
+        self._enter_phase("finish")
+
+    def _enter_phase(self, phase: str) -> None:
+        now = time.monotonic()
+        save_log.log_phase(self.target, self.rank, self.phase, now - self._phase_began)
+        self.phase, self._phase_began = phase, now
 
     def add_whole_files(self, *files: WholeFile) -> None:
         """Record export files that the coordinator wrote whole."""
@@ -168,8 +176,14 @@ class Attempt:
 
     @property
     def is_over(self) -> bool:
-        """Whether the attempt has ended, or its thread has."""
-        return self._state.is_ended or not self.context.thread.is_alive()
+        """Whether the attempt has ended, its thread has, or the thread has left the save.
+
+        An error of a synchronous save keeps the attempt from ending for as long as it is held.
+        """
+        if self._state.is_ended or not self.context.thread.is_alive():
+            return True
+        running = self.context.running
+        return running is not None and not running.is_running()
 
     def post(self, phase: str) -> None:
         """Enter a phase and tell the other ranks.
@@ -177,10 +191,11 @@ class Attempt:
         Raises:
             RankLostError: If the store that carries the records is gone.
         """
-        self.phase = phase
+        if phase != self.phase:
+            self._enter_phase(phase)
         if self.member.rendezvous is None:
             return
-        progress = Progress(self.member.count, phase, socket.gethostname(), os.getpid())
+        progress = Progress.mine(self.member.count, phase, self.target)
         try:
             self.member.rendezvous.post(progress)
         except RuntimeError as error:
@@ -231,6 +246,15 @@ class Attempt:
         finally:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - began
 
+    def check_world(self) -> None:
+        """Check that the process group of the save is still there.
+
+        Raises:
+            SaveAbortedError: If it was destroyed: torch may have gone on with another group.
+        """
+        if self.context.world.is_lost():
+            raise self.context.world.lost(target=self.target, phase=self.phase)
+
     @contextmanager
     def committing(self) -> Iterator[None]:
         """Enter the step that publishes the checkpoint, unless the save was given up.
@@ -240,6 +264,7 @@ class Attempt:
             SaveTimeoutError: If the deadline has passed.
         """
         self.check()
+        self.check_world()
         if not self._state.begin_commit():
             raise self._aborted()
         yield
@@ -252,22 +277,50 @@ class Attempt:
         """Keep the attempt from committing; returns `False` if the commit has already begun."""
         return self._state.give_up()
 
-    def end(self) -> None:
-        """Close and remove what the attempt holds; safe to call twice.
+    def at_end(self, act: Callable[[], None]) -> None:
+        """Call `act` when the save ends."""
+        self._at_end.append(act)
 
-        After a commit there is no directory to remove, because the rename gave it its final name.
+    def watch(self, stop: Callable[[], None]) -> None:
+        """Note that a guard watches the save and tells its errors; `stop` ends the watch."""
+        self._is_told = True
+        self.at_end(stop)
+
+    def tell(self, error: BaseException) -> None:
+        """Log the first error of a save that nobody watches: a synchronous one."""
+        if not self._is_told:
+            self._is_told = True
+            save_log.log_failed(self.target, self.rank, error)
+
+    def clean_up(self) -> None:
+        """Close and remove the files of the save; safe to call twice.
+
+        The save goes on: torch still has to tell the other ranks how it went. After a commit there
+        is no directory to remove, because the rename gave it its final name.
+        """
+        files, self.files = self.files, None
+        if files is not None:
+            files.abandon()
+        if self.member.is_coordinator and self.directory is not None:
+            self.directory.remove()
+
+    def end(self) -> None:
+        """Give back what the attempt holds; safe to call twice.
+
+        Only after the last collective of the save: the next save of this process begins then, and
+        its collectives must not overtake those of this one.
         """
         if not self._state.end():
             return
-        if self.files is not None:
-            self.files.abandon()
-        if self.member.is_coordinator and self.directory is not None:
-            self.directory.remove()
+        self.clean_up()
+        self._enter_phase("ended")
         if self._lease is not None:
             self._lease.release()
         # Another save may now replace the slab by a larger one. These references would keep the
         # old slab mapped.
         self._lease = self._view = None
+        while self._at_end:
+            self._at_end.pop()()
 
 
 class LiveAttempts:

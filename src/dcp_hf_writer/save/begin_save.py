@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import CheckpointError
 from dcp_hf_writer.save.attempt import LIVE, Attempt
 from dcp_hf_writer.save.failure_explanations import guard_save
 from dcp_hf_writer.save.save_context import SaveContext
-from dcp_hf_writer.staging.staged_state_dict import failure_in
+from dcp_hf_writer.staging.staged_state_dict import failure_in, staged_of
 from dcp_hf_writer.staging.stager import STAGER
-from dcp_hf_writer.torch_seam.caller_frames import find_save
+from dcp_hf_writer.torch_seam.caller_frames import RunningSave, find_save
+from dcp_hf_writer.torch_seam.future_guard import current_future
+from dcp_hf_writer.torch_seam.missing_group import check_group_is_there
+from dcp_hf_writer.torch_seam.save_world import SaveWorld
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from dcp_hf_writer.staging.slab import Handover, Lease
+    from dcp_hf_writer.torch_seam.caller_frames import TorchSave
 
 
-def begin_save(target: str, *, timeout_s: float, give_back: Callable[[], None]) -> Attempt:
+def begin_save(
+    target: str, *, timeout_s: float, made_in: SaveWorld, pending: Callable[[], Lease | None]
+) -> Attempt:
     """Begin the save that the calling thread runs, and guard its future.
 
     If the save cannot go on, the reason becomes `SaveContext.refusal`. The writer raises it later,
@@ -28,35 +34,69 @@ def begin_save(target: str, *, timeout_s: float, give_back: Callable[[], None]) 
     Args:
         target: Path of the checkpoint.
         timeout_s: Seconds from now to the deadline, if staging did not set one.
-        give_back: Releases what was staged if the save or its staged copy cannot be found.
+        made_in: The world in which the writer was made.
+        pending: Returns the lease of what was staged for this save, as far as the writer can tell;
+            called if the save or its staged copy cannot be found.
 
     Raises:
         UnsupportedTorchError: If the save is asynchronous, and its future cannot be found.
     """
-    anchor: object | None = None
+    save: TorchSave | None = None
     handover: Handover | None = None
     lease: Lease | None = None
+    world = SaveWorld.of(None, is_distributed=False)
     try:
         save = find_save()
-        anchor, refusal = save.ranks, failure_in(save.given)
-        handover, lease = STAGER.handover_of(save.given)
+        handover, lease = _staged(save.given)
         if lease is not None:
             lease.take_up()
+        refusal = failure_in(save.given)
+        if handover is None and not save.is_distributed and current_future() is not None:
+            made_in.check_unstaged(target=target)
+        if handover is not None and handover.world is not None:
+            world = handover.world
+            world.check(save.group, is_distributed=save.is_distributed, target=target, phase="plan")
+        if not (save.is_distributed and world.is_certain and world.is_here):
+            world = SaveWorld.of(save.group, is_distributed=save.is_distributed)
+        check_group_is_there()
     except CheckpointError as error:
-        lease, refusal = None, error
-        give_back()
+        refusal = error
+        if lease is None or not lease.is_taken_by_me:
+            lease = _take(pending())
+    now = time.monotonic()
     context = SaveContext(
         target,
-        time.monotonic() + timeout_s if handover is None else handover.deadline,
+        now + timeout_s if handover is None else handover.deadline,
         staged=None if handover is None else handover.info,
+        staged_at=now if handover is None else handover.began,
+        is_sent=handover is not None and lease is None,
         refusal=refusal,
+        world=world,
+        running=None if save is None else RunningSave.of(save),
     )
     attempt = Attempt(context, lease=lease)
     LIVE.add(attempt)
     is_async = lease is not None and lease.stager is not context.thread
-    try:
-        guard_save(attempt, anchor=anchor, is_async=is_async)
-    except CheckpointError:
-        attempt.end()
-        raise
+    guard_save(attempt, anchor=None if save is None else save.ranks, is_async=is_async)
     return attempt
+
+
+def _staged(given: Mapping[str, Any]) -> tuple[Handover | None, Lease | None]:
+    """Return what staging passed to the save of a state dict, and its lease.
+
+    Raises:
+        StagingError: If tensors lie in the slab, but staging left nothing for a save.
+    """
+    handover, lease = STAGER.handover_of(given)
+    staged = staged_of(given)
+    if handover is not None or staged is None:
+        return handover, lease
+    # No tensor of it lies in the slab: it has none, or it could not be staged.
+    lease = staged.lease
+    return (staged.handover, None) if lease is None else (lease.handover, lease)
+
+
+def _take(lease: Lease | None) -> Lease | None:
+    if lease is not None:
+        lease.take_up()
+    return lease

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
-import json
 import logging
 import os
 import re
@@ -27,12 +27,12 @@ from dcp_hf_writer.formats.names_on_disk import CONFIG_NAME, INDEX_NAME, MANIFES
 from dcp_hf_writer.formats.weights_once_places import NOTICE
 from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
 from dcp_hf_writer.plan.rank_report import RankReport, check_coverage
-from dcp_hf_writer.save.commit import remove_tree
+from dcp_hf_writer.said_once import SAID_ONCE, SaidOnce
 from dcp_hf_writer.save.dcp_half import digest_file
 from dcp_hf_writer.save.export_assets import CHECKSUMS_NAME
+from dcp_hf_writer.save.export_failures import export_error, nbytes_of
 from dcp_hf_writer.save.owner_process import Owner
 from dcp_hf_writer.save.tensor_bytes import digest_of
-from dcp_hf_writer.save.write_phase import export_error
 from dcp_hf_writer.storage.posix_outputs import (
     COHERENT,
     OutputFile,
@@ -43,9 +43,10 @@ from dcp_hf_writer.storage.posix_outputs import (
     write_errors,
     write_file,
 )
+from dcp_hf_writer.storage.posix_trees import remove_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     import torch
     from torch.distributed.checkpoint.metadata import Metadata
@@ -94,12 +95,17 @@ def check_strategy(*, hosts: Sequence[str], fs_type: str, strategy: str, path: s
     )
 
 
-def check_names(layout: Layout, assets: Assets, export: HFExport) -> None:
-    """Refuse an asset that has the name of a file which the export makes itself.
+def export_files(
+    layout: Layout | None, assets: Assets | None, export: HFExport | None
+) -> frozenset[str]:
+    """Return the files that a save makes for the export, by path within the checkpoint.
 
     Raises:
-        LayoutError: If there is such an asset; the error names the file.
+        LayoutError: If an asset has the name of a file that the export makes itself; the error
+            names the file.
     """
+    if layout is None or assets is None or export is None:
+        return frozenset()
     made = {file.name for file in layout.files} | {INDEX_NAME}
     if export.checksums is not None:
         made.add(CHECKSUMS_NAME)
@@ -107,16 +113,35 @@ def check_names(layout: Layout, assets: Assets, export: HFExport) -> None:
     if taken:
         msg = "an asset has the name of a file that the export makes itself"
         raise LayoutError(msg, phase="plan", path=min(taken), hint="leave it out of assets")
+    if layout.index is None:
+        made.remove(INDEX_NAME)
+    return frozenset(f"{export.subdir}/{name}" for name in made | assets.files.keys())
 
 
-def make_directory(directory: StagingDirectory, *, overwrite: bool, attempt: Attempt) -> None:
+def make_directory(
+    directory: StagingDirectory,
+    *,
+    overwrite: bool,
+    attempt: Attempt,
+    new_files: Collection[str] = (),
+) -> None:
     """Make the directory of a save. If this raises, it leaves nothing behind.
 
+    Args:
+        directory: The directory.
+        overwrite: Whether the save may replace a checkpoint.
+        attempt: The save.
+        new_files: Files of the export, by path within the checkpoint.
+
     Raises:
-        StorageError: If the target exists, or the file system refuses an operation.
+        StorageError: If the target may not be taken, or the file system refuses an operation.
     """
     files = attempt.open_files()
-    record = files.keep(directory.create(overwrite=overwrite))
+    record = files.keep(
+        directory.create(
+            overwrite=overwrite, new_files=new_files, world_size=attempt.member.world_size
+        )
+    )
     attempt.work_in(directory)
     reach("directory made")
     files.sync(files.take(record.path) or record)
@@ -151,13 +176,20 @@ def make_export(
         path = os.path.join(directory.path, subdir)
         files.discard_below(path)
         drop_export(directory, subdir)
-        attempt.leave_out_export(export_error(error, rank=attempt.rank, path=path))
+        nbytes = nbytes_of(plan.layout) + sum(map(len, assets.files.values()))
+        attempt.leave_out_export(export_error(error, rank=attempt.rank, path=path, nbytes=nbytes))
         return False
     return True
 
 
 def prepare_export(
-    directory: StagingDirectory, layout: Layout, assets: Assets, files: OpenFiles, *, subdir: str
+    directory: StagingDirectory,
+    layout: Layout,
+    assets: Assets,
+    files: OpenFiles,
+    *,
+    subdir: str,
+    said: SaidOnce = SAID_ONCE,
 ) -> list[WholeFile]:
     """Make the output files with headers, the index and the assets; then the ranks may write.
 
@@ -179,7 +211,7 @@ def prepare_export(
     whole = dict(assets.files)
     if layout.index is not None:
         whole[INDEX_NAME] = layout.index
-    _warn_without_config(whole)
+    _warn_without_config(whole, said)
     reach("headers written")
     return [_write_whole(files, directory.path, subdir, n, d) for n, d in whole.items()]
 
@@ -195,7 +227,7 @@ def _write_whole(files: OpenFiles, root: str, subdir: str, name: str, data: byte
 
 def _check_space(layout: Layout, directory: StagingDirectory) -> None:
     # Only an early check: `set_size` reserves the space where the file system can.
-    needed = sum(file.nbytes for file in layout.files)
+    needed = nbytes_of(layout)
     free = free_bytes(directory.path)
     if free is not None and free < needed:
         msg = "there is not enough space for the export"
@@ -206,21 +238,17 @@ def _check_space(layout: Layout, directory: StagingDirectory) -> None:
             expected=f"{needed} bytes free",
             found=f"{free} bytes free",
             errno=errno.ENOSPC,
-            hint="free space on the device, or remove old checkpoints; nothing was published",
+            hint="free space on the device, or remove old checkpoints",
         )
 
 
-_is_warned = False
-
-
-def _warn_without_config(names: Mapping[str, bytes]) -> None:
-    global _is_warned  # noqa: PLW0603
-    if CONFIG_NAME in names or _is_warned:
+def _warn_without_config(names: Mapping[str, bytes], said: SaidOnce) -> None:
+    if CONFIG_NAME in names:
         return
-    _is_warned = True
-    _log.warning(
+    said.warn(
+        _log,
         "the export has no config.json, so transformers cannot load it as a model; pass "
-        "HFExport(assets=(model.config, tokenizer)) or HFExport(like=<base model directory>)"
+        "HFExport(assets=(model.config, tokenizer)) or HFExport(like=<base model directory>)",
     )
 
 
@@ -228,6 +256,21 @@ def step_of(target: str) -> int | None:
     """Return the training step in a path such as `run/step-100`; only the manifest uses it."""
     found = _STEP.search(os.path.basename(target))
     return int(found[1]) if found else None
+
+
+def nbytes_on_disk(target: str, subdir: str) -> tuple[int, int]:
+    """Return the bytes of both halves of a checkpoint, from the sizes of their data files.
+
+    Raises:
+        OSError: If the checkpoint cannot be listed.
+    """
+    export = os.path.join(target, subdir)
+    halves = (target, ".distcp"), (export, ".safetensors")
+    found = []
+    for path, suffix in halves:
+        with os.scandir(path) if os.path.isdir(path) else contextlib.nullcontext(()) as entries:
+            found.append(sum(e.stat().st_size for e in entries if e.name.endswith(suffix)))
+    return found[0], found[1]
 
 
 def share_text(results: Iterable[Sequence[WriteResult]]) -> None:
@@ -396,13 +439,3 @@ def _plain_files(path: str) -> list[str]:
 
 def _directories(root: str) -> list[str]:
     return [path for path, _, _ in os.walk(root, topdown=False)]
-
-
-def committed_save_id(target: str) -> str | None:
-    """Return the id of the save that is visible under a path; `None` without a valid manifest."""
-    try:
-        with open(os.path.join(target, MANIFEST_NAME), "rb") as file:
-            value = json.load(file)
-    except (OSError, ValueError):
-        return None
-    return value.get("save_id") if isinstance(value, dict) else None

@@ -10,78 +10,88 @@ from typing import TYPE_CHECKING, TypeVar
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dcp_hf_writer.errors import SaveAbortedError, SaveTimeoutError
-from dcp_hf_writer.save.coordinator import committed_save_id
-from dcp_hf_writer.save.rank_progress import POST_MORTEM_S, Progress, lost_ranks_error
+from dcp_hf_writer.save import save_log
+from dcp_hf_writer.save.rank_progress import MEETING, POST_MORTEM_S, Progress, lost_ranks_error
+from dcp_hf_writer.save.replace_target import saved_id
+from dcp_hf_writer.torch_seam.failed_steps import call_when_a_step_fails
 from dcp_hf_writer.torch_seam.future_guard import FutureGuard, find_future, own_error
+from dcp_hf_writer.torch_seam.save_world import PROBLEM, WAIT_HINT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from torch.distributed.checkpoint.utils import _DistWrapper
+
     from dcp_hf_writer.errors import RankLostError
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.staging.slab import Lease
+    from dcp_hf_writer.torch_seam.save_world import SaveWorld
 
 _log = logging.getLogger(__name__)
 
 _Answer = TypeVar("_Answer")
 
 
-def guard_save(attempt: Attempt, *, anchor: object | None, is_async: bool) -> None:
+def guard_save(attempt: Attempt, *, anchor: _DistWrapper | None, is_async: bool) -> None:
     """Guard the future of the save that the calling thread runs.
 
-    A synchronous save has no future. Its resources are released when `anchor` is freed with torch's
-    stack frames, or at interpreter exit. If this rank failed, that takes a garbage collection.
+    A synchronous save has no future. Its resources are released when a step of it fails, or when
+    `anchor` is freed with torch's stack frames, or at interpreter exit.
 
     Args:
         attempt: The save.
-        anchor: An object that lives as long as the save; `None` if the save is refused.
+        anchor: The ranks of the save, an object that lives as long as the save; `None` if the save
+            is refused.
         is_async: Whether the save must have a future.
 
     Raises:
         UnsupportedTorchError: If the save must have a future, and none can be found.
     """
     future = find_future(is_async=is_async)
+    if anchor is not None:
+        weakref.finalize(anchor, attempt.end)
     if future is None:
-        if anchor is not None:
-            weakref.finalize(anchor, attempt.end)
+        if anchor is None:
+            attempt.end()
+        else:
+            call_when_a_step_fails(anchor, attempt.end)
         return
-
-    FutureGuard(
+    running = attempt.context.running
+    guard = FutureGuard(
         future,
         deadline=attempt.context.deadline,
-        on_deadline=lambda: _at_deadline(attempt),
-        translate=lambda error: _explain(attempt, error),
+        on_deadline=lambda: _seen(attempt, _at_deadline(attempt)),
+        translate=lambda error: _seen(attempt, _explain(attempt, error)),
         on_end=attempt.end,
+        look=lambda: _seen_or_none(attempt, _while_running(attempt)),
+        is_running=(lambda: True) if running is None else running.is_running,
+        has_raised=(lambda _: True) if running is None else running.has_raised,
     )
+    attempt.watch(guard.stop)
 
 
-def guard_process_save(lease: Lease | None, *, deadline: float, target: str) -> None:
-    """Guard the future of a save that a checkpointer process runs; called as the save is sent.
+def check_world(lease: Lease, world: SaveWorld, *, target: str) -> None:
+    """Check that the process group of a save is still there; called when the save begins.
+
+    If it is not, the save ends here, before it uses another group. The other ranks may still have
+    theirs: a record in the store tells them why this rank is missing.
 
     Raises:
-        UnsupportedTorchError: If the future cannot be found.
+        SaveAbortedError: If the process group was destroyed.
     """
-    future = find_future(is_async=True)
-    assert future is not None
+    try:
+        world.check_before(target=target)
+    except SaveAbortedError as error:
+        lease.release()
+        save_log.log_failed(target, world.rank, error)
+        MEETING.next_count()
+        _tell_left(world)
+        raise
 
-    def at_deadline() -> BaseException:
-        msg = "the checkpointer process did not finish the save by its deadline"
-        return SaveTimeoutError(
-            msg,
-            phase="write",
-            path=target,
-            expected="an answer by the deadline",
-            found=_outcome(target, None),
-            hint="the process may be waiting for the storage; training can go on",
-        )
 
-    FutureGuard(
-        future,
-        deadline=deadline,
-        on_deadline=at_deadline,
-        translate=lambda error: _explain_process(target, error),
-        on_end=lambda: None if lease is None else lease.release(),
-    )
+def _tell_left(world: SaveWorld) -> None:
+    """Tell the ranks that still have the process group why this rank is missing."""
+    _ask(lambda: MEETING.leave(world, PROBLEM), otherwise=None)
 
 
 # The store or the storage itself may hang: how long to wait for an answer of either.
@@ -89,32 +99,26 @@ _ASK_S = 2.0
 # The other ranks began a little later, so their deadlines pass up to this much later.
 _SKEW_S = 1.0
 
-_OPEN = "outcome open: only the path tells whether the checkpoint is there"
+OPEN = "outcome open: only the path tells whether the checkpoint is there"
 _STORE_IS_SILENT: Sequence[str] = ("the host of the store, usually rank 0",)
 
 
-def _explain_process(target: str, error: BaseException) -> BaseException:
-    own = own_error(error)
-    if own is not None or not isinstance(error, RuntimeError):
-        return own or error
-    is_dead = "process is dead" in str(error)
-    msg = "the checkpointer process did not finish the save"
-    aborted = SaveAbortedError(
-        msg,
-        phase="write",
-        path=target,
-        found=f"{error}; {_OPEN}",
-        hint="torch does not restart that process: restart the run, or save in a thread"
-        if is_dead
-        else None,
-    )
-    aborted.__cause__ = error
-    return aborted
+def _seen(attempt: Attempt, error: BaseException) -> BaseException:
+    """Log the error of a save, for callers that never look at the future; return it."""
+    save_log.log_failed(attempt.target, attempt.rank, error)
+    return error
+
+
+def _seen_or_none(attempt: Attempt, error: BaseException | None) -> BaseException | None:
+    return None if error is None else _seen(attempt, error)
 
 
 def _at_deadline(attempt: Attempt) -> BaseException:
     may_commit = not attempt.give_up()
     phase = attempt.phase
+    told = _left_by_others(attempt, phase)
+    if told is not None:
+        return told
     silent = _ask(lambda: _silent_at_deadline(attempt, phase), otherwise=_STORE_IS_SILENT)
     # The coordinator cannot commit before every rank has reported what it wrote ("written").
     is_open = may_commit or (not attempt.member.is_coordinator and phase == "written")
@@ -134,27 +138,74 @@ def _at_deadline(attempt: Attempt) -> BaseException:
 
 
 def _explain(attempt: Attempt, error: BaseException) -> BaseException:
-    own = own_error(error)
+    phase = attempt.phase
+    own, is_lost = own_error(error), attempt.context.world.is_lost()
+    if is_lost:
+        _tell_left(attempt.context.world)
+        own = own or attempt.context.refusal
     if own is not None:
         return own
+    if is_lost:
+        return _group_destroyed(attempt, phase, error)
     if attempt.member.rendezvous is None or isinstance(error, CheckpointException):
         return error
     # The error of a broken collective names an address at best. The records in the store tell which
     # ranks went silent.
     attempt.give_up()
-    phase = attempt.phase
     wait_s = min(POST_MORTEM_S, attempt.context.left_s())
     silent = _ask(
         lambda: _silent_after_failure(attempt, wait_s=wait_s),
         otherwise=_STORE_IS_SILENT,
         limit_s=wait_s + _ASK_S,
     )
+    told = _left_by_others(attempt, phase)
+    if told is not None:
+        told.__cause__ = error
+        return told
     if not silent:
         return error
-    outcome = _outcome_of(attempt) if phase in {"written", "finish"} else "not committed"
-    lost = _lost(attempt, silent, phase=phase, outcome=outcome)
+    lost = _lost(attempt, silent, phase=phase, outcome=_outcome_at(attempt, phase))
     lost.__cause__ = error
     return lost
+
+
+def _group_destroyed(attempt: Attempt, phase: str, error: BaseException) -> BaseException:
+    """Return the error for a process group that this process destroyed."""
+    attempt.give_up()
+    outcome = _outcome_at(attempt, phase)
+    lost = attempt.context.world.lost(target=attempt.target, phase=phase, outcome=outcome)
+    lost.__cause__ = error
+    return lost
+
+
+def _while_running(attempt: Attempt) -> BaseException | None:
+    """Return the error for a save that another rank has left; `None` if it may go on.
+
+    A collective may wait for that rank until the timeout of the process group: gloo keeps the
+    connections of a destroyed group for as long as someone holds the group.
+    """
+    left = _left_by_others(attempt, attempt.phase)
+    if left is not None:
+        attempt.give_up()
+    return left
+
+
+def _left_by_others(attempt: Attempt, phase: str) -> SaveAbortedError | None:
+    """Return the error for a save that another rank has left; `None` if none said so."""
+    records = attempt.member.rendezvous
+    if records is None:
+        return None
+    found = _ask(lambda: records.left(attempt.member.count), otherwise=None)
+    if found is None:
+        return None
+    return SaveAbortedError(
+        "another rank left the save",
+        rank=attempt.rank,
+        phase=phase,
+        path=attempt.target,
+        found=f"{found}; {_outcome_at(attempt, phase)}",
+        hint=WAIT_HINT,
+    )
 
 
 def _lost(attempt: Attempt, silent: Sequence[str], *, phase: str, outcome: str) -> RankLostError:
@@ -187,15 +238,22 @@ def _silent_after_failure(attempt: Attempt, *, wait_s: float) -> Sequence[str]:
     return attempt.member.rendezvous.silent_ranks(mine, wait_s=wait_s)
 
 
+def _outcome_at(attempt: Attempt, phase: str) -> str:
+    # The coordinator cannot commit before every rank has reported what it wrote.
+    if attempt.member.is_coordinator and attempt.give_up():
+        return "not committed"
+    return _outcome_of(attempt) if phase in {"written", "finish"} else "not committed"
+
+
 def _outcome_of(attempt: Attempt) -> str:
     save_id = attempt.directory.save_id if attempt.directory is not None else None
-    return _ask(lambda: _outcome(attempt.target, save_id), otherwise=_OPEN)
+    return _ask(lambda: _outcome(attempt.target, save_id), otherwise=OPEN)
 
 
 def _outcome(target: str, save_id: str | None) -> str:
-    if save_id is not None and committed_save_id(target) == save_id:
+    if save_id is not None and saved_id(target) == save_id:
         return "committed: the checkpoint is visible"
-    return _OPEN
+    return OPEN
 
 
 def _ask(

@@ -9,20 +9,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import socket
 import time
+import weakref
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from dcp_hf_writer.errors import RankLostError
+from dcp_hf_writer.errors import ConfigError, RankLostError
 from dcp_hf_writer.torch_seam.default_store import default_store, own_store_client
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from dcp_hf_writer.torch_seam.save_world import SaveWorld
+
 _PREFIX = "dcp-hf-writer"
+_LEFT = f"{_PREFIX}/left"
 
 # Phases of a save, in the order in which a rank goes through them.
 PHASES = ("plan", "write", "written", "finish", "failed")
@@ -31,6 +37,10 @@ PHASES = ("plan", "write", "written", "finish", "failed")
 POST_MORTEM_S = 3.0
 
 _POLL_S = 0.05
+
+# How long a rank looks for the coordinator's record before it compares paths. The record is in the
+# store before the rank gets its plan, but the store may show it a moment later.
+_FIRST_LOOK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +67,13 @@ class Progress:
     """Its host name, for messages."""
     pid: int
     """Its process id, for messages."""
+    target: str = ""
+    """Path that it saves to."""
+
+    @classmethod
+    def mine(cls, count: int, phase: str, target: str = "") -> Progress:
+        """Make the record of this process, which saves to `target`."""
+        return cls(count, phase, socket.gethostname(), os.getpid(), target)
 
 
 class Rendezvous:
@@ -96,12 +113,17 @@ class Rendezvous:
             rank: This rank within the process group of the save, for the message.
 
         Raises:
+            ConfigError: If the coordinator saves to another path.
             RankLostError: If there is no valid record within `timeout_s`.
         """
         key = _key("save", target)
         try:
+            if not self._is_set(key, min(timeout_s, _FIRST_LOOK_S)):
+                self._check_target_of_coordinator(target, rank)
             self._store.wait([key], timedelta(seconds=max(timeout_s, 0.1)))
             return Announcement(**json.loads(self._store.get(key)))
+        except ConfigError:
+            raise
         except (dist.DistError, RuntimeError, ValueError, TypeError) as error:
             msg = "the coordinator announced no save to this path"
             raise RankLostError(
@@ -113,19 +135,57 @@ class Rendezvous:
                 hint="every rank must pass the same path; if it does, the coordinator is gone",
             ) from error
 
+    def _is_set(self, key: str, wait_s: float) -> bool:
+        """Whether a key appears in the store within a short time; a store does not order keys."""
+        until = time.monotonic() + wait_s
+        while not self._store.check([key]):
+            if time.monotonic() > until:
+                return False
+            time.sleep(_POLL_S)
+        return True
+
+    def _check_target_of_coordinator(self, target: str, rank: int) -> None:
+        record = self.progress(self._members[:1]).get(self._members[0])
+        if record is not None and record.target not in ("", target):
+            raise other_path(record.target, f"rank {rank}: {target}", rank=rank)
+
     def post(self, progress: Progress) -> None:
         """Tell the other ranks how far this rank has come."""
         self._store.set(f"{_PREFIX}/rank/{self._me}", json.dumps(asdict(progress)))
 
-    def progress(self) -> dict[int, Progress | None]:
-        """Return how far each member has come, by global rank; `None` if it never posted."""
+    def progress(self, ranks: Sequence[int] | None = None) -> dict[int, Progress | None]:
+        """Return how far members have come, by global rank; `None` if a rank never posted.
+
+        Args:
+            ranks: Global ranks of some members; `None` stands for all members.
+        """
         found: dict[int, Progress | None] = {}
-        for rank in self._members:
+        for rank in self._members if ranks is None else ranks:
             key = f"{_PREFIX}/rank/{rank}"
             found[rank] = (
                 Progress(**json.loads(self._store.get(key))) if self._store.check([key]) else None
             )
         return found
+
+    def leave(self, progress: Progress, why: str) -> None:
+        """Tell the other ranks that this one has left a save in which they may wait for it."""
+        self.post(progress)
+        self._store.set(_LEFT, json.dumps({"rank": self._me, "why": why, **asdict(progress)}))
+
+    def left(self, count: int) -> str | None:
+        """Return who left the save, and why, as text; `None` if nobody said so.
+
+        Args:
+            count: The save, as this rank counts saves.
+        """
+        # One key for all ranks: each rank asks for it again and again while a save is in flight.
+        if not self._store.check([_LEFT]):
+            return None
+        one = json.loads(self._store.get(_LEFT))
+        is_of_save = one["rank"] in self._members and one["count"] >= count
+        if not is_of_save or one["rank"] == self._me:
+            return None
+        return f"rank {one['rank']} ({one['host']}, pid {one['pid']}): {one['why']}"
 
     def silent_ranks(self, mine: Progress, *, wait_s: float) -> list[str]:
         """Return the ranks that do not get as far as this one within `wait_s` seconds, as text.
@@ -187,6 +247,27 @@ def lost_ranks_error(
     )
 
 
+def other_path(target: str, found: str, *, rank: int | None = None) -> ConfigError:
+    """Make the error for ranks that save to another path than the coordinator.
+
+    Args:
+        target: Path of the coordinator.
+        found: The other ranks and their paths, as text.
+        rank: Rank that found it, if it is not the coordinator.
+    """
+    msg = "the ranks save to different paths"
+    return ConfigError(
+        msg,
+        rank=rank,
+        phase="plan",
+        path=target,
+        expected="the path of rank 0 on every rank",
+        found=found,
+        hint="make the path on one rank and broadcast it, if it holds a time or a random part; "
+        "a relative path depends on the working directory",
+    )
+
+
 def _key(kind: str, target: str) -> str:
     return f"{_PREFIX}/{kind}/{hashlib.sha256(target.encode()).hexdigest()[:32]}"
 
@@ -197,7 +278,8 @@ class Meeting:
     def __init__(self) -> None:
         """Start before the first save."""
         self._count = 0
-        self._known: tuple[Any, dist.ProcessGroup | None, Rendezvous] | None = None
+        self._known: tuple[Any, Any, Rendezvous] | None = None
+        """The default store, a weak reference to the group or `None`, and the group's records."""
 
     def next_count(self) -> int:
         """Count a new save of this process, and return the new count."""
@@ -214,9 +296,25 @@ class Meeting:
             return None
         # Each initialisation of torch.distributed makes a new store, which needs new records.
         store = default_store()
-        if self._known is None or self._known[0] is not store or self._known[1] is not group:
-            self._known = (store, group, Rendezvous(group))
-        return self._known[2]
+        known = self._known
+        if known is None or known[0] is not store or _referent(known[1]) is not group:
+            # A group that is held keeps its connections after it was destroyed.
+            reference = None if group is None else weakref.ref(group)
+            known = self._known = (store, reference, Rendezvous(group))
+        return known[2]
+
+    def leave(self, world: SaveWorld, why: str) -> None:
+        """Tell the other ranks of a save why this rank takes no part, if they shared a store.
+
+        Raises:
+            RuntimeError: If the store does not answer.
+        """
+        if self._known is not None and self._known[0] is world.store:
+            self._known[2].leave(Progress.mine(self._count, "failed"), why)
+
+
+def _referent(reference: Any) -> Any:
+    return None if reference is None else reference() or reference
 
 
 MEETING = Meeting()

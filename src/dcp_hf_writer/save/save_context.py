@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.staging.same_memory import memory_of, tied_groups
+from dcp_hf_writer.torch_seam.save_world import SaveWorld
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.errors import CheckpointError
     from dcp_hf_writer.save.rank_progress import Rendezvous
     from dcp_hf_writer.staging.slab import StagedInfo
-    from dcp_hf_writer.torch_seam.caller_frames import Planned
+    from dcp_hf_writer.torch_seam.caller_frames import Planned, RunningSave
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,14 @@ class SaveContext:
     """`time.monotonic()` by which the save must be done."""
     staged: StagedInfo | None = None
     """What staging found out; `None` for a synchronous save."""
+    staged_at: float = field(default_factory=time.monotonic)
+    """`time.monotonic()` when staging began; without staging, when the save began."""
+    is_sent: bool = False
+    """Whether a parent process staged it and waits for the outcome."""
+    world: SaveWorld = field(default_factory=lambda: SaveWorld.of(None, is_distributed=False))
+    """The ranks of the save as it began."""
+    running: RunningSave | None = None
+    """The call of torch's that is the save; `None` if it could not be found."""
     refusal: CheckpointError | None = None
     """Why the save cannot go on; the writer raises it where torch passes it on to all ranks."""
     began: float = field(default_factory=time.monotonic)

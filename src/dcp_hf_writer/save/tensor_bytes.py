@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ import xxhash
 
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.tensors.boxes import Box
+from dcp_hf_writer.torch_seam.tensor_forms import parts_on_host, plain_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -29,6 +31,21 @@ def host_bytes(tensor: torch.Tensor) -> memoryview:
     if not tensor.numel():
         return _EMPTY
     return tensor.reshape(-1).view(torch.uint8).cpu().numpy().data
+
+
+def whole_archive(tensor: torch.Tensor, fqn: str) -> bytes:
+    """Return the archive that `torch.save` makes of a tensor of the whole form.
+
+    Raises:
+        PlanningError: If the tensor cannot be copied to host memory.
+    """
+    on_host = parts_on_host(tensor)
+    if on_host is None:
+        msg = "a tensor cannot be taken apart"
+        raise PlanningError(msg, phase="write", fqn=fqn, found=type(tensor).__name__)
+    buffer = io.BytesIO()
+    torch.save(on_host, buffer)
+    return buffer.getvalue()
 
 
 def row_major_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
@@ -60,6 +77,10 @@ class TensorSource:
     def tensor(self, item: WriteItem) -> torch.Tensor:
         """Return the item's tensor; if the item is one block of a tensor, a view of that block.
 
+        Returns:
+            A plain tensor. Or, for a tensor of the whole form (`tensor_forms`), the tensor itself:
+            only the DCP half can store it, as the archive that `torch.save` makes of it.
+
         Raises:
             PlanningError: If the tensor does not fit the plan, which may happen with a reused plan.
         """
@@ -67,7 +88,8 @@ class TensorSource:
         if not isinstance(found, torch.Tensor) or item.tensor_data is None:
             msg = "the planner must resolve a tensor item to a tensor"
             raise PlanningError(msg, phase="write", fqn=item.index.fqn, found=type(found).__name__)
-        tensor = found.detach().resolve_conj().resolve_neg()
+        plain = plain_of(found)
+        tensor = found if plain is None else plain.detach().resolve_conj().resolve_neg()
         planned = (item.tensor_data.properties.dtype, tuple(item.tensor_data.chunk.sizes))
         if planned != (tensor.dtype, tuple(tensor.shape)):
             msg = "a tensor does not have the dtype and shape of the plan"
@@ -77,8 +99,7 @@ class TensorSource:
                 fqn=item.index.fqn,
                 expected=f"{planned[0]} of shape {list(planned[1])}",
                 found=f"{tensor.dtype} of shape {list(tensor.shape)}",
-                hint="torch's plan caching does not notice a new dtype; the next save makes a new "
-                "plan",
+                hint=_hint(planned[0] != tensor.dtype),
             )
         return tensor
 
@@ -88,6 +109,12 @@ class TensorSource:
         if known is None:
             known = self._digests[item.index] = digest_of(data)
         return known
+
+
+def _hint(is_new_dtype: bool) -> str:  # noqa: FBT001 - one fact
+    if is_new_dtype:
+        return "torch's plan caching does not notice a new dtype; the next save makes a new plan"
+    return "do not resize tensors while a save runs; a planner must resolve what it has planned"
 
 
 def digest_of(data: memoryview | bytes) -> str:

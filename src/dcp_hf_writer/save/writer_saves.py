@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import functools
 import threading
-from typing import TYPE_CHECKING, Any
+import uuid
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dcp_hf_writer.save.attempt import Attempt
+
+
+_T = TypeVar("_T")
+
+
+class _HasSaves(Protocol):
+    _saves: WriterSaves
 
 
 class WriterSaves:
@@ -17,14 +28,24 @@ class WriterSaves:
     nothing holds the next one back. Thread-safe.
     """
 
-    def __init__(self) -> None:
-        """Start without a save."""
+    def __init__(self, save_id: str | None = None) -> None:
+        """Start without a save.
+
+        Args:
+            save_id: The id that the writer tells; `None` makes a new one.
+        """
         self._thread = threading.local()
         self._latest: Attempt | None = None
+        self.save_id = save_id or str(uuid.uuid4())
+        """Id that the writer tells, as torch's writer does; the coordinator's is in `.metadata`."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A checkpointer process has saves of its own.
-        return WriterSaves, ()
+        return WriterSaves, (self.save_id,)
+
+    def renew_save_id(self) -> None:
+        """Make a new `save_id`, for the next save."""
+        self.save_id = str(uuid.uuid4())
 
     def wait_for_earlier(self) -> None:
         """Wait for the latest save if it runs in another thread.
@@ -54,3 +75,19 @@ class WriterSaves:
         """Return the save that the calling thread runs; `None` if it began none."""
         found: Attempt | None = getattr(self._thread, "attempt", None)
         return found
+
+
+def tells(method: Callable[..., _T]) -> Callable[..., _T]:
+    """Make a method of a writer log the error that it raises, if no guard watches the save."""
+
+    @functools.wraps(method)
+    def telling(self: _HasSaves, *args: Any, **kwargs: Any) -> _T:
+        try:
+            return method(self, *args, **kwargs)
+        except BaseException as error:
+            attempt = self._saves.current()
+            if attempt is not None:
+                attempt.tell(error)
+            raise
+
+    return telling

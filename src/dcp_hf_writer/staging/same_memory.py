@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from dcp_hf_writer.torch_seam.dtensor import local_of
+from dcp_hf_writer.torch_seam.tensor_forms import plain_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,11 +32,10 @@ def memory_of(state_dict: Mapping[str, Any]) -> dict[str, int]:
 def memory_identity(value: torch.Tensor) -> tuple[Any, ...] | None:
     """Return what identifies the memory and view of a tensor; equal for tied tensors.
 
-    `None` if the tensor has no elements on this rank, is on the meta device, or is a subclass.
+    `None` if the tensor has no elements on this rank, is on the meta device, or has no plain form.
     """
-    local = local_of(value)
-    is_plain = type(local) in {torch.Tensor, torch.nn.Parameter}
-    if not is_plain or local.is_meta or not local.numel():
+    local = plain_of(value)
+    if local is None or local.is_meta or local.layout != torch.strided or not local.numel():
         return None
     where = (local.device, local.data_ptr(), local.dtype)
     return (*where, tuple(local.shape), local.stride(), tuple(value.shape))

@@ -17,6 +17,7 @@ import threading
 import time
 import uuid
 import weakref
+from collections import deque
 from dataclasses import dataclass
 from multiprocessing import reduction
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,8 @@ from dcp_hf_writer.errors import StagingBusyError, StagingError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+    from dcp_hf_writer.torch_seam.save_world import SaveWorld
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +72,10 @@ class Handover:
     """`time.monotonic()` by which the save must be done; processes of a host share the clock."""
     info: StagedInfo
     """The facts that staging collected."""
+    began: float
+    """`time.monotonic()` when staging began."""
+    world: SaveWorld | None = None
+    """The ranks of the save; `None` if nobody asked for them."""
 
 
 class Slab:
@@ -178,23 +185,38 @@ def _attach(slab_id: str, nbytes: int, shared: Any) -> Slab:
 
 
 class Lease:
-    """The right of one save to use the slab; it ends with the save.
+    """The turn of one save, and its right to use the slab; it ends with the save.
+
+    A save without tensors, and one whose staging failed, takes its turn too: all saves of a process
+    use the collectives of one group, so two of them must never run at the same time.
 
     DCP makes no last call to a storage writer whose save fails. So the lease ends at the first of
     these events: `release` is called, the thread that runs the save ends, or the staged state dict
     is dropped before any thread has taken it up.
     """
 
-    def __init__(self, slab: Slab, what: str) -> None:
-        """Take the slab for the save that `what` describes."""
-        self.slab = slab
+    def __init__(self, what: str) -> None:
+        """Take the turn for the save that `what` describes."""
         self.what = what
         self.stager = threading.current_thread()
         self.handover: Handover | None = None
         """What staging passes to the save; set when all copies are done or have started."""
+        self._slab: Slab | None = None
+        self._pid = os.getpid()
         self._lock = threading.Lock()
         self._released = threading.Event()
         self._thread: threading.Thread | None = None
+        self._tie: Any = None
+
+    @property
+    def slab(self) -> Slab:
+        """The slab, which only `SlabPool.acquire` gives to a lease."""
+        assert self._slab is not None
+        return self._slab
+
+    def use(self, slab: Slab) -> None:
+        """Give the slab to this save."""
+        self._slab = slab
 
     def release(self) -> None:
         """End the lease; safe to call twice and from any thread."""
@@ -212,8 +234,13 @@ class Lease:
             self._thread = threading.current_thread()
 
     def tie_to(self, staged: object) -> None:
-        """End the lease if `staged` is dropped before a thread has taken it up."""
-        weakref.finalize(staged, self._drop)
+        """End the lease if `staged` is dropped before a thread has taken it up.
+
+        A second call replaces the first: what failed to be copied is dropped for its error.
+        """
+        if self._tie is not None:
+            self._tie.detach()
+        self._tie = weakref.finalize(staged, self._drop)
 
     def _drop(self) -> None:
         if self._thread is None:
@@ -225,9 +252,14 @@ class Lease:
         return self._thread is None and not self._released.is_set()
 
     @property
+    def is_taken_by_me(self) -> bool:
+        """Whether the save that the calling thread runs has taken up the lease."""
+        return self._thread is threading.current_thread()
+
+    @property
     def is_active(self) -> bool:
         """Whether the save may still read the slab."""
-        if self._released.is_set() or self.slab.pid != os.getpid():
+        if self._released.is_set() or self._pid != os.getpid():
             # A forked child has a copy of the lease, but it does not run the save.
             return False
         return self._thread is None or self._thread.is_alive()
@@ -243,9 +275,13 @@ class SlabPool:
 
     def __init__(self) -> None:
         """Start without memory."""
+        self._pid = os.getpid()
         self._lock = threading.Lock()
-        self._slab: Slab | None = None
+        """Guards the two members below; nobody waits while holding it."""
+        self._waiting: deque[object] = deque()
+        """One object for each caller that waits for its turn, in the order of their calls."""
         self._lease: Lease | None = None
+        self._slab: Slab | None = None
         self._attached: Slab | None = None
 
     def attach(self, slab_id: str, nbytes: int, *, fd: int) -> Slab:
@@ -299,9 +335,10 @@ class SlabPool:
             StagingError: If the save may still run, or another save was staged since.
         """
         with self._lock:
-            if self._lease is not lease or lease.is_active or lease.slab.pid != os.getpid():
+            if self._lease is not lease or lease.is_active or self._slab is not lease.slab:
                 raise _given_back(lease.what)
-            self._lease = Lease(lease.slab, lease.what)
+            self._lease = Lease(lease.what)
+            self._lease.use(lease.slab)
             return self._lease
 
     def acquire(
@@ -316,48 +353,98 @@ class SlabPool:
             before_growth: Called before the old slab is replaced, to drop tensors that map it.
 
         Returns:
-            The lease, and how long the caller waited, in seconds.
+            The lease, and how long the caller waited for earlier saves, in seconds.
 
         Raises:
             StagingBusyError: If the slab is still in use at the deadline.
             StagingError: If memory cannot be allocated.
         """
+        lease, waited_s = self.take_turn(what=what, deadline=deadline)
+        if waited_s > _SAY_AFTER_S:
+            _log.info("save of %s waited %.1f s for staging memory", what, waited_s)
+        try:
+            lease.use(self._slab_of(nbytes, before_growth))
+        except BaseException:
+            lease.release()
+            raise
+        return lease, waited_s
+
+    def take_turn(self, *, what: str, deadline: float) -> tuple[Lease, float]:
+        """Take a turn without the slab; callers get their turns in the order of their calls.
+
+        Args:
+            what: Names the save in messages.
+            deadline: `time.monotonic()` after which waiting ends.
+
+        Returns:
+            The lease, and how long the caller waited, in seconds.
+
+        Raises:
+            StagingBusyError: If an earlier save still has the turn at the deadline.
+        """
         began = time.monotonic()
-        is_said = False
+        if self._pid != os.getpid():
+            # A forked child: the threads that waited, or held the lock, are not here.
+            self._pid, self._lock, self._waiting = os.getpid(), threading.Lock(), deque()
+        me = object()
         with self._lock:
-            while self._lease is not None and self._lease.is_active:
+            self._waiting.append(me)
+        try:
+            is_said = False
+            while (lease := self._turn_of(me, what)) is None:
                 waited = time.monotonic() - began
                 if time.monotonic() > deadline:
-                    msg = "an earlier save still uses the staging memory"
-                    raise StagingBusyError(
-                        msg,
-                        phase="stage",
-                        expected=f"free within {waited:.0f} s",
-                        found=f"in use by the save of {self._lease.what}",
-                        hint="save less often, or raise timeout_s",
-                    )
+                    raise self._busy(waited)
                 if waited > _SAY_AFTER_S and not is_said:
                     is_said = True
-                    _log.info("save of %s waits for the save of %s", what, self._lease.what)
-                    if self._lease.is_pending:
-                        # Another writer may have saved the staged copy and failed. The frames in
-                        # the traceback of its error hold the copy in a reference cycle.
-                        gc.collect()
+                    self._say_waiting(what)
                 time.sleep(_POLL_S if waited > _POLL_S else _POLL_S / 20)
-            slab = self._slab
-            if slab is not None and slab.pid != os.getpid():
-                slab = None  # A forked child must not write into its parent's staged copy.
-            if slab is None or slab.nbytes < nbytes:
-                before_growth()
-                self._slab = self._lease = slab = None
-                size = nbytes + int(nbytes * _HEADROOM)
-                slab = Slab(-(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE)
-            slab.pin()
-            self._slab, self._lease = slab, Lease(slab, what)
-        waited = time.monotonic() - began
-        if waited > _SAY_AFTER_S:
-            _log.info("save of %s waited %.1f s for staging memory", what, waited)
-        return self._lease, waited
+        finally:
+            with self._lock:
+                self._waiting.remove(me)
+        return lease, time.monotonic() - began
+
+    def _turn_of(self, me: object, what: str) -> Lease | None:
+        """Return a new lease if the turn has come to `me`."""
+        with self._lock:
+            is_busy = self._lease is not None and self._lease.is_active
+            if is_busy or self._waiting[0] is not me:
+                return None
+            self._lease = Lease(what)
+            return self._lease
+
+    def _busy(self, waited_s: float) -> StagingBusyError:
+        msg = "an earlier save still uses the staging memory"
+        earlier = "unknown" if self._lease is None else self._lease.what
+        return StagingBusyError(
+            msg,
+            phase="stage",
+            expected=f"free within {waited_s:.0f} s",
+            found=f"in use by the save of {earlier}",
+            hint="save less often, or raise timeout_s",
+        )
+
+    def _say_waiting(self, what: str) -> None:
+        earlier = self._lease
+        if earlier is not None:
+            _log.info("save of %s waits for the save of %s", what, earlier.what)
+        # An earlier save may have failed. The frames in the traceback of its error then hold the
+        # staged copy in a reference cycle.
+        gc.collect()
+
+    def _slab_of(self, nbytes: int, before_growth: Callable[[], None]) -> Slab:
+        """Return a slab of at least `nbytes` bytes; only the owner of the lease calls this."""
+        slab = self._slab
+        if slab is not None and slab.pid != os.getpid():
+            slab = None  # A forked child must not write into its parent's staged copy.
+        if slab is None or slab.nbytes < nbytes:
+            before_growth()
+            self._slab = slab = None
+            size = nbytes + int(nbytes * _HEADROOM)
+            slab = Slab(-(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE)
+        slab.pin()
+        self._slab = slab
+        return slab
 
 
 SLABS = SlabPool()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import threading
+import weakref
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -46,23 +48,36 @@ class StagedStateDict(dict[str, Any]):
     """
 
     lease: Lease | None = None
-    """Lease on the slab; `None` if staging failed, and in a checkpointer process."""
+    """The turn of the save, and its right to use the slab; `None` in a checkpointer process."""
     offsets: Mapping[int, tuple[int, torch.Tensor]] = MappingProxyType({})
     """By `id` of each tensor, its byte offset in the slab and its local tensor in the slab."""
+    handover: Handover | None = None
+    """What staging passed to the save; only in a checkpointer process, which has no lease."""
     on_send: Callable[[], None] = staticmethod(lambda: None)
     """The thread that sends this state dict to a checkpointer process calls it."""
+    on_save: Callable[[], None] = staticmethod(lambda: None)
+    """The thread that begins to save this state dict calls it."""
+
+    def items(self) -> Any:
+        """Return the items; `dcp.save` calls this first, before it looks for its process group.
+
+        A save finds its staged copy by the memory of its tensors. If there are none, it finds the
+        copy by this call.
+        """
+        _read.latest = weakref.ref(self)
+        self.on_save()
+        return super().items()
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The thread that pickles it then waits for the checkpointer process. So the end of this
         # thread is the end of the save.
         lease = self.lease
-        if lease is None:
-            self.on_send()
-            return _rebuild_failed, (failure_in(self),)
-        if self.offsets:
-            lease.take_up()
+        assert lease is not None
+        lease.take_up()
         try:
             self.on_send()
+            if (error := failure_in(self)) is not None:
+                return _rebuild_failed, (error,)
             buffer = io.BytesIO()
             _SlabPickler(buffer, self.offsets).dump(dict(self))
         except BaseException:
@@ -101,17 +116,42 @@ def _rebuild_staged(slab: Slab, payload: bytes, handover: Handover | None) -> St
     # Unpickling is safe: our own parent sent the payload over its pipe, as it sends every other
     # argument of the save.
     staged = StagedStateDict(_SlabUnpickler(io.BytesIO(payload), slab).load())
-    slab.handover = handover
+    slab.handover = staged.handover = handover
     return staged
 
 
-def _rebuild_failed(error: CheckpointError | None) -> StagedStateDict:
-    return StagedStateDict() if error is None else failed_state_dict(error)
+def _rebuild_failed(error: CheckpointError) -> StagedStateDict:
+    return failed_state_dict(error)
 
 
-def failed_state_dict(error: CheckpointError) -> StagedStateDict:
-    """Return a state dict whose save raises the error of the staging that failed."""
-    return StagedStateDict({FAILED_KEY: FailedStaging(error)})
+_read = threading.local()
+
+
+def staged_of(given: Mapping[str, Any]) -> StagedStateDict | None:
+    """Return the staged state dict that the calling thread saves; `None` if it is not known.
+
+    Args:
+        given: What torch gives to the planner: a copy of that state dict, with the same values.
+    """
+    latest: StagedStateDict | None = getattr(_read, "latest", lambda: None)()
+    if latest is None or given.keys() != latest.keys():
+        return None
+    is_same = all(given[key] is latest[key] for key in latest)
+    return latest if is_same else None
+
+
+def failed_state_dict(error: CheckpointError, lease: Lease | None = None) -> StagedStateDict:
+    """Return a state dict whose save raises the error of the staging that failed.
+
+    Args:
+        error: The error.
+        lease: The turn of that save, which ends with it; `None` in a checkpointer process.
+    """
+    failed = StagedStateDict({FAILED_KEY: FailedStaging(error)})
+    failed.lease = lease
+    if lease is not None:
+        lease.tie_to(failed)
+    return failed
 
 
 def failure_in(state_dict: Mapping[str, Any]) -> CheckpointError | None:

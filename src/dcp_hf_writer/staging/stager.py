@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer.errors import StagingError
-from dcp_hf_writer.mapping.flattening import fqn_of, walk_tensors
+from dcp_hf_writer.mapping.flattening import walk_tensors
 from dcp_hf_writer.staging.same_memory import memory_identity
 from dcp_hf_writer.staging.slab import (
     ALIGN_NBYTES,
@@ -27,34 +27,19 @@ from dcp_hf_writer.staging.slab import (
     StagedInfo,
 )
 from dcp_hf_writer.staging.staged_state_dict import StagedStateDict
-from dcp_hf_writer.tensors.shards import SHARD_ATTRIBUTES_HINT, has_shard_attributes
-from dcp_hf_writer.torch_seam.dtensor import local_of, spec_of, with_spec
+from dcp_hf_writer.staging.take_apart import Leaf, plain_leaves, put_together, take_apart
+from dcp_hf_writer.torch_seam.dtensor import spec_of, with_spec
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from dcp_hf_writer.mapping.model_entry import Path
+    from dcp_hf_writer.torch_seam.save_world import SaveWorld
 
 # Overlapped staging copies smaller tensors before anything that the caller does next. Among them
 # are buffers that a forward pass changes in place, such as batch-norm statistics.
 EAGER_NBYTES = 1 << 20
 
 StagingMode = Literal["blocking", "overlap"]
-
-
-class _Leaf(NamedTuple):
-    """A tensor of the state dict. A tuple, because it is cheap and each tensor needs one."""
-
-    path: Path
-    tensor: torch.Tensor
-    local: torch.Tensor
-
-    @property
-    def signature(self) -> tuple[Any, ...]:
-        spec = spec_of(self.tensor)
-        local = self.local
-        placed = None if spec is None else (id(spec.mesh), spec.placements, spec.shape)
-        return (self.path, local.shape, local.dtype, placed)
 
 
 @dataclass(eq=False)
@@ -71,6 +56,8 @@ class _Program:
     nbytes: int
     offsets: dict[int, tuple[int, torch.Tensor]]
     """As `StagedStateDict.offsets`."""
+    compounds: dict[int, tuple[object, torch.Tensor]] = field(default_factory=dict)
+    """Copies of tensors with several leaves, as `put_together` keeps them."""
     meshes: list[Any] = field(default_factory=list)
     """The meshes whose ids are in the signature. While they live, no other mesh gets such an id."""
 
@@ -109,7 +96,13 @@ class Stager:
         self._streams: dict[int, Any] = {}
 
     def stage(
-        self, state_dict: dict[str, Any], *, mode: StagingMode, what: str, deadline: float
+        self,
+        state_dict: dict[str, Any],
+        *,
+        mode: StagingMode,
+        what: str,
+        deadline: float,
+        world: SaveWorld | None = None,
     ) -> Staged:
         """Copy a state dict into the slab; later changes by the caller do not reach the copy.
 
@@ -125,6 +118,7 @@ class Stager:
                 waits for the copies; the host does not.
             what: Names the save in messages.
             deadline: `time.monotonic()` after which waiting for the slab ends.
+            world: The ranks of the save, for the save to compare.
 
         Raises:
             StagingError: If a value cannot be staged, if memory cannot be allocated, or if the
@@ -133,9 +127,7 @@ class Stager:
         began = time.monotonic()
         # Switch once for all tensors: each switch takes as long as finding one tensor.
         with torch.no_grad():
-            leaves = [
-                _leaf(path, tensor) for path, tensor in walk_tensors(state_dict, into_tuples=True)
-            ]
+            leaves, compounds = take_apart(walk_tensors(state_dict, into_tuples=True))
         aliases = _aliases(leaves)
         signature = (tuple(leaf.signature for leaf in leaves), tuple(aliases))
         nbytes = _slab_nbytes(leaves, aliases)
@@ -144,7 +136,9 @@ class Stager:
         )
         try:
             program = self._program_for(leaves, aliases, signature, lease.slab)
-            staged = StagedStateDict(_replace(state_dict, iter(program.staged)))
+            with torch.no_grad():
+                built = put_together(compounds, program.staged, program.compounds)
+                staged = StagedStateDict(_replace(state_dict, built))
             staged.offsets = program.offsets
             copies = self._copy(leaves, program, mode)
         except BaseException:
@@ -156,19 +150,18 @@ class Stager:
             waited_s=waited_s,
             stall_s=time.monotonic() - began,
         )
-        staged.lease, lease.handover = lease, Handover(deadline, info)
-        if not nbytes:
-            # A save finds its lease by tensors in the slab. Without any, no save ends the lease,
-            # and the next staging would wait for as long as the caller keeps `staged`.
-            lease.release()
+        staged.lease, lease.handover = lease, Handover(deadline, info, began, world)
         return Staged(staged, info, lease, copies)
 
-    def stage_again(self, staged: StagedStateDict, *, deadline: float) -> StagedStateDict:
+    def stage_again(
+        self, staged: StagedStateDict, *, deadline: float, world: SaveWorld | None
+    ) -> StagedStateDict:
         """Return what was staged for another try at a save that failed; copies nothing.
 
         Args:
             staged: What `stage` returned; its save must be over.
             deadline: `time.monotonic()` by which the next try must be done.
+            world: The ranks of the next try.
 
         Raises:
             StagingError: If the slab holds the content of another save by now.
@@ -180,9 +173,20 @@ class Stager:
         again = StagedStateDict(staged)
         again.offsets, again.lease = staged.offsets, lease
         lease.tie_to(again)
-        nbytes = staged.lease.handover.info.nbytes
-        lease.handover = Handover(deadline, StagedInfo(nbytes, waited_s=0.0, stall_s=0.0))
+        info = StagedInfo(staged.lease.handover.info.nbytes, waited_s=0.0, stall_s=0.0)
+        lease.handover = Handover(deadline, info, time.monotonic(), world)
         return again
+
+    def take_turn(self, *, what: str, deadline: float, world: SaveWorld | None) -> Lease:
+        """Take the turn of a save that has nothing in the slab, because its staging failed.
+
+        Raises:
+            StagingBusyError: If an earlier save is still running at the deadline.
+        """
+        began = time.monotonic()
+        lease, waited_s = self._pool.take_turn(what=what, deadline=deadline)
+        lease.handover = Handover(deadline, StagedInfo(0, waited_s, waited_s), began, world)
+        return lease
 
     def handover_of(self, state_dict: Mapping[str, Any]) -> tuple[Handover | None, Lease | None]:
         """Return what staging passed to the save of a state dict, and the lease on its memory.
@@ -196,9 +200,10 @@ class Stager:
         Raises:
             StagingError: If tensors lie in the slab, but staging left nothing for a save.
         """
-        tensors = (local_of(one) for _, one in walk_tensors(state_dict, into_tuples=True))
+        tensors = (one for _, one in walk_tensors(state_dict, into_tuples=True))
+        plain = itertools.chain.from_iterable(map(plain_leaves, tensors))
         return self._pool.handover_over(
-            tensor.data_ptr() for tensor in tensors if type(tensor) in _STAGED_KINDS
+            one.data_ptr() for one in plain if one.layout is torch.strided and not one.is_meta
         )
 
     def warm_up(self, state_dict: dict[str, Any], *, deadline: float) -> int:
@@ -211,7 +216,7 @@ class Stager:
         self._program = None
 
     def _program_for(
-        self, leaves: list[_Leaf], aliases: list[int], signature: tuple[Any, ...], slab: Slab
+        self, leaves: list[Leaf], aliases: list[int], signature: tuple[Any, ...], slab: Slab
     ) -> _Program:
         program = self._program
         if program is None or program.signature != (signature, slab.slab_id):
@@ -219,7 +224,7 @@ class Stager:
             self._program = program
         return program
 
-    def _copy(self, leaves: list[_Leaf], program: _Program, mode: StagingMode) -> Copies | None:
+    def _copy(self, leaves: list[Leaf], program: _Program, mode: StagingMode) -> Copies | None:
         pairs = [(program.locals_[i], leaves[i].local, nbytes) for i, nbytes in program.copies]
         if mode == "blocking":
             self._copy_now(pairs)
@@ -284,44 +289,11 @@ class Stager:
 STAGER = Stager(SLABS)
 """The stager that all writers of this process share, because a process has one slab."""
 
-_STAGED_KINDS = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
-
 _Pair = tuple[torch.Tensor, torch.Tensor, int]
 """Target in the slab, source, bytes."""
 
 
-def _leaf(path: Path, value: torch.Tensor) -> _Leaf:
-    """Check a tensor. Call it under `no_grad`, or `to_local` would create an autograd node."""
-    local = value
-    if isinstance(value, DTensor):
-        local = value.to_local()
-        if type(local) not in _STAGED_KINDS and hasattr(local, "wait"):
-            local = local.wait()
-    if has_shard_attributes(value):
-        msg = "a tensor has shard attributes, which are not supported"
-        raise StagingError(
-            msg,
-            phase="stage",
-            fqn=fqn_of(path),
-            expected="a plain tensor without shard attributes, or a DTensor",
-            found=f"a CheckpointableTensor of shape {list(local.shape)}",
-            hint=SHARD_ATTRIBUTES_HINT,
-        )
-    is_plain = type(local) in _STAGED_KINDS
-    if not is_plain or local.layout is not torch.strided or local.is_meta or local.is_quantized:
-        msg = "a tensor of this kind cannot be staged"
-        raise StagingError(
-            msg,
-            phase="stage",
-            fqn=fqn_of(path),
-            expected="a plain strided tensor, or a DTensor of plain strided tensors",
-            found=f"{type(local).__name__} on {local.device}, {local.layout}",
-            hint="convert it to a plain tensor in the state dict, or leave it out",
-        )
-    return _Leaf(path, value, local)
-
-
-def _aliases(leaves: list[_Leaf]) -> list[int]:
+def _aliases(leaves: list[Leaf]) -> list[int]:
     """Return for each leaf the index of the first leaf with the same memory, mostly its own."""
     addresses = [leaf.local.data_ptr() for leaf in leaves]
     count = Counter(addresses)
@@ -338,12 +310,12 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGN_NBYTES) * ALIGN_NBYTES
 
 
-def _slab_nbytes(leaves: list[_Leaf], aliases: list[int]) -> int:
+def _slab_nbytes(leaves: list[Leaf], aliases: list[int]) -> int:
     return sum(_aligned(leaf.local.nbytes) for i, leaf in enumerate(leaves) if aliases[i] == i)
 
 
 def _build_program(
-    leaves: list[_Leaf], aliases: list[int], signature: tuple[Any, ...], slab: Slab
+    leaves: list[Leaf], aliases: list[int], signature: tuple[Any, ...], slab: Slab
 ) -> _Program:
     locals_: list[torch.Tensor] = []
     staged: list[Any] = []
@@ -365,7 +337,7 @@ def _build_program(
             meshes.append(spec.mesh)
     nbytes = sum(n for _, n in copies)
     offsets = _offsets(staged, locals_, slab)
-    return _Program(signature, staged, locals_, copies, nbytes, offsets, meshes)
+    return _Program(signature, staged, locals_, copies, nbytes, offsets, meshes=meshes)
 
 
 def _offsets(
@@ -379,16 +351,15 @@ def _offsets(
     }
 
 
-def _replace(value: Any, staged: Any) -> Any:
+def _replace(value: Any, staged: Any, name: str = "") -> Any:
     """Rebuild the containers around the staged tensors, and deep-copy every other value."""
     if isinstance(value, torch.Tensor):
         return next(staged)
     if isinstance(value, Mapping):
-        return {key: _replace(item, staged) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_replace(item, staged) for item in value))
+        return {key: _replace(item, staged, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_replace(item, staged) for item in value)
+        items = (_replace(item, staged, f"{name}.{n}") for n, item in enumerate(value))
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     try:
         return copy.deepcopy(value)
     except Exception as error:
@@ -396,6 +367,7 @@ def _replace(value: Any, staged: Any) -> Any:
         raise StagingError(
             msg,
             phase="stage",
+            fqn=name.removeprefix("."),
             expected="a value that copy.deepcopy can copy",
             found=f"{type(value).__name__}: {error}",
             hint="leave it out of the state dict, or save its state instead",

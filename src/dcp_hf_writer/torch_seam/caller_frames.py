@@ -16,7 +16,10 @@ and the reader then refuses to load. Nothing is saved or loaded without the chec
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.utils import _DistWrapper
 
-from dcp_hf_writer.mapping.flattening import flat_tensors
+from dcp_hf_writer.mapping.flattening import flat_tensors, flat_values
 from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 if TYPE_CHECKING:
@@ -46,6 +49,73 @@ class TorchSave:
     """The nested state dict that torch gives to the planner."""
     ranks: _DistWrapper
     """The ranks of the save. This object lives as long as the save."""
+
+    @property
+    def group(self) -> Any:
+        """Process group of the save; `None` for the default group."""
+        return self.ranks.group
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether torch uses a process group for the save."""
+        return bool(self.ranks.use_dist)
+
+
+@dataclass(frozen=True, slots=True)
+class TorchAsyncSave:
+    """The call of `async_save` that stages a state dict, as found in torch's frames."""
+
+    group: Any
+    """The `process_group` that it was given; `None` for the default group."""
+    no_dist: bool
+    """The `no_dist` that it was given."""
+    checkpoint_id: str | None
+    """The `checkpoint_id` that it was given; `None` for the path of the writer."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunningSave:
+    """A save that a thread has begun, for others to ask whether the thread still runs it."""
+
+    thread: threading.Thread
+    """The thread that runs the save."""
+    ranks: weakref.ref[_DistWrapper]
+    """The object that lives as long as the save, and as long as an error of it keeps its frames."""
+
+    @classmethod
+    def of(cls, save: TorchSave) -> RunningSave:
+        """Note the save that the calling thread runs."""
+        return cls(threading.current_thread(), weakref.ref(save.ranks))
+
+    def is_running(self) -> bool:
+        """Whether the thread is still in torch's `_save_state_dict`."""
+        ranks = self.ranks()
+        if ranks is None or not self.thread.is_alive() or self.thread.ident is None:
+            return False
+        frame = sys._current_frames().get(self.thread.ident)  # noqa: SLF001 - no other way
+        while frame is not None:
+            if _holds(frame, ranks):
+                return True
+            frame = frame.f_back
+        return False
+
+    def has_raised(self, error: BaseException) -> bool:
+        """Whether an error, or one of its causes, came out of the save."""
+        ranks = self.ranks()
+        seen: set[int] = set()
+        todo: list[BaseException | None] = [error]
+        while ranks is not None and todo:
+            one = todo.pop()
+            if one is None or id(one) in seen:
+                continue
+            seen.add(id(one))
+            todo += [one.__cause__, one.__context__]
+            trace = one.__traceback__
+            while trace is not None:
+                if _holds(trace.tb_frame, ranks):
+                    return True
+                trace = trace.tb_next
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,20 +140,23 @@ class Planned:
 
     @classmethod
     def of(cls, planner: SavePlanner, given: Mapping[str, Any]) -> Planned:
-        """Take the flat state dict from a planner, or else flatten the tensors of `given`.
+        """Take the flat state dict from a planner, or else flatten `given`.
 
         torch's planners show their flat state dict as `state_dict`. For a planner that does not,
-        this method names the tensors of `given` as torch's planners would.
+        this method names the values of `given` as torch's planners would.
+
+        Raises:
+            PlanningError: If two tensors of `given` have the same FQN.
         """
         shown = getattr(planner, "state_dict", None)
         if isinstance(shown, Mapping):
             paths = getattr(planner, "mappings", None)
             return cls(planner, shown, paths if isinstance(paths, Mapping) else {})
-        tensors = flat_tensors(given)
+        values = {**flat_values(given), **flat_tensors(given)}
         return cls(
             planner,
-            {fqn: tensor for fqn, (_, tensor) in tensors.items()},
-            {fqn: path for fqn, (path, _) in tensors.items()},
+            {fqn: value for fqn, (_, value) in values.items()},
+            {fqn: path for fqn, (path, _) in values.items()},
         )
 
 
@@ -103,6 +176,31 @@ def find_save() -> TorchSave:
             "was tested with",
         )
     return TorchSave(found[_PLANNER], found[_STATE_DICT], found[_RANKS])
+
+
+def find_async_save() -> TorchAsyncSave | None:
+    """Find the `async_save` that calls this function to stage; `None` if there is none."""
+    wanted = {"process_group", "no_dist", "checkpoint_id", "async_checkpointer_type"}
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as in `_locals_of_torch`
+    while frame is not None:
+        code = frame.f_code
+        if wanted <= {*code.co_varnames, *code.co_cellvars}:
+            found = frame.f_locals
+            given = found["checkpoint_id"]
+            checkpoint_id = None if given is None else os.fspath(given)
+            return TorchAsyncSave(found["process_group"], bool(found["no_dist"]), checkpoint_id)
+        frame = frame.f_back
+    return None
+
+
+def is_no_dist_given() -> bool:
+    """Whether the asynchronous save that the calling thread runs was given `no_dist=True`."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as in `_locals_of_torch`
+    while frame is not None:
+        if {"staging_future_or_state_dict", "no_dist"} <= {*frame.f_code.co_varnames}:
+            return bool(frame.f_locals["no_dist"])
+        frame = frame.f_back
+    return False
 
 
 def find_load() -> TorchLoad | None:
@@ -137,6 +235,13 @@ def other_planner(kind: str, *, rank: int | None = None) -> UnsupportedTorchErro
         found=f"another planner in {step}",
         hint=f"pass one planner to the {kind}, and do not replace it during the {kind}",
     )
+
+
+def _holds(frame: FrameType, ranks: _DistWrapper) -> bool:
+    """Whether a frame is the `_save_state_dict` of the save of these ranks."""
+    code = frame.f_code
+    is_known = _RANKS in code.co_cellvars or _RANKS in code.co_varnames
+    return is_known and frame.f_locals.get(_RANKS) is ranks
 
 
 def _locals_of_torch(kind: type[SavePlanner | LoadPlanner]) -> dict[str, Any] | None:

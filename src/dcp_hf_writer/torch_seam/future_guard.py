@@ -36,6 +36,9 @@ _log = logging.getLogger(__name__)
 # Seconds that a save gets after its deadline to fail by itself: its own errors say more.
 _GRACE_S = 1.0
 
+# Seconds between two looks at what other ranks say; each costs a request to the store.
+_LOOK_S = 2.0
+
 
 def find_future(*, is_async: bool) -> Future[Any] | None:
     """Return the future of the save that the calling thread runs; `None` if it is synchronous.
@@ -94,6 +97,10 @@ class FutureGuard:
         on_deadline: Callable[[], BaseException],
         translate: Callable[[BaseException], BaseException],
         on_end: Callable[[], None],
+        on_result: Callable[[], None] = lambda: None,
+        look: Callable[[], BaseException | None] = lambda: None,
+        is_running: Callable[[], bool] = lambda: True,
+        has_raised: Callable[[BaseException], bool] = lambda _: True,
     ) -> None:
         """Guard a future.
 
@@ -104,14 +111,25 @@ class FutureGuard:
                 thread.
             translate: Turns the error that the save raised into the error that the caller gets.
             on_end: Called when the save has ended, before the future is resolved.
+            on_result: Called before `on_end` if the save succeeded.
+            look: Called every few seconds, on the guard's thread; an error ends the wait.
+            is_running: Whether the task still runs the save; a task of the user's own executor may
+                go on after it.
+            has_raised: Whether an error of the task came out of the save.
         """
         self._future = future
         self._deadline = deadline
         self._on_deadline = on_deadline
         self._translate = translate
         self._on_end = on_end
+        self._on_result = on_result
+        self._look = look
+        self._is_running = is_running
+        self._has_raised = has_raised
         self._lock = threading.Lock()
-        self._done = threading.Event()
+        self._over = threading.Event()
+        """Set when the watch has nothing more to do."""
+        self._is_resolved = False
         self._set_result, self._set_exception = future.set_result, future.set_exception
         # Instance attributes hide the methods of the class from their only caller, the work item.
         future.set_result = self._result  # type: ignore[method-assign]
@@ -122,27 +140,53 @@ class FutureGuard:
             # The interpreter is exiting: it waits for the save, but starts no more threads.
             _log.debug("no watchdog thread watches the deadline of the save: %s", error)
 
+    def stop(self) -> None:
+        """Stop watching: the save is over, and what the task does from now on is its own affair."""
+        self._over.set()
+        with self._lock:
+            # A guard that came later has replaced these methods again; then it calls ours.
+            if getattr(self._future.set_result, "__self__", None) is not self:
+                return
+            del self._future.set_result, self._future.set_exception
+            if getattr(self._set_result, "__self__", None) is not self._future:
+                # An earlier guard of the same task still watches.
+                self._future.set_result = self._set_result
+                self._future.set_exception = self._set_exception
+
     def _watch(self) -> None:
-        left = self._deadline + _GRACE_S - time.monotonic()
-        if self._done.wait(max(left, 0.0)):
-            return
-        error = _outcome_of(self._on_deadline)
-        self._resolve(lambda: self._set_exception(error))
+        error: BaseException | None = None
+        while error is None:
+            left_s = max(self._deadline + _GRACE_S - time.monotonic(), 0.0)
+            if self._over.wait(min(left_s, _LOOK_S)):
+                return
+            if not self._is_running():
+                # The task has caught the error of the save and gone on. The traceback of that
+                # error keeps the save's frames, so that nothing has told this guard.
+                self.stop()
+                return
+            is_late = time.monotonic() >= self._deadline + _GRACE_S
+            error = _outcome_of(self._on_deadline) if is_late else self._look()
+        shown = error
+        self._resolve(lambda: self._set_exception(shown))
 
     def _result(self, result: Any) -> None:
+        self._on_result()
         self._on_end()
         self._resolve(lambda: self._set_result(result))
 
     def _exception(self, exception: BaseException | None) -> None:
-        shown = None if exception is None else _outcome_of(lambda: self._translate(exception))
+        shown = exception
+        if exception is not None and not self._over.is_set() and self._has_raised(exception):
+            shown = _outcome_of(lambda: self._translate(exception))
         self._on_end()
         self._resolve(lambda: self._set_exception(shown))
 
     def _resolve(self, act: Callable[[], None]) -> None:
+        self._over.set()
         with self._lock:
-            if self._done.is_set():
+            if self._is_resolved:
                 return
-            self._done.set()
+            self._is_resolved = True
             try:
                 act()
             except InvalidStateError:

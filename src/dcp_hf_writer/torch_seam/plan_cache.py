@@ -2,13 +2,17 @@
 
 torch keeps plans on the planner class. If a rank's plan has not changed, the rank sends an empty
 plan. The coordinator fills it in from its cache, and sends back only the plans that changed. This
-causes two problems. First, a storage writer sees only the changed plans. Second, the coordinator's
-cache may hold plans of another writer, or of a save that failed before the ranks got them. Then the
-ranks would use plans that do not fit, and new tensors would be lost.
+causes two problems. First, a storage writer sees only the changed plans. Second, the caches may
+hold plans of a save that failed before the ranks got them, or of another writer. Then the ranks
+would use plans that do not fit, and new tensors would be lost.
 
-Mechanism: the dicts `_cached_save_plan`, `_cached_final_save_plan` and `_cached_global_plan` on the
-class `SavePlanner`, and the attributes `global_plan` and `_enable_plan_caching` of
-`DefaultSavePlanner`.
+So a save of ours gives its planner a key of its own, and torch's caches hold plans under that key
+only while the save plans. Before and after, this module keeps them. Other writers find neither our
+plans nor our key.
+
+Mechanism: the dicts `_cached_save_plan`, `_cached_final_save_plan`, `_cached_all_plans`,
+`_cached_global_plan` and `_cached_metadata` on the class `SavePlanner`, and the attributes
+`_cached_plans_key`, `global_plan` and `_enable_plan_caching` of `DefaultSavePlanner`.
 
 Looked at: torch 2.10 to 2.15, `default_planner.py`. When torch changes: a save that reuses a cached
 plan is refused, and the error says to pass `enable_plan_caching=False`. Saves without plan caching
@@ -32,53 +36,94 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.global_plan import GlobalPlan
 
 
+_SENT, _FINAL, _GLOBAL = "_cached_save_plan", "_cached_final_save_plan", "_cached_global_plan"
+_CACHES = (_SENT, _FINAL, _GLOBAL, "_cached_all_plans", "_cached_metadata")
+_KEY = "_cached_plans_key"
+_OURS = "\0dcp-hf-writer"
+"""Ends the key of a planner while one of our saves uses it."""
+
+
 class PlanCache:
     """What a process must remember in addition to torch's caches; there is one per process."""
 
     def __init__(self) -> None:
         """Start empty, as torch's caches do."""
+        self._kept: dict[str, dict[str, Any]] = {}
+        """By key of a planner, what torch's caches hold for our saves, by name of the cache."""
+        self._planner: SavePlanner | None = None
+        """The planner whose plans are in torch's caches now."""
         self._delivered: list[GlobalPlan] = []
-        """Global plans that all ranks have; each stays while torch's cache has the same plans."""
+        """Global plans that all ranks have; each stays while the caches have the same plans."""
         self._is_settled = True
         """Whether this process has written everything in its latest plan."""
         self._tied: tuple[tuple[str, ...], ...] = ()
         """Groups of FQNs that had the same memory when this rank made its latest plan."""
 
-    def begin_plan(self, tied: tuple[tuple[str, ...], ...]) -> None:
-        """Drop cached plans that are no longer valid. Called before a rank makes its plan.
+    def begin_plan(self, planner: SavePlanner, tied: tuple[tuple[str, ...], ...]) -> None:
+        """Put our plans into torch's caches, except those that are no longer valid.
 
-        A rank that finds no plan in its cache sends its whole plan. One such rank is enough: the
-        coordinator then makes a new global plan for all ranks.
+        Called before a rank makes its plan. A rank that finds no plan in its cache sends its whole
+        plan. One such rank is enough: the coordinator then makes a new global plan for all ranks.
 
         Args:
+            planner: Planner of the save.
             tied: Groups of FQNs that have the same memory. torch's plans do not show this.
         """
-        sent, final = torch_cache("_cached_save_plan"), torch_cache("_cached_final_save_plan")
-        # If torch no longer has these caches but reuses a plan, `check_sent` refuses the plan.
-        if sent is not None:
-            if final is None or not self._is_settled or tied != self._tied:
-                sent.clear()
-            for key, plan in (final or {}).items():
-                if not isinstance(plan.storage_data, RankPlan):
-                    sent.pop(key, None)
+        # After a synchronous save that failed, the planner may still have our key.
+        self.end_plan(planner)
+        key = getattr(planner, _KEY, None)
+        if isinstance(key, str):
+            kept = self._kept.get(key, {})
+            final = kept.get(_FINAL)
+            is_ours = final is not None and isinstance(final.storage_data, RankPlan)
+            if not self._is_settled or tied != self._tied or not is_ours:
+                kept.pop(_SENT, None)
+            setattr(planner, _KEY, key + _OURS)
+            for name in _CACHES:
+                cache = torch_cache(name)
+                if cache is not None:
+                    cache.pop(key + _OURS, None)
+                    cache.update({key + _OURS: kept[name]} if name in kept else {})
+        self._planner = planner
         self._tied = tied
         self._is_settled = False
 
-    def check_sent(self, plan: SavePlan) -> None:
-        """Check that this rank sends its whole plan, or that torch reuses it from a known cache.
+    def end_plan(self, planner: SavePlanner) -> None:
+        """Take our plans out of torch's caches, and give the planner its own key back.
+
+        Called when a rank has its plan, and when a save has ended. Safe to call twice.
+        """
+        key = getattr(planner, _KEY, None)
+        if not isinstance(key, str) or not key.endswith(_OURS):
+            return
+        own = key.removesuffix(_OURS)
+        setattr(planner, _KEY, own)
+        if self._planner is planner:
+            found = {name: (torch_cache(name) or {}).pop(key, None) for name in _CACHES}
+            self._kept[own] = {name: value for name, value in found.items() if value is not None}
+            self._planner = None
+
+    def check_sent(self, plan: SavePlan, planner: SavePlanner) -> None:
+        """Check that this rank sends its whole plan, or that torch reuses it from our caches.
 
         Raises:
             UnsupportedTorchError: If torch reuses the plan, but one of its caches cannot be found.
         """
-        names = ("_cached_save_plan", "_cached_final_save_plan", "_cached_global_plan")
-        if not plan.usable and any(torch_cache(name) is None for name in names):
+        key = getattr(planner, _KEY, None)
+        is_ours = isinstance(key, str) and key.endswith(_OURS)
+        names = (_SENT, _FINAL, _GLOBAL)
+        if not plan.usable and (not is_ours or any(torch_cache(name) is None for name in names)):
             raise _unknown_cache()
 
     def settle_plan(self, plan: GlobalPlan | None) -> None:
-        """Note that this rank has written its part; `plan` is `None` except on the coordinator."""
+        """Note that this rank has written its part; `end_plan` comes first.
+
+        Args:
+            plan: The global plan; `None` except on the coordinator.
+        """
         self._is_settled = True
         if plan is not None:
-            cached = (torch_cache("_cached_global_plan") or {}).values()
+            cached = [one.get(_GLOBAL) for one in self._kept.values()]
             kept = [known for known in self._delivered if known.plans is not plan.plans]
             self._delivered[:] = [
                 known for known in (*kept, plan) if any(known.plans is plans for plans in cached)
@@ -135,7 +180,7 @@ def whole_plans(plans: list[SavePlan], planner: SavePlanner) -> list[SavePlan]:
 
 def is_from_cache(plans: Iterable[SavePlan]) -> bool:
     """Whether torch's cache holds one of these plans, which an earlier save may then have made."""
-    cached = torch_cache("_cached_global_plan") or {}
+    cached = torch_cache(_GLOBAL) or {}
     kept = {id(plan) for plans in cached.values() for plan in plans}
     return any(id(plan) in kept for plan in plans)
 

@@ -79,6 +79,16 @@ class HFSavePlanner(DefaultSavePlanner):
             self.state_dict, self.mappings, self.spec_by_name, key=self.key
         )
 
+    @property
+    def declared(self) -> frozenset[str]:
+        """FQNs of the tensors that this planner plans as blocks."""
+        return frozenset(self._blocked)
+
+    @property
+    def declares_shards(self) -> bool:
+        """Whether any spec says how a tensor is sharded by hand."""
+        return any(spec.shards for spec in self.spec_by_name.values())
+
     def create_local_plan(self) -> SavePlan:
         """Plan what this rank writes."""
         given = self.state_dict
