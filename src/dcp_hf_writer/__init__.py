@@ -3,7 +3,7 @@
 from dcp_hf_writer import errors
 from dcp_hf_writer.check.materialize import materialize
 from dcp_hf_writer.check.verify import VerifyReport, verify
-from dcp_hf_writer.hf_loader import load_hf
+from dcp_hf_writer.hf_loader import LoadedKeys, load_hf
 from dcp_hf_writer.integrations.transformers import specs_from_transformers
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.mapping.load_spec import LoadSpec, Piece, ShardSpec
@@ -22,6 +22,7 @@ __all__ = [
     "HFLoadPlanner",
     "HFSavePlanner",
     "LoadSpec",
+    "LoadedKeys",
     "PerRank",
     "Piece",
     "ShardSpec",

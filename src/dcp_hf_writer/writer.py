@@ -18,10 +18,12 @@ from dcp_hf_writer.errors import (
     PlanningError,
 )
 from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.mapping.flattening import with_states
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.plan import global_plan
 from dcp_hf_writer.plan.global_plan import RankPlan
 from dcp_hf_writer.preflight import check_options, rank_facts
+from dcp_hf_writer.preflight.check_placements import refuse_partial
 from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
 from dcp_hf_writer.save import coordinator, export_assets
 from dcp_hf_writer.save.announced_save import planned_directory
@@ -37,6 +39,7 @@ from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
 from dcp_hf_writer.save.write_phase import WritePhase
 from dcp_hf_writer.save.writer_saves import WriterSaves, tells
 from dcp_hf_writer.staging.staged_state_dict import refuse_failed
+from dcp_hf_writer.storage.output_place import check_output_place
 from dcp_hf_writer.storage.write_slots import WriteSlots
 from dcp_hf_writer.torch_seam.caller_frames import Planned, find_save, other_planner
 from dcp_hf_writer.torch_seam.plan_cache import PLAN_CACHE, is_from_cache, whole_plans
@@ -90,16 +93,17 @@ class HFDualWriter(StorageWriter, SlabStager):
         timeout_s: float = 1800,
         host_budget_bytes: int = 256 << 20,
     ) -> None:
-        """Set up a writer. Reads and writes no file.
+        """Set up a writer. Writes no file, and starts nothing.
 
         Args:
-            path: Directory of the checkpoint. It must not exist, unless `overwrite` is set.
+            path: Directory of the checkpoint. It may exist; files in it that no save made stay. A
+                `file://` URL is taken too, and `~` is expanded.
             export: Options of the HuggingFace half; `None` writes the DCP half only.
             weights: `"both"` stores the weights in both halves. `"once"` stores a weight only in
                 the export if its bytes are the same there; `HFDualReader` reads such a checkpoint.
             staging: `"blocking"` returns from `async_save` when everything is copied. `"overlap"`
                 copies during the next forward and backward, and needs `guard(optimizer)`.
-            overwrite: Replace an existing checkpoint, in the step that publishes the new one.
+            overwrite: Replace the files of an existing checkpoint, in the step that publishes.
             share: `"auto"` lets both halves share disk blocks where the file system can (XFS,
                 btrfs, ZFS): the disk then holds the weights once. `"off"` writes them twice.
             slots: Limit on the number of processes of a node that write at the same time.
@@ -114,19 +118,15 @@ class HFDualWriter(StorageWriter, SlabStager):
             host_budget_bytes: Memory that a rank may use in addition to the staged copy.
 
         Raises:
-            ConfigError: If an option cannot be used as given.
+            ConfigError: If an option cannot be used as given, or `like` is no model directory.
+            ExportError: If a path among the assets cannot be read. With `on_export_error="warn"`,
+                the writer logs this error and errors of `like` instead.
+            StorageError: If the path or a parent of it is a file, or may not be written to.
         """
         super().__init__()
-        check_options.one_of("weights", weights, ("both", "once"))
-        check_options.one_of("staging", staging, ("blocking", "overlap"))
-        check_options.one_of("on_export_error", on_export_error, ("raise", "warn"))
-        check_options.one_of("share", share, ("auto", "off"))
-        check_options.one_of("strategy", strategy, ("auto", "direct"))
-        check_options.check_numbers(timeout_s=timeout_s, host_budget_bytes=host_budget_bytes)
-        check_options.check_no_storage_options(storage_options)
-        check_options.check_export(export, weights)
-        check_options.check_dcp_writer(dcp_writer)
+        check_options.check_writer(locals())
         self.path = check_options.local_path(path)
+        check_output_place(self.path)
         self.export = export
         self.weights = weights
         self.staging = staging
@@ -141,6 +141,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.host_budget_bytes = host_budget_bytes
         self._saves = WriterSaves()
         self._made_in = SaveWorld.at_staging(None, None)
+        self._look_at_assets()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Wait for an earlier save of this writer, then take `checkpoint_id` as the path.
@@ -154,6 +155,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             if checkpoint_id is not None:
                 self.path = check_options.local_path(checkpoint_id)
             self._saves.set_target(self.path)
+            self._saves.renew_save_id()
         except CheckpointError:
             # An attempt gives the staged copy back when it ends; this save never makes one.
             lease = self._pending_lease()
@@ -166,12 +168,17 @@ class HFDualWriter(StorageWriter, SlabStager):
         """Path of the checkpoint."""
         return self.path
 
+    @property
+    def save_id(self) -> str:
+        """Id of the saves until `reset`; `.metadata` has that of the coordinator."""
+        return self._saves.save_id
+
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether a writer of this class can write to `checkpoint_id`."""
         try:
             check_options.local_path(checkpoint_id)
-        except ConfigError:
+        except (ConfigError, TypeError):
             return False
         return True
 
@@ -186,7 +193,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             pending=self._pending_lease,
         )
         self._saves.begin(attempt)
-        return StorageMeta(checkpoint_id=attempt.target)
+        return StorageMeta(checkpoint_id=attempt.target, save_id=self.save_id)
 
     @tells
     def set_up_storage_writer(self, is_coordinator: bool, *_: Any, **kwargs: Any) -> None:  # noqa: FBT001 - torch's
@@ -203,6 +210,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             raise attempt.context.refusal
         save = find_save()
         view = RankView.of(Planned.of(save.planner, save.given))
+        refuse_partial(view.planned.state_dict, phase="plan")
         attempt.see(view)
         rendezvous = MEETING.rendezvous_of(save.group) if save.is_distributed else None
         member = Membership.of(save.ranks, is_coordinator, rendezvous, MEETING.next_count())
@@ -251,6 +259,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt = self._current()
         attempt.check()
         check_options.check_collectives(is_used=len(plans) == attempt.member.world_size)
+        rank_facts.check_targets(plans, attempt.target)
         if len(plans) == 1:
             attempt.save_alone()
         export, assets = self._export_of(attempt)
@@ -262,12 +271,13 @@ class HFDualWriter(StorageWriter, SlabStager):
         if untrue is not None:
             attempt.leave_out_export(untrue)
         known, result = self._plan(whole, export, assets)
-        if known.layout is not None and export is not None and assets is not None:
-            coordinator.check_names(known.layout, assets, export)
-        directory = StagingDirectory(attempt.target, new_save_id())
+        files = coordinator.export_files(known.layout, assets, export)
+        directory = StagingDirectory.of(attempt.target, new_save_id())
         with attempt.timed("prepare"):
             try:
-                coordinator.make_directory(directory, overwrite=self.overwrite, attempt=attempt)
+                coordinator.make_directory(
+                    directory, overwrite=self.overwrite, attempt=attempt, new_files=files
+                )
                 is_ready = coordinator.make_export(
                     known, assets, attempt, strategy=self.strategy, subdir=self._subdir
                 )
@@ -307,7 +317,8 @@ class HFDualWriter(StorageWriter, SlabStager):
         if self.export is None:
             return None, None
         try:
-            return self.export, export_assets.assets_of(self.export)
+            is_staged = attempt.context.staged is not None
+            return self.export, self._assets_of(self.export, is_staged=is_staged)
         except ExportError as error:
             attempt.leave_out_export(error)
             return None, None
@@ -391,6 +402,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 dcp_writer=self.dcp_writer,
                 subdir=self._subdir,
                 overwrite=self.overwrite,
+                save_id=self.save_id,
                 check_facts=rank_facts.check_reported_facts,
             ).run(metadata, results)
         finally:
@@ -400,7 +412,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         if error is not None:
             if self.on_export_error == "raise":
                 raise error
-            _log.warning("checkpoint %s has no export: %s", attempt.target, error)
+            _log.warning("a checkpoint has no export: %s", error)
 
     def explain(
         self, state_dict: dict[str, Any], *, planner: SavePlanner | None = None
@@ -420,7 +432,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         """
         self._saves.wait_for_earlier()
         run = DryRun(self.path, self.export, self.process_group, fresh_planner(planner), self._once)
-        return run.run(state_dict)
+        return run.run(with_states(state_dict))
 
     @property
     def _subdir(self) -> str:
@@ -443,7 +455,8 @@ class HFDualWriter(StorageWriter, SlabStager):
         """Pickle for a checkpointer process, with the export's files instead of its objects."""
         state = dict(self.__dict__)
         if self.export is not None:
-            state["export"], state["_assets"] = export_assets.to_send(self.export)
+            sent = export_assets.to_send(self.export, self._assets_error)
+            state["export"], state["_assets"], state["_assets_error"] = sent
         for name in ("process_group", "_copies", "_lease"):
             state[name] = None
         return state

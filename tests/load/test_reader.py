@@ -710,3 +710,25 @@ def test_stateful_objects_are_loaded_from_either_half(tmp_path: Path) -> None:
         reader = HFDualReader(tmp_path / "x", source=source)  # type: ignore[arg-type]
         dcp.load({"model": target}, storage_reader=reader)
         assert target.weights["w"].tolist() == [6.0] * 3
+
+
+def test_writer_tells_the_save_id_that_the_metadata_has(tmp_path: Path) -> None:
+    writer = HFDualWriter(tmp_path / "1")
+    ids = []
+    for step in ("1", "2"):
+        state = {"model": {"w": torch.ones(2)}}
+        dcp.save(state, storage_writer=writer, checkpoint_id=tmp_path / step)
+        ids.append(writer.save_id)
+        metadata = HFDualReader(tmp_path / step).read_metadata()
+        assert metadata.storage_meta is not None
+        assert metadata.storage_meta.save_id == writer.save_id
+    assert len(set(ids)) == 2
+    assert not HFDualWriter.validate_checkpoint_id(None)  # type: ignore[arg-type]
+    assert not HFDualWriter.validate_checkpoint_id("s3://bucket/x")
+
+
+def test_explanation_and_warm_up_see_the_states_of_objects(tmp_path: Path) -> None:
+    state = {"model": torch.nn.Linear(3, 2)}
+    writer = HFDualWriter(tmp_path / "x")
+    assert writer.warm_up(state) == 8 * 4
+    assert {row.fqn for row in writer.explain(state).rows} == {"model.weight", "model.bias"}

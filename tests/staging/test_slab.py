@@ -8,6 +8,8 @@ import os
 import pickle
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TYPE_CHECKING
 
 import pytest
@@ -152,11 +154,19 @@ def test_old_memory_is_gone_before_the_new_one_is_taken(
 
 def test_save_waits_for_the_one_that_holds_the_slab(pool: SlabPool) -> None:
     first = acquire(pool, 100)
-    threading.Timer(0.2, first.release).start()
-    second, waited_s = pool.acquire(
-        100, what="next", deadline=time.monotonic() + 5, before_growth=lambda: None
-    )
-    assert 0.15 < waited_s < 4
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(
+            pool.acquire,
+            100,
+            what="next",
+            deadline=time.monotonic() + 60,
+            before_growth=lambda: None,
+        )
+        with pytest.raises(FutureTimeoutError):
+            waiting.result(0.2)
+        first.release()
+        second, waited_s = waiting.result(60)
+    assert waited_s > 0
     assert second.slab is first.slab
     second.release()
 

@@ -79,7 +79,9 @@ class Calls:
         return _load_state_dict_from_keys(keys, storage_reader=self.reader(name))
 
 
-def outcomes_of(rows: Mapping[str, Callable[[Calls], Any]], root: Path) -> dict[str, dict[str, str]]:
+def outcomes_of(
+    rows: Mapping[str, Callable[[Calls], Any]], root: Path
+) -> dict[str, dict[str, str]]:
     """Run every row in every way on this rank.
 
     Args:
@@ -104,7 +106,9 @@ def outcomes_of(rows: Mapping[str, Callable[[Calls], Any]], root: Path) -> dict[
                 said = f"{type(error).__name__}: {_last_line(error)}"
             if way == "torch":
                 expected = values
-            differing = [key for key in {**expected, **values} if values.get(key) != expected.get(key)]
+            differing = [
+                key for key in {**expected, **values} if values.get(key) != expected.get(key)
+            ]
             if not said and differing:
                 said = f"differs: {differing[0]}"
             found[name][way] = said or ("ran" if way == "torch" else "equal")
@@ -147,5 +151,3 @@ def _text(value: Any) -> str:
     if isinstance(value, io.BytesIO):
         return f"BytesIO {value.getvalue()!r}"
     return f"{type(value).__name__} {value!r}"
-
-

@@ -9,6 +9,7 @@ import datetime as dt
 import http
 import io
 import random
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,6 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
-from torch.distributed.optim import _apply_optimizer_in_backward
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -118,6 +118,13 @@ def fsdp2_full(calls: Calls) -> Any:
     return calls.load({"model": get_model_state_dict(sharded(2, mesh))})
 
 
+def loaded_alone(calls: Calls) -> Any:
+    """What four ranks saved is loaded by each rank alone, whole."""
+    mesh = init_device_mesh("cpu", (WORLD_SIZE,))
+    calls.save({"model": get_model_state_dict(sharded(1, mesh))})
+    return calls.load({"model": Net(2).state_dict()}, no_dist=True)
+
+
 def hsdp(calls: Calls) -> Any:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
     return trained(calls, lambda seed: sharded(seed, mesh))
@@ -148,17 +155,15 @@ def fsdp1(calls: Calls, kind: StateDictType, *, use_orig_params: bool) -> Any:
             Net(seed), use_orig_params=use_orig_params, device_id=torch.device("cpu")
         )
 
-    def taken(model: FullyShardedDataParallel, lr: float) -> tuple[Any, dict[str, Any]]:
+    def taken(model: FullyShardedDataParallel, lr: float) -> dict[str, Any]:
         optimizer = stepped(model, lr)
         with FullyShardedDataParallel.state_dict_type(model, kind):
-            moments = FullyShardedDataParallel.optim_state_dict(model, optimizer)
-            return optimizer, {"model": model.state_dict(), "optim": moments}
+            moments = FullyShardedDataParallel.optim_state_dict(model, optimizer)["state"]
+            return {"model": model.state_dict(), "optim": moments}
 
-    _, state = taken(made(1), 0.01)
-    calls.save(state)
+    calls.save(taken(made(1), 0.01))
     model = made(2)
-    _, state = taken(model, 0.5)
-    calls.load(state)
+    state = calls.load(taken(model, 0.5))
     with FullyShardedDataParallel.state_dict_type(model, kind):
         model.load_state_dict(state["model"])
         return {"model": model.state_dict(), "optim": state["optim"]}
@@ -286,8 +291,9 @@ def custom_load_planner(calls: Calls) -> Any:
 
 
 def custom_save_planner(calls: Calls) -> Any:
-    calls.save({"optim": Net(1).state_dict()}, planner=Doubles())
-    return calls.load({"optim": Net(2).state_dict()})
+    state = {"model": Net(1).state_dict(), "ema": Net(3).state_dict()}
+    calls.save(state, planner=Doubles())
+    return calls.load({"model": Net(2).state_dict(), "ema": Net(2).state_dict()})
 
 
 def not_flattened(calls: Calls) -> Any:
@@ -303,7 +309,7 @@ def plan_caching(calls: Calls) -> Any:
     for step in range(3):
         state = {"model": get_model_state_dict(sharded(step, mesh))}
         blank = {"model": get_model_state_dict(sharded(9, mesh))}
-        if step == 2:  # noqa: PLR2004
+        if step == 2:
             state["more"], blank["more"] = torch.ones(3), torch.zeros(3)  # type: ignore[assignment]
         planner = DefaultSavePlanner(enable_plan_caching=True)
         calls.save(state, f"step-{step}", planner=planner)
@@ -312,6 +318,11 @@ def plan_caching(calls: Calls) -> Any:
 
 
 def optimizer_in_backward(calls: Calls) -> Any:
+    with warnings.catch_warnings():
+        # The import compiles functions in a way that newer versions of Python deprecate.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        from torch.distributed.optim import _apply_optimizer_in_backward
+
     def made(seed: int) -> tuple[nn.Module, list[Any]]:
         model = Net(seed)
         _apply_optimizer_in_backward(torch.optim.AdamW, model.parameters(), {"lr": 0.1 * seed})
@@ -399,6 +410,7 @@ RANK_ROWS: Mapping[str, Callable[[Calls], Any]] = {
     "FSDP2 with AdamW": fsdp2,
     "FSDP2, flattened optimizer state": fsdp2_flat,
     "FSDP2, full state dict saved, shards loaded": fsdp2_full,
+    "FSDP2 saved, loaded by each rank alone": loaded_alone,
     "HSDP": hsdp,
     "TP": tp,
     "FSDP2 and TP": fsdp2_and_tp,

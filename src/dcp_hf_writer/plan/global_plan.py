@@ -47,6 +47,8 @@ class LocalFacts:
     """Unique to this rank and save: DCP's plan cache may show the facts of an earlier save."""
     lone_ties: tuple[tuple[str, str, bool], ...] = ()
     """Declared ties of which the rank holds only one tensor, as `drifted_ties` lists them."""
+    target: str | None = None
+    """Path that the rank saves to; out of date in a plan from DCP's plan cache."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from dcp_hf_writer.excerpts import some_of
 from dcp_hf_writer.plan.global_plan import LocalFacts
 from dcp_hf_writer.preflight.compare_ranks import check_samples
 from dcp_hf_writer.preflight.drifted_ties import lone_ties, tie_apart, untrue_tie
@@ -14,6 +15,7 @@ from dcp_hf_writer.preflight.plan_check import check_plan
 from dcp_hf_writer.preflight.rank_samples import samples_of
 from dcp_hf_writer.preflight.value_checks import check_tensors, encoded_weight
 from dcp_hf_writer.save.owner_process import page_cache_id
+from dcp_hf_writer.save.rank_progress import other_path
 from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 if TYPE_CHECKING:
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.plan.rank_report import RankReport
     from dcp_hf_writer.save.save_context import RankView
+
+# Ranks whose path the error shows.
+_MOST_PATHS = 4
 
 
 def local_facts(
@@ -68,6 +73,7 @@ def local_facts(
         ),
         stamp=uuid.uuid4().hex,
         lone_ties=lone_ties(view.planned, export),
+        target=target,
     )
 
 
@@ -108,6 +114,28 @@ def check_facts(plans: Sequence[SavePlan]) -> None:
     """
     facts = [plan.storage_data for plan in plans]
     check_samples([fact.samples if isinstance(fact, LocalFacts) else b"" for fact in facts], plans)
+
+
+def check_targets(plans: Sequence[SavePlan], target: str) -> None:
+    """Check that all ranks save to one path (coordinator).
+
+    Args:
+        plans: Plan of each rank as the rank sent it, in rank order. A plan that is not usable is
+            one that DCP's plan cache replaces; such a rank looks for the coordinator's path itself.
+        target: Path of the coordinator.
+
+    Raises:
+        ConfigError: If a rank saves to another path; names the ranks and their paths.
+    """
+    others = [
+        f"rank {rank}: {plan.storage_data.target}"
+        for rank, plan in enumerate(plans)
+        if plan.usable
+        and isinstance(plan.storage_data, LocalFacts)
+        and plan.storage_data.target not in (target, None)
+    ]
+    if others:
+        raise other_path(target, some_of(others, most=_MOST_PATHS))
 
 
 def untrue_tie_of_ranks(plans: Sequence[SavePlan]) -> ExportError | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 import weakref
@@ -11,11 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from dcp_hf_writer.errors import StagingBusyError
+from dcp_hf_writer.errors import CheckpointError, StagingBusyError
 from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.mapping.flattening import with_states
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.save import export_assets, save_log
 from dcp_hf_writer.save.failure_explanations import check_world, watch_pending
+from dcp_hf_writer.save.owner_process import is_on_first_host
 from dcp_hf_writer.save.process_saves import guard_process_save
 from dcp_hf_writer.save.rank_progress import MEETING
 from dcp_hf_writer.staging.staged_state_dict import (
@@ -30,7 +33,11 @@ from dcp_hf_writer.torch_seam.save_world import SaveWorld
 if TYPE_CHECKING:
     import torch
 
+    from dcp_hf_writer.save.export_assets import Assets
     from dcp_hf_writer.staging.slab import Lease
+
+
+_log = logging.getLogger(__name__)
 
 
 class SlabStager(AsyncStager):
@@ -41,11 +48,14 @@ class SlabStager(AsyncStager):
     staging: StagingMode
     timeout_s: float
     process_group: dist.ProcessGroup | None
+    on_export_error: str
     _copies: Copies | None = None
     """Copies of the latest overlapped staging. Its state dict is not kept: the lease ends when the
     state dict is freed."""
     _lease: weakref.ref[Lease] | None = None
     """Lease of the latest staging. A weak reference, because a lease keeps its slab mapped."""
+    _assets_error: CheckpointError | None = None
+    """Why the latest staging could not read the assets; its save raises it."""
 
     def stage(self, state_dict: dict[str, Any]) -> Any:
         """Copy a state dict into the slab; later changes to the tensors do not reach the files.
@@ -66,7 +76,7 @@ class SlabStager(AsyncStager):
         place = _Place(target, HFExport.subdir if self.export is None else self.export.subdir)
         deadline = began + self.timeout_s
         world = SaveWorld.at_staging(call, self.process_group)
-        self._read_assets(is_first=world.rank == 0)
+        self._assets_error = self._read_assets(is_first=world.rank == 0)
         try:
             staged = STAGER.stage(
                 state_dict, mode=self.staging, what=target, deadline=deadline, world=world
@@ -115,11 +125,15 @@ class SlabStager(AsyncStager):
 
         Returns:
             Size of the staged copy on this rank, in bytes.
+
+        Raises:
+            ExportError: If an asset cannot be read; on the coordinator only.
+            ConfigError: If `assets` or `like` is invalid; on the coordinator only.
         """
-        self._read_assets(
-            is_first=not dist.is_initialized() or dist.get_rank(self.process_group) == 0
-        )
-        return STAGER.warm_up(state_dict, deadline=time.monotonic() + self.timeout_s)
+        error = self._read_assets(is_first=self._plans_export())
+        if error is not None:
+            raise error
+        return STAGER.warm_up(with_states(state_dict), deadline=time.monotonic() + self.timeout_s)
 
     def _pending_lease(self) -> Lease | None:
         """Return the latest lease if it still waits for its save, and this thread may run it.
@@ -131,11 +145,42 @@ class SlabStager(AsyncStager):
         is_mine = lease is not None and lease.stager is threading.current_thread()
         return lease if lease is not None and lease.is_pending and not is_mine else None
 
-    def _read_assets(self, *, is_first: bool) -> None:
-        # Read now, in the training thread: config objects may change while the save runs. Errors
-        # are kept and raised in the planning step, where every rank learns of them.
-        if self.export is not None and is_first:
-            export_assets.preload(self.export)
+    def _read_assets(self, *, is_first: bool) -> CheckpointError | None:
+        # Read now, in the training thread: config objects may change while the save runs. A save
+        # raises the error in its planning step, where every rank learns of it.
+        if self.export is None or not is_first:
+            return None
+        return export_assets.preload(self.export)
+
+    def _assets_of(self, export: HFExport, *, is_staged: bool) -> Assets:
+        """Return the assets for a save; raise, once, what kept its staging from reading them."""
+        error, self._assets_error = self._assets_error, None
+        if is_staged and error is not None:
+            raise error
+        return export_assets.assets_of(export)
+
+    def _look_at_assets(self) -> None:
+        """Check early that `like` and paths among the assets are there.
+
+        Only the coordinator reads them later. The other ranks of its host look too, so that all of
+        them raise together. On other hosts, the paths may be missing.
+
+        Raises:
+            ConfigError: If `like` or an asset cannot be used as given.
+            ExportError: If a path among the assets cannot be read.
+        """
+        if self.export is None or not (self._plans_export() or is_on_first_host()):
+            return
+        try:
+            export_assets.look_at(self.export)
+        except CheckpointError as error:
+            if self.on_export_error == "raise":
+                raise
+            _log.warning("a checkpoint would have no export now: %s", error)
+
+    def _plans_export(self) -> bool:
+        """Whether this rank is the coordinator, the only one that reads `like` and assets."""
+        return not dist.is_initialized() or dist.get_rank(self.process_group) == 0
 
 
 def _done(value: Any) -> Future[Any]:

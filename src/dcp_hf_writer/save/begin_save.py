@@ -13,6 +13,7 @@ from dcp_hf_writer.staging.staged_state_dict import failure_in, staged_of
 from dcp_hf_writer.staging.stager import STAGER
 from dcp_hf_writer.torch_seam.caller_frames import RunningSave, find_save
 from dcp_hf_writer.torch_seam.future_guard import current_future
+from dcp_hf_writer.torch_seam.missing_group import check_group_is_there
 from dcp_hf_writer.torch_seam.save_world import SaveWorld
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def begin_save(
             world.check(save.group, is_distributed=save.is_distributed, target=target, phase="plan")
         if not (save.is_distributed and world.is_certain and world.is_here):
             world = SaveWorld.of(save.group, is_distributed=save.is_distributed)
+        check_group_is_there()
     except CheckpointError as error:
         refusal = error
         if lease is None or not lease.is_taken_by_me:

@@ -12,13 +12,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dcp_hf_writer.errors import SaveAbortedError, SaveTimeoutError
 from dcp_hf_writer.save import save_log
-from dcp_hf_writer.save.coordinator import committed_save_id
 from dcp_hf_writer.save.rank_progress import MEETING, POST_MORTEM_S, Progress, lost_ranks_error
+from dcp_hf_writer.save.replace_target import saved_id
+from dcp_hf_writer.torch_seam.failed_steps import call_when_a_step_fails
 from dcp_hf_writer.torch_seam.future_guard import FutureGuard, find_future, own_error
 from dcp_hf_writer.torch_seam.save_world import PROBLEM, WAIT_HINT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from torch.distributed.checkpoint.utils import _DistWrapper
 
     from dcp_hf_writer.errors import RankLostError
     from dcp_hf_writer.save.attempt import Attempt
@@ -30,15 +33,16 @@ _log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
 
 
-def guard_save(attempt: Attempt, *, anchor: object | None, is_async: bool) -> None:
+def guard_save(attempt: Attempt, *, anchor: _DistWrapper | None, is_async: bool) -> None:
     """Guard the future of the save that the calling thread runs.
 
-    A synchronous save has no future. Its resources are released when `anchor` is freed with torch's
-    stack frames, or at interpreter exit. If this rank failed, that takes a garbage collection.
+    A synchronous save has no future. Its resources are released when a step of it fails, or when
+    `anchor` is freed with torch's stack frames, or at interpreter exit.
 
     Args:
         attempt: The save.
-        anchor: An object that lives as long as the save; `None` if the save is refused.
+        anchor: The ranks of the save, an object that lives as long as the save; `None` if the save
+            is refused.
         is_async: Whether the save must have a future.
 
     Raises:
@@ -50,6 +54,8 @@ def guard_save(attempt: Attempt, *, anchor: object | None, is_async: bool) -> No
     if future is None:
         if anchor is None:
             attempt.end()
+        else:
+            call_when_a_step_fails(anchor, attempt.end)
         return
     running = attempt.context.running
     guard = FutureGuard(
@@ -272,7 +278,7 @@ def _outcome_of(attempt: Attempt) -> str:
 
 
 def _outcome(target: str, save_id: str | None) -> str:
-    if save_id is not None and committed_save_id(target) == save_id:
+    if save_id is not None and saved_id(target) == save_id:
         return "committed: the checkpoint is visible"
     return OPEN
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
+import uuid
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 if TYPE_CHECKING:
@@ -27,14 +28,24 @@ class WriterSaves:
     nothing holds the next one back. Thread-safe.
     """
 
-    def __init__(self) -> None:
-        """Start without a save."""
+    def __init__(self, save_id: str | None = None) -> None:
+        """Start without a save.
+
+        Args:
+            save_id: The id that the writer tells; `None` makes a new one.
+        """
         self._thread = threading.local()
         self._latest: Attempt | None = None
+        self.save_id = save_id or str(uuid.uuid4())
+        """Id that the writer tells, as torch's writer does; the coordinator's is in `.metadata`."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A checkpointer process has saves of its own.
-        return WriterSaves, ()
+        return WriterSaves, (self.save_id,)
+
+    def renew_save_id(self) -> None:
+        """Make a new `save_id`, for the next save."""
+        self.save_id = str(uuid.uuid4())
 
     def wait_for_earlier(self) -> None:
         """Wait for the latest save if it runs in another thread.

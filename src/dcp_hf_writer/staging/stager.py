@@ -327,16 +327,15 @@ def _offsets(
     }
 
 
-def _replace(value: Any, staged: Any) -> Any:
+def _replace(value: Any, staged: Any, name: str = "") -> Any:
     """Rebuild the containers around the staged tensors, and deep-copy every other value."""
     if isinstance(value, torch.Tensor):
         return next(staged)
     if isinstance(value, Mapping):
-        return {key: _replace(item, staged) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_replace(item, staged) for item in value))
+        return {key: _replace(item, staged, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_replace(item, staged) for item in value)
+        items = (_replace(item, staged, f"{name}.{n}") for n, item in enumerate(value))
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     try:
         return copy.deepcopy(value)
     except Exception as error:
@@ -344,6 +343,7 @@ def _replace(value: Any, staged: Any) -> Any:
         raise StagingError(
             msg,
             phase="stage",
+            fqn=name.removeprefix("."),
             expected="a value that copy.deepcopy can copy",
             found=f"{type(value).__name__}: {error}",
             hint="leave it out of the state dict, or save its state instead",
