@@ -12,19 +12,20 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch.distributed as dist
 from torch.distributed.checkpoint.staging import AsyncStager
 
-from dcp_hf_writer.errors import CheckpointError, StagingBusyError
+from dcp_hf_writer.errors import CheckpointError, StagingBusyError, StagingError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.mapping.flattening import with_states
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.save import export_assets, save_log
 from dcp_hf_writer.save.early_export_check import warn_without_export
-from dcp_hf_writer.save.failure_explanations import check_world
+from dcp_hf_writer.save.failure_explanations import check_world, watch_pending
 from dcp_hf_writer.save.owner_process import is_on_first_host
 from dcp_hf_writer.save.process_saves import guard_process_save
 from dcp_hf_writer.save.rank_progress import MEETING
 from dcp_hf_writer.staging.staged_state_dict import (
     StagedStateDict,
     failed_state_dict,
+    failure_in,
     staging_error,
 )
 from dcp_hf_writer.staging.stager import STAGER, Copies, Staged, StagingMode, wait_before_step
@@ -79,6 +80,9 @@ class SlabStager(AsyncStager):
         world = SaveWorld.at_staging(call, self.process_group)
         self._assets_error = self._read_assets(is_first=world.rank == 0)
         try:
+            broken = failure_in(state_dict)
+            if broken is not None:
+                raise broken  # noqa: TRY301 - as a value that cannot be staged
             staged = STAGER.stage(
                 state_dict, mode=self.staging, what=target, deadline=deadline, world=world
             )
@@ -96,6 +100,32 @@ class SlabStager(AsyncStager):
         result = staged.state_dict
         _attend(result, staged.lease, place)
         return result if staged.copies is None else _when_copied(staged, place)
+
+    def stage_again(self, staged: StagedStateDict) -> StagedStateDict:
+        """Return what `stage` returned for another try at its save, which must be over.
+
+        Copies nothing. If the content is gone, the save of the returned state dict raises the
+        reason in the planning step, on every rank.
+
+        Raises:
+            StagingBusyError: If another save is still in flight at the deadline.
+        """
+        deadline, target = time.monotonic() + self.timeout_s, self.path
+        place = _Place(target, HFExport.subdir if self.export is None else self.export.subdir)
+        world = SaveWorld.at_staging(find_async_save(), self.process_group)
+        try:
+            again = STAGER.stage_again(staged, deadline=deadline, world=world)
+        except StagingError as error:
+            lease = STAGER.take_turn(what=target, deadline=deadline, world=world)
+            return _failed(lease, error, place)
+        assert again.lease is not None
+        _attend(again, again.lease, place)
+        return again
+
+    @property
+    def copies(self) -> Copies | None:
+        """The copies of the latest overlapped staging; `None` if there was none."""
+        return self._copies
 
     @property
     def should_synchronize_after_execute(self) -> bool:
@@ -220,6 +250,8 @@ def _attend(staged: StagedStateDict, lease: Lease, place: _Place) -> None:
         # The records of the ranks need the group, which may be gone when the save begins.
         MEETING.rendezvous_of(None if world.group is None else world.group())
         staged.on_save = lambda: check_world(lease, world, target=target)
+        if world.group is not None:
+            watch_pending(lease, world, target=target)
 
 
 def _failed(lease: Lease, error: BaseException, place: _Place) -> StagedStateDict:

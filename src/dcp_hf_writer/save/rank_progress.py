@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import socket
 import time
@@ -21,14 +20,12 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from dcp_hf_writer.errors import ConfigError, RankLostError
-from dcp_hf_writer.torch_seam.default_store import default_store
+from dcp_hf_writer.torch_seam.default_store import default_store, own_store_client
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dcp_hf_writer.torch_seam.save_world import SaveWorld
-
-_log = logging.getLogger(__name__)
 
 _PREFIX = "dcp-hf-writer"
 _LEFT = f"{_PREFIX}/left"
@@ -88,7 +85,7 @@ class Rendezvous:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         """Find the members of a group; `None` stands for the default group."""
-        self._store = _store()
+        self._store = own_store_client()
         self._me = dist.get_rank()
         self._members = list(
             dist.get_process_group_ranks(group)
@@ -246,7 +243,8 @@ def lost_ranks_error(
         path=target,
         expected="an answer from every rank" + (f" in save {save_id}" if save_id else ""),
         found=f"no answer from {', '.join(silent)}; {outcome}",
-        hint="the process group cannot be used for saving any more; restart the lost ranks",
+        hint="the process group cannot be used for saving any more; restart the lost ranks, or, if "
+        "the script destroyed the group, wait for the future of the save first",
     )
 
 
@@ -273,20 +271,6 @@ def other_path(target: str, found: str, *, rank: int | None = None) -> ConfigErr
 
 def _key(kind: str, target: str) -> str:
     return f"{_PREFIX}/{kind}/{hashlib.sha256(target.encode()).hexdigest()[:32]}"
-
-
-def _store() -> Any:
-    # All groups share the default group's store. A group's own store only adds a prefix to the
-    # keys, and torch itself uses the keys under that prefix.
-    store = default_store()
-    clone = getattr(store, "clone", None)
-    if clone is None:
-        return store
-    try:
-        return clone()
-    except (RuntimeError, NotImplementedError) as error:
-        _log.debug("the store cannot be cloned (%s); using the trainer's store", error)
-        return store
 
 
 class Meeting:

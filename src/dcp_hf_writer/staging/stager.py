@@ -153,6 +153,30 @@ class Stager:
         staged.lease, lease.handover = lease, Handover(deadline, info, began, world)
         return Staged(staged, info, lease, copies)
 
+    def stage_again(
+        self, staged: StagedStateDict, *, deadline: float, world: SaveWorld | None
+    ) -> StagedStateDict:
+        """Return what was staged for another try at a save that failed; copies nothing.
+
+        Args:
+            staged: What `stage` returned; its save must be over.
+            deadline: `time.monotonic()` by which the next try must be done.
+            world: The ranks of the next try.
+
+        Raises:
+            StagingError: If the slab holds the content of another save by now.
+        """
+        if staged.lease is None or staged.lease.handover is None:
+            msg = "the state dict was not staged, so it cannot be saved again"
+            raise StagingError(msg, phase="stage")
+        lease = self._pool.take_again(staged.lease)
+        again = StagedStateDict(staged)
+        again.offsets, again.lease = staged.offsets, lease
+        lease.tie_to(again)
+        info = StagedInfo(staged.lease.handover.info.nbytes, waited_s=0.0, stall_s=0.0)
+        lease.handover = Handover(deadline, info, time.monotonic(), world)
+        return again
+
     def take_turn(self, *, what: str, deadline: float, world: SaveWorld | None) -> Lease:
         """Take the turn of a save that has nothing in the slab, because its staging failed.
 
