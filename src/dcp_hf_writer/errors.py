@@ -24,7 +24,8 @@
     ├── SaveTimeoutError (TimeoutError)        the deadline of the save passed
     │   └── RankLostError                      one or more ranks did not answer
     ├── SaveAbortedError (RuntimeError)        this save was given up; its late work is refused
-    └── ExportError (RuntimeError)             the DCP half is committed, the export is not
+    ├── ExportError (RuntimeError)             the DCP half is committed, the export is not
+    └── CallbackError (RuntimeError)           a callback of the manager raised an error
 
 Each error carries its facts as attributes: rank, phase, path, FQN, key, what was expected, what was
 found, what to do. Its text lists the facts that are known. Every error survives pickling, because
@@ -204,3 +205,7 @@ class SaveAbortedError(CheckpointError, RuntimeError):
 
 class ExportError(CheckpointError, RuntimeError):
     """The DCP half of the checkpoint is committed, the HuggingFace half is not."""
+
+
+class CallbackError(CheckpointError, RuntimeError):
+    """A callback of the manager raised an error; the checkpoint is committed all the same."""

@@ -24,9 +24,16 @@ POINTS = (
     "before report",  # every rank: before it sends its results
     "before manifest",  # coordinator: all ranks have reported, the metadata is written
     "before rename",  # coordinator: the manifest is durable
+    "files carried",  # coordinator: files of others are linked into the new directory, by record
+    "names exchanged",  # coordinator: the checkpoint is visible in the place of another directory
+    "files linked back",  # coordinator: the old directory holds the new checkpoint too
+    "place given back",  # coordinator: the old directory has its name again
     "after rename",  # coordinator: the checkpoint is visible
     "before reply",  # coordinator: before it tells the other ranks
 )
+
+TARGET_POINTS = ("files carried", "names exchanged", "files linked back", "place given back")
+"""Those that only a save into a directory with files of others reaches."""
 
 _hook: Callable[[str], None] | None = None
 

@@ -64,7 +64,7 @@ def load_hf(
             fully_shard(layer)
         fully_shard(model)
         model.to_empty(device="cuda")
-        load_hf(model, "Qwen/Qwen3-30B-A3B")                 # a local snapshot of it
+        load_hf(model, snapshot_download("Qwen/Qwen3-30B-A3B"))     # of huggingface_hub
 
     The directory may come from `HFDualWriter` or from a hub. Each rank reads only the bytes of its
     own shards; no rank ever holds a full tensor, and there is no communication. Floats are cast to

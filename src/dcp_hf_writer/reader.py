@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import threading
 import uuid
@@ -23,14 +22,18 @@ from dcp_hf_writer.load.planned_items import (
     plans_alone,
 )
 from dcp_hf_writer.load.run_load import DCPLoad, HFLoad, Load, LoadOptions
+from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.hf_export import specs_by_name
-from dcp_hf_writer.preflight.check_options import one_of
+from dcp_hf_writer.mapping.option_values import check_flag, check_text, check_word
+from dcp_hf_writer.preflight.check_placements import refuse_partial
 from dcp_hf_writer.storage.open_directory import is_readable
+from dcp_hf_writer.storage.paths_as_written import plain_path
 from dcp_hf_writer.torch_seam.caller_frames import TorchLoad, find_load, other_planner, unknown_load
 from dcp_hf_writer.torch_seam.keyed_loads import keys_without_values
 from dcp_hf_writer.torch_seam.stream_transforms import StreamTransforms
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Iterable, Mapping
 
     import torch.distributed as dist
@@ -113,8 +116,13 @@ class HFDualReader(StorageReader):
             ConfigError: If an option cannot be used as given.
         """
         super().__init__()
-        one_of("source", source, ("auto", "dcp", "hf"))
-        self.path = os.fspath(path)
+        check_word("source", source, ("auto", "dcp", "hf"))
+        self.path = plain_path(path)
+        check_flag("verify", verify)
+        check_flag("exchange", exchange)
+        check_flag("allow_pickled_objects", allow_pickled_objects)
+        if key is not None:
+            check_text("key", key)
         self.source = source
         self.verify = verify
         self._storage_options = storage_options
@@ -149,7 +157,7 @@ class HFDualReader(StorageReader):
         self._thread.storage_data = {}
         self._thread.load_id = str(uuid.uuid4())
         if checkpoint_id is not None:
-            self._thread.path = os.fspath(checkpoint_id)
+            self._thread.path = plain_path(checkpoint_id)
 
     @property
     def checkpoint_id(self) -> str:
@@ -230,12 +238,15 @@ class HFDualReader(StorageReader):
         Raises:
             UnsupportedTorchError: If torch's load, or its planner, cannot be found.
             MismatchError: If something is missing or does not fit; lists all of it.
+            PlanningError: If a DTensor to load into has a `Partial` placement.
             CheckpointError: The error that `read_metadata` met.
         """
         failed = getattr(self._thread, "failed", None)
         if failed is not None:
             raise failed
         load, planner = self._current(), self._torch_load().planner
+        given = {fqn: value for fqn, (_, value) in flat_tensors(self._torch_load().given).items()}
+        refuse_partial(given, phase="read")
         if plans_all(planner):
             load.check(planner, self._torch_load().given)
         lost = keys_without_values(planner, load.metadata)

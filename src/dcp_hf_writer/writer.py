@@ -14,7 +14,6 @@ from torch.futures import Future
 from dcp_hf_writer.errors import (
     CheckpointError,
     ConfigError,
-    ExportError,
     PlanningError,
 )
 from dcp_hf_writer.failpoints import reach
@@ -23,6 +22,7 @@ from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.plan import global_plan
 from dcp_hf_writer.plan.global_plan import RankPlan
 from dcp_hf_writer.preflight import check_options, rank_facts
+from dcp_hf_writer.preflight.check_placements import refuse_partial
 from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
 from dcp_hf_writer.save import coordinator, export_assets
 from dcp_hf_writer.save.announced_save import planned_directory
@@ -33,14 +33,17 @@ from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
 from dcp_hf_writer.save.finish_phase import FinishPhase
 from dcp_hf_writer.save.owner_process import new_save_id
+from dcp_hf_writer.save.planned_export import export_of, plan_or_leave_out
 from dcp_hf_writer.save.rank_progress import MEETING, Announcement
 from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
 from dcp_hf_writer.save.write_phase import WritePhase
 from dcp_hf_writer.save.writer_saves import WriterSaves, tells
 from dcp_hf_writer.staging.staged_state_dict import refuse_failed
+from dcp_hf_writer.storage.output_place import check_output_place
 from dcp_hf_writer.storage.write_slots import WriteSlots
 from dcp_hf_writer.torch_seam.caller_frames import Planned, find_save, other_planner
 from dcp_hf_writer.torch_seam.plan_cache import PLAN_CACHE, is_from_cache, whole_plans
+from dcp_hf_writer.torch_seam.save_world import SaveWorld
 
 if TYPE_CHECKING:
     import os
@@ -90,16 +93,17 @@ class HFDualWriter(StorageWriter, SlabStager):
         timeout_s: float = 1800,
         host_budget_bytes: int = 256 << 20,
     ) -> None:
-        """Set up a writer. Reads and writes no file.
+        """Set up a writer. Writes no file, and starts nothing.
 
         Args:
-            path: Directory of the checkpoint. It must not exist, unless `overwrite` is set.
+            path: Directory of the checkpoint. It may exist; files in it that no save made stay. A
+                `file://` URL is taken too, and `~` is expanded.
             export: Options of the HuggingFace half; `None` writes the DCP half only.
             weights: `"both"` stores the weights in both halves. `"once"` stores a weight only in
                 the export if its bytes are the same there; `HFDualReader` reads such a checkpoint.
             staging: `"blocking"` returns from `async_save` when everything is copied. `"overlap"`
                 copies during the next forward and backward, and needs `guard(optimizer)`.
-            overwrite: Replace an existing checkpoint, in the step that publishes the new one.
+            overwrite: Replace the files of an existing checkpoint, in the step that publishes.
             share: `"auto"` lets both halves share disk blocks where the file system can (XFS,
                 btrfs, ZFS): the disk then holds the weights once. `"off"` writes them twice.
             slots: Limit on the number of processes of a node that write at the same time.
@@ -114,19 +118,15 @@ class HFDualWriter(StorageWriter, SlabStager):
             host_budget_bytes: Memory that a rank may use in addition to the staged copy.
 
         Raises:
-            ConfigError: If an option cannot be used as given.
+            ConfigError: If an option cannot be used as given, or `like` is no model directory.
+            ExportError: If a path among the assets cannot be read. With `on_export_error="warn"`,
+                the writer logs this error and errors of `like` instead.
+            StorageError: If the path or a parent of it is a file, or may not be written to.
         """
         super().__init__()
-        check_options.one_of("weights", weights, ("both", "once"))
-        check_options.one_of("staging", staging, ("blocking", "overlap"))
-        check_options.one_of("on_export_error", on_export_error, ("raise", "warn"))
-        check_options.one_of("share", share, ("auto", "off"))
-        check_options.one_of("strategy", strategy, ("auto", "direct"))
-        check_options.check_numbers(timeout_s=timeout_s, host_budget_bytes=host_budget_bytes)
-        check_options.check_no_storage_options(storage_options)
-        check_options.check_export(export, weights)
-        check_options.check_dcp_writer(dcp_writer)
+        check_options.check_writer(locals())
         self.path = check_options.local_path(path)
+        check_output_place(self.path)
         self.export = export
         self.weights = weights
         self.staging = staging
@@ -140,6 +140,8 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.timeout_s = timeout_s
         self.host_budget_bytes = host_budget_bytes
         self._saves = WriterSaves()
+        self._made_in = SaveWorld.at_staging(None, None)
+        self._look_at_assets()
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
         """Wait for an earlier save of this writer, then take `checkpoint_id` as the path.
@@ -184,8 +186,12 @@ class HFDualWriter(StorageWriter, SlabStager):
         """Begin a save. torch calls this method first, in the thread that runs the save."""
         self._saves.wait_for_earlier()
         target = self._saves.take_target(self.path)
-        pending = self._pending_lease
-        attempt = begin_save(target, timeout_s=self.timeout_s, pending=pending)
+        attempt = begin_save(
+            target,
+            timeout_s=self.timeout_s,
+            made_in=self._made_in,
+            pending=self._pending_lease,
+        )
         self._saves.begin(attempt)
         return StorageMeta(checkpoint_id=attempt.target, save_id=self.save_id)
 
@@ -204,6 +210,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             raise attempt.context.refusal
         save = find_save()
         view = RankView.of(Planned.of(save.planner, save.given))
+        refuse_partial(view.planned.state_dict, phase="plan")
         attempt.see(view)
         rendezvous = MEETING.rendezvous_of(save.group) if save.is_distributed else None
         member = Membership.of(save.ranks, is_coordinator, rendezvous, MEETING.next_count())
@@ -223,6 +230,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt = self._current()
         refuse_failed(item.index.fqn for item in plan.items)
         PLAN_CACHE.check_sent(plan, attempt.view.planned.planner)
+        names = rank_facts.names_of_ties(attempt.view, self.export)
         facts = rank_facts.local_facts(
             plan,
             attempt.view,
@@ -230,8 +238,9 @@ class HFDualWriter(StorageWriter, SlabStager):
             is_coordinator=attempt.member.is_coordinator,
             export=self.export,
             group=self.process_group,
+            names=names,
         )
-        error = rank_facts.export_fault(attempt.view, self.export, rank=attempt.rank)
+        error = rank_facts.export_fault(attempt.view, self.export, names, rank=attempt.rank)
         if error is not None:
             attempt.leave_out_export(error)
         attempt.send(SentFacts(facts.stamp, None if plan.usable else facts.samples))
@@ -246,15 +255,17 @@ class HFDualWriter(StorageWriter, SlabStager):
 
         Raises:
             ConfigError: If the save runs with `use_collectives=False`.
-            PlanningError: If the state dict does not fit the options of the export.
+            PlanningError: If the plans of the ranks are not this save's.
+            CoverageError: If the ranks' parts do not cover a tensor of the model exactly once.
             StorageError: If the target or the file system does not allow the save.
         """
         attempt = self._current()
         attempt.check()
         check_options.check_collectives(is_used=len(plans) == attempt.member.world_size)
+        rank_facts.check_targets(plans, attempt.target)
         if len(plans) == 1:
             attempt.save_alone()
-        export, assets = self._export_of(attempt)
+        export, assets = export_of(self.export, attempt, self._assets_of)
         whole = whole_plans(plans, attempt.view.planned.planner)
         is_cached = is_from_cache(whole)
         if not is_cached:
@@ -262,13 +273,14 @@ class HFDualWriter(StorageWriter, SlabStager):
         untrue = None if export is None else rank_facts.untrue_tie_of_ranks(whole)
         if untrue is not None:
             attempt.leave_out_export(untrue)
-        known, result = self._plan(whole, export, assets)
-        if known.layout is not None and export is not None and assets is not None:
-            coordinator.check_names(known.layout, assets, export)
-        directory = StagingDirectory(attempt.target, new_save_id())
+        known, result = plan_or_leave_out(self._plan, whole, export, assets, attempt)
+        files = coordinator.export_files(known.layout, assets, export)
+        directory = StagingDirectory.of(attempt.target, new_save_id())
         with attempt.timed("prepare"):
             try:
-                coordinator.make_directory(directory, overwrite=self.overwrite, attempt=attempt)
+                coordinator.make_directory(
+                    directory, overwrite=self.overwrite, attempt=attempt, new_files=files
+                )
                 is_ready = coordinator.make_export(
                     known, assets, attempt, strategy=self.strategy, subdir=self._subdir
                 )
@@ -290,7 +302,8 @@ class HFDualWriter(StorageWriter, SlabStager):
         """Return the global plan and each rank's plan; `None` for these if the ranks have them."""
         with self._current().timed("plan"):
             file_of_key = None if assets is None else assets.file_of_key
-            options = global_plan.options_fingerprint(export, file_of_key)
+            architecture = None if assets is None else assets.architecture
+            options = global_plan.options_fingerprint(export, file_of_key, architecture)
             options += f" {type(self.dcp_writer).__qualname__} {self.weights}"
             known = PLAN_CACHE.delivered(whole, options)
             if known is not None:
@@ -300,18 +313,10 @@ class HFDualWriter(StorageWriter, SlabStager):
                 export,
                 options=options,
                 file_of_key=file_of_key,
+                architecture=architecture,
                 once=self._once,
             )
             return known, global_plan.rank_plans(known, self._prepare_dcp(whole))
-
-    def _export_of(self, attempt: Attempt) -> tuple[HFExport | None, export_assets.Assets | None]:
-        if self.export is None:
-            return None, None
-        try:
-            return self.export, export_assets.assets_of(self.export)
-        except ExportError as error:
-            attempt.leave_out_export(error)
-            return None, None
 
     def _prepare_dcp(self, plans: list[SavePlan]) -> list[SavePlan]:
         bare = [replace(plan, storage_data=None) for plan in plans]
@@ -402,7 +407,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         if error is not None:
             if self.on_export_error == "raise":
                 raise error
-            _log.warning("checkpoint %s has no export: %s", attempt.target, error)
+            _log.warning("a checkpoint has no export: %s", error)
 
     def explain(
         self, state_dict: dict[str, Any], *, planner: SavePlanner | None = None
@@ -445,7 +450,8 @@ class HFDualWriter(StorageWriter, SlabStager):
         """Pickle for a checkpointer process, with the export's files instead of its objects."""
         state = dict(self.__dict__)
         if self.export is not None:
-            state["export"], state["_assets"] = export_assets.to_send(self.export)
+            sent = export_assets.to_send(self.export, self._assets_error)
+            state["export"], state["_assets"], state["_assets_error"] = sent
         for name in ("process_group", "_copies", "_lease"):
             state[name] = None
         return state

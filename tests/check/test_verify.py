@@ -188,11 +188,26 @@ def test_missing_and_additional_files_are_named(many: Path) -> None:
     (many / "stray").mkdir()
     (many / "stray" / "x").touch()
     (many / "link").symlink_to("nowhere")
-    found = whats(verify(many))
+    (many / "hf" / "notes.md").touch()
+    report = verify(many)
+    found = whats(report)
     missing, extra = "the file is missing", "the file does not belong to the checkpoint"
     assert {("hf/config.json", missing), ("__1_0.distcp", missing)} <= set(found)
-    assert {("stray/x", extra), ("link", extra)} <= set(found)
     assert ("hf/model-00001-of-00009.safetensors", extra) in found
+    assert [(one.file, one.what) for one in report.warnings if "belong" in one.what] == [
+        ("hf/notes.md", extra),
+        ("link", extra),
+        ("stray", extra.replace("file", "directory")),
+    ]
+
+
+def test_files_of_others_are_no_problem(many: Path) -> None:
+    (many / "trainer_state.json").write_text("{}")
+    (many / "step-1").mkdir()
+    (many / "step-1" / "__0_0.distcp").write_text("of a checkpoint within")
+    report = verify(many)
+    assert report.ok
+    assert [one.file for one in report.warnings] == ["step-1", "trainer_state.json"]
 
 
 def test_metadata_that_is_missing_is_named(many: Path) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 from dcp_hf_writer.errors import PlanningError
-from dcp_hf_writer.mapping.flattening import flat_tensors, fqn_of, walk_tensors
+from dcp_hf_writer.mapping.flattening import flat_tensors, flat_values, fqn_of, walk_tensors
 
 leaves = st.builds(torch.empty, st.just((1,))) | st.integers() | st.none()
 keys = st.text("ab", min_size=1, max_size=3) | st.integers(0, 3)
@@ -44,6 +44,16 @@ def test_tensors_have_the_names_and_paths_of_torchs_own_flattening(state: dict[s
     }
     found = {fqn: (path, id(tensor)) for fqn, (path, tensor) in flat_tensors(state).items()}
     assert list(found.items()) == list(expected.items())
+
+
+@given(st.dictionaries(st.text("ab", min_size=1, max_size=3), nested, max_size=4))
+def test_values_have_the_names_and_paths_of_torchs_own_flattening(state: dict[str, Any]) -> None:
+    try:
+        flat, paths = flatten_state_dict(state)
+    except ValueError:
+        return
+    found = {fqn: (path, id(value)) for fqn, (path, value) in flat_values(state).items()}
+    assert found == {fqn: (paths[fqn], id(value)) for fqn, value in flat.items()}
 
 
 def test_tensors_that_would_have_one_name_are_refused() -> None:

@@ -104,6 +104,13 @@ def save_what_is_refused(saver: Saver) -> None:
     shape = {"shape": torch.Size((6, 2)), "stride": (2, 1)}
     shard = DTensor.from_local(local, mesh, [Shard(0)], run_check=False, **shape)
     saver.save("uneven", model_with("x", shard))
+    stage = init_device_mesh("cpu", (2, 2), mesh_dim_names=("stage", "shard"))["shard"]
+    whole = tensor(f"moments of stage {rank // 2}", 4, 2)
+    moments = distribute_tensor(whole, stage, [Shard(0)], src_data_rank=None)
+    optimizer = {"state": {0: {"exp_avg": moments}}}
+    saver.save(
+        "numbered stages", {**model_with(f"stages.{rank // 2}.x", whole), "optim": optimizer}
+    )
 
     wrong = LoadSpec("x", "x", (9, 2), shards=[ShardSpec(0, rank, WORLD_SIZE)])
     specs = [wrong] if rank == 1 else []
@@ -266,6 +273,15 @@ def test_values_of_each_rank_are_refused(
     assert isinstance(error, PlanningError)
     assert error.fqn == fqn
     assert str(error.found).startswith("one on ranks [0] and one on ranks [1]")
+
+
+def test_stages_that_number_their_parameters_from_0_are_refused(
+    saved: tuple[Path, list[dict[str, Raised | None]]],
+) -> None:
+    error = refusal(saved, "numbered stages")
+    assert isinstance(error, PlanningError)
+    assert error.fqn == "optim.state.0.exp_avg"
+    assert "flatten_optimizer_state_dict=True" in str(error.hint)
 
 
 def test_local_sizes_that_no_placement_gives_are_refused(
@@ -480,6 +496,11 @@ DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a text": (beside(run="a"), beside(run="b")),
     "bytes": (beside(loader=b"a"), beside(loader=b"b")),
     "a list": (beside(losses=[1.0, 2.0]), beside(losses=[1.0, 3.0])),
+    "an infinite loss": (beside(loss=math.inf), beside(loss=-math.inf)),
+    "an infinite moment": (
+        optimizer_of(torch.full((4, 4), math.inf)),
+        optimizer_of(torch.ones(4, 4)),
+    ),
     "a loss": (beside(loss=1.0), beside(loss=1.5)),
     "python's random state": (
         beside(rng=random.Random(1).getstate()),
@@ -523,6 +544,19 @@ def test_values_are_compared_when_the_planner_does_not_flatten(name: str) -> Non
         compared_states(one, other, flatten_state_dict=False)
 
 
+@pytest.mark.parametrize("name", ["a number", "a list", "moments", "a tensor in a tuple"])
+def test_values_are_compared_when_the_planner_shows_nothing(name: str) -> None:
+    plans, samples = [], []
+    for state in DIFFERENT[name]:
+        planner = DefaultSavePlanner()
+        planner.set_up_planner(state, is_coordinator=True)
+        plans.append(planner.create_local_plan())
+        del planner.state_dict
+        samples.append(samples_of(Planned.of(planner, state), key=None, world_size=2))
+    with pytest.raises(PlanningError, match="DCP would keep only one of them"):
+        check_samples(samples, plans)
+
+
 def test_message_about_state_names_the_ways_out() -> None:
     with pytest.raises(PlanningError) as caught:
         compared_states(*DIFFERENT["random state"])
@@ -543,6 +577,10 @@ ALIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         beside(x={f"{i}" for i in reversed(range(99))}),
     ),
     "a number that is none": (beside(x=[math.nan]), beside(x=[float("nan")])),
+    "infinity": (
+        optimizer_of(torch.full((4, 4), math.inf)),
+        optimizer_of(torch.full((4, 4), math.inf)),
+    ),
     "time that passed": (beside(seconds=1000.0), beside(seconds=1001.0)),
     "moments that drifted": (
         optimizer_of(tensor("m", 9, 9)),

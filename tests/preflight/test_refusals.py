@@ -6,7 +6,6 @@ import os
 import shutil
 import stat
 import tempfile
-import warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,16 +17,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
+from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec, verify
 from dcp_hf_writer.errors import (
     CheckpointError,
     ConfigError,
     CoverageError,
     ExportError,
-    LayoutError,
-    ModelKeyError,
     NodeLocalPathError,
-    SpecError,
     StagingError,
     TargetExistsError,
     WriteError,
@@ -37,6 +33,7 @@ from support.mounts import mount_tmpfs, needs_mounts, remount
 from support.named_bytes import EXPORT
 from support.rank_process import Raised
 from support.ranks import run_ranks
+from support.taken_targets import tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -97,22 +94,20 @@ class Refusal:
     planner: Callable[[], DefaultSavePlanner] = DefaultSavePlanner
     use_collectives: bool = True
 
+    @property
+    def costs_only_the_export(self) -> bool:
+        """Whether the DCP half is published all the same."""
+        return self.kind is ExportError
+
 
 def renamed(*keys: str, name: str = "w", shape: tuple[int, ...] = (8, 3)) -> HFExport:
     return HFExport(specs=[LoadSpec(name=name, hf_keys=list(keys), global_shape=shape)])
 
 
-def quantized() -> torch.Tensor:
-    with warnings.catch_warnings():
-        # What torch says of quantized tensors: that they are being phased out.
-        warnings.simplefilter("ignore")
-        return torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8)
-
-
 # By what is wrong. The message must name the thing, so that the user finds it.
 REFUSALS: dict[str, Refusal] = {
     "unknown dtype": Refusal(
-        LayoutError,
+        ExportError,
         ("model.c", "complex128"),
         state=lambda: {"model": {**weights(), "c": torch.ones(2, dtype=torch.complex128)}},
     ),
@@ -121,45 +116,39 @@ REFUSALS: dict[str, Refusal] = {
         ("model.s", "sparse"),
         state=lambda: {"model": {**weights(), "s": torch.eye(3).to_sparse()}},
     ),
-    "quantized tensor": Refusal(
-        StagingError, ("model.q",), state=lambda: {"model": {**weights(), "q": quantized()}}
-    ),
     "tensor without data": Refusal(
         StagingError,
         ("model.m", "meta"),
         state=lambda: {"model": {**weights(), "m": torch.ones(2, device="meta")}},
     ),
     "reserved key": Refusal(
-        LayoutError,
+        ExportError,
         ("'__metadata__'",),
         state=lambda: {"model": {**weights(), "__metadata__": torch.ones(2)}},
     ),
     "empty key": Refusal(
-        LayoutError, ("''",), state=lambda: {"model": {**weights(), "": torch.ones(2)}}
+        ExportError, ("''",), state=lambda: {"model": {**weights(), "": torch.ones(2)}}
     ),
     "two tensors for one key": Refusal(
-        LayoutError, ("'v'", "model.w", "model.v"), export=lambda: renamed("v")
+        ExportError, ("'v'", "model.w", "model.v"), export=lambda: renamed("v")
     ),
     "two entries that may be the model": Refusal(
-        ModelKeyError,
+        ExportError,
         ("'actor'", "'critic'", "key="),
         state=lambda: {"actor": weights(), "critic": weights()},
     ),
-    "no entry with weights": Refusal(
-        ModelKeyError, ("'optim'",), state=lambda: {"optim": weights(), "step": 3}
-    ),
     "unknown key": Refusal(
-        ModelKeyError, ("'policy'", "'model'"), export=lambda: HFExport(key="policy")
+        ExportError, ("'policy'", "'model'"), export=lambda: HFExport(key="policy")
     ),
     "expected key that is not there": Refusal(
-        LayoutError, ("'u'",), export=lambda: HFExport(expect_keys=["u", "v", "w"])
+        ExportError, ("'u'",), export=lambda: HFExport(expect_keys=["u", "v", "w"])
     ),
     "key that is not expected": Refusal(
-        LayoutError, ("'v'",), export=lambda: HFExport(expect_keys=["w"])
+        ExportError, ("'v'",), export=lambda: HFExport(expect_keys=["w"])
     ),
-    "spec without tensor": Refusal(SpecError, ("'u'",), export=lambda: renamed("u", name="u")),
+    "spec without tensor": Refusal(ExportError, ("'u'",), export=lambda: renamed("u", name="u")),
     "spec of another shape": Refusal(
-        SpecError, ("model.w", "[8, 3]", "[3, 8]"), export=lambda: renamed("w", shape=(3, 8))
+        ExportError, ("model.w", "[8, 3]", "[3, 8]"), export=lambda: renamed("w", shape=(3, 8))
     ),
     "gap": Refusal(CoverageError, ("model.w", "[8, 3]"), planner=lambda: FlawedPlanner(rows=2)),
     "overlap": Refusal(
@@ -167,37 +156,36 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "save without collectives": Refusal(ConfigError, ("use_collectives",), use_collectives=False),
     "asset named like a weight file": Refusal(
-        LayoutError,
+        ExportError,
         ("model.safetensors",),
         export=lambda: HFExport(assets={"model.safetensors": b"x"}),
     ),
     "asset outside of the directory": Refusal(
-        ConfigError, ("'..'",), export=lambda: HFExport(assets={"../config.json": b"{}"})
+        ExportError, ("'..'",), export=lambda: HFExport(assets={"../config.json": b"{}"})
     ),
-    "asset of no known kind": Refusal(ConfigError, ("int",), export=lambda: HFExport(assets=[3])),
+    "asset of no known kind": Refusal(ExportError, ("int",), export=lambda: HFExport(assets=[3])),
     "like without directory": Refusal(
-        ConfigError, ("/nowhere/base",), export=lambda: HFExport(like="/nowhere/base")
+        ExportError, ("/nowhere/base",), export=lambda: HFExport(like="/nowhere/base")
     ),
     "tied to nothing": Refusal(
-        LayoutError, ("'v'", "absent"), export=lambda: HFExport(tied={"v": "absent"})
+        ExportError, ("'v'", "absent"), export=lambda: HFExport(tied={"v": "absent"})
     ),
-    "tied to itself": Refusal(LayoutError, ("'v'",), export=lambda: HFExport(tied={"v": "v"})),
+    "tied to itself": Refusal(ExportError, ("'v'",), export=lambda: HFExport(tied={"v": "v"})),
     "tied in a circle": Refusal(
-        LayoutError, ("'v'",), export=lambda: HFExport(tied={"v": "w", "w": "v"})
+        ExportError, ("'v'",), export=lambda: HFExport(tied={"v": "w", "w": "v"})
     ),
     "tied tensors of different shapes": Refusal(
-        LayoutError, ("'v'", "[8, 3]", "[4]"), export=lambda: HFExport(tied={"v": "w"})
+        ExportError, ("'v'", "[8, 3]", "[4]"), export=lambda: HFExport(tied={"v": "w"})
     ),
 }
 
 
 def raised_by(refusal: Refusal, path: Path, *, no_dist: bool) -> BaseException | None:
     """Try a save; return what it raised."""
-    writer = HFDualWriter(path, export=refusal.export(), **refusal.options)
     try:
         dcp.async_save(
             refusal.state(),
-            storage_writer=writer,
+            storage_writer=HFDualWriter(path, export=refusal.export(), **refusal.options),
             planner=refusal.planner(),
             no_dist=no_dist,
             use_collectives=refusal.use_collectives,
@@ -215,10 +203,29 @@ def check_refused(refusal: Refusal, raised: BaseException | None) -> None:
     assert not missing, f"{missing} not in: {raised}"
 
 
+def check_dcp_half_alone(refusal: Refusal, path: Path) -> None:
+    """Check that stock torch loads all that was saved, and that there is no export."""
+    saved = refusal.state()
+    loaded = {
+        entry: {name: torch.zeros_like(value) for name, value in tensors.items()}
+        for entry, tensors in saved.items()
+    }
+    dcp.load(loaded, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    for entry, tensors in saved.items():
+        assert all(torch.equal(loaded[entry][name], value) for name, value in tensors.items())
+    assert sorted(one.name for one in path.iterdir() if one.is_dir()) == []
+    assert verify(path).ok
+
+
 @pytest.mark.parametrize("problem", REFUSALS)
-def test_save_is_refused_and_leaves_nothing_when_it_has(problem: str, tmp_path: Path) -> None:
+def test_save_is_refused_and_at_most_a_whole_dcp_half_is_left_when_it_has(
+    problem: str, tmp_path: Path
+) -> None:
     refusal = REFUSALS[problem]
     check_refused(refusal, raised_by(refusal, tmp_path / "step-1", no_dist=True))
+    if refusal.costs_only_the_export:
+        check_dcp_half_alone(refusal, tmp_path / "step-1")
+        shutil.rmtree(tmp_path / "step-1")
     assert list(tmp_path.iterdir()) == []
     # The control: the same save without the flaw goes through, also after the refusal.
     assert raised_by(Refusal(ConfigError, ()), tmp_path / "step-1", no_dist=True) is None
@@ -251,10 +258,45 @@ def test_every_rank_sees_the_same_refusal_when_the_save_has(
         assert len({str(one.error) for one in raised}) == 1
 
 
-def test_refusals_on_two_ranks_leave_nothing(
+def test_refusals_on_two_ranks_leave_whole_dcp_halves(
     refused: tuple[Path, list[dict[str, Raised]]],
 ) -> None:
-    assert list(refused[0].iterdir()) == []
+    published = {name for name, one in REFUSALS.items() if one.costs_only_the_export}
+    assert {path.name for path in refused[0].iterdir()} == published
+    for name in published:
+        check_dcp_half_alone(REFUSALS[name], refused[0] / name)
+
+
+@pytest.mark.parametrize("problem", ["unknown dtype", "two entries that may be the model"])
+def test_unplanned_export_is_a_warning_when_the_writer_shall_warn(
+    problem: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusal = replace(REFUSALS[problem], options={"on_export_error": "warn"})
+    assert raised_by(refusal, tmp_path / "step-1", no_dist=True) is None
+    check_dcp_half_alone(refusal, tmp_path / "step-1")
+    said = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert len(said) == 1
+    assert all(word in said[0] for word in (*refusal.words, "has no export"))
+
+
+def test_save_has_an_export_again_when_the_next_state_dict_can_be_exported(tmp_path: Path) -> None:
+    refusal = REFUSALS["unknown dtype"]
+    planner = DefaultSavePlanner(enable_plan_caching=True)
+    refusal = replace(refusal, planner=lambda: planner)
+    for step in (1, 2):
+        check_refused(refusal, raised_by(refusal, tmp_path / f"step-{step}", no_dist=True))
+        check_dcp_half_alone(refusal, tmp_path / f"step-{step}")
+    sound = Refusal(ConfigError, (), planner=lambda: planner)
+    assert raised_by(sound, tmp_path / "step-3", no_dist=True) is None
+    assert (tmp_path / "step-3" / "hf" / "model.safetensors").exists()
+
+
+def test_weights_stored_once_are_in_the_dcp_half_when_the_export_cannot_be_planned(
+    tmp_path: Path,
+) -> None:
+    refusal = replace(REFUSALS["unknown dtype"], options={"weights": "once"})
+    check_refused(refusal, raised_by(refusal, tmp_path / "step-1", no_dist=True))
+    check_dcp_half_alone(refusal, tmp_path / "step-1")
 
 
 # Options
@@ -303,11 +345,6 @@ def checkpoint(path: Path) -> None:
     check_outcomes([save(path.parent, path.name, 1)], None)
 
 
-def full_directory(path: Path) -> None:
-    path.mkdir()
-    (path / "notes.txt").write_text("of the user")
-
-
 def dangling_symlink(path: Path) -> None:
     path.symlink_to(path.parent / "absent")
 
@@ -322,62 +359,38 @@ def file(path: Path) -> None:
     path.write_text("of the user")
 
 
-TARGETS: dict[str, tuple[Callable[[Path], None], str, bool]] = {
-    "empty directory": (Path.mkdir, "an empty directory", True),
-    "full directory": (full_directory, "a directory", False),
-    "checkpoint": (checkpoint, "a directory", True),
-    "file": (file, "a file", False),
-    "dangling symlink": (dangling_symlink, "a symbolic link", False),
-    "symlink to a checkpoint": (symlink_to_checkpoint, "a symbolic link", False),
+TARGETS: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
+    "checkpoint": (checkpoint, ("step-1", "a checkpoint", "overwrite=True")),
+    "symlink to a checkpoint": (
+        symlink_to_checkpoint,
+        ("other", "a checkpoint", "overwrite=True"),
+    ),
+    "file": (file, ("step-1", "a file", "not replaced")),
+    "dangling symlink": (dangling_symlink, ("step-1", "a symbolic link", "not replaced")),
 }
-"""What makes it, how the message calls it, and whether `overwrite=True` replaces it."""
-
-
-def tree(root: Path) -> dict[str, bytes | str]:
-    """Return all there is below a directory, with contents."""
-    found: dict[str, bytes | str] = {}
-    for path in sorted(root.rglob("*")):
-        name = path.relative_to(root).as_posix()
-        if path.is_symlink():
-            found[name] = f"-> {path.readlink()}"
-        else:
-            found[name] = "directory" if path.is_dir() else path.read_bytes()
-    return found
+"""What makes it, and what the message says."""
 
 
 @pytest.mark.parametrize("kind", TARGETS)
-def test_target_is_left_alone_when_it_exists(kind: str, tmp_path: Path) -> None:
+def test_target_is_left_alone_when_it_may_not_be_taken(kind: str, tmp_path: Path) -> None:
     root = tmp_path / "run"
     root.mkdir()
-    make, name, _ = TARGETS[kind]
+    make, words = TARGETS[kind]
     make(root / "step-1")
     before = tree(root)
-    outcome = save(root, "step-1", 2)
-    check_outcomes([outcome], TargetExistsError, (str(root / "step-1"), name, "overwrite=True"))
+    check_outcomes([save(root, "step-1", 2)], TargetExistsError, words)
     assert tree(root) == before
 
 
-@pytest.mark.parametrize("kind", [kind for kind in TARGETS if not TARGETS[kind][2]])
-def test_target_is_left_alone_when_it_is_no_checkpoint_to_overwrite(
-    kind: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("kind", ["file", "dangling symlink"])
+def test_target_is_left_alone_when_it_is_no_directory(kind: str, tmp_path: Path) -> None:
     root = tmp_path / "run"
     root.mkdir()
-    make, name, _ = TARGETS[kind]
+    make, words = TARGETS[kind]
     make(root / "step-1")
     before = tree(root)
-    outcome = save(root, "step-1", 2, overwrite=True)
-    check_outcomes([outcome], TargetExistsError, (str(root / "step-1"), name, "not replaced"))
+    check_outcomes([save(root, "step-1", 2, overwrite=True)], TargetExistsError, words)
     assert tree(root) == before
-
-
-@pytest.mark.parametrize("kind", [kind for kind in TARGETS if TARGETS[kind][2]])
-def test_target_is_replaced_when_it_may_be_overwritten(kind: str, tmp_path: Path) -> None:
-    root = tmp_path / "run"
-    root.mkdir()
-    TARGETS[kind][0](root / "step-1")
-    check_outcomes([save(root, "step-1", 2, overwrite=True)], None)
-    check_storage(root, {"step-1": 2})
 
 
 def save_twice(rank: int, world_size: int, root: Path) -> list[Outcome]:
@@ -449,9 +462,9 @@ def test_save_is_refused_when_the_path_is_local_to_each_node(tmp_path: Path) -> 
 
 
 def save_read_only(rank: int, world_size: int, root: Path) -> tuple[list[Outcome], list[str]]:
-    if rank == 0:
-        mount_tmpfs(root)
-        remount(root, "ro")
+    # On every rank: a rank that sees another file system than the others raises alone.
+    mount_tmpfs(root)
+    remount(root, "ro")
     dist.barrier()
     outcomes = [save(root, "step-1", 1)]
     dist.barrier()

@@ -12,10 +12,12 @@ import pytest
 
 from dcp_hf_writer.errors import CommitError, NodeLocalPathError, TargetExistsError, WriteError
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
-from dcp_hf_writer.save import commit
-from dcp_hf_writer.save.commit import StagingDirectory, check_target
+from dcp_hf_writer.save import commit, replace_target
+from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.owner_process import Owner, is_over_here, new_save_id
+from dcp_hf_writer.save.target_contents import check_target
 from dcp_hf_writer.storage.linux_calls import UnsupportedCallError
+from support.taken_targets import small_manifest, small_metadata, tree
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -27,7 +29,7 @@ ELSEWHERE = replace(Owner.me(), host="elsewhere", boot_id="other")
 
 
 def staging(target: Path, save_id: str | None = None) -> StagingDirectory:
-    return StagingDirectory(str(target), save_id or new_save_id())
+    return StagingDirectory.of(str(target), save_id or new_save_id())
 
 
 def made(target: Path, *, overwrite: bool = False, content: str = "new") -> StagingDirectory:
@@ -39,8 +41,9 @@ def made(target: Path, *, overwrite: bool = False, content: str = "new") -> Stag
     return directory
 
 
-def manifest_of(directory: StagingDirectory) -> str:
-    return json.dumps({"save_id": directory.save_id, "target": directory.target})
+def manifest_of(directory: StagingDirectory, owner: Owner | None = None) -> str:
+    owner = owner or Owner.me()
+    return small_manifest(directory.target, directory.save_id, ["data"], owner)
 
 
 def write(directory: str | Path, name: str, content: str) -> None:
@@ -51,7 +54,10 @@ def write(directory: str | Path, name: str, content: str) -> None:
 def checkpoint(path: Path, content: str = "old", marker: str = MANIFEST_NAME) -> Path:
     path.mkdir()
     write(path, "data", content)
-    write(path, marker, json.dumps({"save_id": "earlier", "target": str(path)}))
+    if marker == MANIFEST_NAME:
+        write(path, marker, small_manifest(str(path), "earlier", ["data"], DEAD))
+    else:
+        (path / marker).write_bytes(small_metadata(["data"]))
     return path
 
 
@@ -63,7 +69,7 @@ def overwriting(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
         def unsupported(one: str, other: str) -> None:
             raise UnsupportedCallError(errno.EINVAL, os.strerror(errno.EINVAL), one)
 
-        monkeypatch.setattr(commit, "exchange", unsupported)
+        monkeypatch.setattr(replace_target, "exchange", unsupported)
 
 
 @pytest.fixture(autouse=True)
@@ -209,46 +215,50 @@ def occupy(target: Path, kind: str) -> None:
 
 
 KINDS = {
-    "checkpoint": True,
-    "checkpoint of torch": True,
-    "empty directory": True,
-    "other directory": False,
-    "file": False,
-    "link": False,
-    "dangling link": False,
+    "checkpoint": "replaced",
+    "checkpoint of torch": "replaced",
+    "empty directory": "taken",
+    "other directory": "taken",
+    "link": "replaced",
+    "file": "refused",
+    "dangling link": "refused",
 }
+"""What makes it, and what a save does with it: replaced means only with `overwrite`."""
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind, fate in KINDS.items() if fate != "taken"])
 def test_target_that_exists_is_refused_before_anything_is_made(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "step-1"
     occupy(target, kind)
-    before = names(tmp_path)
-    with pytest.raises(TargetExistsError, match="overwrite=True") as caught:
+    before = tree(tmp_path)
+    words = "overwrite=True" if KINDS[kind] == "replaced" else "not a directory"
+    with pytest.raises(TargetExistsError, match=words) as caught:
         staging(target).create(overwrite=False)
     assert caught.value.errno == errno.EEXIST
-    assert names(tmp_path) == before
+    assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize("kind", [kind for kind, is_replaced in KINDS.items() if not is_replaced])
-def test_what_is_no_checkpoint_is_not_overwritten(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", [kind for kind, fate in KINDS.items() if fate == "refused"])
+def test_what_is_no_directory_is_not_overwritten(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "step-1"
     occupy(target, kind)
-    before = names(tmp_path)
+    before = tree(tmp_path)
     with pytest.raises(TargetExistsError, match="not replaced"):
         staging(target).create(overwrite=True)
-    assert names(tmp_path) == before
+    assert tree(tmp_path) == before
 
 
 @pytest.mark.usefixtures("overwriting")
-@pytest.mark.parametrize("kind", [kind for kind, is_replaced in KINDS.items() if is_replaced])
+@pytest.mark.parametrize("kind", ["checkpoint", "checkpoint of torch", "link"])
 def test_checkpoint_is_overwritten_and_the_old_one_removed(tmp_path: Path, kind: str) -> None:
     target = tmp_path / "step-1"
     occupy(target, kind)
     directory = made(target, overwrite=True)
-    assert (target / "data").exists() == (kind != "empty directory")
+    assert (target / "data").read_text() == "old"
     directory.publish(overwrite=True)
-    assert names(tmp_path) == ["step-1"]
+    assert names(tmp_path) == (["linked", "step-1"] if kind == "link" else ["step-1"])
+    assert target.is_symlink() == (kind == "link")
+    assert names(target) == ["data", MANIFEST_NAME]
     assert (target / "data").read_text() == "new"
 
 
@@ -263,40 +273,45 @@ def test_names_are_durable_before_the_old_checkpoint_is_removed(
     def unsupported(one: str, other: str) -> None:
         raise UnsupportedCallError(errno.EINVAL, os.strerror(errno.EINVAL), one)
 
-    def note(name: str, real: Any) -> None:
+    def note(module: Any, name: str) -> None:
+        real = getattr(module, name)
+
         def noted(*args: Any) -> Any:
             done.append(f"{name} {os.path.basename(args[0])[:9]}")
             return real(*args)
 
-        monkeypatch.setattr(commit, name, noted)
+        monkeypatch.setattr(module, name, noted)
 
-    monkeypatch.setattr(commit, "exchange", unsupported)
-    for name in ("publish_new", "sync_directory", "remove_tree"):
-        note(name, getattr(commit, name))
+    monkeypatch.setattr(replace_target, "exchange", unsupported)
+    note(replace_target, "publish_new")
+    note(commit, "sync_directory")
+    note(replace_target, "discard")
     directory.publish(overwrite=True)
-    parent = f"sync_directory {tmp_path.name[:9]}"
     assert done == [
         "sync_directory .incomple",
         "publish_new .incomple",
-        parent,
-        "remove_tree .replaced",
-        parent,
-        "remove_tree .incomple",
+        f"sync_directory {tmp_path.name[:9]}",
+        "discard .replaced",
+        "discard .incomple",
     ]
 
 
-def test_target_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    directory = made(tmp_path / "step-1")
-    (tmp_path / "step-1").mkdir()
-    with pytest.raises(TargetExistsError, match="it appeared"):
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_checkpoint_that_appears_meanwhile_is_not_replaced_by_chance(
+    tmp_path: Path, *, overwrite: bool
+) -> None:
+    directory = made(tmp_path / "step-1", overwrite=overwrite)
+    other = made(tmp_path / "step-1", overwrite=overwrite, content="other")
+    other.publish(overwrite=False)
+    with pytest.raises(TargetExistsError, match="overwrite=True"):
         directory.publish(overwrite=False)
-    assert names(tmp_path / "step-1") == []
     directory.remove()
     assert names(tmp_path) == ["step-1"]
+    assert (tmp_path / "step-1" / "data").read_text() == "other"
 
 
 @pytest.mark.usefixtures("overwriting")
-def test_what_appears_meanwhile_and_is_no_checkpoint_is_not_overwritten(tmp_path: Path) -> None:
+def test_file_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
     directory = made(tmp_path / "step-1", overwrite=True)
     (tmp_path / "step-1").write_text("mine")
     with pytest.raises(TargetExistsError, match="not replaced"):
@@ -317,7 +332,7 @@ def test_error_of_the_rename_is_told_and_the_old_checkpoint_stays(
     def refused(one: str, other: str) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO), one)
 
-    monkeypatch.setattr(commit, "exchange", refused)
+    monkeypatch.setattr(replace_target, "exchange", refused)
     with pytest.raises(CommitError, match=r"EIO.*you may repeat the save") as caught:
         directory.publish(overwrite=True)
     assert (caught.value.phase, caught.value.errno) == ("commit", errno.EIO)
@@ -360,10 +375,18 @@ def test_save_removes_what_a_dead_one_to_its_target_left(tmp_path: Path) -> None
     assert names(tmp_path) == [f".incomplete-{directory.save_id}"]
 
 
+def test_save_removes_what_dead_ones_to_other_targets_left(tmp_path: Path) -> None:
+    leave(tmp_path / "step-2", DEAD)
+    leave(tmp_path / "step-3", DEAD)
+    made(tmp_path / "step-1").publish(overwrite=False)
+    assert names(tmp_path) == ["step-1"]
+
+
 def test_save_leaves_alone_what_is_not_its_own(tmp_path: Path) -> None:
     live = Owner.me()
     kept = [
-        leave(tmp_path / "step-2", DEAD),
+        leave(tmp_path / "step-2", ELSEWHERE),
+        made(tmp_path / "step-2"),
         leave(tmp_path / "step-1", ELSEWHERE),
         made(tmp_path / "step-1"),
         leave(tmp_path / "step-1", replace(live, pid=1, started=_started(1))),
@@ -429,8 +452,7 @@ def crashed(target: Path) -> tuple[StagingDirectory, Path]:
     """Leave what is there after the first rename: the old checkpoint aside, the new one staged."""
     directory = leave(target, DEAD)
     os.unlink(os.path.join(directory.path, RECORD_NAME))
-    owner = {"owner": DEAD.to_json()}
-    write(directory.path, MANIFEST_NAME, json.dumps(json.loads(manifest_of(directory)) | owner))
+    write(directory.path, MANIFEST_NAME, manifest_of(directory, DEAD))
     aside = checkpoint(target)
     replaced = target.parent / f".replaced-{directory.save_id}"
     os.rename(aside, replaced)
@@ -465,8 +487,31 @@ def test_next_save_removes_the_old_checkpoint_when_the_new_one_has_its_name(
     assert names(tmp_path) == ["step-1"]
 
 
-def test_checkpoint_of_another_target_stays_aside(tmp_path: Path) -> None:
-    _, replaced = crashed(tmp_path / "step-1")
+def test_save_of_another_target_finishes_the_overwrite_too(tmp_path: Path) -> None:
+    crashed(tmp_path / "step-1")
     made(tmp_path / "step-2").publish(overwrite=False)
-    assert replaced.name in names(tmp_path)
-    assert (replaced / "data").read_text() == "old"
+    assert names(tmp_path) == ["step-1", "step-2"]
+    assert (tmp_path / "step-1" / "data").read_text() == "half"
+
+
+@pytest.mark.parametrize("name", ["step-1", "step-2"])
+def test_overwrite_by_another_host_is_finished_by_a_save_to_its_target(
+    tmp_path: Path, name: str
+) -> None:
+    """Nobody here can tell whether that host still works on it, and the target has no name."""
+    directory, _ = crashed(tmp_path / "step-1")
+    write(directory.path, MANIFEST_NAME, manifest_of(directory, ELSEWHERE))
+    made(tmp_path / name, overwrite=True).remove()
+    assert (tmp_path / "step-1").exists() == (name == "step-1")
+    assert len(names(tmp_path)) == (1 if name == "step-1" else 2)
+
+
+def test_overwrite_of_a_live_save_is_left_to_it(tmp_path: Path) -> None:
+    directory, replaced = crashed(tmp_path / "step-1")
+    write(directory.path, MANIFEST_NAME, manifest_of(directory, replace(DEAD, **_of_init())))
+    made(tmp_path / "step-2").publish(overwrite=False)
+    assert names(tmp_path) == sorted([os.path.basename(directory.path), replaced.name, "step-2"])
+
+
+def _of_init() -> dict[str, int]:
+    return {"pid": 1, "started": _started(1)}

@@ -34,16 +34,16 @@ from dcp_hf_writer.save.attempt import Attempt
 from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.coordinator import (
     check_files,
-    check_names,
     check_strategy,
-    committed_save_id,
     drop_export,
+    export_files,
     make_directory,
     prepare_export,
     step_of,
 )
 from dcp_hf_writer.save.export_assets import Assets
 from dcp_hf_writer.save.owner_process import is_over_here, new_save_id
+from dcp_hf_writer.save.replace_target import saved_id
 from dcp_hf_writer.save.save_context import SaveContext
 from dcp_hf_writer.storage.posix_outputs import COHERENT
 from dcp_hf_writer.tensors.boxes import whole
@@ -125,14 +125,16 @@ def layout_of(*names: str, **options: Any) -> Layout:
 @pytest.mark.parametrize("name", ["model.safetensors", "model.safetensors.index.json"])
 def test_asset_that_would_take_the_name_of_a_weight_file_is_refused(name: str) -> None:
     with pytest.raises(LayoutError, match="leave it out of assets") as caught:
-        check_names(layout_of("w"), Assets({name: b"", "config.json": b""}, None), HFExport())
+        export_files(layout_of("w"), Assets({name: b"", "config.json": b""}, None), HFExport())
     assert caught.value.path == name
 
 
-def test_other_assets_pass() -> None:
-    check_names(
-        layout_of("w"), Assets({"config.json": b"", "sub/model.safetensors": b""}, None), HFExport()
-    )
+def test_files_of_an_export_are_its_weights_and_assets() -> None:
+    assets = Assets({"config.json": b"", "sub/model.safetensors": b""}, None)
+    assert export_files(layout_of("w"), assets, HFExport(subdir="out")) == {
+        *("out/config.json", "out/sub/model.safetensors", "out/model.safetensors")
+    }
+    assert export_files(None, assets, HFExport()) == frozenset()
 
 
 @pytest.mark.parametrize(
@@ -219,7 +221,7 @@ def test_space_that_is_not_told_is_no_obstacle(
 
 
 def test_target_that_exists_leaves_no_directory(tmp_path: Path) -> None:
-    (tmp_path / "step-1").mkdir()
+    (tmp_path / "step-1").write_text("a file")
     with pytest.raises(TargetExistsError), made(tmp_path / "step-1"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
@@ -322,7 +324,7 @@ def test_id_of_the_visible_save_is_read_from_its_manifest(
 ) -> None:
     if content is not None:
         (tmp_path / "dcp-hf.json").write_bytes(content)
-    assert committed_save_id(str(tmp_path)) == save_id
+    assert saved_id(str(tmp_path)) == save_id
 
 
 # A file that is spoilt before the commit
@@ -380,5 +382,5 @@ def test_save_is_over_when_its_future_is_done(tmp_path: Path) -> None:
     finally:
         failpoints.set_hook(None)
     assert len(ids) == 1
-    assert committed_save_id(str(tmp_path / "step-1")) == ids[0]
+    assert saved_id(str(tmp_path / "step-1")) == ids[0]
     assert is_over_here(ids[0])

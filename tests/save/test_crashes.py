@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from dcp_hf_writer.errors import RankLostError
-from dcp_hf_writer.failpoints import POINTS
+from dcp_hf_writer.failpoints import POINTS, TARGET_POINTS
 from support.faults import (
     TIMEOUT_S,
     Outcome,
@@ -27,6 +27,7 @@ from support.faults import (
     save,
 )
 from support.ranks import run_ranks, spawn_ranks
+from support.taken_targets import FILES, files_of_others, put_files
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,10 +44,12 @@ OF_THE_COORDINATOR = (
     "headers written",
     "before manifest",
     "before rename",
+    *TARGET_POINTS,
     "after rename",
     "before reply",
 )
-COMMITTED = ("after rename", "before reply")
+COMMITTED = (*TARGET_POINTS[1:], "after rename", "before reply")
+EVERY_SAVE = tuple(point for point in POINTS if point not in TARGET_POINTS)
 REPEATED = ("mid dcp", "mid hf")
 
 pytestmark = pytest.mark.timeout(300)
@@ -58,11 +61,14 @@ class Crash:
 
     strike: Strike
     overwrite: bool = False
+    has_files: bool = False
+    """Whether a trainer keeps files of its own in the directory that is overwritten."""
 
     @property
     def name(self) -> str:
         words = [self.strike.point, "of rank", str(self.strike.rank)]
-        return "-".join(" ".join(words + ["overwrite"] * self.overwrite).split())
+        words += ["overwrite"] * self.overwrite + ["with files"] * self.has_files
+        return "-".join(" ".join(words).split())
 
     @property
     def survivor(self) -> int:
@@ -82,9 +88,10 @@ def strike(point: str, rank: int) -> Strike:
 CRASHES = {
     crash.name: crash
     for crash in (
-        *(Crash(strike(p, 0)) for p in POINTS),
-        *(Crash(strike(p, 1)) for p in POINTS if p not in OF_THE_COORDINATOR),
-        *(Crash(strike(p, 0), overwrite=True) for p in OF_THE_COORDINATOR),
+        *(Crash(strike(p, 0)) for p in EVERY_SAVE),
+        *(Crash(strike(p, 1)) for p in EVERY_SAVE if p not in OF_THE_COORDINATOR),
+        *(Crash(strike(p, 0), overwrite=True) for p in EVERY_SAVE if p in OF_THE_COORDINATOR),
+        *(Crash(strike(p, 0), overwrite=True, has_files=True) for p in TARGET_POINTS),
     )
 }
 
@@ -106,6 +113,8 @@ def save_and_crash(
     check_outcomes([save(root, "step-1", 1)], None)
     if crash.overwrite:
         check_outcomes([save(root, "step-2", 2)], None)
+    if crash.has_files and rank == 0:
+        put_files(root / "step-2")
     resources = Resources(root)
     with crash.strike.installed(rank, root):
         struck = save(root, "step-2", 3, overwrite=crash.overwrite)
@@ -133,8 +142,16 @@ def live(crash: Crash, root: Path) -> Life:
         life.problems.append(f"the survivor failed: {left.error}")
     # Only what a dead coordinator cannot remove any more may be left.
     may_leave = crash.strike.rank == 0
-    note_problem(life, lambda: check_storage(root, crash.committed(), may_leave=may_leave))
+    note_problem(life, lambda: check_state(crash, root, crash.committed(), may_leave=may_leave))
     return life
+
+
+def check_state(
+    crash: Crash, root: Path, committed: dict[str, int], *, may_leave: bool = False
+) -> None:
+    files = FILES if crash.has_files else {}
+    check_storage(root, committed, may_leave=may_leave, others=[*files])
+    assert files_of_others(root / "step-2", files) == files
 
 
 def note_problem(life: Life, check: Callable[[], None]) -> None:
@@ -163,10 +180,11 @@ def lives(
         found = {name: future.result() for name, future in waiting.items()}
     jobs = [(life.root, "step-2" in CRASHES[name].committed()) for name, life in found.items()]
     again = run_ranks(save_again, WORLD_SIZE_AFTER, jobs)
-    for i, life in enumerate(found.values()):
+    for i, (name, life) in enumerate(found.items()):
         life.again = [of_rank[i] for of_rank in again]
         root = life.root
-        note_problem(life, lambda root=root: check_storage(root, {"step-1": 1, "step-2": 4}))
+        crash, after = CRASHES[name], {"step-1": 1, "step-2": 4}
+        note_problem(life, lambda c=crash, r=root, a=after: check_state(c, r, a))
     return found
 
 
@@ -201,5 +219,5 @@ def save_and_note_points(rank: int, world_size: int, root: Path) -> list[str]:
 
 def test_every_rank_reaches_the_points_that_crashes_are_tried_at(tmp_path: Path) -> None:
     first, second = run_ranks(save_and_note_points, WORLD_SIZE, tmp_path / "run")
-    assert set(first) == set(POINTS)
-    assert set(second) == set(POINTS) - set(OF_THE_COORDINATOR)
+    assert set(first) == set(EVERY_SAVE)
+    assert set(second) == set(EVERY_SAVE) - set(OF_THE_COORDINATOR)

@@ -259,13 +259,18 @@ def test_assets_are_read_once() -> None:
     assert dict(assets_of(HFExport(assets=[asset])).files) == {"a": b"2"}
 
 
-def test_error_is_kept_and_raised_each_time() -> None:
-    export = HFExport(assets=[Unwilling()])
-    preload(export)
-    assert isinstance(known(export), ExportError)
-    for _ in range(2):
-        with pytest.raises(ExportError, match="no vocabulary"):
-            assets_of(export)
+def test_read_that_failed_is_not_kept() -> None:
+    asset = Unwilling()
+    export = HFExport(assets=[asset])
+    error = preload(export)
+    assert isinstance(error, ExportError)
+    assert (error.__traceback__, error.__context__) == (None, None)
+    with pytest.raises(ExportError, match="no vocabulary"):
+        assets_of(export)
+    assert known(export) is None
+    asset.save_pretrained = Counting({"a": "1"}).save_pretrained  # type: ignore[method-assign]
+    assert preload(export) is None
+    assert assets_of(export).files == {"a": b"1"}
 
 
 def test_what_another_process_read_is_used() -> None:

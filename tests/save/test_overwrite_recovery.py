@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from dcp_hf_writer.errors import TargetExistsError
-from dcp_hf_writer.save import commit
+from dcp_hf_writer.save import commit, recover_targets
 from support.faults import BadCall, check_outcomes, check_storage, hits, note_hit, save
 from support.processes import FreshProcess
 
@@ -63,14 +63,12 @@ def test_next_save_undoes_an_overwrite_whose_new_half_is_lost(tmp_path: Path) ->
     check_storage(root, {"step-1": 1})
 
 
-def test_save_of_another_step_leaves_a_torn_overwrite_alone(tmp_path: Path) -> None:
+def test_save_of_another_step_completes_a_torn_overwrite_too(tmp_path: Path) -> None:
     root = tmp_path / "run"
     root.mkdir()
     die_between_renames(root)
     check_outcomes([save(root, "step-2", 3)], None)
-    check_storage(root, {"step-2": 3}, may_leave=True)
-    check_outcomes([save(root, "step-1", 4, overwrite=True)], None)
-    check_storage(root, {"step-1": 4, "step-2": 3})
+    check_storage(root, {"step-1": 2, "step-2": 3})
 
 
 def test_recovery_is_what_brings_a_torn_overwrite_back(
@@ -80,7 +78,7 @@ def test_recovery_is_what_brings_a_torn_overwrite_back(
     root = tmp_path / "run"
     root.mkdir()
     die_between_renames(root)
-    monkeypatch.setattr(commit, "_recover", lambda *_: None)
+    monkeypatch.setattr(commit, "recover_parent", lambda *_: None)
     check_outcomes([save(root, "step-1", 3)], None)
     with pytest.raises(AssertionError, match="left behind"):
         check_storage(root, {"step-1": 3})
@@ -91,18 +89,18 @@ def test_listing_of_a_live_neighbour_that_just_commits_does_no_harm(
 ) -> None:
     root = tmp_path / "run"
     root.mkdir()
-    real = commit._entries
+    real = os.listdir
 
-    def entries(parent: str, prefix: str) -> list[os.DirEntry[str]]:
-        # Another job's directory is listed, and gone when it is looked into.
-        other = os.path.join(parent, f"{prefix}of-another-job")
-        os.mkdir(other)
-        found = real(parent, prefix)
-        os.rmdir(other)
-        note_hit(root, prefix)
-        return found
+    def listdir(path: str) -> list[str]:
+        # Another job's directories are listed, and gone when they are looked into.
+        others = [".incomplete-of-another-job", ".replaced-of-another-job"]
+        if path != str(root):
+            return real(path)
+        note_hit(root, "listed")
+        return [*others, others[0] + ".json", others[0] + ".old", *real(path)]
 
-    monkeypatch.setattr(commit, "_entries", entries)
+    monkeypatch.setattr(recover_targets.os, "listdir", listdir)
     check_outcomes([save(root, "step-1", 1)], None)
-    assert len(hits(root)) == 2
+    monkeypatch.undo()
+    assert hits(root) == ["listed"]
     check_storage(root, {"step-1": 1})

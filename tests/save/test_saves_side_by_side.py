@@ -16,6 +16,7 @@ from dcp_hf_writer.errors import CommitError, ConfigError, StagingError, WriteEr
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
 from dcp_hf_writer.save import commit
 from dcp_hf_writer.save.commit import StagingDirectory
+from support.taken_targets import small_metadata
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -137,7 +138,8 @@ def test_replaced_checkpoint_stays_until_the_exchange_is_durable(
 ) -> None:
     target = tmp_path / "step-1"
     target.mkdir()
-    (target / ".metadata").write_text("old")
+    (target / ".metadata").write_bytes(small_metadata(["data"]))
+    (target / "data").write_text("old")
     directory = StagingDirectory(str(target), "X-1")
     directory.create(overwrite=True).close()
     (tmp_path / ".incomplete-X-1" / MANIFEST_NAME).write_text('{"save_id": "X-1"}')
@@ -154,7 +156,7 @@ def test_replaced_checkpoint_stays_until_the_exchange_is_durable(
         directory.publish(overwrite=True)
     directory.remove()
     assert failed
-    assert (tmp_path / ".incomplete-X-1" / ".metadata").read_text() == "old"
+    assert (tmp_path / ".incomplete-X-1" / "data").read_text() == "old"
     monkeypatch.undo()
     dcp.save(state_of(2), storage_writer=HFDualWriter(target, overwrite=True))
     assert [path.name for path in tmp_path.iterdir()] == ["step-1"]

@@ -30,25 +30,25 @@ from support.faults import (
     TIMEOUT_S,
     BadCall,
     Case,
-    Episode,
+    Episodes,
     InjectedFaultError,
     Outcome,
     Strike,
     check_episodes,
     check_outcomes,
     check_storage,
-    episodes,
     hits,
     save,
 )
 from support.processes import in_fresh_process
-from support.ranks import run_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
 WORLD_SIZE = 2
+
+pytestmark = pytest.mark.timeout(240)
 ALWAYS = 10**6
 
 
@@ -234,18 +234,13 @@ CASES: dict[str, Case] = {
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Episode]]]:
-    """Live through all cases in one pair of ranks, so that each has to clean up for the next."""
-    root = tmp_path_factory.mktemp("faults")
-    return root, run_ranks(episodes, WORLD_SIZE, root, CASES, timeout_s=100)
+def lives(tmp_path_factory: pytest.TempPathFactory) -> Episodes:
+    return Episodes(tmp_path_factory.mktemp("faults"), CASES, WORLD_SIZE)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_all_of_i1_to_i8_hold_when_the_storage_fails(
-    name: str, found: tuple[Path, list[dict[str, Episode]]]
-) -> None:
-    root, of_ranks = found
-    check_episodes(root, name, CASES[name], [of_rank[name] for of_rank in of_ranks])
+def test_all_of_i1_to_i8_hold_when_the_storage_fails(name: str, lives: Episodes) -> None:
+    check_episodes(lives.root, name, CASES[name], lives.of(name))
 
 
 # Threads of a writer

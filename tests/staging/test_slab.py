@@ -8,6 +8,8 @@ import os
 import pickle
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TYPE_CHECKING
 
 import pytest
@@ -19,7 +21,7 @@ from dcp_hf_writer.staging.slab import ALIGN_NBYTES, SLABS, Handover, Slab, Slab
 from support.ranks import run_ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from dcp_hf_writer.staging.slab import Lease
 
@@ -152,11 +154,19 @@ def test_old_memory_is_gone_before_the_new_one_is_taken(
 
 def test_save_waits_for_the_one_that_holds_the_slab(pool: SlabPool) -> None:
     first = acquire(pool, 100)
-    threading.Timer(0.2, first.release).start()
-    second, waited_s = pool.acquire(
-        100, what="next", deadline=time.monotonic() + 5, before_growth=lambda: None
-    )
-    assert 0.15 < waited_s < 4
+    with ThreadPoolExecutor(1) as thread:
+        waiting = thread.submit(
+            pool.acquire,
+            100,
+            what="next",
+            deadline=time.monotonic() + 60,
+            before_growth=lambda: None,
+        )
+        with pytest.raises(FutureTimeoutError):
+            waiting.result(0.2)
+        first.release()
+        second, waited_s = waiting.result(60)
+    assert waited_s > 0
     assert second.slab is first.slab
     second.release()
 
@@ -236,6 +246,49 @@ def test_memory_in_the_slab_belongs_to_the_latest_lease(pool: SlabPool) -> None:
     assert pool.handover_over([foreign]) == (None, None)
     assert pool.handover_over([]) == (None, None)
     lease.release()
+
+
+def test_caller_that_waits_behind_another_keeps_its_own_deadline(pool: SlabPool) -> None:
+    first = acquire(pool, 100)
+    second: list[Lease] = []
+    waiting = threading.Thread(target=lambda: second.append(acquire(pool, 100, within_s=30)))
+    waiting.start()
+    wait_until(lambda: len(pool._waiting) == 1)
+    began = time.monotonic()
+    with pytest.raises(StagingBusyError):
+        acquire(pool, 100, within_s=0.05)
+    assert time.monotonic() - began < 10
+    first.release()
+    waiting.join(30)
+    assert second[0].is_active
+    second[0].release()
+
+
+def test_callers_get_their_turns_in_the_order_of_their_calls(pool: SlabPool) -> None:
+    first = acquire(pool, 100)
+    order: list[int] = []
+
+    def take(number: int) -> None:
+        lease = acquire(pool, 100, within_s=30)
+        order.append(number)
+        lease.release()
+
+    threads = []
+    for number in range(4):
+        threads.append(threading.Thread(target=take, args=(number,)))
+        threads[-1].start()
+        wait_until(lambda: len(pool._waiting) == len(threads))
+    first.release()
+    for thread in threads:
+        thread.join(30)
+    assert order == [0, 1, 2, 3]
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    until = time.monotonic() + 30
+    while not is_so():
+        assert time.monotonic() < until
+        time.sleep(0.005)
 
 
 def test_release_may_come_twice(pool: SlabPool) -> None:

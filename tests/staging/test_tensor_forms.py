@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -106,10 +106,11 @@ def test_encoded_optimizer_state_is_stored_as_torch_stores_it(tmp_path: Path, ho
     coded.codes = torch.stack([coded.codes] * 3)[1]  # type: ignore[attr-defined]
     save({"model": {"w": weight()}, "optim": {"m": coded}}, tmp_path / "c", how)
     assert verify(tmp_path / "c").ok
-    with torch.serialization.safe_globals([Coded]):
-        found = {"optim": {"m": Coded.of(torch.zeros(6, 4))}}
-        dcp.load(found, storage_reader=FileSystemReader(tmp_path / "c"))
-    assert torch.equal(found["optim"]["m"].decoded(), coded.decoded())
+    for reader in (FileSystemReader, HFDualReader):
+        with torch.serialization.safe_globals([Coded]):
+            found = {"optim": {"m": Coded.of(torch.zeros(6, 4))}}
+            dcp.load(found, storage_reader=reader(tmp_path / "c"))
+        assert torch.equal(found["optim"]["m"].decoded(), coded.decoded())
     assert (tmp_path / "c/__0_0.distcp").stat().st_size < 10_000
 
 
@@ -172,6 +173,15 @@ def test_value_that_cannot_be_pickled_is_explained(tmp_path: Path) -> None:
     assert ["a value cannot be pickled" in problem for problem in problems] == [True, True]
     assert "'a'" in problems[0]
     assert "'c'" in problems[1]
+
+
+def test_encoded_state_that_torchs_writer_saved_is_loaded(tmp_path: Path) -> None:
+    coded = Coded.of(weight())
+    dcp.save({"optim": {"m": coded}}, storage_writer=FileSystemWriter(tmp_path / "c"))
+    with torch.serialization.safe_globals([Coded]):
+        found = {"optim": {"m": Coded.of(torch.zeros(6, 4))}}
+        dcp.load(found, storage_reader=HFDualReader(tmp_path / "c"))
+    assert torch.equal(found["optim"]["m"].decoded(), coded.decoded())
 
 
 def test_encoded_state_changes_from_save_to_save(tmp_path: Path) -> None:

@@ -18,11 +18,11 @@ LEAVES = ("errors", "excerpts", "failpoints", "said_once")
 
 FOLDERS = (
     *("tensors", "mapping", "formats", "storage", "plan", "digests", "torch_seam", "staging"),
-    *("save", "preflight", "load", "stream", "check", "integrations"),
+    *("save", "preflight", "load", "stream", "check", "manager", "integrations"),
 )
 """A module may import from its own folder and from those before it."""
 
-ENTRIES = ("writer", "reader", "hf_loader")
+ENTRIES = ("writer", "reader", "hf_loader", "run_writers", "checkpoint_manager")
 """Modules at the top that may import from every folder; only the package imports them."""
 
 PURE = ("tensors", "mapping", "formats", "plan")

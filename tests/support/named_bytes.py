@@ -21,7 +21,7 @@ from support.compare import tensor_difference
 from support.stock_readers import load_dcp, load_hf
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
     from pathlib import Path
 
 MANIFEST = "dcp-hf.json"
@@ -99,10 +99,18 @@ def is_sharded(state: Mapping[str, Any]) -> bool:
     return isinstance(state["model"]["embed"], DTensor)
 
 
-def save_held_by(checkpoint: Path, *, has_export: bool = True, mib: int = 0) -> int:
+def save_held_by(
+    checkpoint: Path, *, has_export: bool = True, mib: int = 0, others: Collection[str] = ()
+) -> int:
     """Return the number of the save that every byte of a checkpoint comes from.
 
     Read with stock torch and safetensors; the manifest's digests are checked against the bytes.
+
+    Args:
+        checkpoint: The directory.
+        has_export: Whether it must have a HuggingFace half.
+        mib: As in `whole_state`.
+        others: Files that may be there although no save made them.
 
     Raises:
         AssertionError: If the halves, or parts of them, come from different saves, or are damaged.
@@ -121,12 +129,12 @@ def save_held_by(checkpoint: Path, *, has_export: bool = True, mib: int = 0) -> 
         named = {name: sorted(saves_named_by(one)) for name, one in tensors.items()}
         assert difference is None, f"{checkpoint} {half}, save {save}: {difference}; {named}"
     assert (checkpoint / "hf").exists() == has_export, f"{checkpoint}: hf/ is there by mistake"
-    fault = manifest_fault(checkpoint)
+    fault = manifest_fault(checkpoint, others=others)
     assert fault is None, f"{checkpoint}: {fault}"
     return save
 
 
-def manifest_fault(checkpoint: Path) -> str | None:
+def manifest_fault(checkpoint: Path, *, others: Collection[str] = ()) -> str | None:
     """Say where the bytes of a checkpoint differ from its manifest; `None` if they do not."""
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     contents = {
@@ -137,7 +145,7 @@ def manifest_fault(checkpoint: Path) -> str | None:
     export = manifest["hf"] or {"subdir": "hf", "files": {}}
     in_export = {f"{export['subdir']}/{name}": one for name, one in export["files"].items()}
     listed = manifest["files"].keys() | manifest["dcp"].keys() | in_export.keys()
-    if listed != contents.keys():
+    if listed | set(others) != contents.keys() | set(others) or not listed <= contents.keys():
         return f"lists {sorted(listed)}, there are {sorted(contents)}"
     for name, (nbytes, digest) in manifest["files"].items():
         if (nbytes, digest) != (len(contents[name]), _digest(contents[name])):

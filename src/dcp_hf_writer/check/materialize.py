@@ -60,18 +60,19 @@ def materialize(
 
     Args:
         path: The checkpoint to read, as a local path or an fsspec URL.
-        target: Local path of the new checkpoint. It must not exist, unless `overwrite` is true.
-        overwrite: Replace an existing checkpoint in the same step that publishes the new one.
+        target: Local path of the new checkpoint. If it exists, files in it that no checkpoint made
+            stay.
+        overwrite: Replace the files of an existing checkpoint in the step that publishes.
 
     Raises:
         ConfigError: If `path` is not a path or URL, or `target` is not a local path.
         ReadError: If a file of `path` is missing or cannot be read.
         CorruptCheckpointError: If `path` contradicts itself.
-        StorageError: If `target` exists or cannot be written; nothing is left behind.
+        StorageError: If `target` may not be taken or cannot be written; nothing is left behind.
     """
     with OpenInputs(open_directory(path, None)) as inputs:
         metadata = read_dcp_metadata(inputs.files)
-        directory = StagingDirectory(check_options.local_path(target), new_save_id())
+        directory = StagingDirectory.of(check_options.local_path(target), new_save_id())
         record = directory.create(overwrite=overwrite)
         try:
             with record:

@@ -12,14 +12,23 @@ from dcp_hf_writer.check.check_hf import DirectoryCheck, export_problems
 from dcp_hf_writer.check.verify_progress import progress_of
 from dcp_hf_writer.digests.problems import Problem, first_of
 from dcp_hf_writer.digests.recompute import Recomputation, jobs_of
-from dcp_hf_writer.errors import CheckpointError, ConfigError, CorruptCheckpointError
-from dcp_hf_writer.formats.names_on_disk import INDEX_NAME, MANIFEST_NAME, METADATA_NAME, SUFFIX
+from dcp_hf_writer.errors import CheckpointError, CorruptCheckpointError
+from dcp_hf_writer.formats.names_on_disk import (
+    DCP_SUFFIX,
+    INDEX_NAME,
+    INDEX_SUFFIX,
+    MANIFEST_NAME,
+    METADATA_NAME,
+    SUFFIX,
+)
 from dcp_hf_writer.formats.parse_dcp_metadata import MAX_METADATA_NBYTES, parse_metadata
+from dcp_hf_writer.mapping.option_values import check_whole
 from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
 from dcp_hf_writer.storage.open_directory import open_directory
+from dcp_hf_writer.storage.wrong_paths import hint_for, wrong_path_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
     from torch.distributed.checkpoint.metadata import Metadata
 
@@ -147,9 +156,9 @@ def verify(
         ConfigError: If an argument is invalid.
     """
     began = time.monotonic()
-    check = _Check(open_directory(path, storage_options))
-    if threads is not None and (not isinstance(threads, int) or threads < 1):
-        raise ConfigError("threads must be a positive integer or None", found=repr(threads))
+    check = _Check(open_directory(path, storage_options), os.fspath(path))
+    if threads is not None:
+        check_whole("threads", threads, least=1)
     threads = threads or min(os.cpu_count() or 1, check.files.readers)
     check.run(progress_of(progress, "verify"), threads)
     return check.report(time.monotonic() - began)
@@ -158,8 +167,9 @@ def verify(
 class _Check:
     """One run of `verify`: the files, what manifest and metadata say of them, and the problems."""
 
-    def __init__(self, files: InputFiles) -> None:
+    def __init__(self, files: InputFiles, given: str) -> None:
         self.files = files
+        self._given = given
         self._sizes: dict[str, int] = {}
         self._manifest: Manifest | None = None
         self._metadata: Metadata | None = None
@@ -171,7 +181,8 @@ class _Check:
 
     def run(self, progress: Callable[[int, int], None], threads: int) -> None:
         try:
-            self._sizes = self.files.tree()
+            with wrong_path_errors(self.files.path, self._given):
+                self._sizes = self.files.tree()
         except CheckpointError as error:
             self._problems.append(Problem.of(error, ""))
             return
@@ -187,6 +198,8 @@ class _Check:
         else:
             what = "there is no checkpoint here"
             expected = f"{MANIFEST_NAME}, {METADATA_NAME} or *{SUFFIX}"
+            hint = None if "://" in self.files.path else hint_for(self.files.path, self._given)
+            expected += "" if hint is None else f"; {hint}"
             self._problems.append(Problem(file="", what=what, expected=expected))
 
     def report(self, seconds: float) -> VerifyReport:
@@ -255,14 +268,33 @@ class _Check:
         }
         return sorted(n for n in directories if not n or (is_ours and "/" not in n))
 
+    def _note_files_of_others(self, manifest: Manifest, names: Collection[str]) -> None:
+        """Warn of files that no save made; trainers keep files of their own beside a checkpoint.
+
+        Weights in the export are a problem, because readers may load them. So are DCP files, which
+        an older save may have left.
+        """
+        export = None if manifest.hf is None else f"{manifest.hf.subdir}/"
+        expected = f"only what {MANIFEST_NAME} lists"
+        others = set()
+        for name in sorted(names):
+            is_in_export = export is not None and name.startswith(export)
+            is_dcp_file = "/" not in name and name.endswith(DCP_SUFFIX)
+            if is_dcp_file or (is_in_export and name.endswith((SUFFIX, INDEX_SUFFIX))):
+                what = "the file does not belong to the checkpoint"
+                self._problems.append(Problem(file=name, what=what, expected=expected))
+            else:
+                others.add(name if is_in_export else name.partition("/")[0])
+        for name in sorted(others):
+            kind = "file" if name in names else "directory"
+            what = f"the {kind} does not belong to the checkpoint"
+            self._warnings.append(Problem(file=name, what=what, expected=expected))
+
     def _check_listing(self, manifest: Manifest) -> None:
         listed = manifest.sizes()
         for name in sorted(listed.keys() - self._sizes.keys()):
             self._problems.append(Problem(file=name, what="the file is missing"))
-        for name in sorted(self._sizes.keys() - listed.keys() - {MANIFEST_NAME}):
-            what = "the file does not belong to the checkpoint"
-            expected = f"only what {MANIFEST_NAME} lists"
-            self._problems.append(Problem(file=name, what=what, expected=expected))
+        self._note_files_of_others(manifest, self._sizes.keys() - listed.keys() - {MANIFEST_NAME})
         for name in sorted(listed.keys() & self._sizes.keys()):
             if self._sizes[name] != listed[name]:
                 self._problems.append(

@@ -5,6 +5,8 @@ Readers outside this package depend on all of these names, so none can change.
 
 METADATA_NAME = ".metadata"
 """DCP's own metadata; torch defines the name."""
+DCP_SUFFIX = ".distcp"
+"""Suffix of the files of DCP; torch defines it."""
 MANIFEST_NAME = "dcp-hf.json"
 """The manifest of this package, published last."""
 

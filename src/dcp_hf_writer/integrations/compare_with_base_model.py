@@ -22,6 +22,7 @@ from dcp_hf_writer.formats.parse_safetensors_header import (
     header_nbytes,
     parse_header,
 )
+from dcp_hf_writer.storage.paths_as_written import plain_path
 from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
 
 if TYPE_CHECKING:
@@ -90,7 +91,7 @@ def read_base(base: str | os.PathLike[str]) -> dict[str, BaseTensor]:
         ConfigError: If `base` is not such a directory, or its index or a file cannot be read.
         CorruptCheckpointError: If a header is invalid.
     """
-    directory = Path(base)
+    directory = Path(plain_path(base, option="base"))
     if not directory.is_dir():
         raise ConfigError(
             "base must be a local model directory",

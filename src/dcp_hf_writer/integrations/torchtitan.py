@@ -16,6 +16,7 @@ from dcp_hf_writer.errors import ConfigError
 from dcp_hf_writer.integrations.unsharded_meta_model import listed
 from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.mapping.specs_from_function import derive
+from dcp_hf_writer.storage.paths_as_written import plain_path
 from dcp_hf_writer.torch_seam.dtensor import local_of
 
 if TYPE_CHECKING:
@@ -103,7 +104,10 @@ def _memory(tensor: torch.Tensor) -> tuple[object, ...] | None:
 def _files(adapter: Any, options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that say where assets come from, and which file holds which key."""
     path = getattr(adapter, "hf_assets_path", None)
-    if not path or "like" in options or "assets" in options or not Path(path).is_dir():
+    if not path or "like" in options or "assets" in options:
+        return {}
+    path = plain_path(path, option="hf_assets_path")
+    if not Path(path).is_dir():
         return {}
     # The adapter sets this mapping if the directory has an index.
     if getattr(adapter, "fqn_to_index_mapping", None):

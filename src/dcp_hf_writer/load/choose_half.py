@@ -14,9 +14,11 @@ from dcp_hf_writer.load.hf_source import HFSource
 from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs
+from dcp_hf_writer.storage.paths_as_written import plain_path
+from dcp_hf_writer.storage.wrong_paths import hint_for, wrong_path_errors
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection, Mapping, Sequence
 
     from torch.distributed.checkpoint.metadata import Metadata
 
@@ -73,11 +75,11 @@ def find_place(
             or if the storage refuses.
         CorruptCheckpointError: If the manifest is damaged.
     """
-    text = os.fspath(path)
-    if source != "dcp" and isinstance(text, str) and text.endswith((SUFFIX, INDEX_SUFFIX)):
+    text = plain_path(path)
+    if source != "dcp" and text.endswith((SUFFIX, INDEX_SUFFIX)):
         directory, _, name = text.rpartition("/")
         return CheckpointPlace(open_directory(directory or ".", storage_options), "", name)
-    files = open_directory(path, storage_options)
+    files = open_directory(text, storage_options)
     was_auto = source == "auto"
     if was_auto:
         source = "dcp" if files.has(METADATA_NAME) else "hf"
@@ -92,25 +94,38 @@ def find_place(
         )
     if source == "dcp":
         return CheckpointPlace(files, None, manifest=manifest)
-    names = files.names()
+    with wrong_path_errors(files.path, os.fspath(path)):
+        names = files.names()
     if is_hf_directory(names):
         return CheckpointPlace(files, "", manifest=manifest)
     place = CheckpointPlace(files, _SUBDIR, manifest=manifest)
     if not _is_there(place.weights):
         manifest = manifest or manifest_of(files)
-        if manifest is not None and manifest.hf is not None:
-            place = CheckpointPlace(files, manifest.hf.subdir, manifest=manifest)
+        hf = None if manifest is None else manifest.hf
+        place = CheckpointPlace(files, _SUBDIR if hf is None else hf.subdir, manifest=manifest)
     if not _is_there(place.weights):
-        raise ReadError(
-            "there are no weights in the HuggingFace format",
-            phase="read",
-            path=files.path,
-            expected=f"*{SUFFIX}, or a directory {place.subdir!r} with such files"
-            + (f"; or {METADATA_NAME}, which DCP writes" if was_auto else ""),
-            found=f"{len(names)} other files" if names else "an empty directory",
-            hint=None if manifest is None else manifest.export_error,
-        )
+        raise _no_weights(place, names, os.fspath(path), was_auto=was_auto)
     return place
+
+
+def _no_weights(
+    place: CheckpointPlace, names: Sequence[str], given: str, *, was_auto: bool
+) -> ReadError:
+    files, manifest = place.files, place.manifest
+    hint = None if manifest is None else manifest.export_error
+    if hint is None and "://" not in files.path:
+        hint = hint_for(files.path, given)
+    if hint is None and METADATA_NAME in names:
+        hint = "it has a DCP half only, which dcp.load reads"
+    return ReadError(
+        "there are no weights in the HuggingFace format",
+        phase="read",
+        path=files.path,
+        expected=f"*{SUFFIX}, or a directory {place.subdir!r} with such files"
+        + (f"; or {METADATA_NAME}, which DCP writes" if was_auto else ""),
+        found=f"{len(names)} other files" if names else "no file in this directory",
+        hint=hint,
+    )
 
 
 def _is_there(files: InputFiles) -> bool:
@@ -141,7 +156,8 @@ def read_dcp_metadata(files: InputFiles, rank: int | None = None) -> Metadata:
         CorruptCheckpointError: If the file is not valid DCP metadata.
     """
     name = METADATA_NAME if rank is None else f"__{rank}{METADATA_NAME}"
-    data = files.read_whole(name, max_nbytes=MAX_METADATA_NBYTES)
+    with wrong_path_errors(files.path, files.path, expected=f"a directory with {name}"):
+        data = files.read_whole(name, max_nbytes=MAX_METADATA_NBYTES)
     return parse_metadata(data, path=f"{files.path}/{name}")
 
 

@@ -205,7 +205,9 @@ class DCPSource:
         for dim, (offset, length) in enumerate(
             zip(item.storage_offsets, item.lengths, strict=True)
         ):
-            tensor = tensor.narrow(dim, offset, length)
+            # Not every subclass can be cut, along every dimension: 8-bit optimizer state cannot.
+            if (offset, length) != (0, tensor.shape[dim]):
+                tensor = tensor.narrow(dim, offset, length)
         read.wanted.target.detach().copy_(tensor)
 
     def read_objects(

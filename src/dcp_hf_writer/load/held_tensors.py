@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.preflight.check_placements import refuse_partial
 from dcp_hf_writer.tensors.boxes import whole
 from dcp_hf_writer.tensors.shards import blocks_of, shards_of
 from dcp_hf_writer.torch_seam.multi_block_tensors import blocked_tensors
@@ -45,6 +46,7 @@ def held_tensors(
     Raises:
         PlanningError: If a tensor contradicts its spec or its placements.
     """
+    refuse_partial(tensors, phase="read")
     blocked = blocked_tensors(dict(tensors), {}, specs, key=None)
     found = {}
     for name, tensor in tensors.items():

@@ -50,6 +50,38 @@ def _visit(
             _visit(inner, (*path, i), lists, found)
 
 
+def flat_values(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, Any]]:
+    """Return all values of a nested state dict, with their paths, by the FQN that DCP gives them.
+
+    A list without tensors and mappings is one value, and so is a tuple. If two values have the same
+    FQN, the first one counts; DCP refuses them.
+
+    Source:
+        torch, `traverse_state_dict`.
+    """
+    found: dict[str, tuple[Path, Any]] = {}
+    _collect(state_dict, (), found)
+    return found
+
+
+def _collect(value: Any, path: Path, found: dict[str, tuple[Path, Any]]) -> None:
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _collect(inner, (*path, str(key)), found)
+    elif isinstance(value, list) and _holds_entries(value):
+        for i, inner in enumerate(value):
+            _collect(inner, (*path, i), found)
+    else:
+        found.setdefault(fqn_of(path), (path, value))
+
+
+def _holds_entries(values: list[Any]) -> bool:
+    return any(
+        isinstance(one, (torch.Tensor, Mapping)) or (isinstance(one, list) and _holds_entries(one))
+        for one in values
+    )
+
+
 def flat_tensors(state_dict: Mapping[str, Any]) -> dict[str, tuple[Path, torch.Tensor]]:
     """Return the tensors of a nested state dict, with their paths, by the FQN that DCP gives them.
 

@@ -5,18 +5,27 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_hf_writer.errors import ConfigError
 from dcp_hf_writer.mapping.load_spec import LoadSpec
+from dcp_hf_writer.mapping.option_values import (
+    check_names,
+    check_pairs,
+    check_text,
+    check_whole,
+    check_word,
+    shown,
+)
 from dcp_hf_writer.tensors.dtypes import export_dtype
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Sequence
 
     import torch
 
@@ -40,10 +49,13 @@ def size_in_bytes(value: int | str, *, option: str) -> int:
     if isinstance(value, int) and not isinstance(value, bool):
         nbytes = value
     elif isinstance(value, str) and (match := _SIZE.fullmatch(value)):
-        nbytes = int(float(match[1]) * _UNITS[(match[2] or "").upper()])
+        size = float(match[1]) * _UNITS[(match[2] or "").upper()]
+        nbytes = None if math.isinf(size) else int(size)
     if nbytes is None or nbytes <= 0:
         msg = f"{option} must be a positive size"
-        raise ConfigError(msg, expected='bytes as an int, or text such as "5GB"', found=repr(value))
+        raise ConfigError(
+            msg, expected='bytes as an int, or text such as "5GB"', found=shown(value)
+        )
     return nbytes
 
 
@@ -102,7 +114,8 @@ class HFExport:
     """Order in which tensors fill the files: state-dict order, or natural order of the names.
 
     `"auto"` gives the order of `save_pretrained`: natural order if a spec renames or splits a
-    tensor, or if a model among the assets came from `from_pretrained`; otherwise state-dict order.
+    tensor, if a model or config among the assets came from `from_pretrained`, or if transformers
+    renames tensors of its architecture; otherwise state-dict order.
     """
     groups: Iterable[Sequence[str]] | None = None
     """Groups of HuggingFace keys in the order in which they fill the files; overrides `order`.
@@ -127,6 +140,8 @@ class HFExport:
 
     def __post_init__(self) -> None:
         """Check and normalise each option."""
+        object.__setattr__(self, "expect_keys", _kept(self.expect_keys))
+        self._check_types()
         frozen = {
             "spec_by_fqn": specs_by_name(self.specs),
             "max_shard_nbytes": size_in_bytes(self.max_shard_size, option="max_shard_size"),
@@ -134,7 +149,7 @@ class HFExport:
             "keep_dtype": _patterns(self.keep_dtype),
             "expect_keys": None if self.expect_keys is None else frozenset(self.expect_keys),
             "metadata": dict(sorted((self.metadata or {}).items())),
-            "groups": None if self.groups is None else tuple(map(tuple, self.groups)),
+            "groups": None if self.groups is None else _groups(self.groups),
         }
         for name, value in frozen.items():
             object.__setattr__(self, name, value)
@@ -203,6 +218,12 @@ class HFExport:
         return cls(**module.export_options(adapter, state_dict, options))
 
     @functools.cached_property
+    def declared_names(self) -> frozenset[str]:
+        """Names within the model that the options mention, and the expected keys."""
+        ties = {name for pair in (self.tied or {}).items() for name in pair}
+        return frozenset({*self.spec_by_fqn, *ties, *(self.expect_keys or ())})
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of the options that decide the layout; equal options have equal hashes."""
         parts = (
@@ -221,28 +242,36 @@ class HFExport:
         )
         return hashlib.sha256(repr(parts).encode()).hexdigest()
 
+    def _check_types(self) -> None:
+        if self.key is not None:
+            check_text("key", self.key)
+        if self.like is not None and not hasattr(self.like, "__fspath__"):
+            check_text("like", self.like)
+        check_text("subdir", self.subdir)
+        check_names("keep_dtype", self.keep_dtype)
+        if self.expect_keys is not None:
+            check_names("expect_keys", self.expect_keys)
+        if self.tied is not None:
+            check_pairs("tied", self.tied)
+        if self.metadata is not None:
+            check_pairs("metadata", self.metadata)
+        if self.total_parameters is not None:
+            check_whole("total_parameters", self.total_parameters, least=0)
+        check_word("checksums", self.checksums, ("sha256", None))
+        check_word("order", self.order, ("auto", "state_dict", "natural"))
+
     def _check(self) -> None:
         align = self.header_align
         if not isinstance(align, int) or align < _MIN_ALIGN or align % _MIN_ALIGN:
             msg = "header_align must be a multiple of 8"
             raise ConfigError(msg, expected="8, 16, ... 4096, ...", found=repr(align))
-        if not self.subdir or self.subdir in {".", ".."} or "/" in self.subdir:
+        if self.subdir in {".", ".."} or "/" in self.subdir or "\0" in self.subdir:
             msg = "subdir must be one plain directory name"
             raise ConfigError(msg, expected='a name such as "hf"', found=repr(self.subdir))
-        pairs = dict(self.metadata or {})
-        if "format" in pairs or not all(
-            isinstance(k, str) and isinstance(v, str) for k, v in pairs.items()
-        ):
-            msg = "metadata must map text to text, without the key 'format', which is always 'pt'"
-            raise ConfigError(msg, expected="{str: str} without 'format'", found=repr(pairs))
-        if self.checksums not in (None, "sha256"):
-            msg = "checksums must be a known kind"
-            raise ConfigError(msg, expected='"sha256" or None', found=repr(self.checksums))
-        if self.order not in ("auto", "state_dict", "natural"):
-            msg = "order must be a known one"
-            raise ConfigError(
-                msg, expected='"auto", "state_dict" or "natural"', found=repr(self.order)
-            )
+        if "format" in (self.metadata or {}):
+            msg = "metadata must not have the key 'format', which is always 'pt'"
+            found = shown(self.metadata)
+            raise ConfigError(msg, expected="{str: str} without 'format'", found=found)
 
     def _natural(self) -> bool:
         if self.order != "auto":
@@ -250,10 +279,20 @@ class HFExport:
         assets = self.assets if isinstance(self.assets, (list, tuple)) else (self.assets,)
         # transformers sets this attribute when it loads a model, and sorts the names of such a
         # model when it saves.
-        is_loaded = any(getattr(a, "_weight_conversions", None) is not None for a in assets)
+        is_loaded = any(map(_is_loaded, assets))
         return is_loaded or any(
             s.hf_keys != (fqn,) or s.pieces for fqn, s in self.spec_by_fqn.items()
         )
+
+
+def _is_loaded(asset: Any) -> bool:
+    """Whether an asset is a model from `from_pretrained`, or the config of one."""
+    if getattr(asset, "_weight_conversions", None) is not None:
+        return True
+    # Only configs have both. A model that was made from the config of another model has its name
+    # too, but then the model itself is the better asset.
+    is_config = isinstance(getattr(asset, "model_type", None), str)
+    return is_config and bool(getattr(asset, "_name_or_path", ""))
 
 
 def _global_part(spec: LoadSpec) -> tuple[object, ...]:
@@ -262,13 +301,16 @@ def _global_part(spec: LoadSpec) -> tuple[object, ...]:
     return (*plain, spec.origin_shape, spec.dtype, spec.pieces, spec.alias_of)
 
 
-def specs_by_name(specs: Mapping[str, LoadSpec] | Iterable[object] | None) -> dict[str, LoadSpec]:
+def specs_by_name(specs: Any) -> dict[str, LoadSpec]:
     """Index specs by the FQN of their tensors.
 
     Raises:
         ConfigError: If an item is not a `LoadSpec`, or two specs name the same tensor.
     """
     found: dict[str, LoadSpec] = {}
+    if specs is not None and not isinstance(specs, (Mapping, Iterable)):
+        msg = "specs must be a collection of LoadSpec objects"
+        raise ConfigError(msg, expected="a list, or {FQN: LoadSpec}", found=shown(specs))
     for spec in specs.values() if isinstance(specs, Mapping) else specs or ():
         if not isinstance(spec, LoadSpec):
             msg = "specs must be LoadSpec objects"
@@ -280,10 +322,24 @@ def specs_by_name(specs: Mapping[str, LoadSpec] | Iterable[object] | None) -> di
     return found
 
 
+def _kept(keys: Iterable[str] | None) -> Iterable[str] | None:
+    """Return keys that can be looked at twice; an iterator would be empty the second time."""
+    return list(keys) if isinstance(keys, Iterator) else keys
+
+
+def _groups(groups: Any) -> tuple[tuple[str, ...], ...]:
+    try:
+        found = [(group, isinstance(group, str), tuple(group)) for group in groups]
+    except TypeError:
+        found = [(groups, True, ())]
+    for group, is_wrong, keys in found:
+        if is_wrong or isinstance(groups, str) or not all(isinstance(key, str) for key in keys):
+            msg = "groups must be a collection of groups of keys"
+            raise ConfigError(msg, expected='such as [("a", "b"), ("c",)]', found=shown(group))
+    return tuple(keys for _, _, keys in found)
+
+
 def _patterns(values: Sequence[str]) -> tuple[str, ...]:
-    if isinstance(values, str):
-        msg = "keep_dtype must be a sequence of patterns"
-        raise ConfigError(msg, expected='such as ("norm",)', found=repr(values))
     for value in values:
         try:
             re.compile(value)

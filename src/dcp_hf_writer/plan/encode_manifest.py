@@ -93,6 +93,10 @@ def encode_manifest(
         "hf": None if layout is None else _export(layout, subdir, reports),
         "export_error": export_error,
     }
+    return _encode(fields)
+
+
+def _encode(fields: Mapping[str, Any]) -> bytes:
     lines = (
         f"{json.dumps(name)}: {json.dumps(value, separators=(',', ':'), ensure_ascii=False)}"
         for name, value in fields.items()
@@ -144,3 +148,25 @@ def _total_nbytes(
 
 def _rounded(seconds: Mapping[str, float]) -> dict[str, float]:
     return {phase: round(value, 4) for phase, value in seconds.items()}
+
+
+def without_export(manifest: bytes) -> bytes:
+    """Return the manifest of the same checkpoint without its export, with a new digest.
+
+    Args:
+        manifest: A manifest that `parse_manifest` accepts.
+    """
+    fields = json.loads(manifest)
+    export = fields.get("hf")
+    if export is None:
+        return manifest
+    below = f"{export['subdir']}/"
+    fields["files"] = {
+        name: file for name, file in fields["files"].items() if not name.startswith(below)
+    }
+    removed = fields["nbytes"].get("other", 0) - sum(n for n, _ in fields["files"].values())
+    fields["nbytes"]["other"] = fields["nbytes"].get("other", 0) - removed
+    fields["nbytes"].pop("hf", None)
+    fields["hf"] = None
+    fields.pop("digest_above")
+    return _encode(fields)

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
-import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
+import torch.distributed as dist
+from torch.distributed.checkpoint.storage import StorageWriter
+
 from dcp_hf_writer.errors import ConfigError
+from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
 from dcp_hf_writer.mapping.hf_export import HFExport
+from dcp_hf_writer.mapping.option_values import (
+    check_flag,
+    check_seconds,
+    check_whole,
+    check_word,
+    shown,
+)
+from dcp_hf_writer.save.export_assets import check_kinds
+from dcp_hf_writer.storage.paths_as_written import plain_path
+from dcp_hf_writer.storage.write_slots import WriteSlots
 
 # Bytes. A quarter of the budget is the bounce buffer: a smaller buffer would cost many more system
 # calls and save little memory.
 _MIN_HOST_BUDGET = 1 << 20
+
+# "dcp-hf" is for files beside the manifest.
+_OWN_NAMES = (MANIFEST_NAME, METADATA_NAME, "dcp-hf", ".dcp-hf-save.json")
 
 
 def local_path(value: str | os.PathLike[str]) -> str:
@@ -20,12 +37,7 @@ def local_path(value: str | os.PathLike[str]) -> str:
     Raises:
         ConfigError: If the value is empty, or the URL of another kind of storage.
     """
-    text = os.fspath(value)
-    if isinstance(text, str) and text.startswith("file://"):
-        text = text.removeprefix("file://")
-    if not isinstance(text, str) or not text or "\0" in text:
-        msg = "path must be a local path"
-        raise ConfigError(msg, expected="the name of a directory", found=repr(value))
+    text = plain_path(value)
     if "://" in text:
         msg = "this version cannot write to object stores"
         raise ConfigError(
@@ -37,34 +49,38 @@ def local_path(value: str | os.PathLike[str]) -> str:
     return os.path.abspath(text)
 
 
-def one_of(name: str, value: Any, allowed: tuple[str, ...], *, hint: str | None = None) -> None:
-    """Check that the value of an option is one of the allowed words.
+def check_writer(options: Mapping[str, Any]) -> None:
+    """Check the options of `HFDualWriter`, except its path; reads no file.
+
+    Args:
+        options: Each option by its name.
 
     Raises:
-        ConfigError: If it is not.
+        ConfigError: If an option cannot be used as given.
     """
-    if value not in allowed:
-        msg = f"{name} has an unknown value"
-        raise ConfigError(
-            msg, expected=" or ".join(map(repr, allowed)), found=repr(value), hint=hint
-        )
+    check_word("weights", options["weights"], ("both", "once"))
+    check_word("staging", options["staging"], ("blocking", "overlap"))
+    check_word("on_export_error", options["on_export_error"], ("raise", "warn"))
+    check_word("share", options["share"], ("auto", "off"))
+    check_word("strategy", options["strategy"], ("auto", "direct"))
+    check_flag("overwrite", options["overwrite"])
+    check_seconds("timeout_s", options["timeout_s"])
+    check_whole("host_budget_bytes", options["host_budget_bytes"], least=_MIN_HOST_BUDGET)
+    check_no_storage_options(options["storage_options"])
+    _check_kind("slots", options["slots"], WriteSlots, "WriteSlots(2), or WriteSlots(0) for none")
+    check_export(options["export"], options["weights"])
+    if options["export"] is not None:
+        check_kinds(options["export"])
+    check_dcp_writer(options["dcp_writer"])
+    if options["process_group"] is not None and dist.is_available():
+        expected = "a group of torch.distributed.new_group that this rank belongs to, or None"
+        _check_kind("process_group", options["process_group"], dist.ProcessGroup, expected)
 
 
-def check_numbers(*, timeout_s: float, host_budget_bytes: int) -> None:
-    """Check the numeric options.
-
-    Raises:
-        ConfigError: If one is out of range.
-    """
-    is_number = isinstance(timeout_s, (int, float)) and not isinstance(timeout_s, bool)
-    if not is_number or not timeout_s > 0 or math.isinf(timeout_s):
-        msg = "timeout_s must be a finite number of seconds above zero"
-        raise ConfigError(msg, expected="for example 1800", found=repr(timeout_s))
-    if not isinstance(host_budget_bytes, int) or host_budget_bytes < _MIN_HOST_BUDGET:
-        msg = "host_budget_bytes is too small, or not a whole number"
-        raise ConfigError(
-            msg, expected=f"at least {_MIN_HOST_BUDGET}", found=repr(host_budget_bytes)
-        )
+def _check_kind(option: str, value: Any, kind: type, expected: str) -> None:
+    if not isinstance(value, kind):
+        msg = f"{option} must be a {kind.__name__}"
+        raise ConfigError(msg, expected=expected, found=shown(value))
 
 
 def check_export(export: Any, weights: str) -> None:
@@ -78,7 +94,10 @@ def check_export(export: Any, weights: str) -> None:
         raise ConfigError(msg, expected="export=HFExport(...)", found="export=None")
     if export is not None and not isinstance(export, HFExport):
         msg = "export must be an HFExport or None"
-        raise ConfigError(msg, expected="HFExport(...)", found=type(export).__name__)
+        raise ConfigError(msg, expected="HFExport(...)", found=shown(export))
+    if export is not None and (export.subdir in _OWN_NAMES or export.subdir.endswith(".distcp")):
+        msg = "subdir is a name that the checkpoint itself uses"
+        raise ConfigError(msg, expected='another name, such as "hf"', found=repr(export.subdir))
 
 
 def check_no_storage_options(options: dict[str, Any] | None) -> None:
@@ -89,15 +108,19 @@ def check_no_storage_options(options: dict[str, Any] | None) -> None:
     """
     if options:
         msg = "storage_options are for object stores"
-        raise ConfigError(msg, expected="None for a local path", found=sorted(options))
+        found = sorted(map(str, options)) if isinstance(options, Mapping) else shown(options)
+        raise ConfigError(msg, expected="None for a local path", found=found)
 
 
 def check_dcp_writer(writer: object) -> None:
     """Check that the user's `dcp_writer` makes its files durable.
 
     Raises:
-        ConfigError: If its `sync_files` is `False`.
+        ConfigError: If it is no `StorageWriter`, or its `sync_files` is `False`.
     """
+    if writer is not None:
+        expected = "a StorageWriter of torch.distributed.checkpoint, or None"
+        _check_kind("dcp_writer", writer, StorageWriter, expected)
     if getattr(writer, "sync_files", True) is False:
         msg = "dcp_writer must make its files durable before the commit"
         raise ConfigError(msg, expected="sync_files=True", found="sync_files=False")

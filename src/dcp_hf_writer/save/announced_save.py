@@ -40,7 +40,8 @@ def planned_directory(attempt: Attempt, own: RankPlan) -> StagingDirectory:
         timeout_s = min(attempt.context.left_s(), _FIND_S)
         found = member.rendezvous.find(attempt.target, timeout_s=timeout_s, rank=attempt.rank)
         MEETING.fall_in(found.count)
-        directory, plan_id = StagingDirectory(attempt.target, found.save_id), found.plan_id
+        directory = StagingDirectory.of(attempt.target, found.save_id)
+        plan_id = found.plan_id
         attempt.work_in(directory, count=found.count)
     if plan_id != own.plan_id:
         msg = "the plan of this rank is not part of the coordinator's plan"

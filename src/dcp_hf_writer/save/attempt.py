@@ -195,7 +195,7 @@ class Attempt:
             self._enter_phase(phase)
         if self.member.rendezvous is None:
             return
-        progress = Progress.mine(self.member.count, phase)
+        progress = Progress.mine(self.member.count, phase, self.target)
         try:
             self.member.rendezvous.post(progress)
         except RuntimeError as error:

@@ -12,6 +12,8 @@ from dcp_hf_writer.save.save_context import SaveContext
 from dcp_hf_writer.staging.staged_state_dict import failure_in, staged_of
 from dcp_hf_writer.staging.stager import STAGER
 from dcp_hf_writer.torch_seam.caller_frames import RunningSave, find_save
+from dcp_hf_writer.torch_seam.future_guard import current_future
+from dcp_hf_writer.torch_seam.missing_group import check_group_is_there
 from dcp_hf_writer.torch_seam.save_world import SaveWorld
 
 if TYPE_CHECKING:
@@ -21,7 +23,9 @@ if TYPE_CHECKING:
     from dcp_hf_writer.torch_seam.caller_frames import TorchSave
 
 
-def begin_save(target: str, *, timeout_s: float, pending: Callable[[], Lease | None]) -> Attempt:
+def begin_save(
+    target: str, *, timeout_s: float, made_in: SaveWorld, pending: Callable[[], Lease | None]
+) -> Attempt:
     """Begin the save that the calling thread runs, and guard its future.
 
     If the save cannot go on, the reason becomes `SaveContext.refusal`. The writer raises it later,
@@ -30,6 +34,7 @@ def begin_save(target: str, *, timeout_s: float, pending: Callable[[], Lease | N
     Args:
         target: Path of the checkpoint.
         timeout_s: Seconds from now to the deadline, if staging did not set one.
+        made_in: The world in which the writer was made.
         pending: Returns the lease of what was staged for this save, as far as the writer can tell;
             called if the save or its staged copy cannot be found.
 
@@ -46,11 +51,14 @@ def begin_save(target: str, *, timeout_s: float, pending: Callable[[], Lease | N
         if lease is not None:
             lease.take_up()
         refusal = failure_in(save.given)
+        if handover is None and not save.is_distributed and current_future() is not None:
+            made_in.check_unstaged(target=target)
         if handover is not None and handover.world is not None:
             world = handover.world
             world.check(save.group, is_distributed=save.is_distributed, target=target, phase="plan")
-        if not (world.is_certain and world.is_here):
+        if not (save.is_distributed and world.is_certain and world.is_here):
             world = SaveWorld.of(save.group, is_distributed=save.is_distributed)
+        check_group_is_there()
     except CheckpointError as error:
         refusal = error
         if lease is None or not lease.is_taken_by_me:

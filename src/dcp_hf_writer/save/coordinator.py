@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import itertools
-import json
 import logging
 import os
 import re
@@ -29,12 +28,11 @@ from dcp_hf_writer.formats.weights_once_places import NOTICE
 from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
 from dcp_hf_writer.plan.rank_report import RankReport, check_coverage
 from dcp_hf_writer.said_once import SAID_ONCE, SaidOnce
-from dcp_hf_writer.save.commit import remove_tree
 from dcp_hf_writer.save.dcp_half import digest_file
-from dcp_hf_writer.save.export_assets import CHECKSUMS_NAME
+from dcp_hf_writer.save.export_failures import export_error, nbytes_of
+from dcp_hf_writer.save.model_assets import CHECKSUMS_NAME
 from dcp_hf_writer.save.owner_process import Owner
 from dcp_hf_writer.save.tensor_bytes import digest_of
-from dcp_hf_writer.save.write_phase import export_error
 from dcp_hf_writer.storage.posix_outputs import (
     COHERENT,
     OutputFile,
@@ -45,9 +43,10 @@ from dcp_hf_writer.storage.posix_outputs import (
     write_errors,
     write_file,
 )
+from dcp_hf_writer.storage.posix_trees import remove_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Collection, Iterable, Mapping, Sequence
 
     import torch
     from torch.distributed.checkpoint.metadata import Metadata
@@ -96,12 +95,17 @@ def check_strategy(*, hosts: Sequence[str], fs_type: str, strategy: str, path: s
     )
 
 
-def check_names(layout: Layout, assets: Assets, export: HFExport) -> None:
-    """Refuse an asset that has the name of a file which the export makes itself.
+def export_files(
+    layout: Layout | None, assets: Assets | None, export: HFExport | None
+) -> frozenset[str]:
+    """Return the files that a save makes for the export, by path within the checkpoint.
 
     Raises:
-        LayoutError: If there is such an asset; the error names the file.
+        LayoutError: If an asset has the name of a file that the export makes itself; the error
+            names the file.
     """
+    if layout is None or assets is None or export is None:
+        return frozenset()
     made = {file.name for file in layout.files} | {INDEX_NAME}
     if export.checksums is not None:
         made.add(CHECKSUMS_NAME)
@@ -109,16 +113,35 @@ def check_names(layout: Layout, assets: Assets, export: HFExport) -> None:
     if taken:
         msg = "an asset has the name of a file that the export makes itself"
         raise LayoutError(msg, phase="plan", path=min(taken), hint="leave it out of assets")
+    if layout.index is None:
+        made.remove(INDEX_NAME)
+    return frozenset(f"{export.subdir}/{name}" for name in made | assets.files.keys())
 
 
-def make_directory(directory: StagingDirectory, *, overwrite: bool, attempt: Attempt) -> None:
+def make_directory(
+    directory: StagingDirectory,
+    *,
+    overwrite: bool,
+    attempt: Attempt,
+    new_files: Collection[str] = (),
+) -> None:
     """Make the directory of a save. If this raises, it leaves nothing behind.
 
+    Args:
+        directory: The directory.
+        overwrite: Whether the save may replace a checkpoint.
+        attempt: The save.
+        new_files: Files of the export, by path within the checkpoint.
+
     Raises:
-        StorageError: If the target exists, or the file system refuses an operation.
+        StorageError: If the target may not be taken, or the file system refuses an operation.
     """
     files = attempt.open_files()
-    record = files.keep(directory.create(overwrite=overwrite))
+    record = files.keep(
+        directory.create(
+            overwrite=overwrite, new_files=new_files, world_size=attempt.member.world_size
+        )
+    )
     attempt.work_in(directory)
     reach("directory made")
     files.sync(files.take(record.path) or record)
@@ -153,7 +176,8 @@ def make_export(
         path = os.path.join(directory.path, subdir)
         files.discard_below(path)
         drop_export(directory, subdir)
-        attempt.leave_out_export(export_error(error, rank=attempt.rank, path=path))
+        nbytes = nbytes_of(plan.layout) + sum(map(len, assets.files.values()))
+        attempt.leave_out_export(export_error(error, rank=attempt.rank, path=path, nbytes=nbytes))
         return False
     return True
 
@@ -203,7 +227,7 @@ def _write_whole(files: OpenFiles, root: str, subdir: str, name: str, data: byte
 
 def _check_space(layout: Layout, directory: StagingDirectory) -> None:
     # Only an early check: `set_size` reserves the space where the file system can.
-    needed = sum(file.nbytes for file in layout.files)
+    needed = nbytes_of(layout)
     free = free_bytes(directory.path)
     if free is not None and free < needed:
         msg = "there is not enough space for the export"
@@ -214,7 +238,7 @@ def _check_space(layout: Layout, directory: StagingDirectory) -> None:
             expected=f"{needed} bytes free",
             found=f"{free} bytes free",
             errno=errno.ENOSPC,
-            hint="free space on the device, or remove old checkpoints; nothing was published",
+            hint="free space on the device, or remove old checkpoints",
         )
 
 
@@ -415,13 +439,3 @@ def _plain_files(path: str) -> list[str]:
 
 def _directories(root: str) -> list[str]:
     return [path for path, _, _ in os.walk(root, topdown=False)]
-
-
-def committed_save_id(target: str) -> str | None:
-    """Return the id of the save that is visible under a path; `None` without a valid manifest."""
-    try:
-        with open(os.path.join(target, MANIFEST_NAME), "rb") as file:
-            value = json.load(file)
-    except (OSError, ValueError):
-        return None
-    return value.get("save_id") if isinstance(value, dict) else None

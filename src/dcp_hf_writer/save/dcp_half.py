@@ -8,6 +8,7 @@ replaces its loop that writes a file, and keeps the rest of the class.
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import xxhash
@@ -17,7 +18,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from dcp_hf_writer.errors import CoverageError
+from dcp_hf_writer.errors import CheckpointError, CoverageError, PlanningError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.encode_torch_archive import tensor_archive
 from dcp_hf_writer.plan.rank_report import DCPFile
@@ -126,11 +127,34 @@ class _FileWriter:
         return results
 
     def _add_blob(self, item: WriteItem) -> WriteResult:
-        data = self._planner.resolve_data(item)
+        data = self._pickled(item)
         blob = data.getvalue() if isinstance(data, io.BytesIO) else bytes(data)
         start = self._position
         self._add_rest(blob)
         return self._result(item, start)
+
+    def _pickled(self, item: WriteItem) -> Any:
+        """Return the bytes of an object; torch's planner pickles it.
+
+        Raises:
+            PlanningError: If it cannot be pickled; names it.
+        """
+        try:
+            return self._planner.resolve_data(item)
+        except CheckpointError:
+            raise
+        except Exception as error:
+            known = getattr(self._planner, "state_dict", None)
+            value = known.get(item.index.fqn) if isinstance(known, Mapping) else None
+            msg = "a value cannot be pickled"
+            raise PlanningError(
+                msg,
+                phase="write",
+                fqn=item.index.fqn,
+                expected="a tensor, or a value that torch.save can store",
+                found=f"{type(value).__name__}: {type(error).__name__}: {error}",
+                hint="leave it out of the state dict, or save its state instead",
+            ) from error
 
     def _add_tensor(self, item: WriteItem) -> WriteResult:
         self._check()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import weakref
 from typing import TYPE_CHECKING, TypeVar
 
@@ -11,13 +12,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dcp_hf_writer.errors import SaveAbortedError, SaveTimeoutError
 from dcp_hf_writer.save import save_log
-from dcp_hf_writer.save.coordinator import committed_save_id
 from dcp_hf_writer.save.rank_progress import MEETING, POST_MORTEM_S, Progress, lost_ranks_error
+from dcp_hf_writer.save.replace_target import saved_id
+from dcp_hf_writer.torch_seam.failed_steps import call_when_a_step_fails
 from dcp_hf_writer.torch_seam.future_guard import FutureGuard, find_future, own_error
 from dcp_hf_writer.torch_seam.save_world import PROBLEM, WAIT_HINT
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+    from torch.distributed.checkpoint.utils import _DistWrapper
 
     from dcp_hf_writer.errors import RankLostError
     from dcp_hf_writer.save.attempt import Attempt
@@ -29,15 +33,16 @@ _log = logging.getLogger(__name__)
 _Answer = TypeVar("_Answer")
 
 
-def guard_save(attempt: Attempt, *, anchor: object | None, is_async: bool) -> None:
+def guard_save(attempt: Attempt, *, anchor: _DistWrapper | None, is_async: bool) -> None:
     """Guard the future of the save that the calling thread runs.
 
-    A synchronous save has no future. Its resources are released when `anchor` is freed with torch's
-    stack frames, or at interpreter exit. If this rank failed, that takes a garbage collection.
+    A synchronous save has no future. Its resources are released when a step of it fails, or when
+    `anchor` is freed with torch's stack frames, or at interpreter exit.
 
     Args:
         attempt: The save.
-        anchor: An object that lives as long as the save; `None` if the save is refused.
+        anchor: The ranks of the save, an object that lives as long as the save; `None` if the save
+            is refused.
         is_async: Whether the save must have a future.
 
     Raises:
@@ -49,6 +54,8 @@ def guard_save(attempt: Attempt, *, anchor: object | None, is_async: bool) -> No
     if future is None:
         if anchor is None:
             attempt.end()
+        else:
+            call_when_a_step_fails(anchor, attempt.end)
         return
     running = attempt.context.running
     guard = FutureGuard(
@@ -76,11 +83,35 @@ def check_world(lease: Lease, world: SaveWorld, *, target: str) -> None:
     try:
         world.check_before(target=target)
     except SaveAbortedError as error:
-        lease.release()
-        save_log.log_failed(target, world.rank, error)
-        MEETING.next_count()
-        _tell_left(world)
+        _leave_unbegun(lease, world, error, target=target)
         raise
+
+
+def watch_pending(lease: Lease, world: SaveWorld, *, target: str) -> None:
+    """Watch a save that has a group of its own until it begins.
+
+    If that group is gone, torch raises an error of its own before it calls any method of ours.
+    Then this rank still has to tell the others, and the save has to end.
+    """
+
+    def watch() -> None:
+        time.sleep(_PENDING_S)
+        while lease.is_pending:
+            if world.is_lost():
+                error = world.lost(target=target, phase="plan", outcome="not committed")
+                _leave_unbegun(lease, world, error, target=target)
+                return
+            time.sleep(_PENDING_S)
+
+    threading.Thread(target=watch, name="dcp-hf-pending", daemon=True).start()
+
+
+def _leave_unbegun(lease: Lease, world: SaveWorld, error: Exception, *, target: str) -> None:
+    """End a save that never began, because this process destroyed its group."""
+    lease.release()
+    save_log.log_failed(target, world.rank, error)
+    MEETING.next_count()
+    _tell_left(world)
 
 
 def _tell_left(world: SaveWorld) -> None:
@@ -88,6 +119,8 @@ def _tell_left(world: SaveWorld) -> None:
     _ask(lambda: MEETING.leave(world, PROBLEM), otherwise=None)
 
 
+# Seconds between two looks at a save that has not begun; nearly all begin before the first.
+_PENDING_S = 1.0
 # The store or the storage itself may hang: how long to wait for an answer of either.
 _ASK_S = 2.0
 # The other ranks began a little later, so their deadlines pass up to this much later.
@@ -245,7 +278,7 @@ def _outcome_of(attempt: Attempt) -> str:
 
 
 def _outcome(target: str, save_id: str | None) -> str:
-    if save_id is not None and committed_save_id(target) == save_id:
+    if save_id is not None and saved_id(target) == save_id:
         return "committed: the checkpoint is visible"
     return OPEN
 

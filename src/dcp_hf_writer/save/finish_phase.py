@@ -11,7 +11,12 @@ from dcp_hf_writer.errors import PlanningError, SaveAbortedError, SaveTimeoutErr
 from dcp_hf_writer.save import coordinator, save_log
 from dcp_hf_writer.save.checksums import add_checksums
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
-from dcp_hf_writer.save.write_phase import export_error, take_reports
+from dcp_hf_writer.save.export_failures import (
+    export_error,
+    nbytes_of,
+    published_without_export,
+)
+from dcp_hf_writer.save.write_phase import take_reports
 from dcp_hf_writer.storage.posix_outputs import write_errors
 
 if TYPE_CHECKING:
@@ -98,6 +103,9 @@ class FinishPhase:
         if error is not None:
             coordinator.check_dcp_stands_alone(plan, error)
             coordinator.drop_export(directory, self.subdir)
+            error = published_without_export(
+                error, staging=directory.path, target=directory.target, subdir=self.subdir
+            )
         return error
 
     def _add_checksums(self, directory: StagingDirectory, plan: GlobalPlan) -> ExportError | None:
@@ -112,7 +120,8 @@ class FinishPhase:
             raise
         except OSError as error:
             path = os.path.join(directory.path, self.subdir)
-            return export_error(error, rank=attempt.rank, path=path)
+            nbytes = nbytes_of(plan.layout)
+            return export_error(error, rank=attempt.rank, path=path, nbytes=nbytes)
         attempt.add_whole_files(file)
         return None
 

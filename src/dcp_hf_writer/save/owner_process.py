@@ -73,6 +73,19 @@ def host_id() -> str:
         return socket.gethostname()
 
 
+def is_on_first_host() -> bool:
+    """Whether the launcher put this process on the same host as rank 0.
+
+    Reads what torchrun or Slurm say. Without a word of either, the processes were started by hand
+    or by `multiprocessing`, on one host.
+    """
+    local, node = os.environ.get("LOCAL_WORLD_SIZE", ""), os.environ.get("SLURM_NODEID", "")
+    rank = os.environ.get("RANK", "")
+    if local.isdecimal() and rank.isdecimal():
+        return int(rank) < int(local)
+    return not node.isdecimal() or int(node) == 0
+
+
 def page_cache_id(target: str) -> str:
     """Return an id of the page cache that writes to a path use: the host's id and the device.
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import os
 import socket
 import time
@@ -20,15 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
-from dcp_hf_writer.errors import RankLostError
-from dcp_hf_writer.torch_seam.default_store import default_store
+from dcp_hf_writer.errors import ConfigError, RankLostError
+from dcp_hf_writer.torch_seam.default_store import default_store, own_store_client
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dcp_hf_writer.torch_seam.save_world import SaveWorld
-
-_log = logging.getLogger(__name__)
 
 _PREFIX = "dcp-hf-writer"
 _LEFT = f"{_PREFIX}/left"
@@ -40,6 +37,10 @@ PHASES = ("plan", "write", "written", "finish", "failed")
 POST_MORTEM_S = 3.0
 
 _POLL_S = 0.05
+
+# How long a rank looks for the coordinator's record before it compares paths. The record is in the
+# store before the rank gets its plan, but the store may show it a moment later.
+_FIRST_LOOK_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +67,13 @@ class Progress:
     """Its host name, for messages."""
     pid: int
     """Its process id, for messages."""
+    target: str = ""
+    """Path that it saves to."""
 
     @classmethod
-    def mine(cls, count: int, phase: str) -> Progress:
-        """Make the record of this process."""
-        return cls(count, phase, socket.gethostname(), os.getpid())
+    def mine(cls, count: int, phase: str, target: str = "") -> Progress:
+        """Make the record of this process, which saves to `target`."""
+        return cls(count, phase, socket.gethostname(), os.getpid(), target)
 
 
 class Rendezvous:
@@ -82,7 +85,7 @@ class Rendezvous:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         """Find the members of a group; `None` stands for the default group."""
-        self._store = _store()
+        self._store = own_store_client()
         self._me = dist.get_rank()
         self._members = list(
             dist.get_process_group_ranks(group)
@@ -110,12 +113,17 @@ class Rendezvous:
             rank: This rank within the process group of the save, for the message.
 
         Raises:
+            ConfigError: If the coordinator saves to another path.
             RankLostError: If there is no valid record within `timeout_s`.
         """
         key = _key("save", target)
         try:
+            if not self._is_set(key, min(timeout_s, _FIRST_LOOK_S)):
+                self._check_target_of_coordinator(target, rank)
             self._store.wait([key], timedelta(seconds=max(timeout_s, 0.1)))
             return Announcement(**json.loads(self._store.get(key)))
+        except ConfigError:
+            raise
         except (dist.DistError, RuntimeError, ValueError, TypeError) as error:
             msg = "the coordinator announced no save to this path"
             raise RankLostError(
@@ -127,14 +135,32 @@ class Rendezvous:
                 hint="every rank must pass the same path; if it does, the coordinator is gone",
             ) from error
 
+    def _is_set(self, key: str, wait_s: float) -> bool:
+        """Whether a key appears in the store within a short time; a store does not order keys."""
+        until = time.monotonic() + wait_s
+        while not self._store.check([key]):
+            if time.monotonic() > until:
+                return False
+            time.sleep(_POLL_S)
+        return True
+
+    def _check_target_of_coordinator(self, target: str, rank: int) -> None:
+        record = self.progress(self._members[:1]).get(self._members[0])
+        if record is not None and record.target not in ("", target):
+            raise other_path(record.target, f"rank {rank}: {target}", rank=rank)
+
     def post(self, progress: Progress) -> None:
         """Tell the other ranks how far this rank has come."""
         self._store.set(f"{_PREFIX}/rank/{self._me}", json.dumps(asdict(progress)))
 
-    def progress(self) -> dict[int, Progress | None]:
-        """Return how far each member has come, by global rank; `None` if it never posted."""
+    def progress(self, ranks: Sequence[int] | None = None) -> dict[int, Progress | None]:
+        """Return how far members have come, by global rank; `None` if a rank never posted.
+
+        Args:
+            ranks: Global ranks of some members; `None` stands for all members.
+        """
         found: dict[int, Progress | None] = {}
-        for rank in self._members:
+        for rank in self._members if ranks is None else ranks:
             key = f"{_PREFIX}/rank/{rank}"
             found[rank] = (
                 Progress(**json.loads(self._store.get(key))) if self._store.check([key]) else None
@@ -217,26 +243,34 @@ def lost_ranks_error(
         path=target,
         expected="an answer from every rank" + (f" in save {save_id}" if save_id else ""),
         found=f"no answer from {', '.join(silent)}; {outcome}",
-        hint="the process group cannot be used for saving any more; restart the lost ranks",
+        hint="the process group cannot be used for saving any more; restart the lost ranks, or, if "
+        "the script destroyed the group, wait for the future of the save first",
+    )
+
+
+def other_path(target: str, found: str, *, rank: int | None = None) -> ConfigError:
+    """Make the error for ranks that save to another path than the coordinator.
+
+    Args:
+        target: Path of the coordinator.
+        found: The other ranks and their paths, as text.
+        rank: Rank that found it, if it is not the coordinator.
+    """
+    msg = "the ranks save to different paths"
+    return ConfigError(
+        msg,
+        rank=rank,
+        phase="plan",
+        path=target,
+        expected="the path of rank 0 on every rank",
+        found=found,
+        hint="make the path on one rank and broadcast it, if it holds a time or a random part; "
+        "a relative path depends on the working directory",
     )
 
 
 def _key(kind: str, target: str) -> str:
     return f"{_PREFIX}/{kind}/{hashlib.sha256(target.encode()).hexdigest()[:32]}"
-
-
-def _store() -> Any:
-    # All groups share the default group's store. A group's own store only adds a prefix to the
-    # keys, and torch itself uses the keys under that prefix.
-    store = default_store()
-    clone = getattr(store, "clone", None)
-    if clone is None:
-        return store
-    try:
-        return clone()
-    except (RuntimeError, NotImplementedError) as error:
-        _log.debug("the store cannot be cloned (%s); using the trainer's store", error)
-        return store
 
 
 class Meeting:

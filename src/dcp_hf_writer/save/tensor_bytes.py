@@ -99,8 +99,7 @@ class TensorSource:
                 fqn=item.index.fqn,
                 expected=f"{planned[0]} of shape {list(planned[1])}",
                 found=f"{tensor.dtype} of shape {list(tensor.shape)}",
-                hint="torch's plan caching does not notice a new dtype; the next save makes a new "
-                "plan",
+                hint=_hint(planned[0] != tensor.dtype),
             )
         return tensor
 
@@ -110,6 +109,12 @@ class TensorSource:
         if known is None:
             known = self._digests[item.index] = digest_of(data)
         return known
+
+
+def _hint(is_new_dtype: bool) -> str:  # noqa: FBT001 - one fact
+    if is_new_dtype:
+        return "torch's plan caching does not notice a new dtype; the next save makes a new plan"
+    return "do not resize tensors while a save runs; a planner must resolve what it has planned"
 
 
 def digest_of(data: memoryview | bytes) -> str:

@@ -22,7 +22,6 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from dcp_hf_writer.errors import (
     CheckpointError,
-    ExportError,
     SaveAbortedError,
     SaveTimeoutError,
     SlotTimeoutError,
@@ -37,6 +36,7 @@ from dcp_hf_writer.save.dcp_half import (
     check_results,
     run_given_writer,
 )
+from dcp_hf_writer.save.export_failures import export_error
 from dcp_hf_writer.save.hf_half import BlockWriter, is_interleaved, regions_by_file
 from dcp_hf_writer.save.share_blocks import BlockSharing
 from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
     from torch.distributed.checkpoint.storage import StorageWriter
 
+    from dcp_hf_writer.errors import ExportError
     from dcp_hf_writer.plan.global_plan import RankPlan
     from dcp_hf_writer.plan.regions import Region
     from dcp_hf_writer.save.attempt import Attempt
@@ -221,8 +222,7 @@ class WritePhase:
                 if not path.startswith(export) or not isinstance(error, Exception):
                     raise error
                 if report.export_error is None:
-                    rank = self.attempt.rank
-                    report.export_error = export_error(error, rank=rank, path=path)
+                    report.export_error = self._export_error(error, path)
         except CheckpointError as error:
             error.rank = self.attempt.rank
             raise
@@ -314,26 +314,16 @@ class WritePhase:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
                 _log.warning("rank %d could not write %s: %s", self.attempt.rank, path, error)
-                report.export_error = export_error(error, rank=self.attempt.rank, path=path)
+                report.export_error = self._export_error(error, path)
                 return
         report.blocks += written
         report.nbytes["hf"] = report.nbytes.get("hf", 0) + sum(
             region.copy.numel * ITEMSIZE[region.target.dtype] for _, region in blocks
         )
 
-
-def export_error(error: Exception, *, rank: int, path: str) -> ExportError:
-    """Make the error that tells all ranks why the export failed."""
-    msg = "the HuggingFace export could not be written"
-    return ExportError(
-        msg,
-        rank=rank,
-        phase="write",
-        path=path,
-        found=f"{type(error).__name__}: {error}",
-        errno=getattr(error, "errno", None),
-        hint="the DCP half of the checkpoint does not depend on it",
-    )
+    def _export_error(self, error: Exception, path: str) -> ExportError:
+        nbytes = sum(size for _, size in self.own.files)
+        return export_error(error, rank=self.attempt.rank, path=path, nbytes=nbytes)
 
 
 def take_reports(

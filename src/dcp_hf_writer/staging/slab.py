@@ -328,6 +328,19 @@ class SlabPool:
                 return self._lease.handover, self._lease
         return None, None
 
+    def take_again(self, lease: Lease) -> Lease:
+        """Take the slab for another try at the save that `lease` served, with the same content.
+
+        Raises:
+            StagingError: If the save may still run, or another save was staged since.
+        """
+        with self._lock:
+            if self._lease is not lease or lease.is_active or self._slab is not lease.slab:
+                raise _given_back(lease.what)
+            self._lease = Lease(lease.what)
+            self._lease.use(lease.slab)
+            return self._lease
+
     def acquire(
         self, nbytes: int, *, what: str, deadline: float, before_growth: Callable[[], None]
     ) -> tuple[Lease, float]:

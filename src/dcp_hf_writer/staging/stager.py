@@ -153,6 +153,30 @@ class Stager:
         staged.lease, lease.handover = lease, Handover(deadline, info, began, world)
         return Staged(staged, info, lease, copies)
 
+    def stage_again(
+        self, staged: StagedStateDict, *, deadline: float, world: SaveWorld | None
+    ) -> StagedStateDict:
+        """Return what was staged for another try at a save that failed; copies nothing.
+
+        Args:
+            staged: What `stage` returned; its save must be over.
+            deadline: `time.monotonic()` by which the next try must be done.
+            world: The ranks of the next try.
+
+        Raises:
+            StagingError: If the slab holds the content of another save by now.
+        """
+        if staged.lease is None or staged.lease.handover is None:
+            msg = "the state dict was not staged, so it cannot be saved again"
+            raise StagingError(msg, phase="stage")
+        lease = self._pool.take_again(staged.lease)
+        again = StagedStateDict(staged)
+        again.offsets, again.lease = staged.offsets, lease
+        lease.tie_to(again)
+        info = StagedInfo(staged.lease.handover.info.nbytes, waited_s=0.0, stall_s=0.0)
+        lease.handover = Handover(deadline, info, time.monotonic(), world)
+        return again
+
     def take_turn(self, *, what: str, deadline: float, world: SaveWorld | None) -> Lease:
         """Take the turn of a save that has nothing in the slab, because its staging failed.
 
@@ -327,16 +351,15 @@ def _offsets(
     }
 
 
-def _replace(value: Any, staged: Any) -> Any:
+def _replace(value: Any, staged: Any, name: str = "") -> Any:
     """Rebuild the containers around the staged tensors, and deep-copy every other value."""
     if isinstance(value, torch.Tensor):
         return next(staged)
     if isinstance(value, Mapping):
-        return {key: _replace(item, staged) for key, item in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_replace(item, staged) for item in value))
+        return {key: _replace(item, staged, f"{name}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(_replace(item, staged) for item in value)
+        items = (_replace(item, staged, f"{name}.{n}") for n, item in enumerate(value))
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     try:
         return copy.deepcopy(value)
     except Exception as error:
@@ -344,6 +367,7 @@ def _replace(value: Any, staged: Any) -> Any:
         raise StagingError(
             msg,
             phase="stage",
+            fqn=name.removeprefix("."),
             expected="a value that copy.deepcopy can copy",
             found=f"{type(value).__name__}: {error}",
             hint="leave it out of the state dict, or save its state instead",

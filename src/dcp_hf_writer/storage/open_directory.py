@@ -8,14 +8,12 @@ from typing import TYPE_CHECKING, Any
 from dcp_hf_writer.errors import ConfigError
 from dcp_hf_writer.storage.fsspec_inputs import FsspecFiles
 from dcp_hf_writer.storage.local_inputs import LocalFiles
+from dcp_hf_writer.storage.paths_as_written import plain_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dcp_hf_writer.storage.input_contract import InputFiles
-
-# `LocalFiles` reads these, because fsspec does not report where links lead.
-_LOCAL_SCHEMES = ("file://", "local://")
 
 
 def open_directory(
@@ -26,20 +24,15 @@ def open_directory(
     Choose a new backend for one URL scheme here, before fsspec, which reads every other URL.
 
     Args:
-        path: A local path; a URL if it contains `://`.
+        path: A local path, as `plain_path` takes it; a URL if it contains `://`.
         storage_options: Options of the URL, as fsspec takes them.
 
     Raises:
         ConfigError: If `path` is neither a path nor a URL, if fsspec does not support its protocol,
             or if a local path comes with options.
     """
-    text = os.fspath(path)
-    if isinstance(text, str):
-        for scheme in _LOCAL_SCHEMES:
-            text = text.removeprefix(scheme)
-    # An empty path would mean the working directory.
-    if not isinstance(text, str) or not text or "\0" in text:
-        raise ConfigError("path must be a path or a URL", found=repr(path))
+    # `LocalFiles` reads file:// URLs too, because fsspec does not report where links lead.
+    text = plain_path(path)
     if "://" in text:
         return FsspecFiles(text, storage_options)
     if storage_options:
@@ -59,12 +52,10 @@ def is_readable(path: object) -> bool:
             with the installed packages.
     """
     try:
-        text = os.fspath(path)  # type: ignore[call-overload]
-    except TypeError:
+        text = plain_path(path)
+    except ConfigError:
         return False
-    if not isinstance(text, str) or not text or "\0" in text:
-        return False
-    if "://" not in text or text.startswith(_LOCAL_SCHEMES):
+    if "://" not in text:
         return True
     # Not at the top: see `FsspecFiles`.
     from fsspec import get_filesystem_class  # noqa: PLC0415

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import threading
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
+
+from dcp_hf_writer.errors import ReadError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -38,12 +41,30 @@ class OpenInputs:
         with self._lock:
             file = self._open.get(name)
             if file is None:
-                file = self._open[name] = self.files.open(name)
+                file = self._open[name] = self._opened(name)
             self._users[name] = self._users.get(name, 0) + 1
         try:
             yield file
         finally:
             self._give_back(name)
+
+    def _opened(self, name: str) -> InputFile:
+        try:
+            return self.files.open(name)
+        except ReadError as error:
+            if error.errno != errno.ENOENT:
+                raise
+            msg = "a file of the checkpoint is missing"
+            raise ReadError(
+                msg,
+                phase="read",
+                path=error.path,
+                expected="every file that the metadata or the index names",
+                found="nothing of this name",
+                errno=error.errno,
+                hint="the checkpoint is incomplete: copy it again, or load another one; "
+                "verify(path) lists all that is missing",
+            ) from error
 
     def _give_back(self, name: str) -> None:
         with self._lock:

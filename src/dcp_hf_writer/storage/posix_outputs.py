@@ -285,24 +285,33 @@ def publish_new(source: str, target: str) -> None:
 
 
 def file_system_type(path: str) -> str:
-    """Return the kernel's name of the file system that holds `path`, such as `ext4`; else `""`.
+    """Return the kernel's name of the file system that holds `path`, such as `ext4`; else `""`."""
+    best, found = -1, ""
+    where = os.path.realpath(path)
+    for point, kind in mount_points().items():
+        inside = where == point or where.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= best:
+            best, found = len(point), kind
+    return found
+
+
+def mount_points() -> dict[str, str]:
+    """Return the type of the file system at each mount point; empty if the kernel does not tell.
 
     Source:
         proc_pid_mountinfo(5): mount point in field 5, type after the separator.
     """
-    best, found = -1, ""
-    where = os.path.realpath(path)
+    found = {}
     try:
         with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as lines:
             for line in lines:
                 before, _, after = line.partition(" - ")
                 # Only space, tab, newline and backslash are written as octal numbers.
                 point = _OCTAL.sub(lambda found: chr(int(found[1], 8)), before.split(" ")[4])
-                inside = where == point or where.startswith(point.rstrip("/") + "/")
-                if inside and len(point) >= best:
-                    best, found = len(point), after.split()[0]
+                # Of several mounts at one point, the last one is visible.
+                found[point] = after.split()[0]
     except OSError:
-        return ""
+        return {}
     return found
 
 

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from dcp_hf_writer.errors import ConfigError, SlotTimeoutError
+from dcp_hf_writer.mapping.option_values import check_seconds, check_whole
+from dcp_hf_writer.storage.paths_as_written import plain_path
 from dcp_hf_writer.storage.slot_lock_files import (
     SlotFiles,
     ensure_given_directory,
@@ -80,7 +82,7 @@ class WriteSlots:
     """Writers admitted at a time; 0 = unbounded."""
     per: Literal["node"] = "node"
     """What the limit applies to; `"node"` is the only choice."""
-    directory: str | None = None
+    directory: str | os.PathLike[str] | None = None
     """Where the lock files are.
 
     `None`: a private directory (0700) under the node's temporary directory. Its lock files name
@@ -96,14 +98,13 @@ class WriteSlots:
 
     def __post_init__(self) -> None:
         """Check each option by itself."""
-        if isinstance(self.slots, bool) or not isinstance(self.slots, int) or self.slots < 0:
-            raise ConfigError("slots must be a whole number >= 0", found=repr(self.slots))
+        check_whole("slots", self.slots, least=0)
         if self.per != "node":
             raise ConfigError("per must be 'node'", found=repr(self.per))
-        if self.directory is not None and not self.directory:
-            raise ConfigError("directory must name a directory", found=repr(self.directory))
-        if self.timeout_s is not None and not self.timeout_s > 0:
-            raise ConfigError("timeout_s must be > 0 seconds", found=repr(self.timeout_s))
+        if self.directory is not None:
+            object.__setattr__(self, "directory", plain_path(self.directory, option="directory"))
+        if self.timeout_s is not None:
+            check_seconds("timeout_s", self.timeout_s)
 
     @contextlib.contextmanager
     def hold(
@@ -167,7 +168,7 @@ class WriteSlots:
         """Return the path of the lock directory; create it if missing, and check it."""
         if self.directory is None:
             return ensure_private_directory()
-        return ensure_given_directory(self.directory)
+        return ensure_given_directory(os.fspath(self.directory))
 
     def _acquire(
         self, files: SlotFiles, target: str, *, started: float, deadline: float

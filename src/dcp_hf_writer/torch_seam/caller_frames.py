@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.utils import _DistWrapper
 
-from dcp_hf_writer.mapping.flattening import flat_tensors
+from dcp_hf_writer.mapping.flattening import flat_tensors, flat_values
 from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 if TYPE_CHECKING:
@@ -140,20 +140,23 @@ class Planned:
 
     @classmethod
     def of(cls, planner: SavePlanner, given: Mapping[str, Any]) -> Planned:
-        """Take the flat state dict from a planner, or else flatten the tensors of `given`.
+        """Take the flat state dict from a planner, or else flatten `given`.
 
         torch's planners show their flat state dict as `state_dict`. For a planner that does not,
-        this method names the tensors of `given` as torch's planners would.
+        this method names the values of `given` as torch's planners would.
+
+        Raises:
+            PlanningError: If two tensors of `given` have the same FQN.
         """
         shown = getattr(planner, "state_dict", None)
         if isinstance(shown, Mapping):
             paths = getattr(planner, "mappings", None)
             return cls(planner, shown, paths if isinstance(paths, Mapping) else {})
-        tensors = flat_tensors(given)
+        values = {**flat_values(given), **flat_tensors(given)}
         return cls(
             planner,
-            {fqn: tensor for fqn, (_, tensor) in tensors.items()},
-            {fqn: path for fqn, (path, _) in tensors.items()},
+            {fqn: value for fqn, (_, value) in values.items()},
+            {fqn: path for fqn, (path, _) in values.items()},
         )
 
 
@@ -188,6 +191,16 @@ def find_async_save() -> TorchAsyncSave | None:
             return TorchAsyncSave(found["process_group"], bool(found["no_dist"]), checkpoint_id)
         frame = frame.f_back
     return None
+
+
+def is_no_dist_given() -> bool:
+    """Whether the asynchronous save that the calling thread runs was given `no_dist=True`."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as in `_locals_of_torch`
+    while frame is not None:
+        if {"staging_future_or_state_dict", "no_dist"} <= {*frame.f_code.co_varnames}:
+            return bool(frame.f_locals["no_dist"])
+        frame = frame.f_back
+    return False
 
 
 def find_load() -> TorchLoad | None:

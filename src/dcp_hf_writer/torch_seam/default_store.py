@@ -9,11 +9,14 @@ ranks fails.
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch.distributed import distributed_c10d
 
 from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
+
+_log = logging.getLogger(__name__)
 
 
 def default_store() -> Any:
@@ -31,3 +34,24 @@ def default_store() -> Any:
             hint="use a version of torch that this package was tested with",
         )
     return find()
+
+
+def own_store_client() -> Any:
+    """Return a client of the default store with a connection of its own, if it can be cloned.
+
+    A wait on the default store would block the trainer's own use of it. All groups share the
+    default group's store. A group's own store only adds a prefix to the keys, and torch itself uses
+    the keys under that prefix.
+
+    Raises:
+        UnsupportedTorchError: As `default_store`.
+    """
+    store = default_store()
+    clone = getattr(store, "clone", None)
+    if clone is None:
+        return store
+    try:
+        return clone()
+    except (RuntimeError, NotImplementedError) as error:
+        _log.debug("the store cannot be cloned (%s); using the trainer's store", error)
+        return store

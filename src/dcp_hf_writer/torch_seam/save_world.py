@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from dcp_hf_writer.errors import SaveAbortedError
+from dcp_hf_writer.torch_seam.caller_frames import is_no_dist_given
 from dcp_hf_writer.torch_seam.default_store import default_store
 
 if TYPE_CHECKING:
@@ -121,6 +122,19 @@ class SaveWorld:
         if found is not None:
             raise self._lost(found, target, phase, "")
 
+    def check_unstaged(self, *, target: str) -> None:
+        """Check an asynchronous save without a process group that another stager staged.
+
+        Called for the world in which its writer was made, as nobody saw the staging.
+
+        Raises:
+            SaveAbortedError: If there is no process group any more.
+        """
+        if self.size > 1 and not _is_initialized() and not is_no_dist_given():
+            error = self._lost("no process group", target, "plan", "")
+            error.hint = f"{WAIT_HINT}; or pass no_dist=True to save this rank alone"
+            raise error
+
     def is_lost(self) -> bool:
         """Whether the process group of a save that has begun was destroyed."""
         return self._now() is not None
@@ -139,6 +153,9 @@ class SaveWorld:
         if self.is_alone:
             return None
         group = None if self.group is None else self.group()
+        if group is None and self.group is not None:
+            # torch holds a group for as long as it knows it.
+            return "no process group"
         return self._difference(group, is_distributed=True)
 
     def _lost(self, found: str, target: str, phase: str, outcome: str) -> SaveAbortedError:

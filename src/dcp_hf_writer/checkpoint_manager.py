@@ -1,0 +1,511 @@
+"""CheckpointManager: the life of a run in three calls: restore, step, close. Wiring only."""
+
+from __future__ import annotations
+
+import logging
+import os
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Literal
+
+from dcp_hf_writer.errors import CheckpointError, ConfigError
+from dcp_hf_writer.manager.failure_policy import rules_of
+from dcp_hf_writer.manager.free_space import refusal_for_space
+from dcp_hf_writer.manager.keep_house import Housekeeper
+from dcp_hf_writer.manager.on_signal import OnSignal, SignalHandlers
+from dcp_hf_writer.manager.own_group import OwnGroup
+from dcp_hf_writer.manager.pending_save import SaveRequest
+from dcp_hf_writer.manager.rank_messages import Messages, World
+from dcp_hf_writer.manager.restore_run import Restore, Restored, RestoreOptions, RestoreTools
+from dcp_hf_writer.manager.retention import KeepBest, Retention
+from dcp_hf_writer.manager.run_content import RunContent
+from dcp_hf_writer.manager.run_directory import RunDirectory
+from dcp_hf_writer.manager.run_saves import RunSaves, SaveOptions
+from dcp_hf_writer.manager.save_calls import SaveCalls
+from dcp_hf_writer.manager.save_report import as_callbacks
+from dcp_hf_writer.manager.save_schedule import DueSave, schedule_of
+from dcp_hf_writer.manager.shared_root import prepare_shared_root
+from dcp_hf_writer.manager.step_names import StepNames
+from dcp_hf_writer.manager.trainer_state import skipped_names
+from dcp_hf_writer.mapping.option_values import check_flag, check_seconds, check_whole, check_word
+from dcp_hf_writer.preflight import check_options
+from dcp_hf_writer.run_writers import RunWriters
+from dcp_hf_writer.staging.stager import wait_before_step
+from dcp_hf_writer.storage.write_slots import WriteSlots
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+
+    import torch
+    from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
+    from typing_extensions import Self
+
+    from dcp_hf_writer.manager.save_report import SaveReport
+    from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.staging.stager import StagingMode
+
+_log = logging.getLogger(__name__)
+
+_managers = 0
+"""Managers that this process has made; all ranks make them in the same order."""
+
+
+class CheckpointManager:
+    """Saves a run when it is due, keeps what is worth keeping, and resumes it.
+
+        manager = CheckpointManager("runs/a", save_every=500, export_every=2000, keep_last=3)
+        start = manager.restore(state_dict)  # newest good step, or None
+        for step in range((start or 0) + 1, last + 1):
+            ...
+            manager.step(step, state_dict)  # saves when due
+        manager.close()
+
+    `state_dict` is a state dict, or a function that makes it; a function is called only when a save
+    is due. All ranks make the manager, and all ranks make the same calls in the same order.
+
+    One save is in flight. The next one waits for it, and says in the log how long it waited. What
+    is stored decides: every answer comes from a fresh listing of the directory.
+
+    Thread safety: call it from the training thread only. Callbacks run in another thread.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        save_every: Any = None,
+        export_every: Any = None,
+        snapshot_every: Any = None,
+        export: HFExport | None = None,
+        keep_last: int | None = None,
+        keep_every: int | None = None,
+        keep_best: KeepBest | tuple[str, Literal["min", "max"]] | None = None,
+        export_keep_last: int | None = None,
+        trainer_state: Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None = None,
+        rank_state: Mapping[str, Any] | None = None,
+        save_rng: bool = True,
+        on_failure: Any = "raise",
+        on_saved: Any = None,
+        on_exported: Any = None,
+        on_signal: OnSignal | None = None,
+        names: StepNames = StepNames(),  # noqa: B008 - frozen
+        checkpointer: Literal["thread", "process"] = "thread",
+        weights: Literal["both", "once"] = "both",
+        staging: StagingMode = "blocking",
+        optimizers: Sequence[torch.optim.Optimizer] = (),
+        planner: SavePlanner | None = None,
+        slots: WriteSlots = WriteSlots(),  # noqa: B008 - frozen
+        strategy: Literal["auto", "direct"] = "auto",
+        host_budget_bytes: int = 256 << 20,
+        timeout_s: float = 1800,
+        late_after_s: float = 60,
+        allow_pickled_objects: bool = False,
+        storage_options: dict[str, Any] | None = None,
+    ) -> None:
+        """Prepare a run: make its directory and its process group, and check that they work.
+
+        Args:
+            root: Directory of the run. Each step gets a directory in it, such as `step-100`.
+            save_every: When to save: a number of steps, a `timedelta`, or cadences joined with `|`.
+            export_every: When a save also writes the HuggingFace half; `None` means every save, if
+                `export` is given. A step that is due for an export is saved in any case.
+            snapshot_every: When to save into the snapshot slot, which keeps only its newest: the
+                DCP half, for resuming after a crash. The next newer checkpoint replaces it.
+            export: Options of the HuggingFace half; `None` writes none.
+            keep_last: Number of newest steps to keep; `None` keeps all.
+            keep_every: Also keep the steps that are multiples of this number.
+            keep_best: Also keep the best steps: `KeepBest(metric, mode, count)`, or
+                `(metric, mode)`. `step` and `save` take the `metrics`.
+            export_keep_last: Number of newest exports to keep. Of older steps only the DCP half
+                stays. An export that holds the only copy of weights goes only with its step.
+            trainer_state: JSON value to save with each step, or a function that makes it. Rank 0's
+                is stored.
+            rank_state: Objects of each rank with `state_dict` and `load_state_dict`, by name, such
+                as `{"dataloader": loader, "scheduler": scheduler}`. Every rank gets its own back.
+            save_rng: Save and restore the random number generators of each rank.
+            on_failure: What happens when a save fails: `"raise"` at the next call, `"warn"`,
+                `"retry"` or `Retry(...)` from the same snapshot, `"stop"` (SIGTERM to the own
+                process group), or a function of a `SaveFailure`.
+            on_saved: Function or functions `(step, path, report)`, called on every rank after the
+                commit, in another thread. They must not use collectives.
+            on_exported: The same, after the commit of a save with an export; `path` is the export.
+            on_signal: What SIGTERM and SIGUSR1 do; `None` leaves signals alone.
+            names: Names of the step directories.
+            checkpointer: `"thread"` saves in a thread, `"process"` in torch's checkpointer process.
+            weights: As in `HFDualWriter`; a save without an export always stores the weights.
+            staging: As in `HFDualWriter`; `"overlap"` guards `optimizers`.
+            optimizers: Optimizers that wait for overlapped copies before they step.
+            planner: Planner of the saves.
+            slots: As in `HFDualWriter`.
+            strategy: As in `HFDualWriter`.
+            host_budget_bytes: As in `HFDualWriter`.
+            timeout_s: Deadline of a save in seconds, and timeout of the collectives of the run's
+                own group.
+            late_after_s: A save that runs longer gets a line in the log that names the late ranks.
+            allow_pickled_objects: Let `restore` load objects of any class. This runs code that the
+                checkpoint names.
+            storage_options: Must be `None`: object stores are not supported yet.
+
+        Raises:
+            ConfigError: If an option cannot be used as given.
+            StorageError: If the directory cannot be made, or ranks do not share it.
+            RankLostError: If a rank does not make its manager.
+        """
+        global _managers  # noqa: PLW0603 - one counter per process
+        check_word("checkpointer", checkpointer, ("thread", "process"))
+        check_seconds("late_after_s", late_after_s)
+        check_flag("save_rng", save_rng)
+        check_options.check_no_storage_options(storage_options)
+        if staging == "overlap" and not optimizers:
+            msg = 'staging="overlap" copies while training goes on, so optimizers must wait for it'
+            raise ConfigError(msg, expected="optimizers=[optimizer]", found="none")
+        if isinstance(keep_best, tuple):
+            keep_best = KeepBest(*keep_best)
+        self._schedule = schedule_of(
+            save_every, export_every, snapshot_every, has_export=export is not None
+        )
+        check_word("weights", weights, ("both", "once"))
+        self._timeout_s, self._allow_pickled_objects = timeout_s, allow_pickled_objects
+        self._writers = RunWriters(
+            export,
+            weights=weights,
+            allow_pickled_objects=allow_pickled_objects,
+            options={
+                "staging": staging,
+                "slots": slots,
+                "strategy": strategy,
+                "timeout_s": timeout_s,
+                "host_budget_bytes": host_budget_bytes,
+            },
+        )
+        retention = Retention(keep_last, keep_every, keep_best, export_keep_last)
+        options = SaveOptions(
+            self._writers.writer,
+            timeout_s,
+            rules_of(on_failure),
+            as_callbacks("on_saved", on_saved),
+            as_callbacks("on_exported", on_exported),
+            checkpointer == "process",
+            planner,
+            late_after_s,
+            self._writers.subdir,
+        )
+        self.root = check_options.local_path(root)
+        self._writers.writer(os.path.join(self.root, names.name_of(0)), has_export=True)
+        _managers += 1
+        self._world = World.current()
+        self._content = RunContent(
+            trainer_state, rank_state, save_rng=save_rng, rank=self._world.rank
+        )
+        self._prefix = f"dcp-hf-manager/{_managers}"
+        self._messages = self._connect()
+        self._directory = RunDirectory(self.root, names)
+        self._restores = 0
+        self._restored: Restored | None = None
+        self._first_step: int | None = None
+        self._last: tuple[int, Any, Mapping[str, float] | None] | None = None
+        self._saved_step: int | None = None
+        self._is_closed = False
+        prepare_shared_root(self._directory, self._messages, timeout_s=timeout_s)
+        self._group = OwnGroup(self._world, timeout_s=timeout_s)
+        self._house = Housekeeper(self._directory, retention)
+        self._saves = RunSaves(
+            self._directory,
+            self._group,
+            self._house,
+            options,
+            (self._messages, self._connect()),
+        )
+        self._hooks = [wait_before_step(one, lambda: self._saves.copies) for one in optimizers]
+        self._calls = SaveCalls(
+            self._world, self._schedule.save_every, self._connect, listens=on_signal is not None
+        )
+        self._on_signal = on_signal
+        self._signals = None if on_signal is None else SignalHandlers(on_signal, self._calls.wish)
+
+    def step(
+        self,
+        step: int,
+        state_dict: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
+        *,
+        metrics: Mapping[str, float] | None = None,
+    ) -> bool:
+        """Report that a step has ended; save it if a save is due.
+
+        Args:
+            step: Number of the step; higher than the one before.
+            state_dict: What to save, or a function that makes it.
+            metrics: Numbers to note with the step, for `keep_best`.
+
+        Returns:
+            Whether a save began.
+
+        Raises:
+            CheckpointError: The failure of an earlier save or callback, as `on_failure` says.
+            SystemExit: After a stop signal, when the last save is over.
+        """
+        self._check_open()
+        self._saves.raise_errors()
+        is_first, self._first_step = self._first_step is None, self._first_step or step
+        self._last = (step, state_dict, metrics)
+        call = self._calls.due_at(step)
+        due = self._schedule.due_at(step, is_first=is_first, is_called=call is not None)
+        if call is not None and call.stop_signal is not None:
+            self._stop(call.stop_signal)
+        if due is None:
+            return False
+        self._save(step, state_dict, due, metrics)
+        return True
+
+    def save(
+        self,
+        step: int,
+        state_dict: Mapping[str, Any] | Callable[[], Mapping[str, Any]],
+        *,
+        export: bool | None = None,
+        wait: bool = False,
+        metrics: Mapping[str, float] | None = None,
+    ) -> SaveReport | None:
+        """Save a step now, whether it is due or not.
+
+        Args:
+            step: Number of the step.
+            state_dict: What to save, or a function that makes it.
+            export: Whether to write the HuggingFace half; `None` does what the cadence says.
+            wait: Return only after the commit, and raise if the save fails.
+            metrics: Numbers to note with the step, for `keep_best`.
+
+        Returns:
+            With `wait`, the report; `None` if the save failed and `on_failure` does not raise.
+
+        Raises:
+            ConfigError: If an export is asked for and the manager has none.
+            CheckpointError: As `step`; with `wait`, also the failure of this save.
+        """
+        self._check_open()
+        if export and self._writers.export is None:
+            msg = "this manager writes no export"
+            raise ConfigError(msg, expected="CheckpointManager(..., export=HFExport(...))")
+        self._save(step, state_dict, self._schedule.by_hand(step, export=export), metrics)
+        if not wait:
+            return None
+        self.wait()
+        return self._saves.report
+
+    def _save(
+        self, step: int, state_dict: Any, due: DueSave, metrics: Mapping[str, float] | None
+    ) -> None:
+        check_whole("step", step, least=0)
+        path = self._directory.path_of(step, is_snapshot=due.is_snapshot)
+        overwrite = os.path.lexists(path) and self._may_replace(step)
+        self._calls.note_save()
+        self._saves.begin(
+            lambda number: SaveRequest(
+                number, step, path, due.is_snapshot, due.has_export, metrics
+            ),
+            lambda: self._content.at(step, state_dict),
+            refuse=lambda content: self._no_space(content, path, has_export=due.has_export),
+            overwrite=overwrite or due.is_snapshot,
+        )
+        self._saved_step = step
+
+    def _may_replace(self, step: int) -> bool:
+        """Whether a checkpoint of this step belongs to a future that the run has left."""
+        is_after = self._restored is not None and step > self._restored.step
+        return is_after or self._directory.look_at(step).facts is None
+
+    def _no_space(
+        self, content: dict[str, Any], path: str, *, has_export: bool
+    ) -> CheckpointError | None:
+        needed = self._writers.planned_nbytes(content, has_export=has_export)
+        return refusal_for_space(
+            self._directory, self._house, path=path, needed=needed, timeout_s=self._timeout_s
+        )
+
+    def restore(
+        self,
+        state_dict: dict[str, Any] | Callable[[], dict[str, Any]],
+        *,
+        step: int | None = None,
+        load_optimizer: bool = True,
+        load_scheduler: bool = True,
+        load_dataset: bool = True,
+        strict: bool = True,
+        verify: bool = False,
+        merge: Mapping[str, Callable[[Sequence[Any], int, int], Any]] | None = None,
+        planner: LoadPlanner | None = None,
+    ) -> int | None:
+        """Load the newest checkpoint that is good into a state dict, in place.
+
+        A checkpoint that is damaged is passed over, with a warning that says what is wrong. If all
+        are damaged, that is an error: a run never starts anew without being told.
+
+        Also reads what others left under the names of steps: checkpoints of stock DCP, also saved
+        apart into `model/` and `optimizer/`, and HuggingFace directories.
+
+        Args:
+            state_dict: A state dict to load into, or a function that makes it. What `dcp.load`
+                cannot load in place, such as a number, is replaced in the dict.
+            step: Load this step; `None` means the newest.
+            load_optimizer: Whether to load the entries of the optimizer.
+            load_scheduler: Whether to restore the scheduler of `rank_state`.
+            load_dataset: Whether to restore the dataloader of `rank_state`.
+            strict: Whether everything in the state dict must be stored.
+            verify: Compare every byte that is read with the digests of the manifest.
+            merge: For another number of ranks than saved: by name of an object in `rank_state`, a
+                function `(states of all old ranks, rank, ranks)` that returns this rank's state.
+            planner: Planner of the load.
+
+        Returns:
+            The step that was loaded; `None` if there is no checkpoint. `restored` tells more.
+
+        Raises:
+            CorruptCheckpointError: If there are checkpoints, and none can be loaded.
+            MismatchError: If the checkpoint does not fit the state dict.
+            ConfigError: If objects of the ranks cannot be given back to another number of ranks.
+            RankLostError: If a rank does not answer.
+        """
+        self._check_open()
+        self.wait()
+        self._restores += 1
+        given = state_dict() if callable(state_dict) else state_dict
+        options = RestoreOptions(
+            load_optimizer,
+            strict,
+            skipped_names(load_dataset=load_dataset, load_scheduler=load_scheduler),
+            merge or {},
+            self._allow_pickled_objects,
+            planner,
+        )
+        self._saves.renew_group(f"restore/{self._restores}")
+        tools = RestoreTools(
+            self._messages,
+            self._group.current,
+            lambda path, source: self._writers.reader(path, source, verify=verify),
+            self._timeout_s,
+        )
+        candidates = None
+        if self._world.is_coordinator:
+            listing = self._directory.listing()
+            candidates = [one for one in listing if step in {None, one.step}]
+        run = Restore(f"restore/{self._restores}", tools, options)
+        self._restored = run.run(candidates, given, self._content.objects)
+        return None if self._restored is None else self._restored.step
+
+    @property
+    def restored(self) -> Restored | None:
+        """What the latest `restore` loaded: step, path, trainer state, and what it passed over."""
+        return self._restored
+
+    def warm_up(self, state_dict: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> int:
+        """Allocate the staging memory and read the assets, so that the first save need not.
+
+        Returns:
+            Size of the staged copy on this rank, in bytes.
+        """
+        content = self._content.at(0, state_dict)
+        return self._writers.writer(self._directory.path_of(0), has_export=True).warm_up(content)
+
+    def latest(self) -> int | None:
+        """Return the newest step with a whole checkpoint, by a fresh listing; `None` if none."""
+        return self._directory.latest()
+
+    def steps(self) -> list[int]:
+        """Return the steps with a whole checkpoint, ascending, by a fresh listing."""
+        return self._directory.steps()
+
+    def path_of(self, step: int) -> str:
+        """Return the path of the checkpoint of a step; of the snapshot if there is no other."""
+        return self._directory.find(step)
+
+    def pin(self, step: int, *, keep: bool = True) -> None:
+        """Keep a step whatever the retention says; `keep=False` leaves it to the retention again.
+
+        Raises:
+            ConfigError: If there is no whole checkpoint of the step.
+        """
+        self._directory.pin(step, is_pinned=keep, may_write=self._world.is_coordinator)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait until no save is in flight, and raise what went wrong.
+
+        On rank 0, which deletes for all ranks, also wait until retention is done.
+
+        Raises:
+            SaveTimeoutError: If the save is not over within `timeout_s` seconds.
+            CheckpointError: The failure of a save or a callback, as `on_failure` says.
+        """
+        self._saves.wait(timeout_s)
+        self._house.wait(timeout_s)
+        self._saves.raise_errors()
+
+    def close(self, timeout_s: float | None = None) -> None:
+        """End the run: take the last save if one is due, wait for it, and raise what went wrong.
+
+        Safe to call twice. Without this call, the interpreter still waits for the save in flight
+        at exit, but nobody sees its errors.
+
+        Args:
+            timeout_s: How long to wait for the save, in seconds; `None` waits until its deadline.
+
+        Raises:
+            SaveTimeoutError: If the save is not over in time.
+            CheckpointError: The failure of a save or a callback, as `on_failure` says.
+        """
+        if self._is_closed:
+            return
+        try:
+            if self._schedule.save_every.is_due_at_close():
+                self._save_last()
+            self.wait(timeout_s)
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        self._is_closed = True
+        self._last = None
+        self._calls.close()
+        if self._signals is not None:
+            self._signals.close()
+        for hook in self._hooks:
+            hook.remove()
+        self._house.close()
+        if not self._saves.is_busy:
+            self._group.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+            return
+        # The error of the training is the one to show; the save in flight ends by itself.
+        with suppress(CheckpointError):
+            self._saves.wait()
+        self._release()
+
+    def _save_last(self) -> None:
+        """Save the last step that was reported, unless it is saved."""
+        if self._last is not None and self._saved_step != self._last[0]:
+            step, state_dict, metrics = self._last
+            self._save(step, state_dict, self._schedule.by_hand(step, export=None), metrics)
+
+    def _stop(self, number: int) -> None:
+        """Take the last save after a stop signal, and end the process as the signal asks."""
+        if self._signals is not None:
+            self._signals.start_budget(number)
+        try:
+            if self._on_signal is None or self._on_signal.last_save:
+                self._save_last()
+            self.wait()
+        except CheckpointError as error:
+            _log.error("the last save before the end failed: %s", error)
+        self._release()
+        raise SystemExit(128 + number)
+
+    def _connect(self) -> Messages:
+        return Messages(self._world, self._prefix)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise ConfigError("this manager was closed", hint="make a new one")

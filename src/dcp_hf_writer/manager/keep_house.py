@@ -1,0 +1,109 @@
+"""Retention at work: apply the plan to the directory of a run, in a thread of its own."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NotDone
+from typing import TYPE_CHECKING
+
+from dcp_hf_writer.errors import SaveTimeoutError
+from dcp_hf_writer.manager.retention import KnownStep, Retention, plan_retention
+
+if TYPE_CHECKING:
+    from dcp_hf_writer.manager.run_directory import RunDirectory, StoredStep
+
+_log = logging.getLogger(__name__)
+
+
+class Housekeeper:
+    """Deletes what the retention of a run gives up (coordinator only), off the training thread."""
+
+    def __init__(self, directory: RunDirectory, retention: Retention) -> None:
+        """Work in a directory of a run; nothing begins."""
+        self._directory = directory
+        self._retention = retention
+        self._executor: ThreadPoolExecutor | None = None
+        self._latest: Future[None] | None = None
+
+    def begin(self, *, protected: frozenset[int] = frozenset()) -> None:
+        """Delete in the background. Call it when a new checkpoint is durable.
+
+        Args:
+            protected: Steps that must stay, such as the one that was just saved.
+        """
+        if self._executor is None:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="dcp-hf-retention")
+        try:
+            self._latest = self._executor.submit(self.run, protected=protected)
+        except RuntimeError as error:
+            # The interpreter is exiting. The next run deletes what is left.
+            _log.debug("retention did not run: %s", error)
+
+    def wait(self, timeout_s: float | None = None) -> None:
+        """Wait until the deletions that were begun are over.
+
+        Raises:
+            SaveTimeoutError: If they are not over in time.
+        """
+        if self._latest is None:
+            return
+        try:
+            self._latest.result(timeout_s)
+        except NotDone as error:
+            raise SaveTimeoutError(
+                "deleting old checkpoints did not end in time",
+                path=self._directory.root,
+                expected=f"done within {timeout_s} s",
+                found="still deleting",
+                hint="the newest checkpoint is durable; wait longer, or go on",
+            ) from error
+
+    def close(self) -> None:
+        """End the thread, after the deletions that were begun."""
+        if self._executor is not None:
+            self._executor.shutdown()
+            self._executor = None
+
+    def run(self, *, protected: frozenset[int] = frozenset()) -> None:
+        """Delete now, in the calling thread. What the storage refuses is logged and tried again."""
+        try:
+            self._directory.finish_deletions()
+            listing = self._directory.listing()
+            whole = [stored for stored in listing if stored.facts is not None]
+            self._delete_snapshots(whole)
+            self._apply([one for one in whole if not one.is_snapshot], protected)
+        except OSError as error:
+            _log.warning("retention could not run (%s); the next save tries again", error)
+
+    def _delete_snapshots(self, whole: list[StoredStep]) -> None:
+        """Delete each snapshot that a newer checkpoint replaces."""
+        newest = max((stored.step for stored in whole), default=-1)
+        steps = {stored.step for stored in whole if not stored.is_snapshot}
+        for stored in whole:
+            if stored.is_snapshot and (stored.step < newest or stored.step in steps):
+                self._directory.remove(stored)
+
+    def _apply(self, whole: list[StoredStep], protected: frozenset[int]) -> None:
+        # Only checkpoints that this package wrote: what others left here is theirs.
+        ours = {one.step: one for one in whole if one.facts and one.facts.kind == "manifest"}
+        plan = plan_retention(
+            [self._known(stored) for stored in ours.values()], self._retention, protected=protected
+        )
+        for step in plan.delete:
+            _log.info("deleting %s, which retention gives up", ours[step].path)
+            self._directory.remove(ours[step])
+        for step in plan.delete_export:
+            _log.info("deleting the export of %s, which retention gives up", ours[step].path)
+            self._directory.remove_export(ours[step])
+
+    def _known(self, stored: StoredStep) -> KnownStep:
+        notes, facts = self._directory.notes_of(stored), stored.facts
+        assert facts is not None
+        return KnownStep(
+            stored.step,
+            notes.is_pinned,
+            has_export=facts.export_subdir is not None,
+            needs_export=facts.needs_export,
+            metrics=notes.metrics,
+        )

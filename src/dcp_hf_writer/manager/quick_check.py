@@ -1,0 +1,149 @@
+"""Tell quickly whether a directory holds a whole checkpoint: its manifest, and the size of files.
+
+This is the check behind `latest` and `steps`. It reads no tensor data; `verify` does.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from dcp_hf_writer.check.check_dcp import dcp_problems
+from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
+from dcp_hf_writer.load.choose_half import manifest_of, read_dcp_metadata
+from dcp_hf_writer.load.hf_directory import is_hf_directory
+from dcp_hf_writer.storage.open_directory import open_directory
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from dcp_hf_writer.storage.input_contract import InputFiles
+
+StoredKind = Literal["manifest", "dcp", "parts", "hf"]
+"""Who wrote it: this package; DCP alone; DCP into several subdirectories; nobody but an export."""
+
+PART_NAMES = ("model", "optimizer", "weights", "model_optim", "lr_scheduler", "dataloader")
+"""Subdirectories into which other trainers save parts of the state by DCP."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFacts:
+    """What a quick look at a whole checkpoint tells."""
+
+    kind: StoredKind
+    """Who wrote it."""
+    save_id: str | None = None
+    """Id of the save, if this package wrote it."""
+    world_size: int | None = None
+    """Number of ranks that saved it, if this package wrote it."""
+    export_subdir: str | None = None
+    """Directory of the HuggingFace half; `None` without one."""
+    needs_export: bool = False
+    """Whether the DCP half stores weights only in the HuggingFace half."""
+    nbytes: int = 0
+    """Size of all files, in bytes."""
+    parts: tuple[str, ...] = ()
+    """Subdirectories with a DCP checkpoint each, if `kind` is `"parts"`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """What a manifest says; kept, because a manifest may be large and never changes in place."""
+
+    facts: StoredFacts
+    sizes: Mapping[str, int]
+
+
+class QuickCheck:
+    """Checks directories, and remembers the manifests that it has read. One thread at a time."""
+
+    def __init__(self) -> None:
+        """Remember nothing."""
+        self._known: dict[str, tuple[tuple[int, int, int], _Listed]] = {}
+
+    def run(self, path: str) -> StoredFacts | str:
+        """Look at a directory.
+
+        Returns:
+            The facts, or why the directory holds no whole checkpoint.
+        """
+        files = open_directory(path)
+        try:
+            sizes = files.tree()
+            if MANIFEST_NAME in sizes:
+                return self._by_manifest(files, sizes)
+            return _without_manifest(files, sizes)
+        except CheckpointError as error:
+            return str(error)
+
+    def forget_all_but(self, paths: set[str]) -> None:
+        """Drop what is known of directories that are gone."""
+        self._known = {path: known for path, known in self._known.items() if path in paths}
+
+    def _by_manifest(self, files: InputFiles, sizes: Mapping[str, int]) -> StoredFacts | str:
+        listed = self._listed(files)
+        if isinstance(listed, str):
+            return listed
+        for name, nbytes in listed.sizes.items():
+            found = sizes.get(name)
+            if found != nbytes:
+                state = "is missing" if found is None else f"has {found} bytes"
+                return f"{name} {state}; the manifest lists {nbytes} bytes"
+        return listed.facts
+
+    def _listed(self, files: InputFiles) -> _Listed | str:
+        try:
+            stat = os.stat(os.path.join(files.path, MANIFEST_NAME))
+        except OSError as error:
+            return f"{MANIFEST_NAME}: {error.strerror}"
+        stamp = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+        known = self._known.get(files.path)
+        if known is not None and known[0] == stamp:
+            return known[1]
+        manifest = manifest_of(files)
+        if manifest is None:
+            return f"{MANIFEST_NAME} is gone"
+        listed_sizes = manifest.sizes()
+        if METADATA_NAME in listed_sizes:
+            read_dcp_metadata(files)
+        facts = StoredFacts(
+            "manifest",
+            manifest.save_id,
+            manifest.world_size,
+            None if manifest.hf is None else manifest.hf.subdir,
+            bool(manifest.once),
+            sum(listed_sizes.values()),
+        )
+        listed = _Listed(facts, listed_sizes)
+        self._known[files.path] = (stamp, listed)
+        return listed
+
+
+def _without_manifest(files: InputFiles, sizes: Mapping[str, int]) -> StoredFacts | str:
+    nbytes = sum(sizes.values())
+    if METADATA_NAME in sizes:
+        problem = _dcp_problem(files, sizes)
+        return problem or StoredFacts("dcp", nbytes=nbytes)
+    parts = tuple(name for name in PART_NAMES if f"{name}/{METADATA_NAME}" in sizes)
+    for part in parts:
+        below = f"{part}/"
+        inside = {n[len(below) :]: size for n, size in sizes.items() if n.startswith(below)}
+        problem = _dcp_problem(files.below(part), inside)
+        if problem is not None:
+            return f"{part}: {problem}"
+    if parts:
+        return StoredFacts("parts", nbytes=nbytes, parts=parts)
+    for subdir in ("", "hf"):
+        below = f"{subdir}/" if subdir else ""
+        names = [n[len(below) :] for n in sizes if n.startswith(below)]
+        if is_hf_directory([name for name in names if "/" not in name]):
+            return StoredFacts("hf", export_subdir=subdir, nbytes=nbytes)
+    return f"there is neither {MANIFEST_NAME} nor {METADATA_NAME}: no save was committed here"
+
+
+def _dcp_problem(files: InputFiles, sizes: Mapping[str, int]) -> str | None:
+    # torch writes the metadata last, so it is the commit of a checkpoint without a manifest.
+    problem = next(dcp_problems(read_dcp_metadata(files), sizes), None)
+    return None if problem is None else str(problem)

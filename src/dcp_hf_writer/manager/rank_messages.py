@@ -1,0 +1,165 @@
+"""Short messages between the ranks of a run, through the store of `torch.distributed`.
+
+No message needs a collective, so a rank that is late or gone delays nobody beyond a deadline, and
+the training group is not used.
+"""
+
+from __future__ import annotations
+
+import pickle
+import time
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+
+from dcp_hf_writer.errors import RankLostError
+from dcp_hf_writer.torch_seam.default_store import own_store_client
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+_POLL_S = 0.02
+_MAX_POLL_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The ranks of a run."""
+
+    rank: int
+    """This rank, within the default group."""
+    size: int
+    """Number of ranks."""
+
+    @classmethod
+    def current(cls) -> World:
+        """Return the ranks of the default group; one rank without `torch.distributed`."""
+        if not dist.is_available() or not dist.is_initialized():
+            return cls(0, 1)
+        return cls(dist.get_rank(), dist.get_world_size())
+
+    @property
+    def is_coordinator(self) -> bool:
+        """Whether this rank decides for all, and is the only one that deletes."""
+        return self.rank == 0
+
+    @property
+    def is_alone(self) -> bool:
+        """Whether there is no other rank."""
+        return self.size == 1
+
+
+class Messages:
+    """The messages of one run, as one thread sees them. Each thread makes its own.
+
+    A wait blocks the connection to the store, so threads must not share one.
+    """
+
+    def __init__(self, world: World, prefix: str) -> None:
+        """Connect to the store, unless this rank is alone.
+
+        Args:
+            world: The ranks.
+            prefix: Start of all keys; the same on every rank, and different for each run.
+
+        Raises:
+            UnsupportedTorchError: If torch's default store cannot be found.
+        """
+        self.world = world
+        self._prefix = prefix
+        self._store: Any = None if world.is_alone else own_store_client()
+
+    def put(self, key: str, value: object) -> None:
+        """Publish a value.
+
+        Raises:
+            RankLostError: If the store is gone.
+        """
+        try:
+            self._store.set(self._key(key), pickle.dumps(value))
+        except (RuntimeError, TimeoutError) as error:
+            raise self._lost_store(error) from error
+
+    def has(self, key: str) -> bool:
+        """Whether a value was published.
+
+        Raises:
+            RankLostError: If the store is gone.
+        """
+        try:
+            return bool(self._store.check([self._key(key)]))
+        except (RuntimeError, TimeoutError) as error:
+            raise self._lost_store(error) from error
+
+    def take(self, key: str, *, timeout_s: float, sender: str, doing: str) -> Any:
+        """Wait for a value, and return it.
+
+        Args:
+            key: Key of the value.
+            timeout_s: How long to wait, in seconds.
+            sender: Who publishes it, for the message.
+            doing: What waits for it, for the message.
+
+        Raises:
+            RankLostError: If the value does not come in time, or the store is gone.
+        """
+        name = self._key(key)
+        try:
+            if not self._store.check([name]):
+                try:
+                    self._store.wait([name], timedelta(seconds=max(timeout_s, 0.1)))
+                except (RuntimeError, TimeoutError):
+                    # A rank that was stopped in the meantime may find the value there.
+                    if not self._store.check([name]):
+                        raise
+            return pickle.loads(self._store.get(name))  # noqa: S301 - from a rank of this run
+        except (RuntimeError, TimeoutError) as error:
+            msg = f"{sender} did not answer"
+            raise RankLostError(
+                msg,
+                rank=self.world.rank,
+                phase=doing,
+                expected=f"an answer within {timeout_s:.0f} s",
+                found=type(error).__name__,
+                hint="that rank is gone or stuck; look at its log",
+            ) from error
+
+    def collect(self, keys: Iterable[str], *, until: float) -> dict[str, Any]:
+        """Return the values that are there by `until`, a `time.monotonic()`.
+
+        Raises:
+            RankLostError: If the store is gone.
+        """
+        missing, found = list(keys), {}
+        pause = _POLL_S
+        while missing:
+            for key in list(missing):
+                if self.has(key):
+                    found[key] = self.take(key, timeout_s=1, sender="a rank", doing="collect")
+                    missing.remove(key)
+            if not missing or time.monotonic() > until:
+                break
+            time.sleep(pause)
+            pause = min(pause * 1.5, _MAX_POLL_S)
+        return found
+
+    def drop(self, key: str) -> None:
+        """Remove a value that nobody needs any more."""
+        try:
+            self._store.delete_key(self._key(key))
+        except (RuntimeError, TimeoutError, NotImplementedError):
+            # Some stores cannot delete; the value is small and the store ends with the job.
+            return
+
+    def _key(self, key: str) -> str:
+        return f"{self._prefix}/{key}"
+
+    def _lost_store(self, error: BaseException) -> RankLostError:
+        return RankLostError(
+            "the store of the process group does not answer",
+            rank=self.world.rank,
+            found=type(error).__name__,
+            hint="the process that hosts the store, usually rank 0, is gone; restart the run",
+        )

@@ -1,0 +1,69 @@
+"""The start of a run: its directory can be written, and every rank sees the same one."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import TYPE_CHECKING
+
+from dcp_hf_writer.errors import CheckpointError, NodeLocalPathError
+
+if TYPE_CHECKING:
+    from dcp_hf_writer.manager.rank_messages import Messages
+    from dcp_hf_writer.manager.run_directory import RunDirectory
+
+_KEY = "directory"
+
+
+def prepare_shared_root(directory: RunDirectory, messages: Messages, *, timeout_s: float) -> None:
+    """Make the directory of the run, and check that all ranks share it. All ranks call it.
+
+    Args:
+        directory: The directory of the run.
+        messages: Messages of the calling thread.
+        timeout_s: How long the other ranks may take, in seconds.
+
+    Raises:
+        StorageError: If the coordinator cannot make the directory or write to it.
+        NodeLocalPathError: If a rank does not see what the coordinator wrote there.
+        RankLostError: If a rank does not answer.
+    """
+    world = messages.world
+    if world.is_alone:
+        directory.prepare()
+        return
+    token = _left_token(directory, messages) if world.is_coordinator else ""
+    answer = messages.take(
+        _KEY, timeout_s=timeout_s, sender="rank 0, the coordinator", doing="plan"
+    )
+    if isinstance(answer, CheckpointError):
+        raise answer
+    messages.put(f"{_KEY}/{world.rank}", directory.has_token(answer))
+    keys = {f"{_KEY}/{rank}": rank for rank in range(world.size)}
+    found = messages.collect(keys, until=time.monotonic() + timeout_s)
+    if world.is_coordinator:
+        directory.remove_token(token)
+    blind = sorted(rank for key, rank in keys.items() if not found.get(key, False))
+    if blind:
+        raise NodeLocalPathError(
+            "ranks do not see the directory of the run",
+            rank=world.rank,
+            phase="plan",
+            path=directory.root,
+            expected="one directory that all ranks share",
+            found=f"ranks {blind} do not see what rank 0 wrote there",
+            hint="pass the same path on every rank, on a shared file system",
+        )
+
+
+def _left_token(directory: RunDirectory, messages: Messages) -> str:
+    """Leave a token in the directory and tell the other ranks, or tell them what went wrong."""
+    token = uuid.uuid4().hex
+    try:
+        directory.prepare()
+        directory.leave_token(token)
+    except CheckpointError as error:
+        messages.put(_KEY, error)
+        return token
+    messages.put(_KEY, token)
+    return token

@@ -1,0 +1,102 @@
+"""The writers and readers of a run: one place for the options that they share. Wiring only."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
+from dcp_hf_writer.manager.planned_size import planned_nbytes
+from dcp_hf_writer.mapping.hf_export import HFExport
+from dcp_hf_writer.reader import HFDualReader
+from dcp_hf_writer.tensors.dtypes import export_dtype
+from dcp_hf_writer.writer import HFDualWriter
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    import torch.distributed as dist
+
+
+class RunWriters:
+    """Makes the writer of each save and the reader of each load of a run."""
+
+    def __init__(
+        self,
+        export: HFExport | None,
+        *,
+        weights: str,
+        allow_pickled_objects: bool,
+        options: Mapping[str, Any],
+    ) -> None:
+        """Keep the options; `writer` checks them.
+
+        Args:
+            export: Options of the HuggingFace half; `None` writes none.
+            weights: As in `HFDualWriter`, for saves with an export.
+            allow_pickled_objects: As in `HFDualReader`.
+            options: Other options of every writer.
+        """
+        self.export = export
+        self._weights, self._allow_pickled_objects = weights, allow_pickled_objects
+        self._options = dict(options)
+
+    @property
+    def subdir(self) -> str:
+        """Directory of the HuggingFace half within a checkpoint."""
+        return HFExport.subdir if self.export is None else self.export.subdir
+
+    def writer(
+        self,
+        path: str,
+        *,
+        has_export: bool,
+        overwrite: bool = False,
+        group: dist.ProcessGroup | None = None,
+    ) -> HFDualWriter:
+        """Make the writer of one save.
+
+        Args:
+            path: Path of the checkpoint.
+            has_export: Whether it writes the HuggingFace half, if the run has one.
+            overwrite: Whether it replaces an existing checkpoint.
+            group: Process group of the save.
+
+        Raises:
+            ConfigError: If an option cannot be used as given.
+        """
+        has_export = has_export and self.export is not None
+        return HFDualWriter(
+            path,
+            export=self.export if has_export else None,
+            weights="once" if has_export and self._weights == "once" else "both",
+            overwrite=overwrite,
+            process_group=group,
+            **self._options,
+        )
+
+    def reader(self, path: str, source: Any, *, verify: bool) -> HFDualReader:
+        """Make the reader of one load.
+
+        Args:
+            path: A checkpoint, or a part of one.
+            source: As in `HFDualReader`.
+            verify: Compare what is read with the digests, if the checkpoint has any.
+        """
+        has_digests = verify and os.path.exists(os.path.join(path, MANIFEST_NAME))
+        return HFDualReader(
+            path,
+            source=source,
+            specs=None if self.export is None else self.export.specs,
+            verify=has_digests,
+            allow_pickled_objects=self._allow_pickled_objects,
+        )
+
+    def planned_nbytes(self, state_dict: Mapping[str, Any], *, has_export: bool) -> int:
+        """Return the bytes that a save writes, all ranks together; a lower bound."""
+        export = self.export if has_export else None
+        return planned_nbytes(
+            state_dict,
+            export_dtype=None if export is None else export_dtype(export.dtype),
+            has_second_copy=export is not None and self._weights == "both",
+        )
