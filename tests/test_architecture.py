@@ -15,6 +15,7 @@ PACKAGE = "dcp_hf_writer"
 LATE = {
     ("mapping.hf_export", "integrations.transformers"),
     ("mapping.hf_export", "integrations.torchtitan"),
+    ("save.export_assets", "integrations.architecture_of_config"),
 }
 
 # Storage, processes, other machines.

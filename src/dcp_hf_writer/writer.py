@@ -14,7 +14,6 @@ from torch.futures import Future
 from dcp_hf_writer.errors import (
     CheckpointError,
     ConfigError,
-    ExportError,
     PlanningError,
 )
 from dcp_hf_writer.failpoints import reach
@@ -34,6 +33,7 @@ from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
 from dcp_hf_writer.save.finish_phase import FinishPhase
 from dcp_hf_writer.save.owner_process import new_save_id
+from dcp_hf_writer.save.planned_export import export_of, plan_or_leave_out
 from dcp_hf_writer.save.rank_progress import MEETING, Announcement
 from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
 from dcp_hf_writer.save.write_phase import WritePhase
@@ -230,6 +230,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt = self._current()
         refuse_failed(item.index.fqn for item in plan.items)
         PLAN_CACHE.check_sent(plan, attempt.view.planned.planner)
+        names = rank_facts.names_of_ties(attempt.view, self.export)
         facts = rank_facts.local_facts(
             plan,
             attempt.view,
@@ -237,8 +238,9 @@ class HFDualWriter(StorageWriter, SlabStager):
             is_coordinator=attempt.member.is_coordinator,
             export=self.export,
             group=self.process_group,
+            names=names,
         )
-        error = rank_facts.export_fault(attempt.view, self.export, rank=attempt.rank)
+        error = rank_facts.export_fault(attempt.view, self.export, names, rank=attempt.rank)
         if error is not None:
             attempt.leave_out_export(error)
         attempt.send(SentFacts(facts.stamp, None if plan.usable else facts.samples))
@@ -253,7 +255,8 @@ class HFDualWriter(StorageWriter, SlabStager):
 
         Raises:
             ConfigError: If the save runs with `use_collectives=False`.
-            PlanningError: If the state dict does not fit the options of the export.
+            PlanningError: If the plans of the ranks are not this save's.
+            CoverageError: If the ranks' parts do not cover a tensor of the model exactly once.
             StorageError: If the target or the file system does not allow the save.
         """
         attempt = self._current()
@@ -262,7 +265,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         rank_facts.check_targets(plans, attempt.target)
         if len(plans) == 1:
             attempt.save_alone()
-        export, assets = self._export_of(attempt)
+        export, assets = export_of(self.export, attempt, self._assets_of)
         whole = whole_plans(plans, attempt.view.planned.planner)
         is_cached = is_from_cache(whole)
         if not is_cached:
@@ -270,7 +273,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         untrue = None if export is None else rank_facts.untrue_tie_of_ranks(whole)
         if untrue is not None:
             attempt.leave_out_export(untrue)
-        known, result = self._plan(whole, export, assets)
+        known, result = plan_or_leave_out(self._plan, whole, export, assets, attempt)
         files = coordinator.export_files(known.layout, assets, export)
         directory = StagingDirectory.of(attempt.target, new_save_id())
         with attempt.timed("prepare"):
@@ -299,7 +302,8 @@ class HFDualWriter(StorageWriter, SlabStager):
         """Return the global plan and each rank's plan; `None` for these if the ranks have them."""
         with self._current().timed("plan"):
             file_of_key = None if assets is None else assets.file_of_key
-            options = global_plan.options_fingerprint(export, file_of_key)
+            architecture = None if assets is None else assets.architecture
+            options = global_plan.options_fingerprint(export, file_of_key, architecture)
             options += f" {type(self.dcp_writer).__qualname__} {self.weights}"
             known = PLAN_CACHE.delivered(whole, options)
             if known is not None:
@@ -309,19 +313,10 @@ class HFDualWriter(StorageWriter, SlabStager):
                 export,
                 options=options,
                 file_of_key=file_of_key,
+                architecture=architecture,
                 once=self._once,
             )
             return known, global_plan.rank_plans(known, self._prepare_dcp(whole))
-
-    def _export_of(self, attempt: Attempt) -> tuple[HFExport | None, export_assets.Assets | None]:
-        if self.export is None:
-            return None, None
-        try:
-            is_staged = attempt.context.staged is not None
-            return self.export, self._assets_of(self.export, is_staged=is_staged)
-        except ExportError as error:
-            attempt.leave_out_export(error)
-            return None, None
 
     def _prepare_dcp(self, plans: list[SavePlan]) -> list[SavePlan]:
         bare = [replace(plan, storage_data=None) for plan in plans]

@@ -7,7 +7,13 @@ import torch
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 
 from dcp_hf_writer.errors import ModelKeyError
-from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS, model_prefix, names_in_model
+from dcp_hf_writer.mapping.model_entry import (
+    NOT_WEIGHTS,
+    holds_weights,
+    left_out_of_model,
+    model_prefix,
+    names_in_model,
+)
 
 W = {"layers.0.w": 0, "norm": 0}
 OPTIM = {"state": {"layers.0.w": {"exp_avg": 0}}, "param_groups": [{"lr": 0}]}
@@ -109,5 +115,142 @@ def test_error_counts_tensors_at_the_top() -> None:
         names_of({"net": W, "extra": 0})
 
 
-def test_entries_that_hold_no_weights_are_left_out_of_a_bare_model() -> None:
-    assert names_of({**W, **dict.fromkeys(NOT_WEIGHTS, 0)}) == list(W)
+COMMON = [*sorted(NOT_WEIGHTS), "model", "module", "state", "ema", "extra"]
+
+
+@pytest.mark.parametrize("name", COMMON)
+def test_parameter_of_a_bare_model_is_exported_whatever_it_is_called(name: str) -> None:
+    assert names_of({name: 0}) == [name]
+    assert names_of({**W, name: 0, f"{name}.weight": 0}) == [*W, name, f"{name}.weight"]
+
+
+@pytest.mark.parametrize("name", ["scaler", "config", "optimizer", "sampler", "metrics", "args"])
+def test_parameter_is_exported_when_an_optimizer_lies_beside_a_bare_model(name: str) -> None:
+    assert names_of({**W, name: 0, "optim": OPTIM}) == [*W, name]
+
+
+def test_counter_beside_a_bare_model_is_the_trainers_unless_it_is_trained() -> None:
+    assert names_of({**W, "step": 0, "rng_state": 0, "optim": OPTIM}) == list(W)
+    for optim in (
+        {"state": {"step": {"exp_avg": 0}}},
+        {"state.step.exp_avg": 0},
+        [{"state": {"step": {"exp_avg": 0}}}],
+    ):
+        assert names_of({**W, "step": 0, "optim": optim}) == [*W, "step"]
+
+
+EXTRA = [
+    {"_extra_state": 0},
+    {"_extra_state": {"amax": 0}},
+    {"layers.0._extra_state": 0},
+    {"layers.0._extra_state": {"amax": {"history": [0, 0]}}},
+]
+
+
+@pytest.mark.parametrize("extra", EXTRA, ids=str)
+@pytest.mark.parametrize("entry", [None, "model", "net", "module"])
+def test_extra_state_is_no_entry_and_not_exported(
+    extra: dict[str, object], entry: str | None
+) -> None:
+    state_dict = {**W, **extra}
+    assert names_of(state_dict if entry is None else {entry: state_dict}) == list(W)
+
+
+def test_parameter_with_a_name_like_extra_state_is_exported() -> None:
+    assert names_of({"my_extra_state": 0, "a.x_extra_state": 0}) == [
+        "my_extra_state",
+        "a.x_extra_state",
+    ]
+
+
+@pytest.mark.parametrize(
+    "moments",
+    [
+        {"state.layers.0.w.exp_avg": 0, "state.norm.step": 0, "param_groups.norm.lr": 0},
+        {"optim.state.layers.0.w.exp_avg": 0},
+        {"state": {"norm": {"exp_avg": 0}}, "param_groups": [{"lr": 0}]},
+        {"state": {0: {"exp_avg": 0}, 1: {"step": 0}}},
+    ],
+    ids=["flattened", "flattened with an entry", "by name", "by number"],
+)
+def test_moments_beside_a_bare_model_are_not_exported(moments: dict[str, object]) -> None:
+    assert names_of({**W, **moments}) == list(W)
+
+
+def test_module_called_state_is_exported() -> None:
+    names = ["w", "state.weight", "state.0.bias", "param_groups.x.y", "a.state.b.c"]
+    assert names_of(dict.fromkeys(names, 0)) == names
+
+
+@pytest.mark.parametrize(
+    "state_dict",
+    [
+        {},
+        {"optim": OPTIM},
+        {"optimizer": {"m": 0}, "step": 0},
+        {"state": {0: {"exp_avg": 0}}},
+        {"optim": OPTIM, "_extra_state": {"amax": 0}},
+    ],
+    ids=["nothing", "optimizer", "optimizer and step", "optimizer at the top", "extra state"],
+)
+def test_state_dict_of_a_trainer_alone_holds_no_weights(state_dict: dict[str, object]) -> None:
+    _, paths = flatten_state_dict(state_dict)
+    assert not holds_weights(paths)
+
+
+@pytest.mark.parametrize("state_dict", [W, {"model": W}, {"a": W, "b": W}, {"step": 0}])
+def test_state_dict_holds_weights_when_a_model_may_be_in_it(state_dict: dict[str, object]) -> None:
+    _, paths = flatten_state_dict(state_dict)
+    assert holds_weights(paths)
+
+
+@pytest.mark.parametrize(
+    "state_dict",
+    [
+        {"module": W, "optimizer": OPTIM, "lr_scheduler": {"last": 0}},
+        {"state_dict": W, "optimizer_states": [OPTIM], "callbacks": {"early": {"best": 0}}},
+        {"model_state_dict": W, "optimizer_state_dict": OPTIM, "epoch": 0, "loss": 0},
+        {"app": {"net": W}},
+        {"app": {"module": W, "optim": OPTIM, "lr_scheduler": {"last": 0}}},
+        {"train": {"model": W, "optim": OPTIM}},
+        {"model": {"model": W, "optim": OPTIM}},
+        {"model": [{"layers.0.w": 0}, {"norm": 0}]},
+        {"model": [W]},
+    ],
+    ids=[
+        "DeepSpeed",
+        "Lightning",
+        "tutorial",
+        "one other name",
+        "module in an app",
+        "app of another name",
+        "app called model",
+        "parts of a pipeline",
+        "one part",
+    ],
+)
+def test_model_is_found_where_trainers_put_it(state_dict: dict[str, object]) -> None:
+    found = names_of(state_dict)
+    assert found == (["net." + name for name in W] if "net" in str(state_dict) else list(W))
+
+
+def test_module_called_model_in_a_nested_model_keeps_its_name() -> None:
+    assert names_of({"model": {"model": {"w": 0}, "lm_head": {"w": 0}}}) == ["model.w", "lm_head.w"]
+
+
+def test_list_of_whole_models_is_refused_and_the_error_names_one_part() -> None:
+    with pytest.raises(ModelKeyError, match=r'HFExport\(key="model.0"\)'):
+        names_of({"model": [W, W]})
+    assert names_of({"model": [W, {"other": 0}]}, key="model.0") == list(W)
+
+
+def test_what_is_left_out_is_told_by_entry_and_kind() -> None:
+    state_dict = {**W, "_extra_state": 0, "state.norm.step": 0, "optim": OPTIM, "step": 0}
+    _, paths = flatten_state_dict(state_dict)
+    names = names_in_model(paths, ())
+    assert left_out_of_model(paths, (), names) == [
+        "extra state of modules, `_extra_state` (1 tensor)",
+        "flattened optimizer state, `state.*` (1 tensor)",
+        "entry 'optim' (2 tensors)",
+        "tensor 'step' (1 tensor)",
+    ]

@@ -496,6 +496,11 @@ DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "a text": (beside(run="a"), beside(run="b")),
     "bytes": (beside(loader=b"a"), beside(loader=b"b")),
     "a list": (beside(losses=[1.0, 2.0]), beside(losses=[1.0, 3.0])),
+    "an infinite loss": (beside(loss=math.inf), beside(loss=-math.inf)),
+    "an infinite moment": (
+        optimizer_of(torch.full((4, 4), math.inf)),
+        optimizer_of(torch.ones(4, 4)),
+    ),
     "a loss": (beside(loss=1.0), beside(loss=1.5)),
     "python's random state": (
         beside(rng=random.Random(1).getstate()),
@@ -572,6 +577,10 @@ ALIKE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         beside(x={f"{i}" for i in reversed(range(99))}),
     ),
     "a number that is none": (beside(x=[math.nan]), beside(x=[float("nan")])),
+    "infinity": (
+        optimizer_of(torch.full((4, 4), math.inf)),
+        optimizer_of(torch.full((4, 4), math.inf)),
+    ),
     "time that passed": (beside(seconds=1000.0), beside(seconds=1001.0)),
     "moments that drifted": (
         optimizer_of(tensor("m", 9, 9)),

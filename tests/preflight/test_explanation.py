@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
-from dcp_hf_writer.errors import ConfigError, PlanningError
+from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.mapping.abbreviated_names import patterns, ranges
 from dcp_hf_writer.mapping.load_spec import Piece, ShardSpec
 from dcp_hf_writer.preflight import explanation_tables
@@ -376,14 +376,22 @@ def test_dcp_half_alone_is_explained(tmp_path: Path) -> None:
     assert "no export" in str(explanation)
 
 
-def test_what_the_save_refuses_the_dry_run_refuses(tmp_path: Path) -> None:
-    wrong = HFExport(specs=[LoadSpec("a", "b", (3,))])
-    with pytest.raises(PlanningError, match="shape in a spec is not the shape of its tensor"):
-        HFDualWriter(tmp_path / "s", export=wrong).explain({"a": torch.zeros(2)})
-    with pytest.raises(ConfigError, match="like must be"):
-        HFDualWriter(tmp_path / "s", export=HFExport(like=tmp_path / "none")).explain(
-            {"a": torch.zeros(2)}
-        )
+def test_why_the_save_would_have_no_export_is_a_problem_of_the_dry_run(tmp_path: Path) -> None:
+    def problems(state: dict[str, Any], **options: Any) -> tuple[str, ...]:
+        writer = HFDualWriter(tmp_path / "s", export=HFExport(**options))
+        return writer.explain(state).problems
+
+    wrong = [LoadSpec("a", "b", (3,))]
+    model = {"a": torch.zeros(2)}
+    for found, words in (
+        (problems(model, specs=wrong), "the shape in a spec is not the shape of its tensor"),
+        (problems(model, like=tmp_path / "none"), "like must be"),
+        (problems({"a": model, "b": model}), "more than one entry"),
+        (problems({"a": torch.zeros(2, dtype=torch.complex128)}), "complex128"),
+        (problems(model, assets={"model.safetensors": b""}), "model.safetensors"),
+        (problems({"optim": model}), "holds no weights"),
+    ):
+        assert [words in one and "would have no export" in one for one in found] == [True], words
 
 
 # What is printed

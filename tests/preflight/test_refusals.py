@@ -17,16 +17,13 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
+from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec, verify
 from dcp_hf_writer.errors import (
     CheckpointError,
     ConfigError,
     CoverageError,
     ExportError,
-    LayoutError,
-    ModelKeyError,
     NodeLocalPathError,
-    SpecError,
     StagingError,
     TargetExistsError,
     WriteError,
@@ -97,6 +94,11 @@ class Refusal:
     planner: Callable[[], DefaultSavePlanner] = DefaultSavePlanner
     use_collectives: bool = True
 
+    @property
+    def costs_only_the_export(self) -> bool:
+        """Whether the DCP half is published all the same."""
+        return self.kind is ExportError
+
 
 def renamed(*keys: str, name: str = "w", shape: tuple[int, ...] = (8, 3)) -> HFExport:
     return HFExport(specs=[LoadSpec(name=name, hf_keys=list(keys), global_shape=shape)])
@@ -105,7 +107,7 @@ def renamed(*keys: str, name: str = "w", shape: tuple[int, ...] = (8, 3)) -> HFE
 # By what is wrong. The message must name the thing, so that the user finds it.
 REFUSALS: dict[str, Refusal] = {
     "unknown dtype": Refusal(
-        LayoutError,
+        ExportError,
         ("model.c", "complex128"),
         state=lambda: {"model": {**weights(), "c": torch.ones(2, dtype=torch.complex128)}},
     ),
@@ -120,36 +122,33 @@ REFUSALS: dict[str, Refusal] = {
         state=lambda: {"model": {**weights(), "m": torch.ones(2, device="meta")}},
     ),
     "reserved key": Refusal(
-        LayoutError,
+        ExportError,
         ("'__metadata__'",),
         state=lambda: {"model": {**weights(), "__metadata__": torch.ones(2)}},
     ),
     "empty key": Refusal(
-        LayoutError, ("''",), state=lambda: {"model": {**weights(), "": torch.ones(2)}}
+        ExportError, ("''",), state=lambda: {"model": {**weights(), "": torch.ones(2)}}
     ),
     "two tensors for one key": Refusal(
-        LayoutError, ("'v'", "model.w", "model.v"), export=lambda: renamed("v")
+        ExportError, ("'v'", "model.w", "model.v"), export=lambda: renamed("v")
     ),
     "two entries that may be the model": Refusal(
-        ModelKeyError,
+        ExportError,
         ("'actor'", "'critic'", "key="),
         state=lambda: {"actor": weights(), "critic": weights()},
     ),
-    "no entry with weights": Refusal(
-        ModelKeyError, ("'optim'",), state=lambda: {"optim": weights(), "step": 3}
-    ),
     "unknown key": Refusal(
-        ModelKeyError, ("'policy'", "'model'"), export=lambda: HFExport(key="policy")
+        ExportError, ("'policy'", "'model'"), export=lambda: HFExport(key="policy")
     ),
     "expected key that is not there": Refusal(
-        LayoutError, ("'u'",), export=lambda: HFExport(expect_keys=["u", "v", "w"])
+        ExportError, ("'u'",), export=lambda: HFExport(expect_keys=["u", "v", "w"])
     ),
     "key that is not expected": Refusal(
-        LayoutError, ("'v'",), export=lambda: HFExport(expect_keys=["w"])
+        ExportError, ("'v'",), export=lambda: HFExport(expect_keys=["w"])
     ),
-    "spec without tensor": Refusal(SpecError, ("'u'",), export=lambda: renamed("u", name="u")),
+    "spec without tensor": Refusal(ExportError, ("'u'",), export=lambda: renamed("u", name="u")),
     "spec of another shape": Refusal(
-        SpecError, ("model.w", "[8, 3]", "[3, 8]"), export=lambda: renamed("w", shape=(3, 8))
+        ExportError, ("model.w", "[8, 3]", "[3, 8]"), export=lambda: renamed("w", shape=(3, 8))
     ),
     "gap": Refusal(CoverageError, ("model.w", "[8, 3]"), planner=lambda: FlawedPlanner(rows=2)),
     "overlap": Refusal(
@@ -157,7 +156,7 @@ REFUSALS: dict[str, Refusal] = {
     ),
     "save without collectives": Refusal(ConfigError, ("use_collectives",), use_collectives=False),
     "asset named like a weight file": Refusal(
-        LayoutError,
+        ExportError,
         ("model.safetensors",),
         export=lambda: HFExport(assets={"model.safetensors": b"x"}),
     ),
@@ -169,14 +168,14 @@ REFUSALS: dict[str, Refusal] = {
         ConfigError, ("/nowhere/base",), export=lambda: HFExport(like="/nowhere/base")
     ),
     "tied to nothing": Refusal(
-        LayoutError, ("'v'", "absent"), export=lambda: HFExport(tied={"v": "absent"})
+        ExportError, ("'v'", "absent"), export=lambda: HFExport(tied={"v": "absent"})
     ),
-    "tied to itself": Refusal(LayoutError, ("'v'",), export=lambda: HFExport(tied={"v": "v"})),
+    "tied to itself": Refusal(ExportError, ("'v'",), export=lambda: HFExport(tied={"v": "v"})),
     "tied in a circle": Refusal(
-        LayoutError, ("'v'",), export=lambda: HFExport(tied={"v": "w", "w": "v"})
+        ExportError, ("'v'",), export=lambda: HFExport(tied={"v": "w", "w": "v"})
     ),
     "tied tensors of different shapes": Refusal(
-        LayoutError, ("'v'", "[8, 3]", "[4]"), export=lambda: HFExport(tied={"v": "w"})
+        ExportError, ("'v'", "[8, 3]", "[4]"), export=lambda: HFExport(tied={"v": "w"})
     ),
 }
 
@@ -204,10 +203,29 @@ def check_refused(refusal: Refusal, raised: BaseException | None) -> None:
     assert not missing, f"{missing} not in: {raised}"
 
 
+def check_dcp_half_alone(refusal: Refusal, path: Path) -> None:
+    """Check that stock torch loads all that was saved, and that there is no export."""
+    saved = refusal.state()
+    loaded = {
+        entry: {name: torch.zeros_like(value) for name, value in tensors.items()}
+        for entry, tensors in saved.items()
+    }
+    dcp.load(loaded, storage_reader=dcp.FileSystemReader(path), no_dist=True)
+    for entry, tensors in saved.items():
+        assert all(torch.equal(loaded[entry][name], value) for name, value in tensors.items())
+    assert sorted(one.name for one in path.iterdir() if one.is_dir()) == []
+    assert verify(path).ok
+
+
 @pytest.mark.parametrize("problem", REFUSALS)
-def test_save_is_refused_and_leaves_nothing_when_it_has(problem: str, tmp_path: Path) -> None:
+def test_save_is_refused_and_at_most_a_whole_dcp_half_is_left_when_it_has(
+    problem: str, tmp_path: Path
+) -> None:
     refusal = REFUSALS[problem]
     check_refused(refusal, raised_by(refusal, tmp_path / "step-1", no_dist=True))
+    if refusal.costs_only_the_export:
+        check_dcp_half_alone(refusal, tmp_path / "step-1")
+        shutil.rmtree(tmp_path / "step-1")
     assert list(tmp_path.iterdir()) == []
     # The control: the same save without the flaw goes through, also after the refusal.
     assert raised_by(Refusal(ConfigError, ()), tmp_path / "step-1", no_dist=True) is None
@@ -240,10 +258,45 @@ def test_every_rank_sees_the_same_refusal_when_the_save_has(
         assert len({str(one.error) for one in raised}) == 1
 
 
-def test_refusals_on_two_ranks_leave_nothing(
+def test_refusals_on_two_ranks_leave_whole_dcp_halves(
     refused: tuple[Path, list[dict[str, Raised]]],
 ) -> None:
-    assert list(refused[0].iterdir()) == []
+    published = {name for name, one in REFUSALS.items() if one.costs_only_the_export}
+    assert {path.name for path in refused[0].iterdir()} == published
+    for name in published:
+        check_dcp_half_alone(REFUSALS[name], refused[0] / name)
+
+
+@pytest.mark.parametrize("problem", ["unknown dtype", "two entries that may be the model"])
+def test_unplanned_export_is_a_warning_when_the_writer_shall_warn(
+    problem: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusal = replace(REFUSALS[problem], options={"on_export_error": "warn"})
+    assert raised_by(refusal, tmp_path / "step-1", no_dist=True) is None
+    check_dcp_half_alone(refusal, tmp_path / "step-1")
+    said = [one.getMessage() for one in caplog.records if one.levelname == "WARNING"]
+    assert len(said) == 1
+    assert all(word in said[0] for word in (*refusal.words, "has no export"))
+
+
+def test_save_has_an_export_again_when_the_next_state_dict_can_be_exported(tmp_path: Path) -> None:
+    refusal = REFUSALS["unknown dtype"]
+    planner = DefaultSavePlanner(enable_plan_caching=True)
+    refusal = replace(refusal, planner=lambda: planner)
+    for step in (1, 2):
+        check_refused(refusal, raised_by(refusal, tmp_path / f"step-{step}", no_dist=True))
+        check_dcp_half_alone(refusal, tmp_path / f"step-{step}")
+    sound = Refusal(ConfigError, (), planner=lambda: planner)
+    assert raised_by(sound, tmp_path / "step-3", no_dist=True) is None
+    assert (tmp_path / "step-3" / "hf" / "model.safetensors").exists()
+
+
+def test_weights_stored_once_are_in_the_dcp_half_when_the_export_cannot_be_planned(
+    tmp_path: Path,
+) -> None:
+    refusal = replace(REFUSALS["unknown dtype"], options={"weights": "once"})
+    check_refused(refusal, raised_by(refusal, tmp_path / "step-1", no_dist=True))
+    check_dcp_half_alone(refusal, tmp_path / "step-1")
 
 
 # Options

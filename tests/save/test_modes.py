@@ -418,7 +418,7 @@ def test_saves_that_cannot_be_made_are_refused_on_every_rank(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"path": ""}, "path must be a local path"),
+        ({"path": ""}, "path must be a path"),
         ({"path": "s3://bucket/step-1"}, "object stores"),
         ({"weights": "twice"}, "'both' or 'once'"),
         ({"weights": "twice"}, "'both'"),

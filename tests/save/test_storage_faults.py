@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 WORLD_SIZE = 2
+
+pytestmark = pytest.mark.timeout(240)
 ALWAYS = 10**6
 
 

@@ -16,12 +16,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dcp_hf_writer.errors import ConfigError, SpecError
 from dcp_hf_writer.excerpts import some_of
+from dcp_hf_writer.mapping.model_entry import is_extra_state
+from dcp_hf_writer.mapping.wrapped_names import without_wrappers
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
-
-# Parts of names that wrappers of single modules add; `get_model_state_dict` removes them too.
-_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 _MANY = 10
 """How many names an error lists."""
@@ -53,18 +52,16 @@ def unwrapped(model: Any) -> Any:
 
 
 def runtime_name(name: str) -> str:
-    """Remove what wrappers of single modules add to the name of a tensor."""
-    for wrapper in _WRAPPERS:
-        name = name.replace(wrapper, "")
-    return name
+    """Return the name that `get_model_state_dict` gives to a tensor of a wrapped model."""
+    return without_wrappers(name)
 
 
 def runtime_tensors(model: Any) -> dict[str, torch.Tensor]:
-    """Return the tensors of a model's state dict, by their names in `get_model_state_dict`."""
+    """Return the tensors of a model, by their names in `get_model_state_dict`; no extra state."""
     return {
         runtime_name(name): value
         for name, value in model.state_dict().items()
-        if isinstance(value, torch.Tensor)
+        if isinstance(value, torch.Tensor) and not is_extra_state((name,))
     }
 
 
@@ -78,19 +75,33 @@ def unsharded_twin(model: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     Raises:
         SpecError: If the twin has tensors with other names or shapes than the model.
     """
-    unsharded: Any = next(one for one in type(model).__mro__ if not issubclass(one, FSDPModule))
-    config = copy.deepcopy(model.config)
-    # The twin computes nothing, so it does not need the attention kernels of the model.
-    config._attn_implementation = "eager"  # noqa: SLF001 - transformers documents this name
-    # A save must not change the random numbers that training draws next.
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        twin = unsharded(config)
+    unsharded = unsharded_class(model)
+    twin = on_meta_device(unsharded, copy.deepcopy(model.config))
     _check_same(
         {name: tuple(one.shape) for name, one in tensors.items()},
         {name: tuple(one.shape) for name, one in twin.state_dict().items()},
         unsharded.__name__,
     )
     return twin
+
+
+def unsharded_class(model: Any) -> Any:
+    """Return the class that a model had before `fully_shard` replaced it."""
+    return next(one for one in type(model).__mro__ if not issubclass(one, FSDPModule))
+
+
+def on_meta_device(kind: Any, config: Any) -> Any:
+    """Build a model without data.
+
+    Args:
+        kind: Class of the model.
+        config: Config of the model; it is changed.
+    """
+    # The model computes nothing, so it does not need the attention kernels of a real one.
+    config._attn_implementation = "eager"  # noqa: SLF001 - transformers documents this name
+    # A save must not change the random numbers that training draws next.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return kind(config)
 
 
 def _check_same(

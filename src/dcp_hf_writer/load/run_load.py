@@ -31,6 +31,7 @@ from dcp_hf_writer.load.tied_in_files import refuse_drifted_ties
 from dcp_hf_writer.load.verify_while_reading import verify_ranges
 from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
+from dcp_hf_writer.mapping.wrapped_names import unwrapped_names
 from dcp_hf_writer.staging.same_memory import memory_identity
 from dcp_hf_writer.storage.open_inputs import OpenInputs
 from dcp_hf_writer.tensors.boxes import Box
@@ -262,11 +263,14 @@ class HFLoad(Load):
         if paths:
             prefix = model_prefix(paths, key=options.key)
         self._start = "".join(f"{part}." for part in prefix)
-        in_model = names_in_model(paths, prefix)
+        in_model = unwrapped_names(names_in_model(paths, prefix), options.specs.keys())
         names = set(in_model.values())
         self._source, inputs = open_hf_source(place, options.specs, names=names)
         super().__init__(place, inputs, options)
         self._name_of = {f"{self._start}{name}": name for name in self._source.names()}
+        # Wrappers, and the parts of a pipeline, have other FQNs.
+        stored = frozenset(self._name_of.values())
+        self._name_of |= {fqn: name for fqn, name in in_model.items() if name in stored}
         self._name_of |= self._tied_in_memory({fqn: tensors[fqn][1] for fqn in in_model})
         self.metadata = Metadata(
             {fqn: self._entry(name) for fqn, name in self._name_of.items()},

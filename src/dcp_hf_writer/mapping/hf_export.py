@@ -114,7 +114,8 @@ class HFExport:
     """Order in which tensors fill the files: state-dict order, or natural order of the names.
 
     `"auto"` gives the order of `save_pretrained`: natural order if a spec renames or splits a
-    tensor, or if a model among the assets came from `from_pretrained`; otherwise state-dict order.
+    tensor, if a model or config among the assets came from `from_pretrained`, or if transformers
+    renames tensors of its architecture; otherwise state-dict order.
     """
     groups: Iterable[Sequence[str]] | None = None
     """Groups of HuggingFace keys in the order in which they fill the files; overrides `order`.
@@ -217,6 +218,12 @@ class HFExport:
         return cls(**module.export_options(adapter, state_dict, options))
 
     @functools.cached_property
+    def declared_names(self) -> frozenset[str]:
+        """Names within the model that the options mention, and the expected keys."""
+        ties = {name for pair in (self.tied or {}).items() for name in pair}
+        return frozenset({*self.spec_by_fqn, *ties, *(self.expect_keys or ())})
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """Hash of the options that decide the layout; equal options have equal hashes."""
         parts = (
@@ -272,10 +279,20 @@ class HFExport:
         assets = self.assets if isinstance(self.assets, (list, tuple)) else (self.assets,)
         # transformers sets this attribute when it loads a model, and sorts the names of such a
         # model when it saves.
-        is_loaded = any(getattr(a, "_weight_conversions", None) is not None for a in assets)
+        is_loaded = any(map(_is_loaded, assets))
         return is_loaded or any(
             s.hf_keys != (fqn,) or s.pieces for fqn, s in self.spec_by_fqn.items()
         )
+
+
+def _is_loaded(asset: Any) -> bool:
+    """Whether an asset is a model from `from_pretrained`, or the config of one."""
+    if getattr(asset, "_weight_conversions", None) is not None:
+        return True
+    # Only configs have both. A model that was made from the config of another model has its name
+    # too, but then the model itself is the better asset.
+    is_config = isinstance(getattr(asset, "model_type", None), str)
+    return is_config and bool(getattr(asset, "_name_or_path", ""))
 
 
 def _global_part(spec: LoadSpec) -> tuple[object, ...]:

@@ -10,11 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS, model_prefix, names_in_model
+from dcp_hf_writer.mapping.model_entry import holds_weights, model_prefix, names_in_model
 from dcp_hf_writer.mapping.optimizer_state import owner_of_copy, owner_of_state
+from dcp_hf_writer.mapping.wrapped_names import unwrapped_names
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from dcp_hf_writer.mapping.load_spec import LoadSpec
     from dcp_hf_writer.mapping.model_entry import Path
@@ -42,7 +43,24 @@ def match_specs(
     Raises:
         ModelKeyError: If it is not clear which entry holds the model.
     """
-    names = model_names(paths, key=key)
+    return _matches(paths, specs, model_names(paths, key=key, wanted=specs.keys()))
+
+
+def match_copies(paths: Mapping[str, Path], specs: Mapping[str, LoadSpec]) -> dict[str, Match]:
+    """Find the spec of each tensor if it is not clear which entry holds the model, by FQN.
+
+    Then every entry may hold a copy of it.
+
+    Args:
+        paths: Path of each tensor of the state dict, by FQN.
+        specs: Specs by name.
+    """
+    return _matches(paths, specs, {})
+
+
+def _matches(
+    paths: Mapping[str, Path], specs: Mapping[str, LoadSpec], names: Mapping[str, str]
+) -> dict[str, Match]:
     found = {}
     for fqn, path in paths.items():
         match = _match(".".join(map(str, path)), path, names.get(fqn), specs)
@@ -51,17 +69,24 @@ def match_specs(
     return found
 
 
-def model_names(paths: Mapping[str, Path], *, key: str | None) -> dict[str, str]:
-    """Map the FQN of each tensor of the model to its name within the model.
+def model_names(
+    paths: Mapping[str, Path], *, key: str | None, wanted: Collection[str] = ()
+) -> dict[str, str]:
+    """Map the FQN of each tensor of the model to its name within the model, without wrappers.
 
     Empty if every entry is one that never holds a model, such as `optim`.
+
+    Args:
+        paths: Path of each tensor of the state dict, by FQN.
+        key: Entry that holds the model, as in `HFExport.key`.
+        wanted: Names that the export declares, from `HFExport.declared_names`.
 
     Raises:
         ModelKeyError: If it is not clear which entry holds the model.
     """
-    if key is None and all(path[0] in NOT_WEIGHTS for path in paths.values()):
+    if key is None and not holds_weights(paths):
         return {}
-    return names_in_model(paths, model_prefix(paths, key=key))
+    return unwrapped_names(names_in_model(paths, model_prefix(paths, key=key)), wanted)
 
 
 def _match(

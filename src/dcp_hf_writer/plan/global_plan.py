@@ -8,12 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import PlanningError
-from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
+from dcp_hf_writer.mapping.architecture import check_fit, names_that_fit
+from dcp_hf_writer.mapping.model_entry import (
+    holds_weights,
+    left_out_of_model,
+    model_prefix,
+    names_in_model,
+    without_moments,
+)
 from dcp_hf_writer.mapping.tied_names import shared_groups, tie_fault
+from dcp_hf_writer.mapping.wrapped_names import unwrapped_names
 from dcp_hf_writer.plan.assign_hf_keys import RuntimeTensor
 from dcp_hf_writer.plan.layout import Layout, PartTarget, plan_layout
 from dcp_hf_writer.plan.regions import TargetTable
@@ -25,6 +33,7 @@ if TYPE_CHECKING:
 
     from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData
 
+    from dcp_hf_writer.mapping.architecture import Architecture
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.mapping.model_entry import Path
 
@@ -113,6 +122,12 @@ class GlobalPlan:
     """By FQN, the targets of the tensors that only the export stores."""
     tied: tuple[tuple[str, ...], ...]
     """Groups of FQNs that the plan treats as one tensor because a rank found one memory."""
+    entry: Path = ()
+    """Path of the entry that holds the model."""
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Name within the model of each tensor of the model, by FQN; empty without an export."""
+    left_out: tuple[str, ...] = ()
+    """What the export leaves out, besides tied tensors and what specs leave out: one text each."""
 
 
 def plan_globally(
@@ -121,15 +136,19 @@ def plan_globally(
     *,
     options: str,
     file_of_key: Mapping[str, str] | None,
+    architecture: Architecture | None = None,
     once: bool = False,
 ) -> GlobalPlan:
     """Plan the export from DCP's deduplicated plans (coordinator).
+
+    A state dict without weights gives a plan without an export, unless the options name tensors.
 
     Args:
         plans: DCP's plans, one per rank.
         export: The export; `None` for the DCP half only.
         options: Fingerprint of all options that the plan depends on.
         file_of_key: File of each key, from the index of `export.like`.
+        architecture: What the config beside the weights expects; `None` if nobody can tell.
         once: Whether the DCP half leaves out the tensors that the export stores bit for bit.
 
     Raises:
@@ -138,14 +157,24 @@ def plan_globally(
     """
     facts = [_facts(plan) for plan in plans]
     hosts = tuple(fact.host for fact in facts)
+    without = GlobalPlan(plans, None, uuid.uuid4().hex, options, hosts, {}, {}, ())
     if export is None:
         _planned_tensors(plans)  # for its check of what the ranks plan under one name
-        return GlobalPlan(plans, None, uuid.uuid4().hex, options, hosts, {}, {}, ())
+        return without
     planned = _planned_tensors(plans)
-    tensors = _runtime_tensors(planned, facts, export.key)
+    if not export.declared_names and export.key is None:
+        paths = {fqn: tensor.path for fqn, tensor in planned.items()}
+        if not holds_weights(paths):
+            return replace(without, left_out=tuple(left_out_of_model(paths, (), ())))
+    entry, tensors = _runtime_tensors(planned, facts, export, architecture)
     found = (group for fact in facts for group in fact.tied)
     shared = shared_groups(found, (tensor.fqn for tensor in tensors))
-    layout = plan_layout(tensors, export, tied=shared, file_of_key=file_of_key)
+    is_sorted = architecture is not None and architecture.is_sorted
+    layout = plan_layout(tensors, export, tied=shared, file_of_key=file_of_key, sort=is_sorted)
+    if architecture is not None:
+        check_fit(shapes_of(layout), left_out_by(export), layout.tied, architecture)
+    names = {tensor.fqn: tensor.name for tensor in tensors}
+    paths = {fqn: tensor.path for fqn, tensor in planned.items()}
     stored = targets_stored_once(tensors, layout.targets, shared) if once else {}
     return GlobalPlan(
         plans=plans,
@@ -156,7 +185,22 @@ def plan_globally(
         tensors=planned,
         once=stored,
         tied=_checked_groups(shared, export, layout, stored.keys()),
+        entry=entry,
+        names=names,
+        left_out=tuple(left_out_of_model(paths, entry, names)),
     )
+
+
+def shapes_of(layout: Layout) -> dict[str, Shape]:
+    """Return the shape of each tensor of an export, by its key."""
+    return {one.key: one.shape for parts in layout.targets.values() for one in parts}
+
+
+def left_out_by(export: HFExport) -> frozenset[str]:
+    """Return the names and keys that the options leave out."""
+    specs = export.spec_by_fqn.values()
+    left_out = (s for s in specs if not s.hf_keys or s.alias_of is not None)
+    return frozenset({*(export.tied or {}), *(k for s in left_out for k in (s.name, *s.hf_keys))})
 
 
 def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
@@ -212,12 +256,17 @@ def _by_rank(
     return found
 
 
-def options_fingerprint(export: HFExport | None, file_of_key: Mapping[str, str] | None) -> str:
+def options_fingerprint(
+    export: HFExport | None,
+    file_of_key: Mapping[str, str] | None,
+    architecture: Architecture | None = None,
+) -> str:
     """Return a fingerprint of the options that a layout depends on; equal for equal options."""
     if export is None:
         return _DCP_ONLY
     like = None if file_of_key is None else sorted(file_of_key.items())
-    return hashlib.sha256(f"{export.fingerprint} {like!r}".encode()).hexdigest()
+    text = f"{export.fingerprint} {like!r} {architecture and architecture.fingerprint}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _facts(plan: SavePlan) -> LocalFacts:
@@ -279,24 +328,53 @@ def _unlike(fqn: str, tensor: PlannedTensor, data: TensorWriteData, rank: int) -
 
 
 def _runtime_tensors(
-    planned: Mapping[str, PlannedTensor], facts: Sequence[LocalFacts], key: str | None
-) -> list[RuntimeTensor]:
-    """Return the model's tensors, in state-dict order."""
+    planned: Mapping[str, PlannedTensor],
+    facts: Sequence[LocalFacts],
+    export: HFExport,
+    architecture: Architecture | None,
+) -> tuple[Path, list[RuntimeTensor]]:
+    """Return the path of the model's entry, and the model's tensors in state-dict order."""
     order = next((fact.order for fact in facts if fact.order is not None), ())
     ranked = {fqn: i for i, fqn in enumerate(order)}
     fqns = sorted(planned, key=lambda fqn: ranked.get(fqn, len(ranked)))
     paths = {fqn: planned[fqn].path for fqn in fqns}
-    names = names_in_model(paths, model_prefix(paths, key=key))
-    return [
+    shapes = {fqn: tuple(planned[fqn].data.size) for fqn in fqns}
+    entry, names = names_for_export(paths, shapes, export, architecture)
+    return entry, [
         RuntimeTensor(
             fqn=fqn,
             name=name,
-            shape=tuple(planned[fqn].data.size),
+            shape=shapes[fqn],
             dtype=planned[fqn].data.properties.dtype,
             chunks=BoxTable(planned[fqn].offsets, planned[fqn].sizes),
         )
         for fqn, name in names.items()
     ]
+
+
+def names_for_export(
+    paths: Mapping[str, Path],
+    shapes: Mapping[str, Shape],
+    export: HFExport,
+    architecture: Architecture | None,
+) -> tuple[Path, dict[str, str]]:
+    """Return the path of the model's entry, and the names of the model's tensors by FQN, in order.
+
+    Args:
+        paths: Path of each tensor of the state dict, by FQN.
+        shapes: Shape of each tensor, by FQN.
+        export: Options of the export.
+        architecture: What the config beside the weights expects; `None` if nobody can tell.
+
+    Raises:
+        ModelKeyError: If it is not clear which entry holds the model.
+    """
+    entry = model_prefix(paths, key=export.key)
+    names = without_moments(names_in_model(paths, entry))
+    names = unwrapped_names(names, export.declared_names)
+    if architecture is not None and not export.spec_by_fqn:
+        names = names_that_fit(names, shapes, architecture)
+    return entry, names
 
 
 def _checked_groups(

@@ -78,6 +78,7 @@ def plan_layout(
     *,
     tied: Iterable[Sequence[str]],
     file_of_key: Mapping[str, str] | None = None,
+    sort: bool = False,
 ) -> Layout:
     """Plan the export of a model.
 
@@ -86,6 +87,8 @@ def plan_layout(
         export: Options of the export.
         tied: Groups of FQNs that share their memory on some rank; used if `export.tied` is `None`.
         file_of_key: File of each key, from the index of `export.like`.
+        sort: Whether `order="auto"` means natural order, because `save_pretrained` sorts the names
+            of this architecture.
 
     Raises:
         LayoutError: If the format cannot hold a name, dtype or size, if two tensors have the same
@@ -96,7 +99,8 @@ def plan_layout(
     shapes = {tensor.name: tensor.shape for tensor in tensors}
     names = {tensor.fqn: tensor.name for tensor in tensors}
     dropped = checked_ties(shapes, tied_names(tied, names, export), export)
-    ordered = sorted(tensors, key=natural_order) if export.is_in_natural_order else list(tensors)
+    is_sorted = export.is_in_natural_order or (sort and export.order == "auto")
+    ordered = sorted(tensors, key=natural_order) if is_sorted else list(tensors)
     assigned = assign_keys(ordered, export, dropped)
     check_keys(assigned, export)
     files = fill_files(assigned, export, file_of_key)

@@ -29,6 +29,9 @@ _log = logging.getLogger(__name__)
 # of their norm. Shards have nothing in common, and differ by more than their norm.
 _DRIFT = 0.01
 
+# Stands for infinity: more than any finite bfloat16.
+_LARGEST = 2.0**128
+
 # How many groups of ranks a message names.
 _SHOWN = 8
 
@@ -169,4 +172,5 @@ def _is_other(rows: npt.NDArray[Any], others: npt.NDArray[Any]) -> npt.NDArray[n
 
 def _floats(values: npt.NDArray[np.uint16]) -> npt.NDArray[np.float64]:
     floats = (values.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    return np.nan_to_num(floats)
+    # The square of the largest float64 would be infinite, and the quotient of two norms no number.
+    return np.nan_to_num(floats, posinf=_LARGEST, neginf=-_LARGEST)

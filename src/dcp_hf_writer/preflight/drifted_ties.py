@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from dcp_hf_writer.errors import ExportError
+from dcp_hf_writer.errors import ExportError, ModelKeyError
 from dcp_hf_writer.mapping.spec_match import model_names
 from dcp_hf_writer.mapping.tied_names import declared_ties
 from dcp_hf_writer.torch_seam.tensor_forms import plain_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Collection, Iterable, Mapping
 
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.torch_seam.caller_frames import Planned
@@ -51,12 +51,18 @@ class UntrueTie:
 
 
 def untrue_tie(
-    planned: Planned, export: HFExport, memory: Mapping[str, int], *, rank: int
+    planned: Planned,
+    names: Mapping[str, str],
+    export: HFExport,
+    memory: Mapping[str, int],
+    *,
+    rank: int,
 ) -> ExportError | None:
     """Compare tensors that are declared to be tied but do not share memory.
 
     Args:
         planned: What this rank plans to save.
+        names: Name of each tensor of the model, by FQN, from `names_if_tied`.
         export: Options of the export.
         memory: Number of each tensor's memory, by FQN; equal numbers mean shared memory.
         rank: This rank.
@@ -65,27 +71,24 @@ def untrue_tie(
         An error if two such tensors have different bytes on this rank, or cannot be compared;
         otherwise `None`.
     """
-    names = _names_in_model(planned, export)
     drifted = drifted_tie(planned.state_dict, names, export, memory)
     if drifted is None:
         return None
     return _error(drifted.dropped, drifted.kept, drifted.found, rank=rank)
 
 
-def lone_ties(planned: Planned, export: HFExport | None) -> tuple[tuple[str, str, bool], ...]:
+def lone_ties(held: Collection[str], export: HFExport) -> tuple[tuple[str, str, bool], ...]:
     """List the declared ties of which this rank holds one tensor and not the other.
 
     Args:
-        planned: What this rank plans to save.
-        export: Options of the export; `None` if there is none.
+        held: Names within the model of the tensors that this rank holds.
+        export: Options of the export.
 
     Returns:
         For each tie, the name of the dropped tensor, the name of the kept one, and whether this
         rank holds the dropped one.
     """
-    names = set() if export is None else set(_names_in_model(planned, export).values())
-    if export is None or not names:
-        return ()
+    names = frozenset(held)
     declared = dict(declared_ties(export, names)).items()
     return tuple((d, k, d in names) for d, k in declared if (d in names) != (k in names))
 
@@ -105,8 +108,11 @@ def tie_apart(lone: Iterable[tuple[str, str, bool]]) -> ExportError | None:
     return None
 
 
-def _names_in_model(planned: Planned, export: HFExport) -> Mapping[str, str]:
-    """Return the name of each tensor of the model, by FQN; empty if no tie is declared."""
+def names_if_tied(planned: Planned, export: HFExport) -> Mapping[str, str]:
+    """Return the name of each tensor of the model on this rank, by FQN; empty without a tie.
+
+    Also empty if it is not clear which entry holds the model: then there will be no export.
+    """
     if not any(declared_ties(export, ())):
         return {}
     paths = planned.paths
@@ -115,7 +121,10 @@ def _names_in_model(planned: Planned, export: HFExport) -> Mapping[str, str]:
         for fqn, value in planned.state_dict.items()
         if isinstance(value, torch.Tensor)
     }
-    return model_names(tensors, key=export.key) if tensors else {}
+    try:
+        return model_names(tensors, key=export.key, wanted=export.declared_names)
+    except ModelKeyError:
+        return {}
 
 
 def _error(dropped: str, kept: str, found: str, *, rank: int | None = None) -> ExportError:
@@ -148,9 +157,14 @@ def drifted_tie(
         The first such pair; `None` if there is none.
     """
     fqn_of = {name: fqn for fqn, name in names.items()}
-    for drop, keep in dict(declared_ties(export, fqn_of)).items():
+    declared = dict(declared_ties(export, fqn_of))
+    for drop, keep in declared.items():
         one, other = fqn_of.get(drop), fqn_of.get(keep)
         if one is None or other is None or memory.get(one) == memory.get(other) is not None:
+            continue
+        has_spec = not export.spec_by_fqn.keys().isdisjoint((drop, keep))
+        if keep in declared or (not has_spec and tensors[one].shape != tensors[other].shape):
+            # Planning refuses such a tie, and says why.
             continue
         are_equal = _are_equal(tensors[one], tensors[other])
         if not are_equal:

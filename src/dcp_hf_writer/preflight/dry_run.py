@@ -18,9 +18,8 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import WriteItemType
 
 from dcp_hf_writer.digests.digest_sweep import extent_of
-from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.errors import CoverageError, PlanningError
 from dcp_hf_writer.formats.names_on_disk import INDEX_NAME
-from dcp_hf_writer.mapping.model_entry import model_prefix
 from dcp_hf_writer.plan.global_plan import GlobalPlan, RankPlan, plan_globally, rank_plans
 from dcp_hf_writer.preflight.explanation import Explanation
 from dcp_hf_writer.preflight.explanation_rows import FileSum, RankSum, Row, left_out
@@ -28,11 +27,14 @@ from dcp_hf_writer.preflight.rank_facts import (
     check_facts,
     export_fault,
     local_facts,
+    names_of_ties,
     untrue_tie_of_ranks,
 )
 from dcp_hf_writer.preflight.value_checks import pickle_faults, storage_faults
-from dcp_hf_writer.save.export_assets import file_of_key_in_like
+from dcp_hf_writer.save.coordinator import export_files
+from dcp_hf_writer.save.export_assets import assets_of
 from dcp_hf_writer.save.hf_half import regions_by_file, way_of
+from dcp_hf_writer.save.planned_export import unplanned_export
 from dcp_hf_writer.save.save_context import RankView
 from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
 from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
@@ -116,6 +118,7 @@ class DryRun:
         )
         plan = self.planner.create_local_plan()
         view = self._view = RankView.of(Planned.of(self.planner, state_dict))
+        names = names_of_ties(view, self.export)
         facts = local_facts(
             plan,
             view,
@@ -123,26 +126,50 @@ class DryRun:
             is_coordinator=self._is_coordinator,
             export=self.export,
             group=self.group,
+            names=names,
             is_dry_run=True,
         )
-        self._error = export_fault(view, self.export, rank=self._rank)
+        self._error = export_fault(view, self.export, names, rank=self._rank)
         return replace(plan, storage_data=facts)
 
     def _plan_all(self, plans: list[SavePlan]) -> list[SavePlan]:
         found, _ = self.planner.create_global_plan(plans)
         check_facts(found)
         self._error = self._error or untrue_tie_of_ranks(found)
-        export, files = self.export, None
-        if export is not None:
-            files = file_of_key_in_like(export)
-            export = _without_expectations(export)
-        plan = plan_globally(found, export, options="", file_of_key=None, once=self.is_once)
+        try:
+            plan = self._plan_both(found)
+        except CoverageError:
+            raise
+        except Exception as error:  # noqa: BLE001 - the save would report it, whatever it is
+            self._error = self._error or unplanned_export(error, rank=self._rank)
+            plan = plan_globally(found, None, options="", file_of_key=None)
+        self._plan = plan
+        return rank_plans(plan, [replace(one, storage_data=None) for one in found])
+
+    def _plan_both(self, found: list[SavePlan]) -> GlobalPlan:
+        if self.export is None:
+            return plan_globally(found, None, options="", file_of_key=None)
+        assets = assets_of(self.export)
+        self._files = files = assets.file_of_key
+        export = _without_expectations(self.export)
+
+        def planned(file_of_key: Mapping[str, str] | None) -> GlobalPlan:
+            return plan_globally(
+                found,
+                export,
+                options="",
+                file_of_key=file_of_key,
+                architecture=assets.architecture,
+                once=self.is_once,
+            )
+
         # If the index of `like` lacks some keys, the explanation shows those keys, and the files
         # are those of an export without `like`.
+        plan = planned(None)
         if files is not None and set(_keys(plan.layout)) <= files.keys():
-            plan = plan_globally(found, export, options="", file_of_key=files, once=self.is_once)
-        self._plan, self._files = plan, files
-        return rank_plans(plan, [replace(one, storage_data=None) for one in found])
+            plan = planned(files)
+        export_files(plan.layout, assets, export)
+        return plan
 
     def _explain_local(self, plan: SavePlan) -> _Local:
         own: RankPlan = plan.storage_data
@@ -213,7 +240,9 @@ class DryRun:
             msg = "the coordinator made no global plan"
             raise PlanningError(msg, phase="plan", path=self.path)
         plan, export = self._plan, self.export
-        errors = [one.error for one in found if one.error is not None]
+        errors: list[object] = [one.error for one in found if one.error is not None]
+        if export is not None and plan.layout is None and not errors:
+            errors.append("the state dict holds no weights")
         keys = set(_keys(plan.layout))
         wanted = None if export is None else export.expect_keys
         expected = set(wanted if wanted is not None else self._files or keys)
@@ -226,11 +255,11 @@ class DryRun:
         }
         return Explanation(
             path=self.path,
-            entry=_entry(plan, export),
+            entry=".".join(map(str, plan.entry)),
             rows=_in_order(plan, [row for one in found for row in one.rows]),
             files=tuple(_file_sums(plan.layout)),
             ranks=tuple(one.total for one in found),
-            left_out=tuple(left_out(_ordered(plan), values, plan.layout, export)),
+            left_out=tuple(left_out(plan, _ordered(plan), values, export)),
             stored_once=tuple(plan.once),
             missing_keys=tuple(sorted(missing)),
             unexpected_keys=tuple(sorted(unexpected)),
@@ -249,8 +278,11 @@ def fresh_planner(planner: SavePlanner | None) -> SavePlanner:
 
 
 def _without_expectations(export: HFExport) -> HFExport:
+    # The names stay declared: they tell a wrapper's prefix from a name of the model.
+    names = export.declared_names
     relaxed = copy.copy(export)
     object.__setattr__(relaxed, "expect_keys", None)
+    object.__setattr__(relaxed, "declared_names", names)
     return relaxed
 
 
@@ -269,13 +301,6 @@ def _keys(layout: Layout | None) -> list[str]:
 def _item_nbytes(item: WriteItem) -> int:
     data = item.tensor_data
     return 0 if data is None else chunk_of(item).numel * data.properties.dtype.itemsize
-
-
-def _entry(plan: GlobalPlan, export: HFExport | None) -> str:
-    if export is None:
-        return ""
-    paths = {fqn: tensor.path for fqn, tensor in plan.tensors.items()}
-    return ".".join(map(str, model_prefix(paths, key=export.key)))
 
 
 def _ordered(plan: GlobalPlan) -> dict[str, PlannedTensor]:
@@ -303,9 +328,7 @@ def _file_sums(layout: Layout | None) -> Iterator[FileSum]:
         yield FileSum(INDEX_NAME, len(layout.index), 0, 0)
 
 
-def _problems(
-    errors: Iterable[ExportError], missing: set[str], unexpected: set[str]
-) -> Iterator[str]:
+def _problems(errors: Iterable[object], missing: set[str], unexpected: set[str]) -> Iterator[str]:
     for error in errors:
         yield f"the checkpoint would have no export: {error}"
     if missing or unexpected:

@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer.mapping.spec_match import model_names
+from dcp_hf_writer.mapping.model_entry import why_left_out
 from dcp_hf_writer.plan.weights_once import is_whole
 from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
 from dcp_hf_writer.tensors.strided_copies import covered, runtime_loops
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.mapping.load_spec import LoadSpec
-    from dcp_hf_writer.plan.global_plan import PlannedTensor
-    from dcp_hf_writer.plan.layout import Layout, PartTarget
+    from dcp_hf_writer.plan.global_plan import GlobalPlan, PlannedTensor
+    from dcp_hf_writer.plan.layout import PartTarget
     from dcp_hf_writer.tensors.boxes import Shape
 
     Way = Literal["direct", "cast", "strided"]
@@ -134,31 +134,31 @@ class LeftOut:
 
 
 def left_out(
+    plan: GlobalPlan,
     tensors: Mapping[str, PlannedTensor],
     values: Iterable[str],
-    layout: Layout | None,
     export: HFExport | None,
 ) -> Iterator[LeftOut]:
     """Yield what the export leaves out, and why; yields nothing if there is no export.
 
     Args:
-        tensors: Every tensor of the plans, by FQN.
+        plan: The global plan.
+        tensors: Every tensor of the plans, by FQN, in state-dict order.
         values: FQNs of values that are not tensors.
-        layout: Layout of the export; `None` without an export.
         export: Options of the export; `None` without one.
     """
+    layout = plan.layout
     if export is None or layout is None:
         return
-    names = model_names({fqn: tensor.path for fqn, tensor in tensors.items()}, key=export.key)
     for fqn, tensor in tensors.items():
         shape, dtype = tuple(tensor.data.size), tensor.data.properties.dtype
         parts = layout.targets.get(fqn, ())
         elements = _missing(parts, shape)
         if parts and not elements:
             continue
-        name = names.get(fqn)
+        name = plan.names.get(fqn)
         why: Why = "beside"
-        reason = f"entry {tensor.path[0]!r} is not part of the model"
+        reason = f"{why_left_out(tensor.path, plan.entry)} is not part of the model"
         if name is not None:
             spec = export.spec_by_fqn.get(name)
             why, reason = _why(name, spec, layout.tied, is_partial=bool(parts))

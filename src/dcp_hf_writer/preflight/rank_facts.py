@@ -10,7 +10,12 @@ import torch.distributed as dist
 from dcp_hf_writer.excerpts import some_of
 from dcp_hf_writer.plan.global_plan import LocalFacts
 from dcp_hf_writer.preflight.compare_ranks import check_samples
-from dcp_hf_writer.preflight.drifted_ties import lone_ties, tie_apart, untrue_tie
+from dcp_hf_writer.preflight.drifted_ties import (
+    lone_ties,
+    names_if_tied,
+    tie_apart,
+    untrue_tie,
+)
 from dcp_hf_writer.preflight.plan_check import check_plan
 from dcp_hf_writer.preflight.rank_samples import samples_of
 from dcp_hf_writer.preflight.value_checks import check_tensors, encoded_weight
@@ -19,7 +24,7 @@ from dcp_hf_writer.save.rank_progress import other_path
 from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from torch.distributed.checkpoint.planner import SavePlan
 
@@ -40,6 +45,7 @@ def local_facts(
     is_coordinator: bool,
     export: HFExport | None,
     group: dist.ProcessGroup | None,
+    names: Mapping[str, str],
     is_dry_run: bool = False,
 ) -> LocalFacts:
     """Check a rank's plan, and return the facts to send with it.
@@ -51,6 +57,7 @@ def local_facts(
         is_coordinator: Whether this rank is the coordinator.
         export: Options of the export.
         group: Process group of the save.
+        names: What `names_of_ties` returned.
         is_dry_run: Whether no tensor will be written. Tensors may then have no data, and the caller
             looks for tensors that cannot be saved.
 
@@ -72,7 +79,7 @@ def local_facts(
             world_size=dist.get_world_size(group) if dist.is_initialized() else 1,
         ),
         stamp=uuid.uuid4().hex,
-        lone_ties=lone_ties(view.planned, export),
+        lone_ties=() if export is None else lone_ties(names.values(), export),
         target=target,
     )
 
@@ -85,20 +92,25 @@ def _order(plan: SavePlan, view: RankView) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*view.planned.state_dict, *planned)))
 
 
-def export_fault(view: RankView, export: HFExport | None, *, rank: int) -> ExportError | None:
+def names_of_ties(view: RankView, export: HFExport | None) -> Mapping[str, str]:
+    """Return the name of each tensor of the model, by FQN; empty if no tie is declared."""
+    return {} if export is None else names_if_tied(view.planned, export)
+
+
+def export_fault(
+    view: RankView, export: HFExport | None, names: Mapping[str, str], *, rank: int
+) -> ExportError | None:
     """Return why what this rank holds costs the export; `None` if it does not.
 
     Args:
         view: What this rank is to save.
         export: Options of the export; `None` if there is none.
+        names: What `names_of_ties` returned.
         rank: This rank.
-
-    Raises:
-        ModelKeyError: If it is not clear which entry holds the model.
     """
     if export is None:
         return None
-    error = untrue_tie(view.planned, export, view.memory, rank=rank)
+    error = untrue_tie(view.planned, names, export, view.memory, rank=rank)
     return error or encoded_weight(view.planned, export, rank=rank)
 
 

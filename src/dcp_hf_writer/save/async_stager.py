@@ -17,7 +17,8 @@ from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.mapping.flattening import with_states
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.save import export_assets, save_log
-from dcp_hf_writer.save.failure_explanations import check_world
+from dcp_hf_writer.save.early_export_check import warn_without_export
+from dcp_hf_writer.save.failure_explanations import check_world, watch_pending
 from dcp_hf_writer.save.owner_process import is_on_first_host
 from dcp_hf_writer.save.process_saves import guard_process_save
 from dcp_hf_writer.save.rank_progress import MEETING
@@ -153,6 +154,8 @@ class SlabStager(AsyncStager):
     def warm_up(self, state_dict: dict[str, Any]) -> int:
         """Allocate the slab and read the assets, so that the first save does not have to.
 
+        If it can already tell that a checkpoint would have no export, it logs a warning.
+
         Returns:
             Size of the staged copy on this rank, in bytes.
 
@@ -163,7 +166,9 @@ class SlabStager(AsyncStager):
         error = self._read_assets(is_first=self._plans_export())
         if error is not None:
             raise error
-        return STAGER.warm_up(with_states(state_dict), deadline=time.monotonic() + self.timeout_s)
+        state_dict = with_states(state_dict)
+        self._warn_without_export(state_dict)
+        return STAGER.warm_up(state_dict, deadline=time.monotonic() + self.timeout_s)
 
     def _pending_lease(self) -> Lease | None:
         """Return the latest lease if it still waits for its save, and this thread may run it.
@@ -174,6 +179,12 @@ class SlabStager(AsyncStager):
         lease = None if self._lease is None else self._lease()
         is_mine = lease is not None and lease.stager is threading.current_thread()
         return lease if lease is not None and lease.is_pending and not is_mine else None
+
+    def _warn_without_export(self, state_dict: dict[str, Any]) -> None:
+        assets = None if self.export is None else export_assets.known(self.export)
+        if self.export is not None and assets is not None:
+            size = dist.get_world_size(self.process_group) if dist.is_initialized() else 1
+            warn_without_export(state_dict, self.export, assets, world_size=size)
 
     def _read_assets(self, *, is_first: bool) -> CheckpointError | None:
         # Read now, in the training thread: config objects may change while the save runs. A save
@@ -239,6 +250,8 @@ def _attend(staged: StagedStateDict, lease: Lease, place: _Place) -> None:
         # The records of the ranks need the group, which may be gone when the save begins.
         MEETING.rendezvous_of(None if world.group is None else world.group())
         staged.on_save = lambda: check_world(lease, world, target=target)
+        if world.group is not None:
+            watch_pending(lease, world, target=target)
 
 
 def _failed(lease: Lease, error: BaseException, place: _Place) -> StagedStateDict:

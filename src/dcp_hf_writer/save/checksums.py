@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.plan.encode_manifest import WholeFile
-from dcp_hf_writer.save.export_assets import CHECKSUMS_NAME
+from dcp_hf_writer.save.model_assets import CHECKSUMS_NAME
 from dcp_hf_writer.save.tensor_bytes import digest_of
 from dcp_hf_writer.storage.posix_outputs import write_file
 

@@ -29,8 +29,8 @@ from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
 from dcp_hf_writer.plan.rank_report import RankReport, check_coverage
 from dcp_hf_writer.said_once import SAID_ONCE, SaidOnce
 from dcp_hf_writer.save.dcp_half import digest_file
-from dcp_hf_writer.save.export_assets import CHECKSUMS_NAME
 from dcp_hf_writer.save.export_failures import export_error, nbytes_of
+from dcp_hf_writer.save.model_assets import CHECKSUMS_NAME
 from dcp_hf_writer.save.owner_process import Owner
 from dcp_hf_writer.save.tensor_bytes import digest_of
 from dcp_hf_writer.storage.posix_outputs import (

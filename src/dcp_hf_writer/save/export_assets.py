@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
-import tempfile
 import threading
 import weakref
 from collections.abc import Mapping
@@ -18,20 +18,21 @@ from safetensors import SafetensorError, safe_open
 
 from dcp_hf_writer.errors import CheckpointError, ConfigError, ExportError
 from dcp_hf_writer.formats.names_on_disk import CONFIG_NAME, INDEX_SUFFIX
+from dcp_hf_writer.save.model_assets import (
+    config_files,
+    configs_of,
+    is_of_transformers,
+    other_files,
+    save_pretrained,
+    transformers_model,
+)
 from dcp_hf_writer.storage.paths_as_written import hub_hint, plain_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from dcp_hf_writer.mapping.architecture import Architecture
     from dcp_hf_writer.mapping.hf_export import HFExport
-
-CHECKSUMS_NAME = "checksums.json"
-"""File name for `sglang ... --model-checksum <directory>/checksums.json`."""
-
-
-# Weights in any format; they are not copied, because the export writes its own.
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf")
-_WEIGHT_INDEXES = (INDEX_SUFFIX, ".bin.index.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,8 @@ class Assets:
     """Content by path within the export directory."""
     file_of_key: Mapping[str, str] | None
     """File name of each key in `like`; `None` without `like`."""
+    architecture: Architecture | None = None
+    """What the config among the files expects of the weights; `None` if nobody can tell."""
 
 
 _PLAIN = (str, os.PathLike, Mapping)
@@ -187,14 +190,28 @@ def _render(export: HFExport) -> Assets:
     files: dict[str, bytes] = {}
     file_of_key = file_of_key_in_like(export)
     if export.like is not None:
-        files.update(_other_files(Path(plain_path(export.like, option="like"))))
+        files.update(other_files(Path(plain_path(export.like, option="like"))))
+    model = None
     for asset in _each(export.assets):
-        files.update(_render_one(asset))
+        rendered = _render_one(asset)
+        files.update(rendered)
+        if CONFIG_NAME in rendered:
+            model = transformers_model(asset)
     for name in files:
         _check_name(name)
     if CONFIG_NAME in files and export.dtype is not None:
         files[CONFIG_NAME] = _with_dtype(files[CONFIG_NAME], export.dtype)
-    return Assets(files, file_of_key)
+    return Assets(files, file_of_key, _architecture(files.get(CONFIG_NAME), model, export))
+
+
+def _architecture(config: bytes | None, model: Any, export: HFExport) -> Architecture | None:
+    # `expect_keys` lists the keys itself: `HFExport.from_transformers` has compared them already.
+    if config is None or export.expect_keys is not None:
+        return None
+    # Import on the call only: `save` must load without the libraries of `integrations`.
+    module = importlib.import_module("dcp_hf_writer.integrations.architecture_of_config")
+    found: Architecture | None = module.architecture_of(config, model)
+    return found
 
 
 def _each(assets: Any) -> Iterator[Any]:
@@ -212,16 +229,19 @@ def _render_one(asset: Any) -> dict[str, bytes]:
         return {str(name): _as_bytes(name, data) for name, data in asset.items()}
     if isinstance(asset, (str, os.PathLike)):
         return _read_path(Path(plain_path(asset, option="an asset")))
-    if isinstance(asset, torch.nn.Module) and hasattr(asset, "config"):
-        return _configs_of(asset)
+    model = transformers_model(asset)
+    if model is not None or (isinstance(asset, torch.nn.Module) and hasattr(asset, "config")):
+        return configs_of(asset if model is None else model)
+    if is_of_transformers(asset, "PreTrainedConfig"):
+        return config_files(asset)
     if hasattr(asset, "save_pretrained"):
-        return _save_pretrained(asset)
+        return save_pretrained(asset)
     raise _unknown_kind(asset)
 
 
 def _is_object(asset: Any) -> bool:
     is_model = isinstance(asset, torch.nn.Module) and hasattr(asset, "config")
-    return is_model or hasattr(asset, "save_pretrained")
+    return is_model or transformers_model(asset) is not None or hasattr(asset, "save_pretrained")
 
 
 def _unknown_kind(asset: Any) -> ConfigError:
@@ -240,7 +260,7 @@ def _as_bytes(name: Any, data: Any) -> bytes:
 
 def _read_path(path: Path) -> dict[str, bytes]:
     try:
-        return _other_files(path) if path.is_dir() else {path.name: path.read_bytes()}
+        return other_files(path) if path.is_dir() else {path.name: path.read_bytes()}
     except OSError as error:
         raise _unreadable(path, str(error)) from error
 
@@ -264,52 +284,6 @@ def _unreadable(path: Path, found: str) -> ExportError:
     return ExportError(
         msg, phase="plan", path=str(path), expected=expected, found=found, hint=hub_hint(path)
     )
-
-
-def _configs_of(model: Any) -> dict[str, bytes]:
-    """Return the files that `model.save_pretrained` writes besides weights; reads no weights.
-
-    Source:
-        transformers, `PreTrainedModel.save_pretrained`: the config names the dtype of the
-        parameters and the class, without the prefix that FSDP2 adds to the class name.
-    """
-    config = copy.deepcopy(model.config)
-    config.architectures = [type(model).__name__.removeprefix("FSDP")]
-    config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    files = _save_pretrained(config)
-    generation = getattr(model, "generation_config", None)
-    if generation is not None and model.can_generate():
-        files.update(_save_pretrained(generation))
-    return files
-
-
-def _save_pretrained(asset: Any) -> dict[str, bytes]:
-    with tempfile.TemporaryDirectory(prefix="dcp-hf-assets-") as directory:
-        try:
-            asset.save_pretrained(directory)
-        except Exception as error:
-            msg = f"{type(asset).__name__}.save_pretrained failed"
-            raise ExportError(
-                msg, phase="plan", found=f"{type(error).__name__}: {error}"
-            ) from error
-        return _other_files(Path(directory))
-
-
-def _other_files(base: Path) -> dict[str, bytes]:
-    """Return every file below a directory, except hidden files, weights and checksums.
-
-    Readers would load foreign weights together with the export's own weights, or instead of them.
-    Checksums of other weights would be wrong for the export.
-    """
-    files = {}
-    for path in sorted(base.rglob("*")):
-        name = path.relative_to(base)
-        is_hidden = any(part.startswith(".") for part in name.parts)
-        is_weights = name.name.endswith(_WEIGHTS + _WEIGHT_INDEXES)
-        is_stale = is_weights or name.as_posix() == CHECKSUMS_NAME
-        if path.is_file() and not is_hidden and not is_stale:
-            files[name.as_posix()] = path.read_bytes()
-    return files
 
 
 def _file_of_key(base: Path) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import weakref
 from typing import TYPE_CHECKING, TypeVar
 
@@ -82,11 +83,35 @@ def check_world(lease: Lease, world: SaveWorld, *, target: str) -> None:
     try:
         world.check_before(target=target)
     except SaveAbortedError as error:
-        lease.release()
-        save_log.log_failed(target, world.rank, error)
-        MEETING.next_count()
-        _tell_left(world)
+        _leave_unbegun(lease, world, error, target=target)
         raise
+
+
+def watch_pending(lease: Lease, world: SaveWorld, *, target: str) -> None:
+    """Watch a save that has a group of its own until it begins.
+
+    If that group is gone, torch raises an error of its own before it calls any method of ours.
+    Then this rank still has to tell the others, and the save has to end.
+    """
+
+    def watch() -> None:
+        time.sleep(_PENDING_S)
+        while lease.is_pending:
+            if world.is_lost():
+                error = world.lost(target=target, phase="plan", outcome="not committed")
+                _leave_unbegun(lease, world, error, target=target)
+                return
+            time.sleep(_PENDING_S)
+
+    threading.Thread(target=watch, name="dcp-hf-pending", daemon=True).start()
+
+
+def _leave_unbegun(lease: Lease, world: SaveWorld, error: Exception, *, target: str) -> None:
+    """End a save that never began, because this process destroyed its group."""
+    lease.release()
+    save_log.log_failed(target, world.rank, error)
+    MEETING.next_count()
+    _tell_left(world)
 
 
 def _tell_left(world: SaveWorld) -> None:
@@ -94,6 +119,8 @@ def _tell_left(world: SaveWorld) -> None:
     _ask(lambda: MEETING.leave(world, PROBLEM), otherwise=None)
 
 
+# Seconds between two looks at a save that has not begun; nearly all begin before the first.
+_PENDING_S = 1.0
 # The store or the storage itself may hang: how long to wait for an answer of either.
 _ASK_S = 2.0
 # The other ranks began a little later, so their deadlines pass up to this much later.

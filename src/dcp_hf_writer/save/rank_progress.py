@@ -243,7 +243,8 @@ def lost_ranks_error(
         path=target,
         expected="an answer from every rank" + (f" in save {save_id}" if save_id else ""),
         found=f"no answer from {', '.join(silent)}; {outcome}",
-        hint="the process group cannot be used for saving any more; restart the lost ranks",
+        hint="the process group cannot be used for saving any more; restart the lost ranks, or, if "
+        "the script destroyed the group, wait for the future of the save first",
     )
 
 

@@ -113,7 +113,7 @@ def _agree(
     bucket_bytes: int | str,
 ) -> tuple[Stock, Groups, _Plan]:
     """Inspect the tensors of this rank, exchange the facts with the other ranks, and plan."""
-    tensors, names = model_tensors(state_dict, key=export.key)
+    tensors, names = model_tensors(state_dict, key=export.key, wanted=export.declared_names)
     groups, number = meet_groups(tensors, names, export, group)
     stock, error, limit_nbytes = Stock(), None, 0
     memory = memory_of(tensors)

@@ -9,11 +9,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from dcp_hf_writer.mapping.flattening import flat_tensors
-from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
+from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model, without_moments
+from dcp_hf_writer.mapping.wrapped_names import unwrapped_names
 from dcp_hf_writer.tensors.shards import check_no_shard_attributes
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Collection, Mapping
 
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
@@ -58,9 +59,14 @@ class Groups:
 
 
 def model_tensors(
-    state_dict: Mapping[str, Any], *, key: str | None
+    state_dict: Mapping[str, Any], *, key: str | None, wanted: Collection[str] = ()
 ) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """Return the tensors of the model in a state dict, and their names within it, both by FQN.
+
+    Args:
+        state_dict: A nested state dict.
+        key: Entry that holds the model, as in `HFExport.key`.
+        wanted: Names that the export declares, from `HFExport.declared_names`.
 
     Raises:
         ModelKeyError: If it is not clear which entry holds the model.
@@ -68,7 +74,8 @@ def model_tensors(
     """
     tensors = flat_tensors(state_dict)
     paths = {fqn: path for fqn, (path, _) in tensors.items()}
-    names = names_in_model(paths, model_prefix(paths, key=key))
+    names = without_moments(names_in_model(paths, model_prefix(paths, key=key)))
+    names = unwrapped_names(names, wanted)
     found = {fqn: tensors[fqn][1] for fqn in names}
     check_no_shard_attributes(found)
     return found, names

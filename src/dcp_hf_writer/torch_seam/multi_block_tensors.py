@@ -21,8 +21,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 
-from dcp_hf_writer.errors import PlanningError
-from dcp_hf_writer.mapping.spec_match import match_specs
+from dcp_hf_writer.errors import ModelKeyError, PlanningError
+from dcp_hf_writer.mapping.spec_match import match_copies, match_specs
 from dcp_hf_writer.tensors.boxes import Box, Shape
 from dcp_hf_writer.tensors.shards import (
     ShardBlock,
@@ -127,7 +127,11 @@ def blocked_tensors(
     matches: dict[str, Match] = {}
     if any(spec.shards for spec in specs.values()):
         paths = {fqn: tuple(mappings.get(fqn, (fqn,))) for fqn in tensors}
-        matches = match_specs(paths, specs, key=key)
+        try:
+            matches = match_specs(paths, specs, key=key)
+        except ModelKeyError:
+            # Planning the export refuses this. The DCP half must hold every block all the same.
+            matches = match_copies(paths, specs)
     placed = {
         match.spec.name
         for fqn, match in matches.items()

@@ -153,6 +153,9 @@ class SaveWorld:
         if self.is_alone:
             return None
         group = None if self.group is None else self.group()
+        if group is None and self.group is not None:
+            # torch holds a group for as long as it knows it.
+            return "no process group"
         return self._difference(group, is_distributed=True)
 
     def _lost(self, found: str, target: str, phase: str, outcome: str) -> SaveAbortedError:
