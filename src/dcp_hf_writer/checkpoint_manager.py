@@ -391,10 +391,7 @@ class CheckpointManager:
         return self._restored
 
     def warm_up(self, state_dict: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> int:
-        """Allocate the staging memory and read the assets, so that the first save need not.
-
-        Returns the size of the staged copy on this rank, in bytes.
-        """
+        """Allocate the staging memory and read the assets; return the bytes of the staged copy."""
         content = self._content.at(0, state_dict)
         return self._writers.writer(self._directory.path_of(0), has_export=True).warm_up(content)
 
