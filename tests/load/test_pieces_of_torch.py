@@ -211,7 +211,7 @@ def test_directory_that_torch_wrote_whole_is_loaded(tmp_path: Path, many: bool) 
 @pytest.mark.parametrize("is_distributed", [False, True])
 @pytest.mark.parametrize("entries", [("model",), ("model", "optim"), ("encoder", "decoder")])
 def test_entries_that_torch_wrote_are_loaded_by_their_fqns(
-    tmp_path: Path, entries: tuple[str, ...], is_distributed: bool
+    tmp_path: Path, entries: tuple[str, ...], *, is_distributed: bool
 ) -> None:
     saved = {
         one: {name: value + i for name, value in model().items()} for i, one in enumerate(entries)
