@@ -51,7 +51,7 @@ def architecture_of(config: bytes, model: Any = None) -> Architecture | None:
     except ValueError:
         values = None
     if not isinstance(values, dict):
-        _log.info(_NOT_COMPARED, "it is no JSON object")
+        _log.warning(_NOT_COMPARED, "it is no JSON object, so no reader can use it")
         return None
     if "quantization_config" in values:
         _log.info(_NOT_COMPARED, "it is of a quantised model")

@@ -90,7 +90,8 @@ def _files_like(
             msg,
             phase="plan",
             found=some_of(map(repr, sorted(missing)), most=MOST_NAMES),
-            hint="pass specs that produce the keys of the base model, or do not pass like=",
+            hint="pass specs that produce the keys of the base model, such as those of "
+            "HFExport.from_transformers(model, like=...), or do not pass like=",
         )
     files: dict[str, list[AssignedTensor]] = {}
     for one in assigned:
