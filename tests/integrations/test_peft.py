@@ -13,8 +13,13 @@ from torch.distributed.fsdp import fully_shard
 
 from dcp_hf_writer import HFDualReader, HFDualWriter, verify
 from dcp_hf_writer.errors import ConfigError
-from dcp_hf_writer.integrations.peft import adapter_export, merged_export, merged_weights
-from dcp_hf_writer.integrations.state_of_training import set_state, state_of
+from dcp_hf_writer.integrations.peft import (
+    adapter_export,
+    adapter_state,
+    merged_export,
+    merged_weights,
+    set_adapter_state,
+)
 from support.ranks import run_ranks
 from support.trained_runs import tiny_llama
 
@@ -68,7 +73,7 @@ def save_on_rank(rank: int, world_size: int, directory: Path, kind: str) -> None
     if world_size > 1:
         shard(model)
     optimizer = train_step(model)
-    state = state_of(model, optimizer, without_frozen=True)
+    state = adapter_state(model, optimizer)
     full = {name: _full(tensor) for name, tensor in model.state_dict().items()}
     # Sharded arithmetic may round otherwise: compare with the values of the sharded model.
     plain.load_state_dict(full)
@@ -92,9 +97,9 @@ def load_on_rank(rank: int, world_size: int, directory: Path) -> list[dict[str, 
     if world_size > 1:
         shard(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.01)
-    state = state_of(model, optimizer, without_frozen=True)
+    state = adapter_state(model, optimizer)
     dcp.load(state, storage_reader=HFDualReader(directory / "step-1", source="dcp", verify=True))
-    set_state(model, optimizer, state, without_frozen=True)
+    set_adapter_state(model, optimizer, state)
     trained = {n: _full(p.data) for n, p in model.named_parameters() if p.requires_grad}
     moments = [_full(one["exp_avg"]) for one in optimizer.state_dict()["state"].values()]
     return [trained, dict(zip(trained, moments, strict=True))]
@@ -167,7 +172,10 @@ def test_merging_is_refused_when_the_adapter_does_more_than_add(kind: str) -> No
     [
         (lambda: adapter_export(tiny_llama(), {}), "expected a PeftModel"),
         (lambda: adapter_export(lora_model(), {}, adapter="x"), r"one of \['default'\]; found 'x'"),
-        (lambda: adapter_export(lora_model(), {"a": torch.ones(1)}), "no tensor of the adapter"),
+        (
+            lambda: adapter_export(lora_model(), {"a": torch.ones(1)}),
+            "lacks tensors of the adapter",
+        ),
     ],
 )
 def test_export_of_an_adapter_is_refused(call: Callable[[], object], message: str) -> None:

@@ -9,17 +9,22 @@ from __future__ import annotations
 import copy
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from dcp_hf_writer.errors import ConfigError
+from dcp_hf_writer.integrations.state_of_training import set_state, state_of
+from dcp_hf_writer.integrations.unsharded_meta_model import listed
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.mapping.specs_from_function import derive
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from dcp_hf_writer.mapping.load_spec import LoadSpec
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 """The file of an adapter; PEFT defines the name."""
@@ -36,28 +41,90 @@ def is_peft_model(model: Any) -> bool:
     return peft is not None and isinstance(model, peft.PeftModel)
 
 
+def adapter_state(
+    model: Any, optimizer: torch.optim.Optimizer | None, *, adapter: str = "default"
+) -> dict[str, Any]:
+    """Return what a run needs to resume: `{"model": ..., "optim": ...}` without the frozen weights.
+
+    The entry `"model"` holds the parameters that are trained, and what else PEFT saves of the
+    adapter, such as an embedding that it wraps. Build the model from the same base model before you
+    load it, and set it with `set_adapter_state`. All ranks call it together.
+
+    Args:
+        model: A `PeftModel`, sharded or not.
+        optimizer: Its optimizer; `None` leaves out the entry `"optim"`.
+        adapter: Name of the adapter.
+
+    Raises:
+        ConfigError: If the model is no `PeftModel`, or has no such adapter.
+    """
+    state = state_of(model, optimizer, without_frozen=True)
+    whole = state_of(model, None)["model"]
+    kept = {*state["model"], *_exported(model, whole, adapter).names}
+    state["model"] = {fqn: one for fqn, one in whole.items() if fqn in kept}
+    return state
+
+
+def set_adapter_state(
+    model: Any, optimizer: torch.optim.Optimizer | None, state: Mapping[str, Any]
+) -> None:
+    """Set a model and its optimizer to what a load put into the result of `adapter_state`."""
+    set_state(model, optimizer, state, without_frozen=True)
+
+
 def adapter_export(
     model: Any, state_dict: Mapping[str, Any], *, adapter: str = "default", **options: Any
 ) -> HFExport:
     """Make options for an export equal to what `PeftModel.save_pretrained` writes of an adapter.
 
     The export holds `adapter_model.safetensors` and `adapter_config.json`. `PeftModel.
-    from_pretrained(base, path)` loads it. The frozen weights of the base model need not be saved:
-    pass `StateDictOptions(ignore_frozen_params=True)` to torch's `get_state_dict`. Every rank calls
-    this function.
+    from_pretrained(base, path)` loads it. Every rank calls this function.
 
     Args:
         model: A `PeftModel`, sharded or not.
-        state_dict: What will be saved of the model: the tensors by FQN. Names, global shapes and
-            dtypes matter.
+        state_dict: What will be saved of the model, by FQN: the entry `"model"` of `adapter_state`,
+            or the whole state dict of the model. Only names matter.
         adapter: Name of the adapter.
         **options: Options of `HFExport`, which replace what this function finds.
 
     Raises:
-        ConfigError: If the model is no `PeftModel`, or has no such adapter, or nothing of it is in
-            the state dict.
+        ConfigError: If the model is no `PeftModel`, has no such adapter, or the state dict lacks
+            tensors that PEFT saves.
         SpecError: If PEFT does more than rearrange the tensors of the adapter.
     """
+    found = _exported(model, state_of(model, None)["model"], adapter)
+    lacking = sorted(found.names - state_dict.keys())
+    if lacking:
+        raise ConfigError(
+            "the state dict lacks tensors of the adapter",
+            expected=f"the tensors that PEFT saves of the adapter {adapter!r}",
+            found=f"no {listed(lacking)}",
+            hint="pass the entry 'model' of adapter_state(model, optimizer)",
+        )
+    given: dict[str, Any] = {
+        "specs": {fqn: spec for fqn, spec in found.specs.items() if fqn in state_dict},
+        "expect_keys": found.keys,
+        "single_file": WEIGHTS_NAME,
+        "assets": ({CONFIG_NAME: _config(model, adapter)},),
+        "order": "state_dict",
+        "tied": {},
+    }
+    return HFExport(**{**given, **options})
+
+
+@dataclass(frozen=True)
+class _Exported:
+    """What PEFT saves of an adapter."""
+
+    specs: Mapping[str, LoadSpec]
+    """A spec for each tensor of the model, by FQN."""
+    names: frozenset[str]
+    """FQNs of the tensors that PEFT saves."""
+    keys: frozenset[str]
+    """The names that PEFT gives them."""
+
+
+def _exported(model: Any, state_dict: Mapping[str, Any], adapter: str) -> _Exported:
     _check(model, adapter)
     # Import on the call only: this package works without PEFT.
     from peft import get_peft_model_state_dict  # noqa: PLC0415
@@ -67,21 +134,8 @@ def adapter_export(
         lambda symbols: get_peft_model_state_dict(model, state_dict=symbols, adapter_name=adapter),
         tensors,
     )
-    if not found.hf:
-        raise ConfigError(
-            "the state dict holds no tensor of the adapter",
-            expected=f"tensors of the adapter {adapter!r}",
-            found=", ".join(map(repr, list(state_dict)[:5])) or "an empty state dict",
-        )
-    given: dict[str, Any] = {
-        "specs": found.specs,
-        "expect_keys": frozenset(found.hf),
-        "single_file": WEIGHTS_NAME,
-        "assets": ({CONFIG_NAME: _config(model, adapter)},),
-        "order": "state_dict",
-        "tied": {},
-    }
-    return HFExport(**{**given, **options})
+    names = frozenset(fqn for fqn, spec in found.specs.items() if spec.hf_keys)
+    return _Exported(found.specs, names, frozenset(found.hf))
 
 
 def merged_weights(model: Any, *, adapter: str = "default") -> dict[str, torch.Tensor]:
@@ -108,7 +162,7 @@ def merged_weights(model: Any, *, adapter: str = "default") -> dict[str, torch.T
             if place == fqn or _is_added(model, fqn):
                 continue
             owner, _, rest = place.rpartition(_WRAPPED)
-            layer = model.get_base_model().get_submodule(owner) if owner else None
+            layer: Any = model.get_base_model().get_submodule(owner) if owner else None
             if rest == "weight" and adapter in getattr(layer, "lora_A", ()):
                 delta = layer.get_delta_weight(adapter).to(tensor.dtype)
                 tensor = tensor + delta  # noqa: PLW2901 - the merged tensor takes its place
@@ -164,8 +218,8 @@ def _check_only_adds(model: Any, adapter: str) -> None:
         "target_parameters": bool(getattr(config, "target_parameters", None)),
     }
     for name, module in model.named_modules():
-        variants = getattr(module, "lora_variant", None)
-        problems[f"a LoRA variant in {name}"] = bool(variants) and adapter in variants
+        variants: Any = getattr(module, "lora_variant", None)
+        problems[f"a LoRA variant in {name}"] = adapter in (variants or ())
         problems[f"{name} is merged already"] = bool(getattr(module, "merged", False))
     found = [name for name, is_there in problems.items() if is_there]
     if found:
@@ -179,7 +233,7 @@ def _check_only_adds(model: Any, adapter: str) -> None:
 
 def _is_added(model: Any, fqn: str) -> bool:
     """Whether a tensor belongs to an adapter and not to the base model."""
-    return any(f".{prefix}" in fqn for prefix in (model.base_model.prefix,))
+    return f".{model.base_model.prefix}" in fqn
 
 
 def _config(model: Any, adapter: str) -> bytes:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from transformers.trainer_callback import ExportableState, TrainerCallback
 
 from dcp_hf_writer.errors import CheckpointError, ConfigError, MismatchError
+from dcp_hf_writer.integrations import peft
 from dcp_hf_writer.integrations.new_manager import check_free, new_manager
 from dcp_hf_writer.integrations.state_of_training import DeferredRNG, set_state, state_of
 from dcp_hf_writer.manager.retention import KeepBest
@@ -228,14 +229,14 @@ class HFDualCallback(TrainerCallback):
         """
         trainer, manager = self._attached, self._manager
         step = trainer.state.best_global_step
-        state = {"model": state_of(trainer.model, None)["model"]}
+        state = _state_of(trainer.model, None)
         if manager.restore(state, step=step, verify=self._verifies) is None:
             raise MismatchError(
                 "the step with the best model is gone",
                 path=self._path_of(step),
                 hint="pass keep_best= to the callback, or do not set it: the default keeps it",
             )
-        set_state(trainer.model, None, state)
+        _set_state(trainer.model, None, state)
 
     @property
     def _attached(self) -> Any:
@@ -271,9 +272,15 @@ class HFDualCallback(TrainerCallback):
         return new_manager(self._run_root, fixed={}, options={**defaults, **self._options, **mine})
 
     def _export_of(self, trainer: Any) -> HFExport | None:
-        if isinstance(self._export, str):
-            # One object serves every save of a run, also of further calls of `train`.
-            self._export = HFExport.from_transformers(trainer.model, trainer.processing_class)
+        if not isinstance(self._export, str):
+            return self._export
+        # One object serves every save of a run, also of further calls of `train`.
+        model, tokenizer = trainer.model, trainer.processing_class
+        if peft.is_peft_model(model):
+            tensors = peft.adapter_state(model, None, adapter=model.active_adapter)["model"]
+            self._export = peft.adapter_export(model, tensors, adapter=model.active_adapter)
+        else:
+            self._export = HFExport.from_transformers(model, tokenizer)
         return self._export
 
     def _source_of_resume(
@@ -320,8 +327,8 @@ class HFDualCallback(TrainerCallback):
     def _state(self) -> dict[str, Any]:
         trainer = self._attached
         if trainer.args.save_only_model:
-            return state_of(trainer.model, None)
-        state = state_of(trainer.model, _bare(trainer.optimizer))
+            return _state_of(trainer.model, None)
+        state = _state_of(trainer.model, _bare(trainer.optimizer))
         state["lr_scheduler"] = trainer.lr_scheduler.state_dict()
         scaler = getattr(trainer.accelerator, "scaler", None)
         if scaler is not None and scaler.state_dict():
@@ -334,11 +341,24 @@ class HFDualCallback(TrainerCallback):
         if self._manager.restore(state, step=step, verify=self._verifies) is None:
             raise CheckpointError("the checkpoint is gone", path=self._path_of(step))
         has_optimizer = "optim" in state
-        set_state(trainer.model, _bare(trainer.optimizer) if has_optimizer else None, state)
+        _set_state(trainer.model, _bare(trainer.optimizer) if has_optimizer else None, state)
         if has_optimizer:
             trainer.lr_scheduler.load_state_dict(state["lr_scheduler"])
         if "scaler" in state:
             trainer.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def _state_of(model: Any, optimizer: Any) -> dict[str, Any]:
+    if peft.is_peft_model(model):
+        return peft.adapter_state(model, optimizer, adapter=model.active_adapter)
+    return state_of(model, optimizer)
+
+
+def _set_state(model: Any, optimizer: Any, state: Mapping[str, Any]) -> None:
+    if peft.is_peft_model(model):
+        peft.set_adapter_state(model, optimizer, state)
+    else:
+        set_state(model, optimizer, state)
 
 
 def _bare(optimizer: Any) -> Any:
