@@ -17,6 +17,7 @@ LATE = {
     ("mapping.hf_export", "integrations.state_dict_adapter"),
     ("save.export_assets", "integrations.architecture_of_config"),
     ("integrations.new_manager", "checkpoint_manager"),
+    ("integrations.new_manager", "reader"),
 }
 
 # Storage, processes, other machines.

@@ -172,9 +172,7 @@ class HFDualCallback(TrainerCallback):
         numbers = {k: float(v) for k, v in (metrics or {}).items() if isinstance(v, (int, float))}
         self._metrics = (state.global_step, numbers)
 
-    def train_instead(
-        self, resume_from_checkpoint: str | os.PathLike[str] | bool | None = None, **kwargs: Any
-    ) -> Any:
+    def train_instead(self, resume_from_checkpoint: Any = None, **kwargs: Any) -> Any:
         """Do what `Trainer.train` does, with a manager.
 
         Args:
@@ -269,7 +267,7 @@ class HFDualCallback(TrainerCallback):
             "rank_state": {**self._options.get("rank_state", {}), RNG_NAME: self._rng},
             "save_rng": False,
         }
-        return new_manager(self._run_root, fixed={}, options={**defaults, **self._options, **mine})
+        return new_manager(self._run_root, options={**defaults, **self._options, **mine})
 
     def _export_of(self, trainer: Any) -> HFExport | None:
         if not isinstance(self._export, str):
@@ -283,11 +281,11 @@ class HFDualCallback(TrainerCallback):
             self._export = HFExport.from_transformers(model, tokenizer)
         return self._export
 
-    def _source_of_resume(
-        self, given: str | os.PathLike[str] | bool | None, scratch: Path
-    ) -> str | None:
+    def _source_of_resume(self, given: Any, scratch: Path) -> str | None:
         """Return the directory that Trainer takes its own state from; `None` to start anew."""
-        path = None if given is None or isinstance(given, bool) else os.path.abspath(given)
+        path: str | None = None
+        if given is not None and not isinstance(given, bool):
+            path = os.path.abspath(given)
         step = None if path is None else self._names.step_of(os.path.basename(path))
         if path is not None and (step is None or os.path.dirname(path) != self._run_root):
             return path
