@@ -40,7 +40,9 @@ def train_with_torchtitan(rank: int, world_size: int, directory: Path) -> Any:
     return run_to_end(run, run.build(base_config(), directory))
 
 
-def load(rank: int, world_size: int, directory: Path, fields: dict[str, Any], step: int = -1) -> Any:
+def load(
+    rank: int, world_size: int, directory: Path, fields: dict[str, Any], step: int = -1
+) -> Any:
     """Load into a run with other values; return its progress and its values."""
     del rank
     is_ours = fields.pop("is_ours")

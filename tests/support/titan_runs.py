@@ -47,7 +47,7 @@ class TitanRun:
         llama3 = importlib.import_module("torchtitan.models.llama3")
         adapters = importlib.import_module("torchtitan.models.llama3.state_dict_adapter")
         parts = importlib.import_module("torchtitan.components.optimizer")
-        config = llama3.llama3_configs["debugmodel"](attn_backend="sdpa")
+        config = llama3.llama3_configs["debugmodel"](attn_backend="flex")
         del config.layers[layers:]
         torch.manual_seed(seed)
         model = config.build()

@@ -36,11 +36,13 @@ class Watcher(TrainerCallback):
         self._path, self._kill_at = directory / f"losses-{rank}.txt", kill_at
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        del args, control
         if "loss" in logs:
             with self._path.open("a") as losses:
                 losses.write(f"step {state.global_step} loss {logs['loss']!r}\n")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        del args, control
         if state.global_step == self._kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
@@ -74,7 +76,7 @@ def use_fsdp2_on_gloo(trainer: Trainer) -> None:
 
     What shards, wraps and steps is accelerate's own code.
     """
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin  # noqa: PLC0415
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 
     state = trainer.accelerator.state
     state.distributed_type = DistributedType.FSDP

@@ -93,7 +93,7 @@ class DualCheckpointer:
             **states,
             OPTIMIZER: optimizers,
             LR_SCHEDULER: lr_schedulers,
-            **({} if dataloader is None else {DATALOADER: dataloader}),
+            DATALOADER: dataloader,
         }
         self._adapter = sd_adapter
         self._export = export if export is not None else self._export_of(sd_adapter)
@@ -194,7 +194,9 @@ class DualCheckpointer:
         return {fqn: one for part in self._parts for fqn, one in part.state_dict().items()}
 
     def _everything(self) -> dict[str, Any]:
-        return {**self._model(), **{k: one.state_dict() for k, one in self._states.items()}}
+        # torchtitan saves None in place of an object that there is not.
+        states = {k: None if one is None else one.state_dict() for k, one in self._states.items()}
+        return {**self._model(), **states}
 
     def _wanted(self) -> dict[str, Any]:
         """Return the state dict to load into, without what the config leaves out."""
@@ -212,7 +214,7 @@ class DualCheckpointer:
         for part in self._parts:
             part.load_state_dict({fqn: state[fqn] for fqn in part.state_dict()})
         for name, one in self._states.items():
-            if name in state:
+            if one is not None and name in state:
                 one.load_state_dict(state[name])
 
     def _load_first(self) -> bool:
