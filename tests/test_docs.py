@@ -98,7 +98,9 @@ def run_first_block(rank: int, world_size: int, directory: str) -> None:
 
 def test_no_other_page_has_blocks_that_nothing_runs() -> None:
     pages = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-    assert {page for page in pages if blocks(page)} == {"README.md", "docs/how-to.md"}
+    assert {page for page in pages if blocks(page)} == {
+        *("README.md", "docs/how-to.md", "docs/manager.md")
+    }
     assert list(blocks("README.md")) == ["first", "Use it"]
 
 
@@ -180,3 +182,18 @@ def check_served(checkpoint: Path, dtype: torch.dtype) -> None:
         assert (
             dtype == torch.float32 or not torch.equal(tensor.float(), saved[name]) or "norm" in name
         )
+
+
+def test_run_of_the_manager_page_trains_and_resumes_under_torchrun(tmp_path: Path) -> None:
+    (code,) = blocks("docs/manager.md")["A whole run"]
+    first = torchrun(2, code.replace("(start or 0) + 1, 31", "(start or 0) + 1, 8"), tmp_path)
+    assert "rank 1 step 7 loss" in first
+    second = torchrun(2, code, tmp_path)
+    assert "rank 1 step 7 loss" not in second
+    assert {"rank 1 step 8 loss", "rank 0 step 30 loss"} <= {
+        line.partition("loss")[0] + "loss" for line in second.splitlines()
+    }
+    found = sorted(path.name for path in (tmp_path / "runs" / "a").glob("step-*"))
+    assert found[-1] == "step-30"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "a" / "hf-latest")
+    assert model.config.architectures == ["LlamaForCausalLM"]
