@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -97,6 +98,27 @@ def test_run_loads_on_another_number_of_ranks_and_in_transformers(tmp_path: Path
     assert not torch.equal(served.lm_head.weight, tiny_llama().lm_head.weight)
     names = sorted(p.name for p in (tmp_path / "run").iterdir() if p.name.startswith("checkpoint"))
     assert names == [], "Trainer must not save by itself"
+
+
+def resume_from_damage(rank: int, world_size: int, directory: Path) -> int:
+    """Train, cut the newest step off, and return the step that the next run resumes from."""
+    train(rank, world_size, directory, {}, {})
+    (file,) = (directory / "run" / f"step-{STEPS}").glob("*.distcp")
+    os.truncate(file, 1000)
+    grab = Grab()
+    trainer = make_trainer(rank, world_size, directory, HFDualCallback())
+    trainer.add_callback(grab)
+    trainer.train(resume_from_checkpoint=True)
+    return grab.step
+
+
+@pytest.mark.timeout(200)
+def test_damaged_step_is_passed_over_and_replaced(tmp_path: Path) -> None:
+    assert run_ranks(resume_from_damage, 1, tmp_path, timeout_s=120) == [STEPS - 2]
+    assert verify(tmp_path / "run" / f"step-{STEPS}").ok
+    assert {step: len(losses) for step, losses in losses_of(tmp_path).items()} == dict.fromkeys(
+        range(1, STEPS + 1), 1
+    ), "the same losses again"
 
 
 def lora_model() -> Any:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_hf_writer.errors import ConfigError
-from dcp_hf_writer.formats.names_on_disk import SUFFIX
 from dcp_hf_writer.mapping.load_spec import LoadSpec
 from dcp_hf_writer.mapping.option_values import (
     check_names,
@@ -278,9 +277,9 @@ class HFExport:
             msg = "subdir must be one plain directory name"
             raise ConfigError(msg, expected='a name such as "hf"', found=repr(self.subdir))
         name = self.single_file
-        if name is not None and ("/" in name or "\0" in name or not name.endswith(SUFFIX)):
+        if name is not None and ("/" in name or "\0" in name or not name.endswith(".safetensors")):
             msg = "single_file must be one plain file name"
-            raise ConfigError(msg, expected=f"a name that ends with {SUFFIX}", found=repr(name))
+            raise ConfigError(msg, expected="a name that ends with .safetensors", found=repr(name))
         if name is not None and self.like is not None:
             msg = "single_file and like cannot be given together"
             raise ConfigError(msg, expected="one of them: both decide the names of the files")
