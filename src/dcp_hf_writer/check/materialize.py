@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import math
 import os
 import pickle
@@ -32,6 +31,8 @@ from dcp_hf_writer.save.tensor_bytes import host_bytes
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs
 from dcp_hf_writer.storage.posix_outputs import OutputFile, sync_directory, write_file
+from dcp_hf_writer.tensors.boxes import whole
+from dcp_hf_writer.tensors.row_major_parts import row_major_parts
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -168,7 +169,9 @@ class _Rewrite:
     def _write_data(self, output: OutputFile, index: MetadataIndex, start: int) -> tuple[int, str]:
         digest, position = xxhash.xxh3_64(), start
         dtype = self._dtype(index)
-        for offsets, sizes in _slabs(self._shape(index), _BUFFER_NBYTES // dtype.itemsize):
+        box = whole(self._shape(index))
+        for one in row_major_parts(box, _BUFFER_NBYTES // dtype.itemsize):
+            offsets, sizes = one.offsets, one.sizes
             part = self._buffer[: math.prod(sizes) * dtype.itemsize].view(dtype).view(sizes)
             item = ReadItem(
                 LoadItemType.TENSOR,
@@ -233,22 +236,3 @@ def _free_name(number: int, taken: set[str]) -> str:
         name = f"_{name}"
     taken.add(name)
     return name
-
-
-def _slabs(shape: Shape, max_elements: int) -> Iterator[tuple[Shape, Shape]]:
-    """Cut a tensor into boxes of at most `max_elements`, `(offsets, sizes)`, in row-major order."""
-    if math.prod(shape) == 0:
-        return
-    dim = 0
-    while dim < len(shape) and math.prod(shape[dim + 1 :]) > max_elements:
-        dim += 1
-    if dim == len(shape):
-        yield (0,) * dim, shape
-        return
-    inner = math.prod(shape[dim + 1 :])
-    step = max(1, max_elements // inner)
-    for outer in itertools.product(*map(range, shape[:dim])):
-        for start in range(0, shape[dim], step):
-            size = min(step, shape[dim] - start)
-            rest = shape[dim + 1 :]
-            yield (*outer, start, *(0 for _ in rest)), (*(1 for _ in outer), size, *rest)
