@@ -29,7 +29,7 @@ def test_export_of_a_stock_checkpoint_equals_the_live_export(
     name: str, models: Path, tmp_path: Path
 ) -> None:
     live = models / name / "live" / "hf"
-    options = ("--config", live, "--dtype", "bfloat16", "--max-shard-size", "40KB")
+    options = ("--config", live, "--dtype", "bfloat16", "--max-shard-size", "20KB")
     found = answer("export", models / name / "stock", tmp_path / "hf", *options)
     assert differing_files(live, tmp_path / "hf") == []
     assert len(found["files"]) > 2
@@ -78,3 +78,14 @@ def test_materialize_makes_a_checkpoint_that_torch_alone_reads(tmp_path: Path) -
     found = answer("materialize", tmp_path / "once", tmp_path / "plain")
     assert found["path"] == f"{tmp_path}/plain"
     assert dcp_difference(tmp_path / "plain", state_of(3)) is None
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_import_reverses_an_export(name: str, models: Path, tmp_path: Path) -> None:
+    live = models / name / "live" / "hf"
+    answer("export", models / name / "stock", tmp_path / "hf", "--config", live)
+    found = answer("import", tmp_path / "hf", tmp_path / "dcp", "--config", live)
+    assert found["missing"] == []
+    assert answer("verify", tmp_path / "dcp")["ok"]
+    only_stock = answer("diff", tmp_path / "dcp", models / name / "stock", code=1)
+    assert [one["name"] for one in only_stock["differences"]] == ["optim.m"]

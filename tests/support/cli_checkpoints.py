@@ -40,6 +40,6 @@ def make_models(root: Path) -> None:
     mixtral = MixtralForCausalLM(MixtralConfig(**SIZES, **heads, **experts))
     for name, model in (("llama", llama), ("mixtral", mixtral)):
         state = {"model": model.state_dict(), "optim": {"m": torch.ones(3)}, "step": 7}
-        export = HFExport.from_transformers(model, max_shard_size="40KB", dtype=torch.bfloat16)
+        export = HFExport.from_transformers(model, max_shard_size="20KB", dtype=torch.bfloat16)
         dcp.save(state, storage_writer=HFDualWriter(root / name / "live", export=export))
         dcp.save(state, checkpoint_id=root / name / "stock")

@@ -34,6 +34,15 @@ Prefix = Annotated[
 Key = Annotated[
     Optional[str], typer.Option("--key", metavar="REGEX", help="Only tensors with such names.")
 ]
+Config = Annotated[
+    Optional[str],
+    typer.Option(metavar="PATH", help="config.json or its directory: gives specs and ties."),
+]
+Specs = Annotated[
+    Optional[str],
+    typer.Option(metavar="FILE.py:NAME", help="LoadSpecs of your own; runs the file."),
+]
+Dtype = Annotated[Optional[str], typer.Option(help="Cast weights, such as bfloat16.")]
 Root = Annotated[str, typer.Argument(metavar="ROOT", help="Directory of a run.")]
 Checkpoint = Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a path or a URL.")]
 
@@ -152,19 +161,13 @@ def materialize(
 def export_dcp(
     path: Annotated[str, typer.Argument(metavar="DCP", help="DCP checkpoint: a path or a URL.")],
     target: Annotated[str, typer.Argument(metavar="HF", help="New directory: a local path.")],
-    config: Annotated[
-        Optional[str],
-        typer.Option(metavar="PATH", help="config.json or its directory: gives specs and ties."),
-    ] = None,
-    specs: Annotated[
-        Optional[str],
-        typer.Option(metavar="FILE.py:NAME", help="LoadSpecs of your own; runs the file."),
-    ] = None,
+    config: Config = None,
+    specs: Specs = None,
     like: Annotated[
         Optional[str],
         typer.Option(metavar="DIR", help="Model directory with the file names to use."),
     ] = None,
-    dtype: Annotated[Optional[str], typer.Option(help="Cast weights, such as bfloat16.")] = None,
+    dtype: Dtype = None,
     max_shard_size: Annotated[str, typer.Option(help="Largest file.")] = "5GB",
     entry: Annotated[
         Optional[str], typer.Option(help="Entry of the state dict that holds the model.")
@@ -187,6 +190,29 @@ def export_dcp(
             options=options,
         ),
         convert_commands.show_export,
+        as_json=json,
+        debug=debug,
+    )
+
+
+@app.command("import")
+def import_hf(
+    path: Annotated[str, typer.Argument(metavar="HF", help="HuggingFace directory: path or URL.")],
+    target: Annotated[str, typer.Argument(metavar="DCP", help="New checkpoint: a local path.")],
+    config: Config = None,
+    specs: Specs = None,
+    dtype: Dtype = None,
+    entry: Annotated[str, typer.Option(help="Entry of the state dict; empty for none.")] = "model",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a HuggingFace directory as a DCP checkpoint; exit 1 if tensors are missing."""
+    run(
+        "import",
+        lambda: convert_commands.import_hf(
+            path, target, config=config, specs=specs, dtype=dtype, entry=entry
+        ),
+        convert_commands.show_import,
         as_json=json,
         debug=debug,
     )

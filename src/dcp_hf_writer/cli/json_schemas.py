@@ -297,6 +297,16 @@ SCHEMAS: dict[str, Schema] = {
         nbytes=_whole("its size"),
         seconds=_number("duration"),
     ),
+    "import": _answer(
+        "import",
+        "what was written",
+        source=_text("the directory that was read"),
+        path=_text("absolute path of the checkpoint"),
+        tensors=_whole("tensors"),
+        nbytes=_whole("their size"),
+        seconds=_number("duration"),
+        missing=_many(_text("name"), "names that the specs expect and the directory lacks"),
+    ),
     "export": _answer(
         "export",
         "what was written",

@@ -104,7 +104,7 @@ def row(into: Table, *cells: object, style: str = "") -> None:
 
 def line(console: Console, text: str, style: str = "") -> None:
     """Print a line of text."""
-    console.print(Text(printable(text), style=style))
+    console.print(Text(printable(text), style=style), soft_wrap=True)
 
 
 def _print_json(value: dict[str, Any]) -> None:
@@ -125,7 +125,9 @@ def _print_error(name: str, error: Exception, *, as_json: bool) -> None:
     if not isinstance(error, (CheckpointError, OSError)):
         text = f"{type(error).__name__}: {text}; --debug shows where"
     console = Console(stderr=True, markup=False, highlight=False, emoji=False)
-    console.print(Text(f"dcp-hf {name}: ", style="bold red") + Text(printable(text)))
+    console.print(
+        Text(f"dcp-hf {name}: ", style="bold red") + Text(printable(text)), soft_wrap=True
+    )
 
 
 def _code_of(error: Exception) -> int:

@@ -52,7 +52,7 @@ class TensorDifference:
 
 
 @dataclass(frozen=True, slots=True)
-class Comparison:
+class CheckpointComparison:
     """The result of a comparison."""
 
     halves: tuple[str, str]
@@ -101,7 +101,7 @@ def compare_checkpoints(
     half: SourceName = "auto",
     matches: Callable[[str], bool] = lambda _: True,
     progress: Callable[[int, int], None] | None = None,
-) -> Comparison:
+) -> CheckpointComparison:
     """Compare all tensors of two checkpoints, a part at a time.
 
     If one side is a DCP half and the other a HuggingFace directory, only the tensors of the model
@@ -127,7 +127,7 @@ def compare_checkpoints(
                 side.within_model()
         names = [n for n in sorted(sides[0].names.keys() | sides[1].names.keys()) if matches(n)]
         found = list(_differences(sides, names, progress))
-    return Comparison(
+    return CheckpointComparison(
         (sides[0].half, sides[1].half),
         sum(one is None for one in found),
         tuple(one for one in found if one is not None),
