@@ -10,12 +10,16 @@ import typer
 from dcp_hf_writer.cli import (
     convert_commands,
     diff_command,
+    doctor_command,
     inspect_command,
+    keep_house_command,
     print_schema,
+    report_command,
     run_listing,
     verify_command,
 )
 from dcp_hf_writer.cli.run_command import run
+from dcp_hf_writer.manager.retention import Retention
 
 app = typer.Typer(
     name="dcp-hf",
@@ -43,6 +47,7 @@ Specs = Annotated[
     typer.Option(metavar="FILE.py:NAME", help="LoadSpecs of your own; runs the file."),
 ]
 Dtype = Annotated[Optional[str], typer.Option(help="Cast weights, such as bfloat16.")]
+Step = Annotated[int, typer.Argument(min=0, help="Number of the step.")]
 Root = Annotated[str, typer.Argument(metavar="ROOT", help="Directory of a run.")]
 Checkpoint = Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a path or a URL.")]
 
@@ -213,6 +218,101 @@ def import_hf(
             path, target, config=config, specs=specs, dtype=dtype, entry=entry
         ),
         convert_commands.show_import,
+        as_json=json,
+        debug=debug,
+    )
+
+
+@app.command()
+def gc(
+    root: Root,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    keep_last: Annotated[
+        Optional[int], typer.Option(min=1, help="Newest steps to keep; default: all.")
+    ] = None,
+    keep_every: Annotated[
+        Optional[int], typer.Option(min=1, help="Also keep multiples of this number.")
+    ] = None,
+    export_keep_last: Annotated[
+        Optional[int], typer.Option(min=1, help="Newest exports to keep; default: all.")
+    ] = None,
+    prefix: Prefix = "step-",
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Delete what dead saves left, and steps that the limits give up; never pinned ones."""
+    run(
+        "gc",
+        lambda: keep_house_command.collect_garbage(
+            root, prefix, Retention(keep_last, keep_every, None, export_keep_last), is_dry=dry_run
+        ),
+        keep_house_command.show_garbage,
+        as_json=json,
+        debug=debug,
+    )
+
+
+@app.command()
+def pin(
+    root: Root, step: Step, prefix: Prefix = "step-", json: Json = False, debug: Debug = False
+) -> None:
+    """Keep a step, whatever the retention of the run says."""
+    run(
+        "pin",
+        lambda: keep_house_command.pin(root, prefix, step, is_pinned=True),
+        keep_house_command.show_pin,
+        as_json=json,
+        debug=debug,
+    )
+
+
+@app.command()
+def unpin(
+    root: Root, step: Step, prefix: Prefix = "step-", json: Json = False, debug: Debug = False
+) -> None:
+    """Undo a pin."""
+    run(
+        "unpin",
+        lambda: keep_house_command.pin(root, prefix, step, is_pinned=False),
+        keep_house_command.show_pin,
+        as_json=json,
+        debug=debug,
+    )
+
+
+@app.command()
+def report(
+    path: Checkpoint,
+    plot: Annotated[Optional[str], typer.Option(metavar="PNG", help="Draw a picture.")] = None,
+    html: Annotated[Optional[str], typer.Option(metavar="HTML", help="Write a page.")] = None,
+    trace: Annotated[
+        Optional[str], typer.Option(metavar="JSON", help="Write a Chrome trace, for Perfetto.")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show where the time of a save went: phases, bytes and rate of each rank."""
+    run(
+        "report",
+        lambda: report_command.report(path, plot=plot, page=html, trace=trace),
+        report_command.show_report,
+        as_json=json,
+        debug=debug,
+    )
+
+
+@app.command()
+def doctor(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Where a checkpoint would be made.")],
+    mib: Annotated[int, typer.Option(min=1, help="Size of the speed test, in MiB.")] = 256,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Probe a place for checkpoints: rename, clone, space, speed, strategy."""
+    run(
+        "doctor",
+        lambda: doctor_command.doctor(path, nbytes=mib << 20),
+        doctor_command.show_doctor,
         as_json=json,
         debug=debug,
     )

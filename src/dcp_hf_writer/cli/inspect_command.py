@@ -60,7 +60,7 @@ def inspect_checkpoint(path: str, pattern: str | None) -> Outcome:
         "save": None if manifest is None else _save(manifest),
         "dcp": None if metadata is None else _dcp(metadata, manifest, sizes),
         "hf": None if directory is None else _hf(directory, subdir, sizes),
-        "ranks": [] if manifest is None else _ranks(manifest),
+        "ranks": [] if manifest is None else bytes_by_rank(manifest),
         "tensors": None,
     }
     if matches is None:
@@ -152,7 +152,7 @@ def _add(total: dict[str, Any], dtype: str, numel: int, nbytes: int) -> None:
     total["dtypes"][dtype] = total["dtypes"].get(dtype, 0) + 1
 
 
-def _ranks(manifest: Manifest) -> list[dict[str, Any]]:
+def bytes_by_rank(manifest: Manifest) -> list[dict[str, Any]]:
     """Return the bytes that each rank wrote: what the manifest says."""
     dcp, export = Counter[int](), Counter[int]()
     for name, file in manifest.dcp.items():

@@ -148,6 +148,12 @@ _SAVE = _fields(
     tied=_map(_text("kept name"), "names that the export leaves out, and where their bytes are"),
 )
 
+_PIN = {
+    "root": _text("absolute path of the run"),
+    "step": _whole("number of the step"),
+    "is_pinned": _flag("whether retention keeps it now"),
+}
+
 _KIND = _fields(
     "shape and dtype; null if the tensor is missing",
     or_null=True,
@@ -296,6 +302,63 @@ SCHEMAS: dict[str, Schema] = {
         path=_text("absolute path of the new checkpoint"),
         nbytes=_whole("its size"),
         seconds=_number("duration"),
+    ),
+    "gc": _answer(
+        "gc",
+        "what was deleted, or would be",
+        root=_text("absolute path of the run"),
+        dry_run=_flag("whether nothing was deleted"),
+        steps=_many(_whole("step"), "checkpoints that the retention gives up"),
+        exports=_many(_whole("step"), "steps of which only the export goes"),
+        snapshots=_many(_whole("step"), "snapshots that a newer checkpoint replaces"),
+        leftovers=_many(
+            _fields(
+                "one directory",
+                name=_text("name in the run"),
+                state={"enum": ["dead", "alive", "unknown"], "description": "its save"},
+                nbytes=_whole("size"),
+            ),
+            "directories of saves and deletions that were there before",
+        ),
+        remaining=_many(_text("name"), "those that are there afterwards; empty in a dry run"),
+        nbytes=_whole("bytes of what goes"),
+    ),
+    "pin": _answer("pin", "the pin of a step", **_PIN),
+    "unpin": _answer("unpin", "the pin of a step", **_PIN),
+    "report": _answer(
+        "report",
+        "where the time of a save went",
+        path=_text("path or URL"),
+        save_id=_text("id of the save"),
+        step=_maybe_whole("training step"),
+        coordinator=_map(_number("seconds"), "seconds of the coordinator by phase"),
+        ranks=_many(
+            _fields(
+                "one rank",
+                rank=_whole("rank"),
+                host=_text("host"),
+                seconds=_map(_number("seconds"), "seconds by phase"),
+                dcp_nbytes=_whole("bytes of its DCP files"),
+                hf_nbytes=_whole("bytes of its parts of the export"),
+            ),
+            "the ranks",
+        ),
+        nbytes=_whole("bytes of all ranks"),
+        written=_many(_text("path"), "files that the command wrote"),
+    ),
+    "doctor": _answer(
+        "doctor",
+        "what a place for checkpoints can do",
+        path=_text("absolute path of the checkpoint that would be made"),
+        probed=_text("existing directory that was probed"),
+        file_system=_maybe_text("type of the file system"),
+        is_coherent=_flag("whether it is known to keep the page caches of hosts coherent"),
+        renames=_flag("whether a directory can be renamed"),
+        clone_block_nbytes=_maybe_whole("size of the blocks that files can share"),
+        free_nbytes=_maybe_whole("free space"),
+        written_nbytes=_whole("bytes of the speed test"),
+        write_seconds=_number("its duration, with fsync"),
+        advice=_many(_text("sentence"), "which strategy a save uses there, and why"),
     ),
     "import": _answer(
         "import",

@@ -48,8 +48,8 @@ def list_steps(root: str, prefix: str) -> Outcome:
     """
     run = open_run(root, prefix)
     steps = [_described(run, stored) for stored in run.listing()]
-    leftovers = _leftovers(run.root)
-    value = {"root": run.root, "latest": run.latest(), "steps": steps, "leftovers": leftovers}
+    found = leftovers(run.root)
+    value = {"root": run.root, "latest": run.latest(), "steps": steps, "leftovers": found}
     return Outcome(value)
 
 
@@ -170,7 +170,8 @@ def _age_s(path: str) -> float:
     return 0.0
 
 
-def _leftovers(root: str) -> list[str]:
+def leftovers(root: str) -> list[str]:
+    """Return the names of directories of saves in flight, dead saves and deletions."""
     return sorted(
         name for name in os.listdir(root) if name.startswith((INCOMPLETE, DELETED_PREFIX))
     )
