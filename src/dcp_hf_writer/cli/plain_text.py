@@ -11,6 +11,7 @@ _STEP = 1024
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB")
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86400
 _SHORT_S = 10
+_GB = 10**9
 
 
 def size(nbytes: float) -> str:
@@ -24,8 +25,11 @@ def size(nbytes: float) -> str:
 
 
 def rate(nbytes: float, seconds: float) -> str:
-    """Return a transfer rate in GB/s (10^9 bytes); `-` if no time passed."""
-    return f"{nbytes / seconds / 1e9:.2f} GB/s" if seconds > 0 else "-"
+    """Return a transfer rate in decimal units; `-` if no time passed."""
+    if seconds <= 0:
+        return "-"
+    value = nbytes / seconds
+    return f"{value / 1e9:.2f} GB/s" if value >= _GB else f"{value / 1e6:.1f} MB/s"
 
 
 def age(seconds: float) -> str:
