@@ -57,7 +57,7 @@ def architecture_of(config: bytes, model: Any = None) -> Architecture | None:
         _log.info(_NOT_COMPARED, "it is of a quantised model")
         return None
     try:
-        found = _class_of_config(values) if model is None else (_class_of_model(model), True)
+        found = class_of_config(values) if model is None else (_class_of_model(model), True)
         if isinstance(found, str):
             _log.info(_NOT_COMPARED, found)
             return None
@@ -72,7 +72,7 @@ def _class_of_model(model: Any) -> tuple[Any, Any]:
     return unsharded_class(model), copy.deepcopy(model.config)
 
 
-def _class_of_config(values: Mapping[str, Any]) -> tuple[tuple[Any, Any], bool] | str:
+def class_of_config(values: Mapping[str, Any]) -> tuple[tuple[Any, Any], bool] | str:
     """Return class and config of a model, and whether the config names the class; or why not."""
     names = values.get("architectures") or []
     if not names and "transformers" not in sys.modules:
