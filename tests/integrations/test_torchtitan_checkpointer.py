@@ -97,7 +97,7 @@ def test_either_checkpointer_resumes_from_the_other_on_another_number_of_ranks(
 
 @with_torchtitan
 @pytest.mark.timeout(300)
-def test_new_run_begins_with_the_export_and_a_last_save_may_hold_the_model_only(
+def test_new_run_begins_with_the_export(
     tmp_path: Path,
 ) -> None:
     (first, *_) = run_ranks(train, 2, tmp_path / "first", timeout_s=120)

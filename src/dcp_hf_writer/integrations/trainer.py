@@ -4,7 +4,7 @@ Trainer passes callbacks the model and the optimizer, but it has no event that r
 load. So the callback replaces methods of the Trainer object itself. It refuses a Trainer that lacks
 one of them, because then a save or a load would silently go the old way.
 
-Looked at: transformers 5.17 to 5.23.
+Looked at: transformers 5.23.
 """
 
 from __future__ import annotations

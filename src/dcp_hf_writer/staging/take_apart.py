@@ -72,6 +72,11 @@ def take_apart(
 
 
 def _take_apart(path: Path, value: torch.Tensor, leaves: list[Leaf]) -> Compound | None:
+    local = local_of(value)
+    if type(local) in PLAIN_KINDS and _is_simple(local) and not has_shard_attributes(value):
+        # Most tensors; training waits while each of them passes here.
+        leaves.append(Leaf(path, value, local))
+        return None
     fault = storage_fault(path, value)
     if fault is not None:
         raise fault
@@ -91,6 +96,11 @@ def _take_apart(path: Path, value: torch.Tensor, leaves: list[Leaf]) -> Compound
         return with_spec(parts.rebuild(found), spec)
 
     return Compound(len(leaves) - before, build, None if any(inner) else parts.key)
+
+
+def _is_simple(local: torch.Tensor) -> bool:
+    """Whether a tensor of a plain kind is strided, has data, and is not quantised."""
+    return local.layout is torch.strided and not (local.is_quantized or local.is_meta)
 
 
 def plain_leaves(value: torch.Tensor) -> Iterator[torch.Tensor]:
