@@ -20,7 +20,15 @@ from support.compare import tensor_difference
 from support.plan_caches import clear_caches, held_by_torch, is_cached
 from support.rank_process import Raised
 from support.ranks import run_ranks
-from support.small_states import dcp_difference, difference, leftovers, model_of, spoil, state_of
+from support.small_states import (
+    dcp_difference,
+    difference,
+    leftovers,
+    model_of,
+    spoil,
+    state_of,
+    take_name,
+)
 from support.stock_readers import load_hf
 
 if TYPE_CHECKING:
@@ -119,16 +127,10 @@ def two_planners_take_turns(saver: Saver) -> None:
         saver.save(f"turns-{step}", state, planner=planner)
 
 
-def take_name(path: Path) -> None:
-    """Make what a save takes for a checkpoint, and does not replace."""
-    path.mkdir(exist_ok=True)
-    (path / ".metadata").touch()
-    dist.barrier()
-
-
 def save_fails_in_the_plan(saver: Saver) -> None:
     """The target of a save is taken; then the same save, under another name."""
     take_name(saver.root / "taken")
+    dist.barrier()
     for step in (19, 20):
         clear_caches()
         if step == 20:
@@ -376,6 +378,7 @@ def save_by_process(rank: int, world_size: int, root: Path) -> None:
     plan_of_one_rank_changes(saver)
     saver.save("options-9", saver.state(9), export=HFExport(dtype=torch.bfloat16))
     take_name(root / "taken")
+    dist.barrier()
     state = saver.state(10)
     state["model"]["new"] = torch.ones(3)
     assert isinstance(saver.refused("taken", state), CheckpointError)
