@@ -100,6 +100,10 @@ def save_what_is_refused(saver: Saver) -> None:
     flat = DefaultSavePlanner(flatten_state_dict=False)
     saver.save("nested", model_with("x", tensor(f"x of {rank}", 5, 2)), planner=flat, export=None)
     mesh = init_device_mesh("cpu", (WORLD_SIZE,))
+    own = tensor(f"x of {rank}", 5, 2)
+    replicated = DTensor.from_local(own, mesh, [Replicate()], run_check=False)
+    saver.save("Replicate", model_with("x", replicated))
+    saver.save("plain on one rank", model_with("x", own if rank == 0 else replicated))
     dtype = torch.float64 if rank == 2 else torch.float32
     for name, export in {"dtypes": HFExport(), "dtypes, no export": None}.items():
         local = torch.ones(1, 2, dtype=dtype)
@@ -253,6 +257,8 @@ def test_declared_shards_are_refused_when_the_planner_does_not_know_them(
         ("one rank", "one on ranks [0, 1, 3] and one on ranks [2]"),
         ("other dtype", "one on ranks [0, 1, 3] and one on ranks [2]"),
         ("integers", "one on ranks [0] and one on ranks [1]"),
+        ("Replicate", "one on ranks [0] and one on ranks [1]"),
+        ("plain on one rank", "one on ranks [0] and one on ranks [1]"),
         ("subclass, False", "one on ranks [0] and one on ranks [1]"),
         ("subclass, True", "one on ranks [0] and one on ranks [1]"),
         ("vectors of other sizes", "one on ranks [0] and one on ranks [1]"),

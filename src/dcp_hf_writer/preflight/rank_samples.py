@@ -99,8 +99,8 @@ class _Found:
 def samples_of(planned: Planned, *, key: str | None, world_size: int) -> bytes:
     """Sample the values of this rank that DCP may take for replicas of other ranks' values.
 
-    These are plain tensors, DTensors and ShardedTensors of some ranks only, and values that are no
-    tensors. Tensors within such values are sampled too.
+    These are plain tensors, DTensors that are replicated everywhere, DTensors and ShardedTensors of
+    some ranks only, and values that are no tensors. Tensors within such values are sampled too.
 
     Args:
         planned: Planner of the save, and what it plans. An `HFSavePlanner` says which tensors are
@@ -217,8 +217,8 @@ def _replicas(
 ) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
     """Yield what DCP may take for replicas, with the offsets by which it deduplicates.
 
-    Nothing of a DTensor on a mesh of all ranks, nor of a ShardedTensor of all ranks: they say what
-    each rank holds.
+    Nothing of a DTensor that is sharded over all ranks, nor of a ShardedTensor of all ranks: they
+    say what each rank holds.
     """
     if is_sharded_tensor(value):
         yield from shards_of_some_ranks(value, world_size)
@@ -228,7 +228,8 @@ def _replicas(
         return
     mesh = value.device_mesh
     coordinate = mesh.get_coordinate()
-    if coordinate is None or mesh.size() == world_size:
+    is_whole = all(placement.is_replicate() for placement in value.placements)
+    if coordinate is None or (mesh.size() == world_size and not is_whole):
         return
     blocks = blocks_of(tuple(value.shape), shards_of(value.placements, mesh.shape, coordinate))
     if blocks:
