@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
@@ -29,6 +29,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 DEVICE = "cuda"
+
+
+def mesh_of_one() -> DeviceMesh:
+    """Return a mesh of the first GPU alone."""
+    # A mesh warns in a process that has not chosen its GPU yet.
+    torch.cuda.set_device(0)
+    return init_device_mesh(DEVICE, (1,))
+
 
 # About a second of work for the device, far longer than staging keeps the host.
 BUSY_CYCLES = 2_000_000_000
@@ -201,7 +209,7 @@ def test_staged_tensors_lie_in_pinned_memory(tmp_path: Path) -> None:
 
 def test_sharded_model_and_optimizer_are_saved(tmp_path: Path, group: None) -> None:
     model = nn.Sequential(*(nn.Linear(512, 512, device=DEVICE) for _ in range(3)))
-    mesh = init_device_mesh(DEVICE, (1,))
+    mesh = mesh_of_one()
     for layer in model:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
@@ -241,7 +249,7 @@ def test_slab_is_one_memory_file_and_reused(tmp_path: Path, group: None) -> None
 
 
 def test_mesh_of_the_gpu_is_saved_from_the_host_copy(tmp_path: Path, group: None) -> None:
-    mesh = init_device_mesh(DEVICE, (1,))
+    mesh = mesh_of_one()
     full = numbers(96, 32)
     state = {"model": {"w": distribute_tensor(full, mesh, [Shard(0)])}}
     dcp.async_save(state, storage_writer=HFDualWriter(tmp_path / "one")).result()
@@ -251,7 +259,7 @@ def test_mesh_of_the_gpu_is_saved_from_the_host_copy(tmp_path: Path, group: None
 def sharded_layers(seed: int) -> nn.Module:
     torch.manual_seed(seed)
     model = nn.Sequential(*(nn.Linear(96, 96, device=DEVICE) for _ in range(3)))
-    mesh = init_device_mesh(DEVICE, (1,))
+    mesh = mesh_of_one()
     for layer in model:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)

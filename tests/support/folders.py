@@ -19,6 +19,7 @@ LEAVES = ("errors", "excerpts", "failpoints", "said_once")
 FOLDERS = (
     *("tensors", "mapping", "formats", "storage", "plan", "digests", "torch_seam", "staging"),
     *("save", "preflight", "load", "stream", "check", "manager", "integrations"),
+    *("convert", "cli"),
 )
 """A module may import from its own folder and from those before it."""
 

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-import io
-import itertools
-import math
 import os
-import pickle
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 import xxhash
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
-from dcp_hf_writer.formats.encode_torch_archive import tensor_archive
-from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
+from dcp_hf_writer.check.plain_dcp_files import (
+    ChunkToWrite,
+    by_file,
+    finish_plain,
+    write_archives,
+)
 from dcp_hf_writer.formats.weights_once_places import StoredOnce
 from dcp_hf_writer.load.choose_half import read_dcp_metadata
 from dcp_hf_writer.load.dcp_source import DCPSource, Wanted
 from dcp_hf_writer.load.read_phase import run_reads
 from dcp_hf_writer.load.read_plan import plan_reads
-from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
 from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
 from dcp_hf_writer.preflight import check_options
 from dcp_hf_writer.save.commit import StagingDirectory
@@ -31,20 +30,15 @@ from dcp_hf_writer.save.owner_process import Owner, new_save_id
 from dcp_hf_writer.save.tensor_bytes import host_bytes
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs
-from dcp_hf_writer.storage.posix_outputs import OutputFile, sync_directory, write_file
+from dcp_hf_writer.storage.posix_outputs import OutputFile
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-    from dcp_hf_writer.tensors.boxes import Shape
+    from dcp_hf_writer.tensors.boxes import Box, Shape
 
 # Size of the buffer that all tensors pass through.
 _BUFFER_NBYTES = 64 << 20
-
-# Start a new file after this many bytes, so that several readers can share the work.
-_FILE_NBYTES = 5 * 10**9
 
 
 def materialize(
@@ -107,22 +101,13 @@ class _Rewrite:
             self._copy(name)
         once = [index for index, where in storage.items() if isinstance(where, StoredOnce)]
         taken = set(names)
-        for number, group in enumerate(self._by_file(once)):
-            name = _free_name(number, taken)
-            storage |= self._write_tensors(name, group)
-        self._finish(replace(self._metadata, storage_data=storage))
-
-    def _by_file(self, indices: list[MetadataIndex]) -> Iterator[list[MetadataIndex]]:
-        group: list[MetadataIndex] = []
-        nbytes = 0
-        for index in indices:
-            group.append(index)
-            nbytes += self._dtype(index).itemsize * math.prod(self._shape(index))
-            if nbytes >= _FILE_NBYTES:
-                yield group
-                group, nbytes = [], 0
-        if group:
-            yield group
+        chunks = (ChunkToWrite(one, self._shape(one), self._dtype(one)) for one in once)
+        for number, group in enumerate(by_file(chunks)):
+            path = self._path(_free_name(number, taken))
+            places, file = write_archives(path, group, self._read, self._buffer)
+            storage |= places
+            self._report.dcp_files.append(file)
+        finish_plain(self._directory, replace(self._metadata, storage_data=storage), self._report)
 
     def _copy(self, name: str) -> None:
         """Copy a file unchanged."""
@@ -138,77 +123,17 @@ class _Rewrite:
             output.sync()
         self._report.dcp_files.append(DCPFile(name, position, (), whole.hexdigest()))
 
-    def _write_tensors(
-        self, name: str, indices: list[MetadataIndex]
-    ) -> dict[MetadataIndex, _StorageInfo]:
-        """Write one archive per tensor into a new file; return where each archive is."""
-        places: dict[MetadataIndex, _StorageInfo] = {}
-        ranges: list[tuple[int, int, str]] = []
-        rest, position = xxhash.xxh3_64(), 0
-        with self._create(name) as output:
-            for index in indices:
-                # Only dtype and shape matter here, so nothing reads or writes this memory.
-                before, after = tensor_archive(
-                    torch.empty(self._shape(index), dtype=self._dtype(index), device="cpu")
-                )
-                rest.update(before)
-                output.write(memoryview(before), position)
-                start = position + len(before)
-                nbytes, digest = self._write_data(output, index, start)
-                ranges.append((start, nbytes, digest))
-                rest.update(after)
-                output.write(memoryview(after), start + nbytes)
-                length = len(before) + nbytes + len(after)
-                places[index] = _StorageInfo(name, position, length)
-                position += length
-            output.sync()
-        self._report.dcp_files.append(DCPFile(name, position, tuple(ranges), rest.hexdigest()))
-        return places
-
-    def _write_data(self, output: OutputFile, index: MetadataIndex, start: int) -> tuple[int, str]:
-        digest, position = xxhash.xxh3_64(), start
-        dtype = self._dtype(index)
-        for offsets, sizes in _slabs(self._shape(index), _BUFFER_NBYTES // dtype.itemsize):
-            part = self._buffer[: math.prod(sizes) * dtype.itemsize].view(dtype).view(sizes)
-            item = ReadItem(
-                LoadItemType.TENSOR,
-                dest_index=index,
-                dest_offsets=torch.Size(offsets),
-                storage_index=index,
-                storage_offsets=torch.Size(offsets),
-                lengths=torch.Size(sizes),
-            )
-            fetches, _ = self._source.fetches([Wanted(item, part)])
-            run_reads(self._inputs, plan_reads(fetches), [part])
-            data = host_bytes(part)
-            digest.update(data)
-            output.write(data, position)
-            position += data.nbytes
-        return position - start, digest.hexdigest()
-
-    def _finish(self, metadata: Metadata) -> None:
-        target = self._directory.target
-        old = metadata.storage_meta or StorageMeta()
-        metadata = replace(metadata, storage_meta=replace(old, checkpoint_id=target))
-        data = io.BytesIO()
-        pickle.dump(metadata, data)
-        write_file(self._path(METADATA_NAME), data.getvalue())
-        digest = xxhash.xxh3_64_hexdigest(data.getvalue())
-        self._report.nbytes["dcp"] = sum(file.nbytes for file in self._report.dcp_files)
-        manifest = encode_manifest(
-            save_id=self._directory.save_id,
-            target=target,
-            owner=Owner.me().to_json(),
-            step=None,
-            subdir="",
-            layout=None,
-            reports=[self._report],
-            whole_files=[WholeFile(METADATA_NAME, data.getbuffer().nbytes, digest)],
-            seconds={},
-            export_error=None,
+    def _read(self, chunk: ChunkToWrite, box: Box, target: torch.Tensor) -> None:
+        item = ReadItem(
+            LoadItemType.TENSOR,
+            dest_index=chunk.index,
+            dest_offsets=torch.Size(box.offsets),
+            storage_index=chunk.index,
+            storage_offsets=torch.Size(box.offsets),
+            lengths=torch.Size(box.sizes),
         )
-        write_file(self._path(MANIFEST_NAME), manifest)
-        sync_directory(self._directory.path)
+        fetches, _ = self._source.fetches([Wanted(item, target)])
+        run_reads(self._inputs, plan_reads(fetches), [target])
 
     def _create(self, name: str) -> OutputFile:
         return OutputFile(self._path(name), create=True)
@@ -233,22 +158,3 @@ def _free_name(number: int, taken: set[str]) -> str:
         name = f"_{name}"
     taken.add(name)
     return name
-
-
-def _slabs(shape: Shape, max_elements: int) -> Iterator[tuple[Shape, Shape]]:
-    """Cut a tensor into boxes of at most `max_elements`, `(offsets, sizes)`, in row-major order."""
-    if math.prod(shape) == 0:
-        return
-    dim = 0
-    while dim < len(shape) and math.prod(shape[dim + 1 :]) > max_elements:
-        dim += 1
-    if dim == len(shape):
-        yield (0,) * dim, shape
-        return
-    inner = math.prod(shape[dim + 1 :])
-    step = max(1, max_elements // inner)
-    for outer in itertools.product(*map(range, shape[:dim])):
-        for start in range(0, shape[dim], step):
-            size = min(step, shape[dim] - start)
-            rest = shape[dim + 1 :]
-            yield (*outer, start, *(0 for _ in rest)), (*(1 for _ in outer), size, *rest)

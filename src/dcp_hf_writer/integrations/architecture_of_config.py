@@ -9,7 +9,11 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer.integrations.transformers_conversions import saved_tensors, take_conversions
+from dcp_hf_writer.integrations.transformers_conversions import (
+    saved_tensors,
+    take_conversions,
+    transposed_at_load,
+)
 from dcp_hf_writer.integrations.unsharded_meta_model import (
     on_meta_device,
     runtime_tensors,
@@ -53,7 +57,7 @@ def architecture_of(config: bytes, model: Any = None) -> Architecture | None:
         _log.info(_NOT_COMPARED, "it is of a quantised model")
         return None
     try:
-        found = _class_of_config(values) if model is None else (_class_of_model(model), True)
+        found = class_of_config(values) if model is None else (_class_of_model(model), True)
         if isinstance(found, str):
             _log.info(_NOT_COMPARED, found)
             return None
@@ -68,7 +72,7 @@ def _class_of_model(model: Any) -> tuple[Any, Any]:
     return unsharded_class(model), copy.deepcopy(model.config)
 
 
-def _class_of_config(values: Mapping[str, Any]) -> tuple[tuple[Any, Any], bool] | str:
+def class_of_config(values: Mapping[str, Any]) -> tuple[tuple[Any, Any], bool] | str:
     """Return class and config of a model, and whether the config names the class; or why not."""
     names = values.get("architectures") or []
     if not names and "transformers" not in sys.modules:
@@ -119,6 +123,7 @@ def _architecture(kind: Any, config: Any, model: Any, *, is_whole: bool) -> Arch
         base_prefix=base_prefix,
         is_whole=is_whole,
         is_sorted=bool(plain) or (not is_whole and _renames_head(config)),
+        turned=tuple((key, *dims) for key, dims in transposed_at_load(twin).items()),
     )
 
 

@@ -5,15 +5,30 @@ from __future__ import annotations
 import logging
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotDone
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import SaveTimeoutError
 from dcp_hf_writer.manager.retention import KnownStep, Retention, plan_retention
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
     from dcp_hf_writer.manager.run_directory import RunDirectory, StoredStep
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Removals:
+    """What a run gives up."""
+
+    snapshots: tuple[StoredStep, ...]
+    """Snapshots that a newer checkpoint replaces."""
+    steps: tuple[StoredStep, ...]
+    """Checkpoints that the retention gives up."""
+    exports: tuple[StoredStep, ...]
+    """Checkpoints of which only the export goes."""
 
 
 class Housekeeper:
@@ -69,33 +84,41 @@ class Housekeeper:
         """Delete now, in the calling thread. What the storage refuses is logged and tried again."""
         try:
             self._directory.finish_deletions()
-            listing = self._directory.listing()
-            whole = [stored for stored in listing if stored.facts is not None]
-            self._delete_snapshots(whole)
-            self._apply([one for one in whole if not one.is_snapshot], protected)
+            self._delete(self.plan(protected=protected))
         except OSError as error:
             _log.warning("retention could not run (%s); the next save tries again", error)
 
-    def _delete_snapshots(self, whole: list[StoredStep]) -> None:
-        """Delete each snapshot that a newer checkpoint replaces."""
-        newest = max((stored.step for stored in whole), default=-1)
-        steps = {stored.step for stored in whole if not stored.is_snapshot}
-        for stored in whole:
-            if stored.is_snapshot and (stored.step < newest or stored.step in steps):
-                self._directory.remove(stored)
+    def plan(self, *, protected: frozenset[int] = frozenset()) -> Removals:
+        """Return what `run` would delete, by a fresh listing. Deletes nothing.
 
-    def _apply(self, whole: list[StoredStep], protected: frozenset[int]) -> None:
+        Raises:
+            ReadError: If the directory of the run cannot be listed.
+        """
+        whole = [stored for stored in self._directory.listing() if stored.facts is not None]
         # Only checkpoints that this package wrote: what others left here is theirs.
-        ours = {one.step: one for one in whole if one.facts and one.facts.kind == "manifest"}
+        ours = {
+            one.step: one
+            for one in whole
+            if not one.is_snapshot and one.facts and one.facts.kind == "manifest"
+        }
         plan = plan_retention(
             [self._known(stored) for stored in ours.values()], self._retention, protected=protected
         )
-        for step in plan.delete:
-            _log.info("deleting %s, which retention gives up", ours[step].path)
-            self._directory.remove(ours[step])
-        for step in plan.delete_export:
-            _log.info("deleting the export of %s, which retention gives up", ours[step].path)
-            self._directory.remove_export(ours[step])
+        return Removals(
+            tuple(_replaced_snapshots(whole)),
+            tuple(ours[step] for step in plan.delete),
+            tuple(ours[step] for step in plan.delete_export),
+        )
+
+    def _delete(self, removals: Removals) -> None:
+        for stored in removals.snapshots:
+            self._directory.remove(stored)
+        for stored in removals.steps:
+            _log.info("deleting %s, which retention gives up", stored.path)
+            self._directory.remove(stored)
+        for stored in removals.exports:
+            _log.info("deleting the export of %s, which retention gives up", stored.path)
+            self._directory.remove_export(stored)
 
     def _known(self, stored: StoredStep) -> KnownStep:
         notes, facts = self._directory.notes_of(stored), stored.facts
@@ -107,3 +130,12 @@ class Housekeeper:
             needs_export=facts.needs_export,
             metrics=notes.metrics,
         )
+
+
+def _replaced_snapshots(whole: Sequence[StoredStep]) -> Iterator[StoredStep]:
+    """Yield each snapshot that a newer checkpoint replaces."""
+    newest = max((stored.step for stored in whole), default=-1)
+    steps = {stored.step for stored in whole if not stored.is_snapshot}
+    for stored in whole:
+        if stored.is_snapshot and (stored.step < newest or stored.step in steps):
+            yield stored

@@ -73,6 +73,9 @@ class Architecture:
     """Whether the class is known. If not, only the tensors of the model without a head are."""
     is_sorted: bool
     """Whether `save_pretrained` sorts the names of a model that it did not load."""
+    turned: tuple[tuple[str, int, int], ...] = ()
+    """Tensors of which readers exchange two dimensions if the shape asks for it: a regular
+    expression of the keys, and the dimensions."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -181,8 +184,21 @@ def _compared(
     return _Misfit(
         missing=missing,
         unexpected=[key for key in added if not any(one.search(key) for one in ignored)],
-        shapes=[key for key, shape in shapes.items() if keys.get(key) not in (None, shape)],
+        shapes=[
+            key
+            for key, shape in shapes.items()
+            if keys.get(key) not in (None, shape, *_turned(key, shape, expected))
+        ],
     )
+
+
+def _turned(key: str, shape: Shape, expected: Architecture) -> Iterable[Shape]:
+    """Yield the shapes that a reader may turn a tensor into."""
+    for pattern, one, other in expected.turned:
+        if re.search(pattern, key):
+            sizes = list(shape)
+            sizes[one], sizes[other] = sizes[other], sizes[one]
+            yield tuple(sizes)
 
 
 def _part(key: str, expected: Architecture) -> str:

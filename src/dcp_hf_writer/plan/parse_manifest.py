@@ -138,6 +138,8 @@ class Manifest:
     """Why a requested export failed; `None` if it did not."""
     seconds: Mapping[str, float]
     """Seconds that the coordinator spent in each phase."""
+    ranks: tuple[tuple[int, str, Mapping[str, float]], ...] = ()
+    """Rank, host, and seconds in each phase, of each rank."""
 
     def sizes(self) -> dict[str, int]:
         """Return the size of every file but the manifest, by path within the checkpoint."""
@@ -232,6 +234,7 @@ class _Parser:
             hf=self._optional(fields["hf"], "hf", self._export),
             export_error=self._optional(fields["export_error"], "export_error", self._text),
             seconds=self._seconds(fields["timings"]),
+            ranks=tuple(self._rank_seconds(fields["timings"])),
         )
         if manifest.once and manifest.hf is None:
             self._refuse("once", "empty without an export", fields["once"])
@@ -337,12 +340,15 @@ class _Parser:
 
     def _seconds(self, value: Any) -> dict[str, float]:
         fields = self._object(value, "timings", {"coordinator", "ranks"})
+        return self._phases(self._object(fields["coordinator"], "the timings of the coordinator"))
+
+    def _rank_seconds(self, value: Any) -> Iterator[tuple[int, str, dict[str, float]]]:
+        fields = self._object(value, "timings", {"coordinator", "ranks"})
         for timing in self._list(fields["ranks"], "the timings of ranks"):
             phases = dict(self._object(timing, "the timings of a rank"))
-            self._rank(phases.pop("rank", None), "the timings of a rank")
-            self._text(phases.pop("host", None), "the host of a rank")
-            self._phases(phases)
-        return self._phases(self._object(fields["coordinator"], "the timings of the coordinator"))
+            rank = self._rank(phases.pop("rank", None), "the timings of a rank")
+            host = self._text(phases.pop("host", None), "the host of a rank")
+            yield rank, host, self._phases(phases)
 
     def _phases(self, value: Mapping[str, Any]) -> dict[str, float]:
         for phase, seconds in value.items():

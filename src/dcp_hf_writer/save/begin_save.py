@@ -59,7 +59,8 @@ def begin_save(
         if not (save.is_distributed and world.is_certain and world.is_here):
             world = SaveWorld.of(save.group, is_distributed=save.is_distributed)
         if handover is None or handover.world is None or handover.world.is_alone:
-            check_group_is_there()
+            # What was staged in a process group was compared with it above.
+            check_group_is_there(made_in.size)
     except CheckpointError as error:
         refusal = error
         if lease is None or not lease.is_taken_by_me:

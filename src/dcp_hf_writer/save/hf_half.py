@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import xxhash
 
@@ -10,7 +10,7 @@ from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.plan.rank_report import WrittenBlock
 from dcp_hf_writer.plan.regions import Region, TargetTable, needs_cast
 from dcp_hf_writer.save.bounce_buffer import BounceBuffer
-from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of, digest_of, host_bytes
+from dcp_hf_writer.save.tensor_bytes import chunk_of, digest_of, host_bytes
 from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
 from dcp_hf_writer.tensors.strided_copies import hf_box, hf_loops, runtime_view, split
 
@@ -75,6 +75,16 @@ def way_of(tensor: torch.Tensor, region: Region) -> Literal["direct", "cast", "s
     return "direct" if runtime_view(tensor, region.copy).is_contiguous() else "strided"
 
 
+class ItemTensors(Protocol):
+    """What resolves items: `TensorSource` in a save, and a stored checkpoint in a conversion."""
+
+    def tensor(self, item: WriteItem) -> torch.Tensor:
+        """Return the tensor of an item."""
+
+    def digest(self, item: WriteItem, data: memoryview) -> str:
+        """Return the digest of the item's whole data."""
+
+
 class BlockWriter:
     """Writes blocks of one rank; keeps its bounce buffer from one save to the next."""
 
@@ -86,7 +96,7 @@ class BlockWriter:
         self,
         file: OutputFile,
         blocks: Iterable[tuple[WriteItem, Region]],
-        source: TensorSource,
+        source: ItemTensors,
         *,
         check: Callable[[], None],
         bounce_nbytes: int,
@@ -118,7 +128,7 @@ class BlockWriter:
         return written
 
     def _write_block(
-        self, file: OutputFile, item: WriteItem, region: Region, source: TensorSource
+        self, file: OutputFile, item: WriteItem, region: Region, source: ItemTensors
     ) -> str:
         tensor = source.tensor(item)
         if way_of(tensor, region) == "direct":

@@ -356,7 +356,12 @@ def _replace(value: Any, staged: Any, name: str = "") -> Any:
     if isinstance(value, torch.Tensor):
         return next(staged)
     if isinstance(value, Mapping):
-        return {key: _replace(item, staged, f"{name}.{key}") for key, item in value.items()}
+        return {
+            key: next(staged)
+            if isinstance(item, torch.Tensor)
+            else _replace(item, staged, f"{name}.{key}")
+            for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
         items = (_replace(item, staged, f"{name}.{n}") for n, item in enumerate(value))
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

@@ -1,0 +1,177 @@
+"""`ls` and `latest`: the steps of a run, and the newest one."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import TYPE_CHECKING, Any
+
+from dcp_hf_writer.cli import exit_codes, plain_text
+from dcp_hf_writer.cli.run_command import Outcome, line, row, table
+from dcp_hf_writer.errors import ConfigError
+from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
+from dcp_hf_writer.manager.run_directory import RunDirectory, StoredStep
+from dcp_hf_writer.manager.step_names import DELETED_PREFIX, StepNames
+from dcp_hf_writer.preflight import check_options
+from dcp_hf_writer.save.replace_target import INCOMPLETE
+from dcp_hf_writer.storage.open_directory import open_directory
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_STYLES = {"committed": "", "unverified": "yellow", "incomplete": "red"}
+
+
+def open_run(root: str, prefix: str) -> RunDirectory:
+    """Return the directory of a run.
+
+    Raises:
+        ConfigError: If `root` is no local directory, or the prefix cannot be used.
+    """
+    path = check_options.local_path(root)
+    if not os.path.isdir(path):
+        raise ConfigError(
+            "there is no directory of a run here",
+            path=path,
+            expected=f"a directory with steps such as {StepNames(prefix).name_of(100)}",
+            found="a file" if os.path.exists(path) else "nothing",
+        )
+    return RunDirectory(path, StepNames(prefix))
+
+
+def list_steps(root: str, prefix: str) -> Outcome:
+    """Find the steps of a run.
+
+    Raises:
+        ConfigError: As `open_run`.
+        ReadError: If the directory cannot be listed.
+    """
+    run = open_run(root, prefix)
+    steps = [_described(run, stored) for stored in run.listing()]
+    found = leftovers(run.root)
+    value = {"root": run.root, "latest": run.latest(), "steps": steps, "leftovers": found}
+    return Outcome(value)
+
+
+def find_latest(root: str, prefix: str) -> Outcome:
+    """Find the newest whole checkpoint of a run; `PROBLEM` if there is none.
+
+    Raises:
+        ConfigError: As `open_run`.
+        ReadError: If the directory cannot be listed.
+    """
+    run = open_run(root, prefix)
+    whole = [one for one in run.listing(newest_only=True) if one.facts is not None]
+    if not whole:
+        none = {"step": None, "path": None, "export": None}
+        return Outcome({"root": run.root, **none}, exit_codes.PROBLEM)
+    newest = whole[-1]
+    subdir = None if newest.facts is None else newest.facts.export_subdir
+    export = None if subdir is None else os.path.join(newest.path, subdir).rstrip("/")
+    value = {"root": run.root, "step": newest.step, "path": newest.path, "export": export}
+    return Outcome(value)
+
+
+def show_latest(value: dict[str, Any], console: Console) -> None:
+    """Print the path alone, so that `$(dcp-hf latest ROOT)` works."""
+    if value["path"] is None:
+        line(console, f"there is no whole checkpoint in {value['root']}", "yellow")
+    else:
+        console.out(value["path"], highlight=False)
+
+
+def show_steps(value: dict[str, Any], console: Console) -> None:
+    """Print a table of the steps, and why a step is not whole."""
+    steps = value["steps"]
+    if not steps:
+        line(console, f"there are no steps in {value['root']}; --prefix names other directories")
+    else:
+        _show_table(steps, value["latest"], console)
+    for step in steps:
+        if step["problem"] is not None:
+            line(console, f"{os.path.basename(step['path'])}: {step['problem']}", "red")
+    if value["leftovers"]:
+        what = plain_text.count(len(value["leftovers"]), "directory").replace("ys", "ies")
+        line(
+            console,
+            f"{what} of saves that run or died, or of deletions; "
+            "the next save or dcp-hf gc removes what is dead",
+            "yellow",
+        )
+
+
+def _show_table(steps: list[dict[str, Any]], latest: int | None, console: Console) -> None:
+    made = table(
+        *("step", "state", "DCP", "HF", "ranks", "age", "notes"),
+        numbers=("step", "DCP", "HF", "ranks", "age"),
+    )
+    for step in steps:
+        marks = [
+            *(["snapshot"] if step["is_snapshot"] else []),
+            *(["pinned"] if step["is_pinned"] else []),
+            *(["latest"] if step["step"] == latest and step["problem"] is None else []),
+            *(["weights once"] if step["weights_once"] else []),
+            *(f"{name} {value:g}" for name, value in step["metrics"].items()),
+        ]
+        row(
+            made,
+            step["step"],
+            step["state"],
+            plain_text.size(step["dcp_nbytes"]) if step["dcp_nbytes"] else "-",
+            plain_text.size(step["hf_nbytes"]) if step["hf_nbytes"] else "-",
+            step["world_size"] or "-",
+            plain_text.age(step["age_s"]),
+            ", ".join(marks),
+            style=_STYLES[step["state"]],
+        )
+    console.print(made)
+
+
+def _described(run: RunDirectory, stored: StoredStep) -> dict[str, Any]:
+    facts, notes = stored.facts, run.notes_of(stored)
+    export, dcp = _nbytes_of_halves(stored)
+    state = "incomplete"
+    if facts is not None:
+        state = "committed" if facts.kind == "manifest" else "unverified"
+    return {
+        "step": stored.step,
+        "path": stored.path,
+        "state": state,
+        "problem": stored.problem,
+        "kind": None if facts is None else facts.kind,
+        "is_snapshot": stored.is_snapshot,
+        "is_pinned": notes.is_pinned,
+        "metrics": dict(notes.metrics),
+        "dcp_nbytes": dcp,
+        "hf_nbytes": export,
+        "weights_once": facts is not None and facts.needs_export,
+        "world_size": None if facts is None else facts.world_size,
+        "save_id": None if facts is None else facts.save_id,
+        "age_s": round(_age_s(stored.path), 3),
+    }
+
+
+def _nbytes_of_halves(stored: StoredStep) -> tuple[int, int]:
+    """Return the bytes of the HuggingFace half, and of all other files."""
+    sizes = open_directory(stored.path).tree()
+    subdir = "hf" if stored.facts is None else stored.facts.export_subdir
+    below = None if subdir is None else f"{subdir}/" if subdir else ""
+    export = sum(n for name, n in sizes.items() if below is not None and name.startswith(below))
+    return export, sum(sizes.values()) - export
+
+
+def _age_s(path: str) -> float:
+    """Return the seconds since the commit: since the file was written that commits."""
+    for name in (MANIFEST_NAME, METADATA_NAME, ""):
+        try:
+            return time.time() - os.stat(os.path.join(path, name)).st_mtime
+        except OSError:
+            continue
+    return 0.0
+
+
+def leftovers(root: str) -> list[str]:
+    """Return the names of directories of saves in flight, dead saves and deletions."""
+    return sorted(
+        name for name in os.listdir(root) if name.startswith((INCOMPLETE, DELETED_PREFIX))
+    )
