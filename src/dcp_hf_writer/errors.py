@@ -204,7 +204,10 @@ class SaveAbortedError(CheckpointError, RuntimeError):
 
 
 class ExportError(CheckpointError, RuntimeError):
-    """The DCP half of the checkpoint is committed, the HuggingFace half is not."""
+    """The DCP half of the checkpoint is committed, the HuggingFace half is not.
+
+    The writer and `warm_up` raise it too, before any save, if an asset cannot be read.
+    """
 
 
 class CallbackError(CheckpointError, RuntimeError):

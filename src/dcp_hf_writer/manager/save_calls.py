@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import CheckpointError, RankLostError
+from dcp_hf_writer.torch_seam.calls_until_exit import CALLS_UNTIL_EXIT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -145,8 +146,8 @@ class SaveCalls:
         number = 1
         while not self._is_closed:
             try:
-                if self._round(messages, f"call/{number}"):
-                    number += 1
+                with CALLS_UNTIL_EXIT.call():
+                    number += self._round(messages, f"call/{number}")
             except CheckpointError as error:
                 with self._changed:
                     self._error = error

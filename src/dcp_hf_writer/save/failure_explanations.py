@@ -14,6 +14,7 @@ from dcp_hf_writer.errors import SaveAbortedError, SaveTimeoutError
 from dcp_hf_writer.save import save_log
 from dcp_hf_writer.save.rank_progress import MEETING, POST_MORTEM_S, Progress, lost_ranks_error
 from dcp_hf_writer.save.replace_target import saved_id
+from dcp_hf_writer.torch_seam.calls_until_exit import CALLS_UNTIL_EXIT
 from dcp_hf_writer.torch_seam.failed_steps import call_when_a_step_fails
 from dcp_hf_writer.torch_seam.future_guard import FutureGuard, find_future, own_error
 from dcp_hf_writer.torch_seam.save_world import PROBLEM, WAIT_HINT
@@ -309,7 +310,8 @@ def _ask(
 
     def ask() -> None:
         try:
-            answers.append(question())
+            with CALLS_UNTIL_EXIT.call():
+                answers.append(question())
         except (RuntimeError, TimeoutError) as error:
             # torch raises these when the store fails; `Attempt.post` raises a TimeoutError then.
             _log.debug("no answer: %s", error)
