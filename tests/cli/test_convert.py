@@ -16,6 +16,9 @@ from support.small_states import dcp_difference, state_of
 if TYPE_CHECKING:
     from pathlib import Path
 
+# Each test starts several processes, and each of them imports torch.
+pytestmark = pytest.mark.timeout(600)
+
 
 def differing_files(a: Path, b: Path) -> list[str]:
     """Return the names of files that only one directory has, or that differ."""
