@@ -14,8 +14,10 @@ PACKAGE = "dcp_hf_writer"
 # Modules that are imported by name when they are asked for, against the order of the folders.
 LATE = {
     ("mapping.hf_export", "integrations.transformers"),
-    ("mapping.hf_export", "integrations.torchtitan"),
+    ("mapping.hf_export", "integrations.state_dict_adapter"),
     ("save.export_assets", "integrations.architecture_of_config"),
+    ("integrations.new_manager", "checkpoint_manager"),
+    ("integrations.new_manager", "reader"),
 }
 
 # Storage, processes, other machines.

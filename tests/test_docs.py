@@ -98,8 +98,34 @@ def run_first_block(rank: int, world_size: int, directory: str) -> None:
 
 def test_no_other_page_has_blocks_that_nothing_runs() -> None:
     pages = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
-    assert {page for page in pages if blocks(page)} == {"README.md", "docs/how-to.md"}
+    assert {page for page in pages if blocks(page)} == {
+        *("README.md", "docs/how-to.md", "docs/manager.md", "docs/trainers.md")
+    }
     assert list(blocks("README.md")) == ["first", "Use it"]
+
+
+def run_trainers_block(rank: int, world_size: int, title: str, directory: str) -> None:
+    os.chdir(directory)
+    (code,) = blocks("docs/trainers.md")[title]
+    exec(compile(code, title, "exec"), {})  # noqa: S102 - the point
+
+
+@pytest.mark.parametrize(
+    ("title", "left"),
+    [
+        ("transformers.Trainer", ["out/step-10/hf", "out/step-5/hf"]),
+        ("PEFT", ["lora/merged/hf", "lora/step-1/hf"]),
+    ],
+)
+def test_block_about_a_trainer_leaves_checkpoints(
+    title: str, left: list[str], tmp_path: Path
+) -> None:
+    run_ranks(run_trainers_block, 1, title, str(tmp_path))
+    found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/*-*/hf"))
+    found += [str(path.relative_to(tmp_path)) for path in tmp_path.glob("*/merged/hf")]
+    assert sorted(found) == left
+    for path in left:
+        assert verify((tmp_path / path).parent).ok
 
 
 def torchrun(ranks: int, code: str, directory: Path) -> str:
@@ -180,3 +206,18 @@ def check_served(checkpoint: Path, dtype: torch.dtype) -> None:
         assert (
             dtype == torch.float32 or not torch.equal(tensor.float(), saved[name]) or "norm" in name
         )
+
+
+def test_run_of_the_manager_page_trains_and_resumes_under_torchrun(tmp_path: Path) -> None:
+    (code,) = blocks("docs/manager.md")["A whole run"]
+    first = torchrun(2, code.replace("(start or 0) + 1, 31", "(start or 0) + 1, 8"), tmp_path)
+    assert "rank 1 step 7 loss" in first
+    second = torchrun(2, code, tmp_path)
+    assert "rank 1 step 7 loss" not in second
+    assert {"rank 1 step 8 loss", "rank 0 step 30 loss"} <= {
+        line.partition("loss")[0] + "loss" for line in second.splitlines()
+    }
+    found = sorted(path.name for path in (tmp_path / "runs" / "a").glob("step-*"))
+    assert found[-1] == "step-30"
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "a" / "hf-latest")
+    assert model.config.architectures == ["LlamaForCausalLM"]

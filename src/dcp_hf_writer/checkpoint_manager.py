@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_hf_writer.errors import CheckpointError, ConfigError
@@ -16,7 +17,7 @@ from dcp_hf_writer.manager.own_group import OwnGroup
 from dcp_hf_writer.manager.pending_save import SaveRequest
 from dcp_hf_writer.manager.rank_messages import Messages, World
 from dcp_hf_writer.manager.restore_run import Restore, Restored, RestoreOptions, RestoreTools
-from dcp_hf_writer.manager.retention import KeepBest, Retention
+from dcp_hf_writer.manager.retention import KeepBest, Retention, as_keep_best
 from dcp_hf_writer.manager.run_content import RunContent
 from dcp_hf_writer.manager.run_directory import RunDirectory
 from dcp_hf_writer.manager.run_saves import RunSaves, SaveOptions
@@ -62,8 +63,7 @@ class CheckpointManager:
     `state_dict` is a state dict, or a function that makes it; a function is called only when a save
     is due. All ranks make the manager, and all ranks make the same calls in the same order.
 
-    One save is in flight. The next one waits for it, and says in the log how long it waited. What
-    is stored decides: every answer comes from a fresh listing of the directory.
+    One save is in flight; the next one waits for it. Every answer comes from a fresh listing.
 
     Thread safety: call it from the training thread only. Callbacks run in another thread.
     """
@@ -158,8 +158,6 @@ class CheckpointManager:
         if staging == "overlap" and not optimizers:
             msg = 'staging="overlap" copies while training goes on, so optimizers must wait for it'
             raise ConfigError(msg, expected="optimizers=[optimizer]", found="none")
-        if isinstance(keep_best, tuple):
-            keep_best = KeepBest(*keep_best)
         self._schedule = schedule_of(
             save_every, export_every, snapshot_every, has_export=export is not None
         )
@@ -177,7 +175,7 @@ class CheckpointManager:
                 "host_budget_bytes": host_budget_bytes,
             },
         )
-        retention = Retention(keep_last, keep_every, keep_best, export_keep_last)
+        retention = Retention(keep_last, keep_every, as_keep_best(keep_best), export_keep_last)
         options = SaveOptions(
             self._writers.writer,
             timeout_s,
@@ -196,8 +194,8 @@ class CheckpointManager:
         self._content = RunContent(
             trainer_state, rank_state, save_rng=save_rng, rank=self._world.rank
         )
-        self._prefix = f"dcp-hf-manager/{_managers}"
-        self._messages = self._connect()
+        connect = partial(Messages, self._world, f"dcp-hf-manager/{_managers}")
+        self._messages = connect()
         self._directory = RunDirectory(self.root, names)
         self._restores = 0
         self._restored: Restored | None = None
@@ -213,11 +211,11 @@ class CheckpointManager:
             self._group,
             self._house,
             options,
-            (self._messages, self._connect()),
+            (self._messages, connect()),
         )
         self._hooks = [wait_before_step(one, lambda: self._saves.copies) for one in optimizers]
         self._calls = SaveCalls(
-            self._world, self._schedule.save_every, self._connect, listens=on_signal is not None
+            self._world, self._schedule.save_every, connect, listens=on_signal is not None
         )
         self._on_signal = on_signal
         self._signals = None if on_signal is None else SignalHandlers(on_signal, self._calls.wish)
@@ -303,7 +301,13 @@ class CheckpointManager:
                 number, step, path, due.is_snapshot, due.has_export, metrics
             ),
             lambda: self._content.at(step, state_dict),
-            refuse=lambda content: self._no_space(content, path, has_export=due.has_export),
+            refuse=lambda content: refusal_for_space(
+                self._directory,
+                self._house,
+                path=path,
+                needed=self._writers.planned_nbytes(content, has_export=due.has_export),
+                timeout_s=self._timeout_s,
+            ),
             overwrite=overwrite or due.is_snapshot,
         )
         self._saved_step = step
@@ -312,14 +316,6 @@ class CheckpointManager:
         """Whether a checkpoint of this step belongs to a future that the run has left."""
         is_after = self._restored is not None and step > self._restored.step
         return is_after or self._directory.look_at(step).facts is None
-
-    def _no_space(
-        self, content: dict[str, Any], path: str, *, has_export: bool
-    ) -> CheckpointError | None:
-        needed = self._writers.planned_nbytes(content, has_export=has_export)
-        return refusal_for_space(
-            self._directory, self._house, path=path, needed=needed, timeout_s=self._timeout_s
-        )
 
     def restore(
         self,
@@ -337,10 +333,8 @@ class CheckpointManager:
         """Load the newest checkpoint that is good into a state dict, in place.
 
         A checkpoint that is damaged is passed over, with a warning that says what is wrong. If all
-        are damaged, that is an error: a run never starts anew without being told.
-
-        Also reads what others left under the names of steps: checkpoints of stock DCP, also saved
-        apart into `model/` and `optimizer/`, and HuggingFace directories.
+        are damaged, that is an error. Also reads what others left under the names of steps: DCP
+        checkpoints, also saved apart into `model/` and `optimizer/`, and HuggingFace directories.
 
         Args:
             state_dict: A state dict to load into, or a function that makes it. What `dcp.load`
@@ -397,11 +391,7 @@ class CheckpointManager:
         return self._restored
 
     def warm_up(self, state_dict: Mapping[str, Any] | Callable[[], Mapping[str, Any]]) -> int:
-        """Allocate the staging memory and read the assets, so that the first save need not.
-
-        Returns:
-            Size of the staged copy on this rank, in bytes.
-        """
+        """Allocate the staging memory and read the assets; return the bytes of the staged copy."""
         content = self._content.at(0, state_dict)
         return self._writers.writer(self._directory.path_of(0), has_export=True).warm_up(content)
 
@@ -441,8 +431,7 @@ class CheckpointManager:
     def close(self, timeout_s: float | None = None) -> None:
         """End the run: take the last save if one is due, wait for it, and raise what went wrong.
 
-        Safe to call twice. Without this call, the interpreter still waits for the save in flight
-        at exit, but nobody sees its errors.
+        Safe to call twice. Without it, the interpreter waits at exit, but nobody sees the errors.
 
         Args:
             timeout_s: How long to wait for the save, in seconds; `None` waits until its deadline.
@@ -502,9 +491,6 @@ class CheckpointManager:
             _log.error("the last save before the end failed: %s", error)
         self._release()
         raise SystemExit(128 + number)
-
-    def _connect(self) -> Messages:
-        return Messages(self._world, self._prefix)
 
     def _check_open(self) -> None:
         if self._is_closed:

@@ -35,6 +35,9 @@ POINTS = (
 TARGET_POINTS = ("files carried", "names exchanged", "files linked back", "place given back")
 """Those that only a save into a directory with files of others reaches."""
 
+SHARING_POINTS = ("before clone",)
+"""Those that only a save on a file system that can clone reaches."""
+
 _hook: Callable[[str], None] | None = None
 
 

@@ -128,6 +128,7 @@ _HINT = (
     "if names differ or are tied, pass specs=[LoadSpec(...)], with alias_of for tied names; "
     "strict=False loads what is there"
 )
+_UNEXPECTED_HINT = "strict=False leaves out what the model does not have"
 
 
 def _tensors_of(
@@ -213,7 +214,8 @@ def _check(fit: HFFit, target: LoadTarget, place: CheckpointPlace, *, strict: bo
         if bad == Findings():
             raise MismatchError("there are no tensors to load", phase="plan", path=path)
     if bad != Findings():
-        bad.refuse(path, hint=_HINT if found.missing or fit.is_empty else None)
+        is_named = found.missing or fit.is_empty
+        bad.refuse(path, hint=_HINT if is_named else _UNEXPECTED_HINT if bad.unexpected else None)
 
 
 def _log_left_out(findings: Findings, tensors: Mapping[str, HeldTensor], path: str) -> None:

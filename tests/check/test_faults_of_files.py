@@ -21,7 +21,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 
 from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, LoadSpec, verify
-from dcp_hf_writer.errors import CheckpointError, CorruptCheckpointError, LayoutError, ReadError
+from dcp_hf_writer.errors import CheckpointError, CorruptCheckpointError, ExportError, ReadError
 from support.audit import MANIFEST_NAME
 from support.checkpoints import copied, flip, manifest_of, put_manifest, sign
 from support.compare import INDEX_NAME, tensor_difference
@@ -285,22 +285,22 @@ def save_names(directory: Path, *names: str, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("key", ["__metadata__", "", "\ud800"])
-def test_d3_key_that_cannot_be_stored_is_refused_before_anything_is_written(
-    tmp_path: Path, key: str
-) -> None:
+def test_d3_key_that_cannot_be_stored_costs_the_export(tmp_path: Path, key: str) -> None:
     spec = LoadSpec("layer.weight", key, (2,))
-    with pytest.raises(LayoutError) as caught:
+    with pytest.raises(ExportError) as caught:
         save_names(tmp_path / "step-1", "layer.weight", specs=[spec])
     assert caught.value.key == key
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "step-1" / "hf").exists()
+    assert verify(tmp_path / "step-1").ok
 
 
-def test_d3_two_tensors_under_one_key_are_refused_by_their_names(tmp_path: Path) -> None:
+def test_d3_two_tensors_under_one_key_are_named_and_cost_the_export(tmp_path: Path) -> None:
     specs = [LoadSpec("a", "same", (2,)), LoadSpec("b", "same", (2,))]
-    with pytest.raises(LayoutError, match=r"'model\.a' and 'model\.b'") as caught:
+    with pytest.raises(ExportError, match=r"'model\.a' and 'model\.b'") as caught:
         save_names(tmp_path / "step-1", "a", "b", specs=specs)
     assert caught.value.key == "same"
-    assert list(tmp_path.iterdir()) == []
+    assert not (tmp_path / "step-1" / "hf").exists()
+    assert verify(tmp_path / "step-1").ok
 
 
 def test_d3_odd_keys_are_only_keys(tmp_path: Path) -> None:

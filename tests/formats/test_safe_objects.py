@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import datetime as dt
 import decimal
 import enum
@@ -29,6 +30,7 @@ import torch
 from dcp_hf_writer.errors import CorruptCheckpointError, PickledObjectError
 from dcp_hf_writer.formats.safe_objects import check_is_plain
 from dcp_hf_writer.load.check_objects import check_object
+from dcp_hf_writer.torch_seam.object_archives import pickle_of_archive
 
 ZONE = dt.timezone(dt.timedelta(hours=2), "X")
 
@@ -234,3 +236,58 @@ def test_pickle_that_is_checked_is_the_one_that_torch_unpickles(tmp_path: Path) 
     with pytest.raises(PickledObjectError):
         check(archives["before the archive"])
     assert not marker.exists()
+
+
+def mutated(data: bytes, others: list[bytes], source: random.Random) -> bytes:
+    found = bytearray(data)
+    for _ in range(source.randint(1, 3)):
+        at = source.randrange(len(found))
+        match source.randrange(3):
+            case 0:
+                found[at] = source.randrange(256)
+            case 1:
+                del found[at : at + source.randint(1, 8)]
+            case _:
+                other = source.choice(others)
+                start = source.randrange(len(other))
+                found[at:at] = other[start : start + source.randint(1, 30)]
+    return bytes(found)
+
+
+class Recording(pickle.Unpickler):
+    """Notes the globals that a pickle names."""
+
+    def __init__(self, data: bytes, names: set[tuple[str, str]]) -> None:
+        super().__init__(io.BytesIO(data))
+        self.names = names
+
+    def find_class(self, module: str, name: str) -> Any:
+        self.names.add((module, name))
+        return super().find_class(module, name)
+
+    def persistent_load(self, _: Any) -> Any:
+        raise pickle.UnpicklingError("a storage")
+
+
+def test_damaged_pickle_is_refused_or_names_only_modules_that_whole_ones_name() -> None:
+    names: set[tuple[str, str]] = set()
+    whole = [pickle_of_archive(saved(value)) for value in DATA.values()]
+    for data in whole:
+        with contextlib.suppress(pickle.UnpicklingError):
+            Recording(data, names).load()
+    # Damage may turn one name of a renamed module into the other.
+    modules = {module for module, _ in names} | {"numpy.core.multiarray", "pathlib._local"}
+    source, accepted = random.Random(7), 0
+    small = [data for data in whole if len(data) < 2000]
+    for _ in range(2500):
+        damaged = mutated(source.choice(small), small, source)
+        try:
+            check_is_plain(damaged, path="x")
+        except CorruptCheckpointError:
+            continue
+        accepted += 1
+        found: set[tuple[str, str]] = set()
+        with contextlib.suppress(Exception):
+            Recording(damaged, found).load()
+        assert {module for module, _ in found} <= modules
+    assert accepted > 10

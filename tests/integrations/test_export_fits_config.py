@@ -31,6 +31,8 @@ from transformers import (
 
 from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec, specs_from_transformers
 from dcp_hf_writer.errors import ExportError
+from dcp_hf_writer.said_once import SaidOnce
+from dcp_hf_writer.save import planned_export
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -288,6 +290,10 @@ def of_other_shape(model: nn.Module) -> dict[str, torch.Tensor]:
     return {**model.state_dict(), "lm_head.weight": torch.ones(20, 16)}
 
 
+def of_other_width(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {**model.state_dict(), "model.embed_tokens.weight": torch.ones(20, 16)}
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -305,6 +311,35 @@ def test_export_is_refused_when_it_is_of_another_model(
     with pytest.raises(ExportError) as raised:
         save(tmp_path / "s", change(model), assets=model)
     assert [word for word in words if word not in str(raised.value)] == [], str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [(without_a_tensor, "layers.1.mlp.up_proj.weight"), (of_other_width, "change the config")],
+    ids=["missing", "shape"],
+)
+def test_config_without_a_class_is_compared_below_the_head(
+    change: Callable[[Any], Mapping[str, torch.Tensor]], words: str, tmp_path: Path
+) -> None:
+    model = llama()
+    with pytest.raises(ExportError) as raised:
+        save(tmp_path / "s", change(model), assets=config_without_class(model))
+    assert words in str(raised.value)
+    assert "prefix" not in str(raised.value)
+
+
+def test_config_without_a_class_may_lack_a_part_that_heads_leave_out(tmp_path: Path) -> None:
+    config = BertConfig(
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        vocab_size=9,
+    )
+    state = BertForMaskedLM(config).state_dict()
+    assert not any("pooler" in name for name in state)
+    save(tmp_path / "s", state, assets=config)
+    assert "bert.embeddings.word_embeddings.weight" in keys_of(tmp_path / "s")
 
 
 def test_misfit_is_a_warning_when_the_writer_shall_warn(
@@ -425,6 +460,29 @@ def test_log_says_why_when_the_config_cannot_be_compared(
     save(tmp_path / "s", {"w": torch.ones(2)}, assets={"config.json": config})
     said = [one.getMessage() for one in caplog.records]
     assert sum("is not compared with its config.json" in one for one in said) == 1
+
+
+@pytest.mark.parametrize(
+    ("names", "call"),
+    [
+        (["module.a", "module.b"], "model.module."),
+        (["base_model.model.a"], "merge_and_unload()"),
+        (["module.a", "b"], None),
+    ],
+)
+def test_prefix_of_a_known_wrapper_is_a_warning_when_no_config_can_tell(
+    names: list[str],
+    call: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(planned_export, "SAID_ONCE", SaidOnce())
+    config = {"config.json": b'{"model_type": "none"}'}
+    save(tmp_path / "s", {name: torch.ones(2) for name in names}, assets=config)
+    said = [one.getMessage() for one in caplog.records if "all names of the" in one.getMessage()]
+    assert [call in one for one in said] == ([] if call is None else [True])
+    assert keys_of(tmp_path / "s") == set(names)
 
 
 def test_comparing_draws_no_random_numbers(tmp_path: Path) -> None:

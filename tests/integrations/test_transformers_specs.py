@@ -10,7 +10,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 
@@ -221,11 +220,12 @@ def test_names_are_those_of_get_model_state_dict_when_modules_are_wrapped(wrap: 
 
 
 @by_compile
-def test_export_refuses_names_of_wrappers(tmp_path: Path) -> None:
+def test_export_strips_names_of_wrappers(tmp_path: Path) -> None:
     model = wrapped_compiled(build("llama"))
     writer = HFDualWriter(tmp_path / "checkpoint", export=HFExport.from_transformers(model))
-    with pytest.raises(CheckpointException, match="specs name tensors that the model does not"):
-        dcp.save({"model": model.state_dict()}, storage_writer=writer)
+    dcp.save({"model": model.state_dict()}, storage_writer=writer)
+    build("llama").save_pretrained(tmp_path / "bare")
+    assert export_difference(tmp_path / "checkpoint" / "hf", tmp_path / "bare") is None
 
 
 def test_asking_changes_neither_the_model_nor_what_is_drawn_next() -> None:

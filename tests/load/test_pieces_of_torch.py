@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 from dcp_hf_writer import HFDualReader, LoadSpec, load_hf, verify
-from dcp_hf_writer.errors import CorruptCheckpointError
+from dcp_hf_writer.errors import CorruptCheckpointError, ModelKeyError
 from support.compare import tensor_difference
 from support.ranks import run_ranks
 
@@ -206,3 +206,28 @@ def test_directory_that_torch_wrote_whole_is_loaded(tmp_path: Path, many: bool) 
     dcp.load(found, storage_reader=HFDualReader(tmp_path / "x"), no_dist=True)
     assert tensor_difference(found, model()) is None
     assert verify(tmp_path / "x").ok
+
+
+@pytest.mark.parametrize("is_distributed", [False, True])
+@pytest.mark.parametrize("entries", [("model",), ("model", "optim"), ("encoder", "decoder")])
+def test_entries_that_torch_wrote_are_loaded_by_their_fqns(
+    tmp_path: Path, entries: tuple[str, ...], *, is_distributed: bool
+) -> None:
+    saved = {
+        one: {name: value + i for name, value in model().items()} for i, one in enumerate(entries)
+    }
+    writer = dcp.HuggingFaceStorageWriter(str(tmp_path / "x"), save_distributed=is_distributed)
+    dcp.save(saved, storage_writer=writer, no_dist=True)
+    found = {one: blank() for one in entries}
+    dcp.load(found, storage_reader=HFDualReader(tmp_path / "x"), no_dist=True)
+    for one in entries:
+        assert tensor_difference(found[one], saved[one]) is None
+
+
+def test_unclear_entries_are_refused_if_a_tensor_is_not_stored(tmp_path: Path) -> None:
+    writer = dcp.HuggingFaceStorageWriter(str(tmp_path / "x"))
+    dcp.save({"encoder": model()}, storage_writer=writer, no_dist=True)
+    found = {"encoder": blank(), "decoder": blank()}
+    with pytest.raises(CheckpointException) as caught:
+        dcp.load(found, storage_reader=HFDualReader(tmp_path / "x"), no_dist=True)
+    assert isinstance(caught.value.failures[0][0], ModelKeyError)

@@ -110,3 +110,11 @@ def test_load_hf_says_that_a_checkpoint_has_only_a_dcp_half(run: Path) -> None:
     dcp.save(state(), storage_writer=writer, no_dist=True)
     with pytest.raises(ReadError, match="a DCP half only"):
         load_hf(state(), "dcp-only")
+
+
+def test_load_hf_names_the_files_that_are_no_weights_in_its_format(run: Path) -> None:
+    directory = run / "pickled"
+    directory.mkdir()
+    torch.save({"w": torch.ones(2)}, directory / "pytorch_model.bin")
+    with pytest.raises(ReadError, match=r"only 'pytorch_model\.bin'; convert the weights"):
+        load_hf(state(), directory)

@@ -19,6 +19,7 @@ from dcp_hf_writer.errors import (
 )
 from dcp_hf_writer.failpoints import set_hook
 from dcp_hf_writer.manager.run_directory import RunDirectory
+from support.processes import FreshProcess
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -303,3 +304,25 @@ def test_save_leaves_no_thread_behind(tmp_path: Path) -> None:
 def test_step_that_is_no_number_is_refused(tmp_path: Path, step: Any) -> None:
     with CheckpointManager(tmp_path) as manager, pytest.raises(ConfigError, match="step"):
         manager.save(step, state(1.0))
+
+
+def run_a_job(root: Path, value: float) -> list[int]:
+    """Save three steps as a job that does not know of the other."""
+    saved: list[int] = []
+    with CheckpointManager(
+        root, save_every=1, on_failure="warn", on_saved=lambda step, *_: saved.append(step)
+    ) as manager:
+        for step in (1, 2, 3):
+            manager.step(step, state(value))
+            manager.wait()
+    return saved
+
+
+def test_two_jobs_in_one_directory_never_mix_their_steps(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    with FreshProcess(run_a_job, root, 1.0) as one, FreshProcess(run_a_job, root, 2.0) as other:
+        first, second = one.result(), other.result()
+    assert sorted(first + second) == [1, 2, 3], "each step belongs to one job"
+    for step in (1, 2, 3):
+        assert verify(root / f"step-{step}").ok
+        assert held(root / f"step-{step}") == (1.0 if step in first else 2.0)

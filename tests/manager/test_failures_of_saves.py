@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import errno
+import signal
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from dcp_hf_writer import Retry
+from dcp_hf_writer import CheckpointManager, Retry
 from dcp_hf_writer.errors import ExportError, WriteError
 from support.faults import BadCall, Strike, check_storage, hits
 from support.managed_runs import Seen, run_with_faults
-from support.ranks import run_ranks
+from support.ranks import run_ranks, spawn_ranks
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -103,3 +104,14 @@ def test_function_is_called_on_every_rank_and_its_error_comes_up(tmp_path: Path)
     found = runs(root, [1, 2, 3], {2: NO_SPACE}, on_failure=told)
     texts = [str(seen.raised[2].error) for seen in found]
     assert texts == [f"told of step 2 on rank {rank} after 1" for rank in (0, 1)]
+
+
+def test_stop_ends_every_rank_with_the_signal_of_an_orderly_end(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    options = {"save_every": 1, "on_failure": "stop"}
+    with spawn_ranks(run_with_faults, 2, root, [1, 2, 3], {2: NO_SPACE}, options) as handle:
+        codes = [outcome.exitcode for outcome in handle.outcomes()]
+    assert codes == [-signal.SIGTERM, -signal.SIGTERM]
+    assert len(hits(root)) == 1
+    with CheckpointManager(root) as manager:
+        assert manager.steps() == [1]

@@ -10,6 +10,7 @@ from dcp_hf_writer.errors import ModelKeyError
 from dcp_hf_writer.mapping.model_entry import (
     NOT_WEIGHTS,
     holds_weights,
+    is_usual_beside,
     left_out_of_model,
     model_prefix,
     names_in_model,
@@ -110,9 +111,12 @@ def test_error_lists_the_choices_when_the_model_is_not_clear(
     assert f"entries with tensors: {nested}" in str(caught.value)
 
 
-def test_error_counts_tensors_at_the_top() -> None:
-    with pytest.raises(ModelKeyError, match=r"entries with tensors: \['net'\], 1 tensors"):
+def test_error_counts_tensors_at_the_top_and_says_how_to_name_them() -> None:
+    with pytest.raises(
+        ModelKeyError, match=r"entries with tensors: \['net'\], 1 tensors"
+    ) as caught:
         names_of({"net": W, "extra": 0})
+    assert 'put the tensors at the top into an entry "model"' in str(caught.value)
 
 
 COMMON = [*sorted(NOT_WEIGHTS), "model", "module", "state", "ema", "extra"]
@@ -253,4 +257,19 @@ def test_what_is_left_out_is_told_by_entry_and_kind() -> None:
         "flattened optimizer state, `state.*` (1 tensor)",
         "entry 'optim' (2 tensors)",
         "tensor 'step' (1 tensor)",
+    ]
+
+
+def test_what_lies_beside_a_model_in_an_app_is_told_by_its_own_entry() -> None:
+    _, paths = flatten_state_dict({"app": {"model": W, "optim": OPTIM}, "ema": W})
+    prefix = model_prefix(paths, key="app.model")
+    assert left_out_of_model(paths, prefix, names_in_model(paths, prefix)) == [
+        "entry 'app.optim' (2 tensors)",
+        "entry 'ema' (2 tensors)",
+    ]
+    assert [
+        is_usual_beside(paths[fqn], prefix) for fqn in ("app.optim.param_groups.0.lr", "ema.norm")
+    ] == [
+        True,
+        False,
     ]

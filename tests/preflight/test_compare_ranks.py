@@ -8,6 +8,7 @@ import math
 import random
 import re
 import threading
+import warnings
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed._shard.metadata import ShardMetadata
+from torch.distributed._shard.sharded_tensor import Shard as LocalShard
+from torch.distributed._shard.sharded_tensor import ShardedTensor
+from torch.distributed._shard.sharded_tensor.metadata import ShardedTensorMetadata, TensorProperties
 from torch.distributed.checkpoint import DefaultSavePlanner
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -111,12 +116,33 @@ def save_what_is_refused(saver: Saver) -> None:
     saver.save(
         "numbered stages", {**model_with(f"stages.{rank // 2}.x", whole), "optim": optimizer}
     )
+    optimizer = {"state": {0: {"exp_avg": sharded_rows(whole, stage.get_group())}}}
+    saver.save(
+        "numbered stages of FSDP1",
+        {**model_with(f"stages.{rank // 2}.x", whole), "optim": optimizer},
+    )
 
     wrong = LoadSpec("x", "x", (9, 2), shards=[ShardSpec(0, rank, WORLD_SIZE)])
     specs = [wrong] if rank == 1 else []
     value = tensor("x", 5, 2)
     saver.save("wrong spec", model_with("x", value), planner=HFSavePlanner(specs))
     saver.save("after it", model_with("x", value), planner=HFSavePlanner())
+
+
+def sharded_rows(whole: torch.Tensor, group: Any) -> ShardedTensor:
+    """Return a ShardedTensor of which each of two ranks of a group holds half of the rows."""
+    half = whole.shape[0] // 2
+    ranks = dist.get_process_group_ranks(group)
+    places = [
+        ShardMetadata([number * half, 0], [half, whole.shape[1]], f"rank:{rank}/cpu")
+        for number, rank in enumerate(ranks)
+    ]
+    number = dist.get_rank(group)
+    shards = [LocalShard(whole[number * half :][:half].clone(), places[number])]
+    properties = TensorProperties(dtype=whole.dtype)
+    return ShardedTensor._init_from_local_shards_and_global_metadata(
+        shards, ShardedTensorMetadata(places, whole.shape, properties), process_group=group
+    )
 
 
 _DTYPES = (torch.float32, torch.float32, torch.float64, torch.float32)
@@ -275,10 +301,11 @@ def test_values_of_each_rank_are_refused(
     assert str(error.found).startswith("one on ranks [0] and one on ranks [1]")
 
 
+@pytest.mark.parametrize("name", ["numbered stages", "numbered stages of FSDP1"])
 def test_stages_that_number_their_parameters_from_0_are_refused(
-    saved: tuple[Path, list[dict[str, Raised | None]]],
+    saved: tuple[Path, list[dict[str, Raised | None]]], name: str
 ) -> None:
-    error = refusal(saved, "numbered stages")
+    error = refusal(saved, name)
     assert isinstance(error, PlanningError)
     assert error.fqn == "optim.state.0.exp_avg"
     assert "flatten_optimizer_state_dict=True" in str(error.hint)
@@ -414,7 +441,7 @@ def test_one_tensor_among_many_is_found() -> None:
     assert error.value.found == "one on ranks [0, 1, 2, 4] and one on ranks [3]"
 
 
-def test_a_sample_is_bounded_and_of_the_same_tensors_on_every_rank() -> None:
+def test_a_sample_has_all_tensors_in_the_same_order_on_every_rank() -> None:
     count = rank_samples.MAX_DIGESTS + 500
     names = [f"x{i}" for i in range(count)]
     one = samples_of(planned_of({n: torch.ones(2, 2) for n in names}), key=None, world_size=2)
@@ -423,9 +450,20 @@ def test_a_sample_is_bounded_and_of_the_same_tensors_on_every_rank() -> None:
     )
     assert one == other
     tensors, digests = rows_of(one)
-    assert len(tensors) == rank_samples.MAX_TENSORS
+    assert len(tensors) == count
     assert 0 < len(digests) <= rank_samples.MAX_DIGESTS
-    assert len(one) < 250_000
+
+
+@pytest.mark.parametrize("place", range(0, 2500, 500))
+@pytest.mark.parametrize("kind", ["tensors", "numbers"])
+def test_one_of_thousands_of_tensors_or_numbers_is_found(kind: str, place: int) -> None:
+    """Also among so many that a sample of some of them would miss it."""
+    value = (lambda x: torch.full((2,), x)) if kind == "tensors" else float
+    one, other = (beside(optim={f"m{i}": value(1.0) for i in range(2500)}) for _ in range(2))
+    other["optim"][f"m{place}"] = value(2.0)
+    with pytest.raises(PlanningError, match="different values") as caught:
+        compared_states(one, other)
+    assert caught.value.fqn == f"optim.m{place}"
 
 
 def test_a_rank_that_saves_alone_samples_nothing() -> None:
@@ -458,6 +496,40 @@ def generator_state(draws: int) -> torch.Tensor:
 
 def optimizer_of(value: Any) -> dict[str, Any]:
     return beside(optim={"state": {0: {"exp_avg": value}}})
+
+
+def codes_of(value: float, scale: float = 0.1) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.quantize_per_tensor(torch.full((3, 3), value), scale, 0, torch.quint8)
+
+
+def channels_of(value: float) -> torch.Tensor:
+    zeros = torch.zeros(3, dtype=torch.long)
+    scales = torch.full((3,), value)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.quantize_per_channel(torch.full((3, 3), value), scales, zeros, 0, torch.qint8)
+
+
+def rows_of_ones(*columns: int) -> torch.Tensor:
+    """Return a sparse matrix with a one in each row."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ends = torch.arange(len(columns) + 1)
+        return torch.sparse_csr_tensor(ends, torch.tensor(columns), torch.ones(len(columns)))
+
+
+def nested(value: float) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.nested.nested_tensor([torch.full((3,), value)])
+
+
+def around_itself(value: int) -> SimpleNamespace:
+    made = SimpleNamespace(value=value)
+    made.inner = {"outer": made}
+    return made
 
 
 # Two values under one name, by what differs.
@@ -519,6 +591,29 @@ DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         beside(x=SimpleNamespace(a=[torch.ones(3)])),
     ),
     "a field of an object": (beside(x=SimpleNamespace(a=1)), beside(x=SimpleNamespace(a=2))),
+    "codes": (optimizer_of(codes_of(1.0)), optimizer_of(codes_of(2.0))),
+    "scales": (optimizer_of(codes_of(1.0, 0.1)), optimizer_of(codes_of(2.0, 0.2))),
+    "scales of channels": (optimizer_of(channels_of(1.0)), optimizer_of(channels_of(2.0))),
+    "codes in the model": (
+        {"model": {"w": torch.ones(4, 4), "q": codes_of(1.0)}},
+        {"model": {"w": torch.ones(4, 4), "q": codes_of(2.0)}},
+    ),
+    "codes in a tuple": (beside(x=(codes_of(1.0),)), beside(x=(codes_of(2.0),))),
+    "a sparse tensor in a tuple": (
+        beside(x=(torch.ones(3).to_sparse(),)),
+        beside(x=((torch.ones(3) * 2).to_sparse(),)),
+    ),
+    "places of a sparse tensor in a tuple": (
+        beside(x=(rows_of_ones(0, 1, 2),)),
+        beside(x=(rows_of_ones(2, 1, 0),)),
+    ),
+    "a nested tensor in a tuple": (
+        beside(x=(nested(0.0),)),
+        beside(x=(nested(1.0),)),
+    ),
+    "a number and another kind of value": (beside(x=1.0), beside(x=7)),
+    "a number and a text": (beside(x=1.0), beside(x="a")),
+    "a value that contains itself": (beside(x=around_itself(1)), beside(x=around_itself(2))),
     "flattened moments": (
         {"w": torch.ones(2, 2), "state.w.exp_avg": torch.zeros(2)},
         {"w": torch.ones(2, 2), "state.w.exp_avg": torch.ones(2)},
@@ -630,6 +725,14 @@ def test_small_drift_is_not_silent(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         compared_states(beside(seconds=1000.0), beside(seconds=1000.25))
     assert "the replicas of seconds have drifted apart" in caplog.text
+
+
+def test_one_element_that_differs_is_not_silent(caplog: pytest.LogCaptureFixture) -> None:
+    one, other = (optimizer_of(torch.zeros(100, 100)) for _ in range(2))
+    other["optim"]["state"][0]["exp_avg"][3, 4] = 5.0
+    with caplog.at_level(logging.WARNING):
+        compared_states(one, other)
+    assert "the replicas of optim.state.0.exp_avg have drifted apart" in caplog.text
 
 
 def test_one_value_among_many_is_found() -> None:

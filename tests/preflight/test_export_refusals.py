@@ -110,7 +110,7 @@ REFUSALS: dict[str, tuple[type[Exception], tuple[str, ...]]] = {
     "no such tensor": (ExportError, ("absent",)),
     "uneven fusion": (SpecError, ("w", "3 parts")),
     "tied to nothing": (ExportError, ("'v'", "absent")),
-    "no such like": (ExportError, ("nowhere",)),
+    "no such like": (ConfigError, ("nowhere",)),
     "no such entry": (ExportError, ("absent", "'model'")),
     "nonsense size": (ConfigError, ("max_shard_size", "5 parsecs")),
     "size of nothing": (ConfigError, ("max_shard_size", "0")),

@@ -161,11 +161,11 @@ REFUSALS: dict[str, Refusal] = {
         export=lambda: HFExport(assets={"model.safetensors": b"x"}),
     ),
     "asset outside of the directory": Refusal(
-        ExportError, ("'..'",), export=lambda: HFExport(assets={"../config.json": b"{}"})
+        ConfigError, ("'..'",), export=lambda: HFExport(assets={"../config.json": b"{}"})
     ),
-    "asset of no known kind": Refusal(ExportError, ("int",), export=lambda: HFExport(assets=[3])),
+    "asset of no known kind": Refusal(ConfigError, ("int",), export=lambda: HFExport(assets=[3])),
     "like without directory": Refusal(
-        ExportError, ("/nowhere/base",), export=lambda: HFExport(like="/nowhere/base")
+        ConfigError, ("/nowhere/base",), export=lambda: HFExport(like="/nowhere/base")
     ),
     "tied to nothing": Refusal(
         ExportError, ("'v'", "absent"), export=lambda: HFExport(tied={"v": "absent"})

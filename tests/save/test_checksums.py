@@ -14,7 +14,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 
 from dcp_hf_writer import HFDualWriter, HFExport, verify
-from dcp_hf_writer.errors import ConfigError, ExportError, LayoutError, SaveTimeoutError
+from dcp_hf_writer.errors import ConfigError, ExportError, SaveTimeoutError
 from dcp_hf_writer.save import checksums
 from support.audit import faults, read_manifest
 from support.ranks import run_ranks
@@ -105,9 +105,9 @@ def test_unknown_kind_is_refused(kind: Any) -> None:
 
 def test_asset_of_the_same_name_is_refused(tmp_path: Path) -> None:
     assets = {**ASSETS, NAME: b"{}"}
-    with pytest.raises(LayoutError, match="an asset has the name of a file that the export makes"):
+    with pytest.raises(ExportError, match="an asset has the name of a file that the export makes"):
         save_alone(tmp_path / "step-1", checksums="sha256", assets=assets)
-    directory = save_alone(tmp_path / "step-1", assets=assets)
+    directory = save_alone(tmp_path / "step-2", assets=assets)
     assert (directory / "hf" / NAME).read_bytes() == b"{}"
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from dcp_hf_writer.errors import RankLostError
-from dcp_hf_writer.failpoints import POINTS, TARGET_POINTS
+from dcp_hf_writer.failpoints import POINTS, SHARING_POINTS, TARGET_POINTS
 from support.faults import (
     TIMEOUT_S,
     Outcome,
@@ -49,7 +49,8 @@ OF_THE_COORDINATOR = (
     "before reply",
 )
 COMMITTED = (*TARGET_POINTS[1:], "after rename", "before reply")
-EVERY_SAVE = tuple(point for point in POINTS if point not in TARGET_POINTS)
+# `test_shared_blocks` kills a save at each clone, on file systems that can clone.
+EVERY_SAVE = tuple(point for point in POINTS if point not in TARGET_POINTS + SHARING_POINTS)
 REPEATED = ("mid dcp", "mid hf")
 
 pytestmark = pytest.mark.timeout(300)
@@ -204,7 +205,7 @@ def test_one_whole_checkpoint_is_there_when_a_rank_dies(name: str, lives: dict[s
 
 
 def test_every_point_of_a_save_has_a_crash() -> None:
-    assert {crash.strike.point for crash in CRASHES.values()} == set(POINTS)
+    assert {crash.strike.point for crash in CRASHES.values()} == set(POINTS) - set(SHARING_POINTS)
     assert set(OF_THE_COORDINATOR) <= set(POINTS)
 
 

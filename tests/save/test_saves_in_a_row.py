@@ -121,7 +121,7 @@ def test_next_save_of_a_process_waits_for_one_without_tensors(tmp_path: Path) ->
     failpoints.set_hook(hook)
     try:
         first = dcp.async_save(
-            {"step": 1}, storage_writer=HFDualWriter(tmp_path / "1"), no_dist=True
+            {"step": 1}, storage_writer=HFDualWriter(tmp_path / "1", export=None), no_dist=True
         )
         writer = HFDualWriter(tmp_path / "2", export=None, timeout_s=0.2)
         with pytest.raises(StagingError, match="earlier save"):

@@ -121,6 +121,18 @@ def test_directory_that_exists_stays_the_same_directory(tmp_path: Path) -> None:
     check_held(target, 2)
 
 
+def test_directory_that_exists_keeps_its_rights_when_its_checkpoint_is_overwritten(
+    tmp_path: Path,
+) -> None:
+    """Nothing but the checkpoint is in it; a group of users shares it."""
+    target = tmp_path / "step-1"
+    put(target, 1)
+    target.chmod(0o2770)
+    put(target, 2, overwrite=True)
+    assert target.stat().st_mode & 0o7777 == 0o2770
+    check_held(target, 2)
+
+
 @pytest.mark.parametrize("held", ["nothing", "file", "checkpoint"])
 def test_working_directory_of_the_process_can_be_the_target(
     tmp_path: Path, held: str, monkeypatch: pytest.MonkeyPatch

@@ -111,3 +111,9 @@ def _flat(value: Any, name: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {name: value}
     return {k: v for key, inner in value.items() for k, v in _flat(inner, f"{name}/{key}").items()}
+
+
+def take_name(path: Path) -> None:
+    """Make a directory that a save takes for a checkpoint, and does not replace."""
+    path.mkdir(exist_ok=True)
+    (path / ".metadata").touch()

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from dcp_hf_writer.errors import ExportError, WriteError
 from support.faults import (
+    AT_ONCE_S,
     BadCall,
     Outcome,
     Resources,
@@ -170,7 +171,7 @@ def test_check_of_outcomes_fails_when_a_rank_saw_something_else() -> None:
     with pytest.raises(AssertionError, match="not told of"):
         check_outcomes([outcome(error)], WriteError, ("/b",))
     with pytest.raises(AssertionError, match="learned it after"):
-        check_outcomes([outcome(error, seconds=9.0)], WriteError)
+        check_outcomes([outcome(error, seconds=AT_ONCE_S + 1)], WriteError)
     with pytest.raises(AssertionError, match="not told the phase"):
         check_outcomes([outcome(WriteError("no"))], WriteError)
     with pytest.raises(AssertionError, match="no rank"):

@@ -165,13 +165,6 @@ def test_staging_goes_on_when_the_save_of_another_writer_has_failed(tmp_path: Pa
         gc.enable()
 
 
-def test_staging_does_not_wait_when_the_last_state_dict_had_no_data(tmp_path: Path) -> None:
-    writer = HFDualWriter(tmp_path / "step-1", export=None, timeout_s=5)
-    kept = writer.stage({"step": 1, "empty": torch.zeros(0, 3)})
-    again = writer.stage({"step": 2, "w": torch.ones(3)})
-    assert (kept["step"], again["step"]) == (1, 2)
-
-
 class SkipsTheFit(HFDualReader):
     def set_up_storage_reader(self, *_: Any, **__: Any) -> None:
         """Leave out what `HFDualReader` checks here."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -79,3 +80,36 @@ def test_every_rank_is_refused_when_the_group_was_destroyed_before(
         assert len(said) == 1
         assert "no process group is initialised" in said[0]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["alone-0", "alone-1", "before"]
+
+
+def save_after_the_group(rank: int, world_size: int, root: Path) -> list[str]:
+    """Save with writers that were made while there was a process group."""
+    # `torch.multiprocessing.spawn` does not set it.
+    os.environ.pop("WORLD_SIZE")
+    ways = [(how, alone) for how in ("save", "async_save") for alone in (False, True)]
+    writers = [HFDualWriter(root / f"{how}-{alone}-{rank}") for how, alone in ways]
+    dist.barrier()
+    dist.destroy_process_group()
+    found = []
+    for (how, alone), writer in zip(ways, writers, strict=True):
+        options = {"no_dist": True} if alone else {}
+        try:
+            if how == "save":
+                dcp.save(state(), storage_writer=writer, **options)
+            else:
+                dcp.async_save(state(), storage_writer=writer, **options).result()
+        except BaseException as error:  # noqa: BLE001 torch's CheckpointException is no Exception
+            found += [str(one) for one in own_errors(error)]
+    return found
+
+
+def test_save_is_refused_when_the_group_of_its_writer_is_gone(tmp_path: Path) -> None:
+    for found in run_ranks(save_after_the_group, 2, tmp_path):
+        assert len(found) == 2
+        for text in found:
+            assert "one group of 2 ranks, as when the writer was made" in text
+            assert "no_dist=True" in text
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == sorted(
+        f"{how}-True-{rank}" for how in ("save", "async_save") for rank in (0, 1)
+    )

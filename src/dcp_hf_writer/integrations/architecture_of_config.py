@@ -9,7 +9,11 @@ import re
 import sys
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer.integrations.transformers_conversions import saved_tensors, take_conversions
+from dcp_hf_writer.integrations.transformers_conversions import (
+    saved_tensors,
+    take_conversions,
+    transposed_at_load,
+)
 from dcp_hf_writer.integrations.unsharded_meta_model import (
     on_meta_device,
     runtime_tensors,
@@ -47,7 +51,7 @@ def architecture_of(config: bytes, model: Any = None) -> Architecture | None:
     except ValueError:
         values = None
     if not isinstance(values, dict):
-        _log.info(_NOT_COMPARED, "it is no JSON object")
+        _log.warning(_NOT_COMPARED, "it is no JSON object, so no reader can use it")
         return None
     if "quantization_config" in values:
         _log.info(_NOT_COMPARED, "it is of a quantised model")
@@ -119,6 +123,7 @@ def _architecture(kind: Any, config: Any, model: Any, *, is_whole: bool) -> Arch
         base_prefix=base_prefix,
         is_whole=is_whole,
         is_sorted=bool(plain) or (not is_whole and _renames_head(config)),
+        turned=tuple((key, *dims) for key, dims in transposed_at_load(twin).items()),
     )
 
 

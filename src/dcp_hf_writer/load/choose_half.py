@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from dcp_hf_writer.errors import ReadError
 from dcp_hf_writer.formats.names_on_disk import INDEX_SUFFIX, MANIFEST_NAME, METADATA_NAME, SUFFIX
 from dcp_hf_writer.formats.parse_dcp_metadata import MAX_METADATA_NBYTES, parse_metadata
-from dcp_hf_writer.load.hf_directory import is_hf_directory, open_hf_directory
+from dcp_hf_writer.load.hf_directory import (
+    conversion_hint,
+    is_hf_directory,
+    open_hf_directory,
+    other_files_found,
+)
 from dcp_hf_writer.load.hf_source import HFSource
 from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
 from dcp_hf_writer.storage.open_directory import open_directory
@@ -123,8 +128,8 @@ def _no_weights(
         path=files.path,
         expected=f"*{SUFFIX}, or a directory {place.subdir!r} with such files"
         + (f"; or {METADATA_NAME}, which DCP writes" if was_auto else ""),
-        found=f"{len(names)} other files" if names else "no file in this directory",
-        hint=hint,
+        found=other_files_found(names) if names else "no file in this directory",
+        hint=hint or conversion_hint(names),
     )
 
 

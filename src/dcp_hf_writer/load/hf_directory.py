@@ -49,6 +49,10 @@ _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 _OF_RANK = re.compile(r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors")
 
 _MANY = 8
+
+# Endings of files that hold pickled weights.
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+
 """How many names an error lists."""
 
 # Reading this many headers of local files takes less time than starting a thread.
@@ -169,7 +173,8 @@ def _weights(names: Sequence[str], path: str) -> tuple[str | None, list[str]]:
             phase="read",
             path=path,
             expected=f"{SINGLE_NAME}, or {INDEX_NAME} and the files that it names",
-            found=f"{len(names)} other files" if names else "an empty directory",
+            found=other_files_found(names) if names else "an empty directory",
+            hint=conversion_hint(names),
         )
     if len(files) > 1 and not _is_complete(files) and not all(map(_OF_RANK.fullmatch, files)):
         _refuse(
@@ -180,6 +185,18 @@ def _weights(names: Sequence[str], path: str) -> tuple[str | None, list[str]]:
             hint="pass the path of the file to load, or of an index",
         )
     return None, files
+
+
+def other_files_found(names: Sequence[str]) -> str:
+    """Name the files of a directory without weights, for a message."""
+    return f"only {some_of(map(repr, names), most=_MANY)}"
+
+
+def conversion_hint(names: Sequence[str]) -> str | None:
+    """Say how to convert weights that are pickled; `None` if there are none."""
+    if not any(name.endswith(_PICKLED) for name in names):
+        return None
+    return "convert the weights: load them with from_pretrained, then call save_pretrained"
 
 
 def _is_complete(files: Sequence[str]) -> bool:

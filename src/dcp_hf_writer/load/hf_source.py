@@ -231,8 +231,8 @@ class HFSource:
             stored = self.stored[self._key(self._alias(spec, part.key))]
             if stored.shape != part.shape:
                 return (
-                    f"key {shortened(part.key)} has shape {list(stored.shape)}, "
-                    f"but its spec says {list(part.shape)}"
+                    f"needs shape {list(part.shape)} of key {shortened(part.key)}, "
+                    f"stored as {list(stored.shape)}"
                 )
             if not can_cast(TORCH_BY_NAME[stored.dtype], dtype):
                 return f"{dtype}, stored as {TORCH_BY_NAME[stored.dtype]}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType
@@ -18,7 +19,6 @@ from dcp_hf_writer.torch_seam.planners import HFLoadPlanner
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    import torch
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
@@ -63,26 +63,31 @@ def item_faults(items: Iterable[ReadItem], metadata: Metadata) -> tuple[list[str
     """
     missing: dict[str, None] = {}
     faults: list[str] = []
+    known: dict[str, dict[torch.Size, torch.Size]] = {}
     for item in items:
         index = item.storage_index
         entry = metadata.state_dict_metadata.get(index.fqn)
         if entry is None:
             missing[index.fqn] = None
         elif item.type == LoadItemType.TENSOR:
-            sizes = [
-                chunk.sizes
-                for chunk in (entry.chunks if isinstance(entry, TensorStorageMetadata) else ())
-                if chunk.offsets == index.offset
-            ]
-            if not any(_is_within(item, one) for one in sizes):
+            # A tensor may have thousands of chunks, and as many items ask for them.
+            sizes = known.get(index.fqn)
+            if sizes is None:
+                chunks = entry.chunks if isinstance(entry, TensorStorageMetadata) else ()
+                sizes = known[index.fqn] = {chunk.offsets: chunk.sizes for chunk in chunks}
+            if not _is_within(item, sizes.get(index.offset or torch.Size(()))):
                 asked = f"{list(item.lengths)} elements at {list(item.storage_offsets)}"
                 chunk = f"a chunk at {list(index.offset or ())}"
                 faults.append(f"{index.fqn} ({asked} of {chunk}, which no stored chunk has)")
     return list(missing), faults
 
 
-def _is_within(item: ReadItem, sizes: torch.Size) -> bool:
-    return len(item.storage_offsets) == len(item.lengths) == len(sizes) and all(
-        offset >= 0 and length >= 0 and offset + length <= size
-        for offset, length, size in zip(item.storage_offsets, item.lengths, sizes, strict=True)
+def _is_within(item: ReadItem, sizes: torch.Size | None) -> bool:
+    return (
+        sizes is not None
+        and len(item.storage_offsets) == len(item.lengths) == len(sizes)
+        and all(
+            offset >= 0 and length >= 0 and offset + length <= size
+            for offset, length, size in zip(item.storage_offsets, item.lengths, sizes, strict=True)
+        )
     )

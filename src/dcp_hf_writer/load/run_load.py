@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.planner import LoadItemType
 
-from dcp_hf_writer.errors import ConfigError, MismatchError
+from dcp_hf_writer.errors import ConfigError, MismatchError, ModelKeyError
 from dcp_hf_writer.formats.names_on_disk import METADATA_NAME
 from dcp_hf_writer.load.choose_half import open_hf_source, read_dcp_metadata
 from dcp_hf_writer.load.dcp_source import DCPSource, Wanted, fetch_of_archive
@@ -259,11 +259,10 @@ class HFLoad(Load):
         """
         tensors = {} if state_dict is None else flat_tensors(state_dict)
         paths = {fqn: path for fqn, (path, _) in tensors.items()}
-        prefix: Path = (options.key,) if options.key is not None else ()
-        if paths:
-            prefix = model_prefix(paths, key=options.key)
+        prefix, unclear = _model_prefix(paths, options.key)
         self._start = "".join(f"{part}." for part in prefix)
-        in_model = unwrapped_names(names_in_model(paths, prefix), options.specs.keys())
+        in_model = {} if unclear is not None else names_in_model(paths, prefix)
+        in_model = unwrapped_names(in_model, options.specs.keys())
         names = set(in_model.values())
         self._source, inputs = open_hf_source(place, options.specs, names=names)
         super().__init__(place, inputs, options)
@@ -271,6 +270,12 @@ class HFLoad(Load):
         # Wrappers, and the parts of a pipeline, have other FQNs.
         stored = frozenset(self._name_of.values())
         self._name_of |= {fqn: name for fqn, name in in_model.items() if name in stored}
+        if options.key is None and not self._name_of.keys() & in_model.keys():
+            # torch's writer of such directories knows no entries: its names are the FQNs.
+            self._name_of |= {fqn: fqn for fqn in tensors if fqn in stored}
+        if unclear is not None and not self._name_of.keys() >= tensors.keys():
+            inputs.close()
+            raise unclear
         self._name_of |= self._tied_in_memory({fqn: tensors[fqn][1] for fqn in in_model})
         self.metadata = Metadata(
             {fqn: self._entry(name) for fqn, name in self._name_of.items()},
@@ -376,6 +381,18 @@ class HFLoad(Load):
             is_verified=self._options.is_verified,
             reading=reading,
         )
+
+
+def _model_prefix(paths: Mapping[str, Path], key: str | None) -> tuple[Path, ModelKeyError | None]:
+    """Return the path of the model's entry, or why it is unclear which entry that is."""
+    if not paths:
+        return (() if key is None else (key,)), None
+    try:
+        return model_prefix(paths, key=key), None
+    except ModelKeyError as error:
+        if key is not None:
+            raise
+        return (), error
 
 
 _HINT = (

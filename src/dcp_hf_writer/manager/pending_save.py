@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from dcp_hf_writer.errors import ExportError
 from dcp_hf_writer.manager.agree_on_outcome import Committed, Verdict, agree
 from dcp_hf_writer.manager.save_report import SaveReport
+from dcp_hf_writer.save.owner_process import is_from_here
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -163,6 +164,9 @@ class PendingSave:
     def _committed(self) -> Committed | None:
         facts = self._look().facts
         if facts is None or facts.save_id is None or facts.save_id == self._before:
+            return None
+        if self._tools.messages.world.is_coordinator and not is_from_here(facts.save_id):
+            # Another job that shares the directory was faster.
             return None
         return Committed(facts.save_id, facts.nbytes)
 

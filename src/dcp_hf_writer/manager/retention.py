@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_hf_writer.errors import ConfigError
-from dcp_hf_writer.mapping.option_values import check_whole, check_word
+from dcp_hf_writer.mapping.option_values import check_whole, check_word, shown
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping, Sequence
@@ -28,6 +28,23 @@ class KeepBest:
         """Check mode and count."""
         check_word("mode of keep_best", self.mode, ("min", "max"))
         check_whole("count of keep_best", self.count, least=1)
+
+
+def as_keep_best(value: Any) -> KeepBest | None:
+    """Return the rule that an option stands for: a `KeepBest`, `(metric, mode)`, or none.
+
+    Raises:
+        ConfigError: If it is none of these.
+    """
+    if value is None or isinstance(value, KeepBest):
+        return value
+    if isinstance(value, tuple) and len(value) == 2:  # noqa: PLR2004 - metric and mode
+        return KeepBest(*value)
+    raise ConfigError(
+        "keep_best must say which metric is best, and how",
+        expected='KeepBest("loss", "min"), ("loss", "min") or None',
+        found=shown(value),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,7 +32,10 @@ _ADDED = {
     "model's entry, and model.v_head.state_dict() as another",
 }
 _CALLS = (
-    (re.compile(r"base_model\.model\."), "model.merge_and_unload().state_dict()"),
+    (
+        re.compile(r"base_model\.model\."),
+        "copy.deepcopy(model).merge_and_unload().state_dict()",
+    ),
     (re.compile(r"pretrained_model\."), "model.pretrained_model.state_dict()"),
     (re.compile(r"(\d+)\.auto_model\."), "model[{0}].auto_model.state_dict()"),
     (re.compile(r"module\."), "model.module.state_dict()"),
@@ -70,6 +73,9 @@ class Architecture:
     """Whether the class is known. If not, only the tensors of the model without a head are."""
     is_sorted: bool
     """Whether `save_pretrained` sorts the names of a model that it did not load."""
+    turned: tuple[tuple[str, int, int], ...] = ()
+    """Tensors of which readers exchange two dimensions if the shape asks for it: a regular
+    expression of the keys, and the dimensions."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -135,7 +141,7 @@ def check_fit(
     misfit = _misfit(shapes, left_out, expected)
     if misfit is not None and misfit.count == 0:
         return
-    names = list(shapes) if misfit is None else [*misfit.unexpected, *misfit.shapes]
+    names = list(shapes) if misfit is None else misfit.unexpected
     if misfit is None and not expected.is_whole and not _said_of(names, expected):
         # The config names no architecture, so these may be the tensors of any model.
         return
@@ -171,11 +177,33 @@ def _compared(
         modules = {key.partition(".")[0] for key in (*keys.required, *keys.optional)}
         added = [key for key in added if key.partition(".")[0] in modules]
     missing = [key for key in keys.required if key not in shapes and key not in left_out]
+    if not expected.is_whole and not added:
+        # A model with a head may lack a whole part of the model without one, such as its pooler.
+        there = {_part(key, expected) for key in shapes}
+        missing = [key for key in missing if _part(key, expected) in there]
     return _Misfit(
-        missing=missing if expected.is_whole or added else [],
+        missing=missing,
         unexpected=[key for key in added if not any(one.search(key) for one in ignored)],
-        shapes=[key for key, shape in shapes.items() if keys.get(key) not in (None, shape)],
+        shapes=[
+            key
+            for key, shape in shapes.items()
+            if keys.get(key) not in (None, shape, *_turned(key, shape, expected))
+        ],
     )
+
+
+def _turned(key: str, shape: Shape, expected: Architecture) -> Iterable[Shape]:
+    """Yield the shapes that a reader may turn a tensor into."""
+    for pattern, one, other in expected.turned:
+        if re.search(pattern, key):
+            sizes = list(shape)
+            sizes[one], sizes[other] = sizes[other], sizes[one]
+            yield tuple(sizes)
+
+
+def _part(key: str, expected: Architecture) -> str:
+    """Return the first part of a name within the model without a head."""
+    return key.removeprefix(f"{expected.base_prefix}.").partition(".")[0]
 
 
 def _with_other_base(
@@ -254,6 +282,12 @@ def _prefix_in_the_way(names: Iterable[str], expected: Architecture) -> str:
                 counts[prefix] = counts.get(prefix, 0) + 1
                 break
     return max(counts, key=lambda prefix: counts[prefix], default="")
+
+
+def wrapper_advice(names: Iterable[str]) -> str | None:
+    """Say which prefix of a known wrapper all names have, and the call that avoids it."""
+    prefix = _known_prefix(names)
+    return f"the prefix {prefix!r} of a wrapper: save {_call(prefix)}" if prefix else None
 
 
 def _known_prefix(names: Iterable[str]) -> str:

@@ -87,6 +87,11 @@ class HFExport:
     """Regular expressions (`re.search`) of HuggingFace keys that keep their own dtype."""
     max_shard_size: int | str = "5GB"
     """Largest data size of an output file. A tensor that is larger gets a file of its own."""
+    single_file: str | None = None
+    """Name of one file that holds all tensors, whatever its size, without an index.
+
+    For directories that are not a whole model, such as `adapter_model.safetensors` of PEFT.
+    """
     like: str | os.PathLike[str] | None = None
     """Model directory to follow.
 
@@ -214,7 +219,7 @@ class HFExport:
             SpecError: If the adapter does more than rearrange and cast tensors.
         """
         # As above.
-        module = importlib.import_module("dcp_hf_writer.integrations.torchtitan")
+        module = importlib.import_module("dcp_hf_writer.integrations.state_dict_adapter")
         return cls(**module.export_options(adapter, state_dict, options))
 
     @functools.cached_property
@@ -232,6 +237,7 @@ class HFExport:
             self.dtype,
             self.keep_dtype,
             self.max_shard_nbytes,
+            self.single_file,
             None if self.tied is None else sorted(self.tied.items()),
             None if self.expect_keys is None else sorted(self.expect_keys),
             self.header_align,
@@ -248,6 +254,8 @@ class HFExport:
         if self.like is not None and not hasattr(self.like, "__fspath__"):
             check_text("like", self.like)
         check_text("subdir", self.subdir)
+        if self.single_file is not None:
+            check_text("single_file", self.single_file)
         check_names("keep_dtype", self.keep_dtype)
         if self.expect_keys is not None:
             check_names("expect_keys", self.expect_keys)
@@ -268,6 +276,13 @@ class HFExport:
         if self.subdir in {".", ".."} or "/" in self.subdir or "\0" in self.subdir:
             msg = "subdir must be one plain directory name"
             raise ConfigError(msg, expected='a name such as "hf"', found=repr(self.subdir))
+        name = self.single_file
+        if name is not None and ("/" in name or "\0" in name or not name.endswith(".safetensors")):
+            msg = "single_file must be one plain file name"
+            raise ConfigError(msg, expected="a name that ends with .safetensors", found=repr(name))
+        if name is not None and self.like is not None:
+            msg = "single_file and like cannot be given together"
+            raise ConfigError(msg, expected="one of them: both decide the names of the files")
         if "format" in (self.metadata or {}):
             msg = "metadata must not have the key 'format', which is always 'pt'"
             found = shown(self.metadata)

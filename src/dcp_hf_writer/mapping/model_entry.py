@@ -167,11 +167,24 @@ def why_left_out(path: Path, prefix: Path) -> str:
     if is_extra_state(path):
         return "extra state of modules, `_extra_state`"
     if path[: len(prefix)] != prefix or (not prefix and len(path) > 1):
-        return f"entry {path[0]!r}"
+        return f"entry {'.'.join(map(str, path[: _depth_beside(path, prefix)]))!r}"
     word = next((one for one in _OPTIMIZER if f"{one}." in str(path[len(prefix)])), None)
     if word is not None:
         return f"flattened optimizer state, `{word}.*`"
     return f"tensor {'.'.join(map(str, path))!r}"
+
+
+def is_usual_beside(path: Path, prefix: Path) -> bool:
+    """Whether a tensor that is not the model's lies in an entry that trainers keep beside it."""
+    return path[_depth_beside(path, prefix) - 1] in NOT_WEIGHTS
+
+
+def _depth_beside(path: Path, prefix: Path) -> int:
+    """Return how many parts of a path name the entry that lies beside the model."""
+    same = 0
+    while same < min(len(path), len(prefix)) - 1 and path[same] == prefix[same]:
+        same += 1
+    return same + 1
 
 
 def _weights(paths: Mapping[str, Path]) -> list[Path]:
@@ -269,13 +282,15 @@ def _refusal(problem: str, paths: Mapping[str, Path]) -> ModelKeyError:
     choices = sorted({str(path[0]) for path in shown if len(path) > 1})
     leaves = [str(path[0]) for path in shown if len(path) == 1]
     found = f"entries with tensors: {choices}"
+    hint = 'pass HFExport(key="<entry>")'
     if leaves:
         names = some_of(map(repr, leaves), most=MOST_NAMES)
         found += f", {len(leaves)} tensors at the top: {names}"
+        hint += ', or put the tensors at the top into an entry "model"'
     return ModelKeyError(
         problem,
         phase="plan",
         expected='an entry "model", or a state dict with one entry that holds tensors',
         found=found,
-        hint='pass HFExport(key="<entry>")',
+        hint=hint,
     )

@@ -130,6 +130,6 @@ def _place(
     return Layout(
         files=tuple(files),
         targets={fqn: tuple(parts) for fqn, parts in targets.items()},
-        index=encode_index(groups, export.total_parameters),
+        index=encode_index(groups, export.total_parameters, single_file=export.single_file),
         tied=dict(tied),
     )

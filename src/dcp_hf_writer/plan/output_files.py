@@ -40,6 +40,8 @@ def fill_files(
     """
     if file_of_key is not None:
         return _files_like(assigned, file_of_key)
+    if export.single_file is not None:
+        return {export.single_file: list(assigned)}
     return _greedy_files(_units(assigned, export), export.max_shard_nbytes)
 
 
@@ -90,7 +92,8 @@ def _files_like(
             msg,
             phase="plan",
             found=some_of(map(repr, sorted(missing)), most=MOST_NAMES),
-            hint="pass specs that produce the keys of the base model, or do not pass like=",
+            hint="pass specs that produce the keys of the base model, such as those of "
+            "HFExport.from_transformers(model, like=...), or do not pass like=",
         )
     files: dict[str, list[AssignedTensor]] = {}
     for one in assigned:
@@ -99,10 +102,13 @@ def _files_like(
 
 
 def encode_index(
-    groups: Mapping[str, Sequence[AssignedTensor]], total_parameters: int | None
+    groups: Mapping[str, Sequence[AssignedTensor]],
+    total_parameters: int | None,
+    *,
+    single_file: str | None,
 ) -> bytes | None:
     """Return `model.safetensors.index.json`; `None` if one file holds everything."""
-    if list(groups) == [SINGLE_NAME]:
+    if list(groups) == [single_file or SINGLE_NAME]:
         return None
     tensors = [one.tensor for group in groups.values() for one in group]
     if total_parameters is None:

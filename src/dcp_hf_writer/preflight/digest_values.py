@@ -26,19 +26,30 @@ _FEW = 64
 
 
 def digest_value(value: Any, tensors: list[torch.Tensor]) -> int | None:
-    """Return a digest of a value; `None` if it cannot be pickled, or contains itself.
+    """Return a digest of a value; `None` if it cannot be pickled.
 
     Args:
         value: Any value.
         tensors: The tensors within the value are appended, in an order that does not depend on the
             process. The digest does not cover what they hold.
     """
-    digest = _Digest(tensors)
+    found: list[torch.Tensor] = []
     try:
-        return int.from_bytes(digest.of(value), "big")
+        digest = _Digest(found).of(value)
     except Exception:  # noqa: BLE001 - `__reduce__` of any class may raise anything
-        # The write step pickles the value too. If it cannot be pickled, that step says so.
+        # Perhaps the value contains itself. Then its pickled bytes, with the tensors, must do.
+        return _digest_pickled(value)
+    tensors += found
+    return int.from_bytes(digest, "big")
+
+
+def _digest_pickled(value: Any) -> int | None:
+    try:
+        data = pickle.dumps(value, protocol=pickle.HIGHEST_PROTOCOL)
+    except Exception:  # noqa: BLE001 - `__reduce__` of any class may raise anything
+        # The write step pickles the value too, and says that it cannot be pickled.
         return None
+    return int.from_bytes(_hash(b"pickled", [data]), "big")
 
 
 class _Digest:

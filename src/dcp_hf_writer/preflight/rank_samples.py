@@ -3,13 +3,13 @@
 DCP takes whatever ranks save under one name for replicas, and keeps the value of one rank. So it
 silently loses tensors that trainers shard by hand, the optimizer state of pipeline stages that all
 number their parameters from 0, and each rank's random state. Each rank sends a sample with its
-plan, and the coordinator compares the samples (`compare_ranks`). Size and cost of a sample are
-bounded.
+plan, and the coordinator compares the samples (`compare_ranks`). A sample is smaller than the plan.
 """
 
 from __future__ import annotations
 
 import enum
+import functools
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,22 +22,21 @@ from dcp_hf_writer.errors import ModelKeyError
 from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS
 from dcp_hf_writer.mapping.spec_match import model_names
 from dcp_hf_writer.preflight.digest_values import digest_value
-from dcp_hf_writer.staging.take_apart import plain_leaves
+from dcp_hf_writer.staging.take_apart import dense_leaves
 from dcp_hf_writer.tensors.shards import blocks_of, shards_of
 from dcp_hf_writer.torch_seam.planners import HFSavePlanner
-from dcp_hf_writer.torch_seam.tensor_forms import is_sharded_tensor
+from dcp_hf_writer.torch_seam.tensor_forms import is_sharded_tensor, shards_of_some_ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     import numpy.typing as npt
 
     from dcp_hf_writer.mapping.model_entry import Path
     from dcp_hf_writer.torch_seam.caller_frames import Planned
 
-# Elements sampled per tensor, and tensors sampled per rank: at most 92 kB per rank.
+# Elements sampled per tensor. A row has 97 bytes; what torch plans for a tensor has more.
 VALUES = 32
-MAX_TENSORS = 1024
 
 # Digests per rank; at most 140 kB. If a rank has more values, each digest covers several of them.
 MAX_DIGESTS = 8192
@@ -45,9 +44,12 @@ MAX_DIGESTS = 8192
 # Replicas of weights may drift apart in vectors by design (batch norm statistics).
 _MIN_NDIM = 2
 
-# Tensors of integers up to this size are compared byte for byte: random states that differ in one
-# counter lie far apart in what they generate. In bytes.
+# Tensors up to this size are compared byte for byte, in bytes. Integers must be equal then: random
+# states that differ in one counter lie far apart in what they generate.
 _EXACT_NBYTES = 1 << 20
+
+# The digest of a floating-point number that is sampled: other ranks may hold another kind of value.
+_NUMBER = 1
 
 # Where the sampled elements lie: odd multiples of half the distance between two of them.
 _ODD = torch.arange(1, 2 * VALUES, 2, device="cpu")
@@ -76,7 +78,7 @@ TENSOR_ROW = np.dtype(
     ]
 )
 """A sampled tensor: hashes of its name, of its item in the plan, of what must be equal, and of the
-sampled bits; then the sampled elements as bits of bfloat16."""
+bits that were looked at; then the sampled elements as bits of bfloat16."""
 
 DIGEST_ROW = np.dtype([("name", "<u8"), ("item", "<u8"), ("digest", "<u8"), ("rule", "u1")])
 """Values that are equal if their digests are: `item` is one of them, `name` the hash of all."""
@@ -97,7 +99,7 @@ class _Found:
 def samples_of(planned: Planned, *, key: str | None, world_size: int) -> bytes:
     """Sample the values of this rank that DCP may take for replicas of other ranks' values.
 
-    These are plain tensors, DTensors on a mesh that lacks some ranks, and values that are no
+    These are plain tensors, DTensors and ShardedTensors of some ranks only, and values that are no
     tensors. Tensors within such values are sampled too.
 
     Args:
@@ -135,10 +137,9 @@ def hash_of_item(fqn: str, offsets: Iterable[int] | None) -> int:
 
 def _add(found: _Found, fqn: str, value: Any, rules: _SampleRules, world_size: int) -> None:
     if isinstance(value, torch.Tensor):
-        offsets = _offsets_of_replica(value, world_size)
-        if offsets is not None:
-            rule = rules.of_tensor(fqn, value.ndim)
-            _add_tensor(found, hash_of_item(fqn, offsets), f"{fqn} {offsets}", value, rule)
+        rule = rules.of_tensor(fqn, value.ndim)
+        for offsets, part in _replicas(value, world_size):
+            _add_tensor(found, hash_of_item(fqn, offsets), f"{fqn} {offsets}", part, rule)
         return
     item = hash_of_item(fqn, None)
     rule = rules.of_value(fqn)
@@ -154,9 +155,8 @@ def _add(found: _Found, fqn: str, value: Any, rules: _SampleRules, world_size: i
 
 
 def _add_tensor(found: _Found, item: int, name: str, value: torch.Tensor, rule: Rule) -> None:
-    for number, leaf in enumerate(plain_leaves(value)):
-        if leaf.layout is torch.strided and not leaf.is_meta:
-            found.tensors[_hash(f"{name} {number}")] = (item, leaf.detach(), rule)
+    for number, leaf in enumerate(dense_leaves(value)):
+        found.tensors[_hash(f"{name} {number}")] = (item, leaf.detach(), rule)
 
 
 class _SampleRules:
@@ -212,39 +212,51 @@ def _is_optimizer_state(name: str) -> bool:
     return name.startswith(("state.", "optim.", "optimizer.", "param_groups."))
 
 
-def _offsets_of_replica(value: torch.Tensor, world_size: int) -> tuple[int, ...] | None:
-    """Return the offsets by which DCP deduplicates a tensor; `None` if it need not be sampled.
+def _replicas(
+    value: torch.Tensor, world_size: int
+) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+    """Yield what DCP may take for replicas, with the offsets by which it deduplicates.
 
-    A DTensor on a mesh of all ranks need not be: its placements say what each rank holds.
+    Nothing of a DTensor on a mesh of all ranks, nor of a ShardedTensor of all ranks: they say what
+    each rank holds.
     """
     if is_sharded_tensor(value):
-        return None
+        yield from shards_of_some_ranks(value, world_size)
+        return
     if not isinstance(value, DTensor):
-        return (0,) * value.ndim
+        yield (0,) * value.ndim, value
+        return
     mesh = value.device_mesh
     coordinate = mesh.get_coordinate()
     if coordinate is None or mesh.size() == world_size:
-        return None
+        return
     blocks = blocks_of(tuple(value.shape), shards_of(value.placements, mesh.shape, coordinate))
-    return blocks[0].global_box.offsets if blocks else None
+    if blocks:
+        yield blocks[0].global_box.offsets, value
 
 
 def _tensor_rows(found: _Found) -> npt.NDArray[Any]:
-    # Sorted, so that all ranks choose the same tensors of those that they have in common.
-    names = sorted({*found.tensors, *found.numbers})[:MAX_TENSORS]
-    rows = np.zeros(len(names), TENSOR_ROW)
-    for row, name in zip(rows, names, strict=True):
+    rows = np.zeros(len(found.tensors) + len(found.numbers), TENSOR_ROW)
+    sampled: dict[torch.dtype, list[tuple[int, torch.Tensor]]] = {}
+    for place, (name, (item, tensor, rule)) in enumerate(_sampled(found)):
+        chosen = _chosen(tensor)
+        rows[place] = (name, item, _hash(_kind(tensor, rule)), _bits(tensor, chosen), rule, 0)
+        sampled.setdefault(chosen.dtype, []).append((place, chosen))
+    # All at once, because a conversion of 32 elements takes as long as one of thousands.
+    for group in sampled.values():
+        values = torch.stack([chosen for _, chosen in group]).to(torch.bfloat16)
+        rows["values"][[place for place, _ in group]] = values.view(torch.uint16).numpy()
+    return rows
+
+
+def _sampled(found: _Found) -> Iterator[tuple[int, tuple[int, torch.Tensor, Rule]]]:
+    """Yield item, tensor and rule of all tensors and numbers, by the hash of their names."""
+    for name in sorted({*found.tensors, *found.numbers}):
         if name in found.tensors:
-            item, tensor, rule = found.tensors[name]
+            yield name, found.tensors[name]
         else:
             number, rule = found.numbers[name]
-            item, tensor = name, torch.tensor(number, dtype=torch.float64, device="cpu")
-        chosen = _chosen(tensor)
-        row["name"], row["item"], row["rule"] = name, item, rule
-        row["kind"] = _hash(_kind(tensor, rule))
-        row["bits"] = _hash_bytes(chosen)
-        row["values"] = chosen.to(torch.bfloat16).view(torch.uint16).numpy()
-    return rows
+            yield name, (name, torch.tensor(number, dtype=torch.float64, device="cpu"), rule)
 
 
 def _digest_rows(found: _Found) -> npt.NDArray[Any]:
@@ -257,8 +269,9 @@ def _digest_rows(found: _Found) -> npt.NDArray[Any]:
         )
         for name, (item, tensor, rule) in found.tensors.items()
     }
+    numbers = {item: (item, _NUMBER, rule) for item, (_, rule) in found.numbers.items()}
     values = {item: (item, digest, rule) for item, (digest, rule) in found.digests.items()}
-    each = sorted((name, *row) for name, row in {**kinds, **values}.items())
+    each = sorted((name, *row) for name, row in {**kinds, **numbers, **values}.items())
     if len(each) > MAX_DIGESTS:
         each = _merged(each)
     return np.array(each, DIGEST_ROW)
@@ -293,10 +306,20 @@ def _chosen(tensor: torch.Tensor) -> torch.Tensor:
     elif not tensor.is_floating_point() or tensor.itemsize == 1:
         # torch cannot index every integer dtype, nor every 8-bit dtype: view them as these.
         tensor = tensor.view(_INTEGERS[tensor.itemsize])
-    places = _ODD.to(tensor.device) * tensor.numel() // (2 * VALUES)
+    places = _places_in(tensor.numel()).to(tensor.device)
     if tensor.is_contiguous():
         return tensor.view(-1)[places].cpu()
     return tensor[torch.unravel_index(places, tensor.shape)].cpu()
+
+
+@functools.lru_cache(maxsize=1024)
+def _places_in(count: int) -> torch.Tensor:
+    return _ODD * count // (2 * VALUES)
+
+
+def _bits(tensor: torch.Tensor, chosen: torch.Tensor) -> int:
+    """Return the hash of all bits of a small tensor, and of the sampled bits of a large one."""
+    return _hash_bytes(tensor.cpu() if tensor.nbytes <= _EXACT_NBYTES else chosen)
 
 
 def _hash(text: str) -> int:

@@ -90,8 +90,8 @@ class SlabStager(AsyncStager):
             # The save in flight may be stuck in a collective: no other save may begin beside it.
             raise
         except Exception as error:  # noqa: BLE001 - raised in the plan
-            self._copies = None
             lease = STAGER.take_turn(what=target, deadline=deadline, world=world)
+            self._copies, self._lease = None, weakref.ref(lease)
             failed = _failed(lease, error, place)
             return failed if self.staging == "blocking" else _done(failed)
         reach("staged")
@@ -117,8 +117,10 @@ class SlabStager(AsyncStager):
             again = STAGER.stage_again(staged, deadline=deadline, world=world)
         except StagingError as error:
             lease = STAGER.take_turn(what=target, deadline=deadline, world=world)
+            self._lease = weakref.ref(lease)
             return _failed(lease, error, place)
         assert again.lease is not None
+        self._lease = weakref.ref(again.lease)
         _attend(again, again.lease, place)
         return again
 

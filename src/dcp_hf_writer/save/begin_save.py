@@ -58,7 +58,9 @@ def begin_save(
             world.check(save.group, is_distributed=save.is_distributed, target=target, phase="plan")
         if not (save.is_distributed and world.is_certain and world.is_here):
             world = SaveWorld.of(save.group, is_distributed=save.is_distributed)
-        check_group_is_there()
+        if handover is None or handover.world is None or handover.world.is_alone:
+            # What was staged in a process group was compared with it above.
+            check_group_is_there(made_in.size)
     except CheckpointError as error:
         refusal = error
         if lease is None or not lease.is_taken_by_me:

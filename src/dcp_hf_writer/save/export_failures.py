@@ -7,7 +7,7 @@ import os
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import CheckpointError, ExportError
-from dcp_hf_writer.storage.posix_outputs import free_bytes
+from dcp_hf_writer.storage.posix_outputs import advice_for, free_bytes
 
 if TYPE_CHECKING:
     from dcp_hf_writer.plan.layout import Layout
@@ -32,7 +32,14 @@ def export_error(error: Exception, *, rank: int, path: str, nbytes: int) -> Expo
     msg = "the HuggingFace export could not be written"
     expected = f"room for {nbytes} bytes"
     return ExportError(
-        msg, rank=rank, phase="write", path=path, expected=expected, found=found, errno=number
+        msg,
+        rank=rank,
+        phase="write",
+        path=path,
+        expected=expected,
+        found=found,
+        errno=number,
+        hint=advice_for(number),
     )
 
 

@@ -143,10 +143,11 @@ def _seen_or_none(attempt: Attempt, error: BaseException | None) -> BaseExceptio
 def _at_deadline(attempt: Attempt) -> BaseException:
     may_commit = not attempt.give_up()
     phase = attempt.phase
-    told = _left_by_others(attempt, phase)
-    if told is not None:
-        return told
-    silent = _ask(lambda: _silent_at_deadline(attempt, phase), otherwise=_STORE_IS_SILENT)
+    # One question, because a store that hangs takes the whole time limit of each.
+    nothing: tuple[str | None, Sequence[str]] = (None, _STORE_IS_SILENT)
+    left, silent = _ask(lambda: _at_deadline_of(attempt, phase), otherwise=nothing)
+    if left is not None:
+        return _left_error(attempt, phase, left)
     # The coordinator cannot commit before every rank has reported what it wrote ("written").
     is_open = may_commit or (not attempt.member.is_coordinator and phase == "written")
     outcome = _outcome_of(attempt) if is_open else "not committed"
@@ -219,12 +220,17 @@ def _while_running(attempt: Attempt) -> BaseException | None:
 
 def _left_by_others(attempt: Attempt, phase: str) -> SaveAbortedError | None:
     """Return the error for a save that another rank has left; `None` if none said so."""
+    found = _ask(lambda: _left_record(attempt), otherwise=None)
+    return None if found is None else _left_error(attempt, phase, found)
+
+
+def _left_record(attempt: Attempt) -> str | None:
+    """Return what a rank that left the save wrote to the store; `None` if none did."""
     records = attempt.member.rendezvous
-    if records is None:
-        return None
-    found = _ask(lambda: records.left(attempt.member.count), otherwise=None)
-    if found is None:
-        return None
+    return None if records is None else records.left(attempt.member.count)
+
+
+def _left_error(attempt: Attempt, phase: str, found: str) -> SaveAbortedError:
     return SaveAbortedError(
         "another rank left the save",
         rank=attempt.rank,
@@ -245,6 +251,12 @@ def _lost(attempt: Attempt, silent: Sequence[str], *, phase: str, outcome: str) 
         save_id=save_id,
         outcome=outcome,
     )
+
+
+def _at_deadline_of(attempt: Attempt, phase: str) -> tuple[str | None, Sequence[str]]:
+    """Return what a rank that left the save wrote, and the silent ranks if none left."""
+    left = _left_record(attempt)
+    return left, () if left is not None else _silent_at_deadline(attempt, phase)
 
 
 def _silent_at_deadline(attempt: Attempt, phase: str) -> Sequence[str]:

@@ -139,6 +139,26 @@ def is_over_here(save_id: str) -> bool:
     return _started(pid)[0] in _GONE
 
 
+def is_from_here(save_id: str) -> bool:
+    """Whether this process made the id of a save, or its checkpointer process did.
+
+    If the process that made the id is gone, it may have been this one's: the answer is yes.
+    """
+    fields = save_id.split("-")
+    if len(fields) <= _PID_FIELD or fields[1] != _host_tag() or not fields[_PID_FIELD].isdigit():
+        return False
+    pid = int(fields[_PID_FIELD])
+    return pid == os.getpid() or _parent_of(pid) in {None, os.getpid()}
+
+
+def _parent_of(pid: int) -> int | None:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return int(fields[1])
+
+
 _PID_FIELD = 2
 
 

@@ -11,11 +11,14 @@ from dcp_hf_writer.errors import (
     CoverageError,
     ExportError,
 )
-from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS
+from dcp_hf_writer.mapping.architecture import wrapper_advice
+from dcp_hf_writer.mapping.model_entry import is_usual_beside
+from dcp_hf_writer.plan.global_plan import shapes_of
+from dcp_hf_writer.said_once import SAID_ONCE
 from dcp_hf_writer.save.coordinator import export_files
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
     from torch.distributed.checkpoint.planner import SavePlan
 
@@ -113,7 +116,16 @@ def plan_or_leave_out(
         attempt.leave_out_export(unplanned_export(error, rank=attempt.rank))
         return plan(plans, None, None)
     say_left_out(planned[0], attempt.target)
+    if assets.architecture is None and not export.declared_names and planned[0].layout is not None:
+        _warn_of_wrapper(shapes_of(planned[0].layout))
     return planned
+
+
+def _warn_of_wrapper(keys: Iterable[str]) -> None:
+    """Warn if all names look like those of a wrapped model, and no config can tell better."""
+    advice = wrapper_advice(keys)
+    if advice is not None:
+        SAID_ONCE.warn(_log, f"all names of the export begin with {advice}")
 
 
 def say_left_out(plan: GlobalPlan, target: str) -> None:
@@ -143,4 +155,4 @@ _said: set[str] = set()
 
 def _is_usual(plan: GlobalPlan) -> bool:
     beside = (tensor.path for fqn, tensor in plan.tensors.items() if fqn not in plan.names)
-    return all(path[0] in NOT_WEIGHTS for path in beside)
+    return all(is_usual_beside(path, plan.entry) for path in beside)

@@ -36,6 +36,7 @@ from dcp_hf_writer.save.owner_process import Owner
 from dcp_hf_writer.save.target_contents import (
     collision,
     has_files_of_others,
+    has_other_rights,
     is_working_directory,
     own_files,
 )
@@ -141,6 +142,7 @@ class TargetReplacement:
             os.path.basename(str(old.get("target"))) != os.path.basename(target)
             or has_files_of_others(target, self.record.own)
             or is_working_directory(target)
+            or has_other_rights(target, staged)
         )
 
     @property

@@ -182,3 +182,9 @@ def is_working_directory(path: str) -> bool:
         return os.path.samefile(os.curdir, path)
     except OSError:
         return False
+
+
+def has_other_rights(directory: str, other: str) -> bool:
+    """Whether two directories differ in mode, owner or group."""
+    one, two = os.stat(directory), os.stat(other)
+    return (one.st_mode, one.st_uid, one.st_gid) != (two.st_mode, two.st_uid, two.st_gid)

@@ -16,7 +16,7 @@ from dcp_hf_writer.errors import StagingError
 from dcp_hf_writer.mapping.flattening import fqn_of
 from dcp_hf_writer.tensors.shards import SHARD_ATTRIBUTES_HINT, has_shard_attributes
 from dcp_hf_writer.torch_seam.dtensor import local_of, spec_of, with_spec
-from dcp_hf_writer.torch_seam.tensor_forms import PLAIN_KINDS, parts_of, plain_of
+from dcp_hf_writer.torch_seam.tensor_forms import PLAIN_KINDS, dense_forms, parts_of, plain_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -105,6 +105,27 @@ def plain_leaves(value: torch.Tensor) -> Iterator[torch.Tensor]:
         yield plain
     for part in () if parts is None else parts.tensors:
         yield from plain_leaves(part)
+
+
+def dense_leaves(value: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yield strided tensors in memory that tell all values of a tensor on this rank.
+
+    As `plain_leaves`, but quantised, sparse and nested tensors are told by tensors of their own.
+    """
+    local = local_of(value)
+    found = dense_forms(local)
+    if found is not None:
+        for one in found:
+            yield from dense_leaves(one)
+        return
+    plain = plain_of(local)
+    if plain is not None:
+        if not plain.is_meta:
+            yield plain
+        return
+    parts = parts_of(local)
+    for part in () if parts is None else parts.tensors:
+        yield from dense_leaves(part)
 
 
 def storage_fault(path: Path, value: torch.Tensor, *, on_meta: bool = False) -> StagingError | None:

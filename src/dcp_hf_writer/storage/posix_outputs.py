@@ -205,19 +205,26 @@ def write_errors(path: str) -> Iterator[None]:
             path=path,
             found=f"{errno.errorcode.get(error.errno or 0, '?')}: {error.strerror or error}",
             errno=error.errno,
-            hint=_ADVICE.get(error.errno or 0, "nothing was published; you may repeat the save"),
+            hint=f"{advice}; nothing was published"
+            if (advice := advice_for(error.errno))
+            else "nothing was published; you may repeat the save",
         ) from error
 
 
 _ADVICE = {
-    errno.ENOSPC: "free space on the device, or remove old checkpoints; nothing was published",
-    errno.EDQUOT: "the quota is used up; nothing was published",
+    errno.ENOSPC: "free space on the device, or remove old checkpoints",
+    errno.EDQUOT: "the quota is used up",
     errno.EROFS: "the file system is read-only",
     errno.EACCES: "the directory is not writable by this user",
     errno.EPERM: "the directory is not writable by this user, or immutable",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
     errno.ENOENT: "someone removed the directory while it was written",
 }
+
+
+def advice_for(number: int | None) -> str | None:
+    """Return what a user can do about an error of the file system; `None` if nothing special."""
+    return _ADVICE.get(number or 0)
 
 
 def write_file(path: str, data: bytes) -> None:

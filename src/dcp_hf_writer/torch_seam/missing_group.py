@@ -1,15 +1,17 @@
-"""Find out whether a save runs alone although its launcher started several ranks.
+"""Find out whether a save runs alone although there are several ranks.
 
-Without an initialised process group, torch saves each process by itself, and warns. Under a
-launcher, every rank then writes the same checkpoint, and the last one wins. `no_dist=True` says
-that this is meant, but torch replaces its local `no_dist` before any writer sees it.
+Without an initialised process group, torch saves each process by itself, and warns. If there are
+several ranks, every rank then writes the same checkpoint, and one of them wins. The launcher tells
+how many ranks there are, and so does the process group in which the writer was made. `no_dist=True`
+says that one process saves alone on purpose, but torch replaces its local `no_dist` before any
+writer sees it.
 
 Mechanism: walk up the stack to torch's `save`. The decorators around it call it with their own
 local variable `kwargs`, which still holds what the caller gave. `dcp.async_save` passes its
 `no_dist` on in the same way.
 
 Looked at: torch 2.10 to 2.15. When torch changes: no frame shows `no_dist`, and the save is refused
-under a launcher that names several ranks. The error then names the variable to unset.
+if there are several ranks. The error then names the variable to unset.
 """
 
 from __future__ import annotations
@@ -31,25 +33,31 @@ _WORLD_SIZE = "WORLD_SIZE"
 _TORCH = "torch.distributed.checkpoint"
 
 
-def check_group_is_there() -> None:
-    """Refuse a save without a process group if the launcher started several ranks.
+def check_group_is_there(ranks_before: int = 1) -> None:
+    """Refuse a save without a process group if there are several ranks.
+
+    Args:
+        ranks_before: Number of ranks when the writer was made.
 
     Raises:
-        ConfigError: If `WORLD_SIZE` is above 1, no process group is initialised, and the caller of
-            the save did not pass `no_dist=True`.
+        ConfigError: If `WORLD_SIZE` or `ranks_before` is above 1, no process group is initialised,
+            and the caller of the save did not pass `no_dist=True`.
     """
     text = os.environ.get(_WORLD_SIZE, "")
-    if not text.isdecimal() or int(text) <= 1 or _is_initialised() or _is_meant_alone():
+    is_launched = text.isdecimal() and int(text) > 1
+    if (not is_launched and ranks_before == 1) or _is_initialised() or _is_meant_alone():
         return
+    unset = f", or unset {_WORLD_SIZE}" if is_launched else ""
     msg = "each rank would save by itself, because no process group is initialised"
     raise ConfigError(
         msg,
         phase="plan",
-        expected=f"one group of {_WORLD_SIZE}={text} ranks",
+        expected=f"one group of {_WORLD_SIZE}={text} ranks"
+        if is_launched
+        else f"one group of {ranks_before} ranks, as when the writer was made",
         found="torch.distributed is not initialised, or was destroyed before the save",
         hint="call torch.distributed.init_process_group before the save, and wait for saves before "
-        "destroy_process_group; if one process saves alone on purpose, pass no_dist=True, or unset "
-        + _WORLD_SIZE,
+        f"destroy_process_group; if one process saves alone on purpose, pass no_dist=True{unset}",
     )
 
 

@@ -32,10 +32,18 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from dcp_hf_writer.torch_seam.dtensor import local_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 PLAIN_KINDS = frozenset({torch.Tensor, torch.nn.Parameter, torch.nn.Buffer})
 """The classes whose objects are plain tensors."""
+
+_SPARSE_PARTS = {
+    torch.sparse_coo: ("indices", "values"),
+    torch.sparse_csr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_bsr: ("crow_indices", "col_indices", "values"),
+    torch.sparse_csc: ("ccol_indices", "row_indices", "values"),
+    torch.sparse_bsc: ("ccol_indices", "row_indices", "values"),
+}
 
 _CPU = torch.device("cpu")
 
@@ -82,6 +90,51 @@ def plain_of(tensor: torch.Tensor) -> torch.Tensor | None:
 def is_sharded_tensor(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a `ShardedTensor`, which says itself what each rank holds."""
     return isinstance(tensor, ShardedTensor)
+
+
+def shards_of_some_ranks(
+    tensor: torch.Tensor, world_size: int
+) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
+    """Yield offsets and data of this rank's shards, if a `ShardedTensor` lacks some ranks."""
+    if not isinstance(tensor, ShardedTensor):
+        return
+    holders = {one.placement.rank() for one in tensor.metadata().shards_metadata if one.placement}
+    if len(holders) == world_size:
+        return
+    for shard in tensor.local_shards():
+        yield tuple(shard.metadata.shard_offsets), shard.tensor
+
+
+def dense_forms(tensor: torch.Tensor) -> tuple[torch.Tensor, ...] | None:
+    """Return the tensors that tell what a quantised, sparse or nested tensor holds.
+
+    Args:
+        tensor: A local tensor.
+
+    Returns:
+        `None` for every other tensor; an empty tuple if it holds no data.
+    """
+    if tensor.is_quantized:
+        return _codes_and_scales(tensor)
+    if tensor.layout is torch.jagged or (tensor.layout is torch.strided and not tensor.is_nested):
+        return None
+    if tensor.is_meta:
+        return ()
+    if tensor.is_nested:
+        return tuple(tensor.detach().unbind())
+    found = tensor.detach()
+    if tensor.layout is torch.sparse_coo:
+        found = found.coalesce()
+    names = _SPARSE_PARTS.get(tensor.layout)
+    return (found.to_dense(),) if names is None else tuple(getattr(found, n)() for n in names)
+
+
+def _codes_and_scales(tensor: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    if tensor.qscheme() in {torch.per_tensor_affine, torch.per_tensor_symmetric}:
+        found = torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)
+        return tensor.int_repr(), found
+    scales, zeros = tensor.q_per_channel_scales(), tensor.q_per_channel_zero_points()
+    return tensor.int_repr(), scales, zeros
 
 
 def is_whole_form(tensor: torch.Tensor) -> bool:
