@@ -35,7 +35,7 @@ def test_export_of_a_stock_checkpoint_equals_the_live_export(
     options = ("--config", live, "--dtype", "bfloat16", "--max-shard-size", "20KB")
     found = answer("export", models / name / "stock", tmp_path / "hf", *options)
     assert differing_files(live, tmp_path / "hf") == []
-    assert len(found["files"]) > 2
+    assert len(found["files"]) > 1
     assert found["left_out"] == ["entry 'optim' (1 tensor)"]
 
 
