@@ -16,6 +16,9 @@ from support.small_states import dcp_difference, state_of
 if TYPE_CHECKING:
     from pathlib import Path
 
+# Each test starts several processes, and each of them imports torch.
+pytestmark = pytest.mark.timeout(600)
+
 
 def differing_files(a: Path, b: Path) -> list[str]:
     """Return the names of files that only one directory has, or that differ."""
@@ -32,7 +35,7 @@ def test_export_of_a_stock_checkpoint_equals_the_live_export(
     options = ("--config", live, "--dtype", "bfloat16", "--max-shard-size", "20KB")
     found = answer("export", models / name / "stock", tmp_path / "hf", *options)
     assert differing_files(live, tmp_path / "hf") == []
-    assert len(found["files"]) > 2
+    assert len(found["files"]) > 1
     assert found["left_out"] == ["entry 'optim' (1 tensor)"]
 
 

@@ -8,10 +8,15 @@ import shutil
 import sys
 from typing import TYPE_CHECKING
 
+import pytest
+
 from support.command import answer, dcp_hf
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+# Each test starts several processes, and each of them imports torch.
+pytestmark = pytest.mark.timeout(600)
 
 
 def test_gc_deletes_what_the_dry_run_names_and_nothing_else(run: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from typing import TYPE_CHECKING
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
@@ -16,6 +17,9 @@ from support.command import answer, dcp_hf
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+# Each test starts several processes, and each of them imports torch.
+pytestmark = pytest.mark.timeout(600)
 
 
 def test_ls_tells_state_sizes_and_pins_of_each_step(run: Path) -> None:

@@ -27,7 +27,7 @@ def dcp_hf(*arguments: str | Path, columns: int = 80, cwd: Path | None = None) -
     command = [sys.executable, "-m", "dcp_hf_writer.cli.entry_point", *map(str, arguments)]
     env = {**os.environ, "COLUMNS": str(columns), "NO_COLOR": "1"}
     found = subprocess.run(
-        command, capture_output=True, text=True, env=env, cwd=cwd, timeout=100, check=False
+        command, capture_output=True, text=True, env=env, cwd=cwd, timeout=300, check=False
     )
     return Completed(found.returncode, found.stdout, found.stderr)
 
