@@ -239,6 +239,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             export=self.export,
             group=self.process_group,
             names=names,
+            weights=self.weights,
         )
         error = rank_facts.export_fault(attempt.view, self.export, names, rank=attempt.rank)
         if error is not None:
@@ -263,6 +264,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt.check()
         check_options.check_collectives(is_used=len(plans) == attempt.member.world_size)
         rank_facts.check_targets(plans, attempt.target)
+        rank_facts.check_same_options(plans)
         if len(plans) == 1:
             attempt.save_alone()
         export, assets = export_of(self.export, attempt, self._assets_of)

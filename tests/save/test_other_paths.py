@@ -1,4 +1,4 @@
-"""Ranks that save to different paths: found at once, on every rank."""
+"""Ranks that save to different paths or with other options: found at once, on every rank."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.tensor import init_device_mesh
 
-from dcp_hf_writer import HFDualWriter
+from dcp_hf_writer import HFDualWriter, HFExport
 from dcp_hf_writer.errors import ConfigError
 from support.own_errors import own_errors
 from support.ranks import run_ranks
@@ -76,3 +77,38 @@ def test_a_rank_is_told_at_once_when_the_plan_comes_from_the_cache(tmp_path: Pat
         assert f"rank 1: {tmp_path / 'apart-1'}" in str(errors[0])
         assert seconds < AT_ONCE_S
     assert sorted(os.listdir(tmp_path)) == ["step-0", "step-1", "step-2"]
+
+
+# What each rank's writer gets, by case.
+DIFFERENT: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "no export on rank 0": ({"export": None}, {}),
+    "no export on rank 1": ({}, {"export": None}),
+    "dtype": ({}, {"export": HFExport(dtype=torch.bfloat16)}),
+    "subdir": ({}, {"export": HFExport(subdir="served")}),
+    "weights": ({}, {"weights": "once"}),
+}
+
+
+def save_with_different_options(rank: int, world_size: int, root: Path) -> dict[str, list[Any]]:
+    found = {}
+    for name, options in DIFFERENT.items():
+        state = state_of(1, init_device_mesh("cpu", (world_size,)))
+        try:
+            dcp.save(state, storage_writer=HFDualWriter(root / "step-1", **options[rank]))
+        except BaseException as error:  # noqa: BLE001 torch's CheckpointException is no Exception
+            found[name] = own_errors(error)
+    # What only rank 0 reads may differ.
+    assets = {"config.json": b'{"model_type": "none"}'} if rank == 0 else ()
+    state = state_of(2, init_device_mesh("cpu", (world_size,)))
+    dcp.save(state, storage_writer=HFDualWriter(root / "step-2", export=HFExport(assets=assets)))
+    return found
+
+
+def test_writers_with_different_options_are_refused_on_every_rank(tmp_path: Path) -> None:
+    for found in run_ranks(save_with_different_options, 2, tmp_path):
+        assert found.keys() == DIFFERENT.keys()
+        for name, errors in found.items():
+            assert [type(error) for error in errors] == [ConfigError], name
+            assert "the writers of the ranks have different options" in str(errors[0]), name
+            assert "rank 1: export=" in str(errors[0]), name
+    assert os.listdir(tmp_path) == ["step-2"]

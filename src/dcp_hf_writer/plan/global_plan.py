@@ -58,6 +58,8 @@ class LocalFacts:
     """Declared ties of which the rank holds only one tensor, as `drifted_ties` lists them."""
     target: str | None = None
     """Path that the rank saves to; out of date in a plan from DCP's plan cache."""
+    options: str = ""
+    """Options of its writer that all ranks must share, as text; out of date likewise."""
 
 
 @dataclass(frozen=True, slots=True)

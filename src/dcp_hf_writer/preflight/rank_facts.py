@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
+from dcp_hf_writer.errors import ConfigError
 from dcp_hf_writer.excerpts import some_of
 from dcp_hf_writer.plan.global_plan import LocalFacts
 from dcp_hf_writer.preflight.compare_ranks import check_samples
@@ -46,6 +47,7 @@ def local_facts(
     export: HFExport | None,
     group: dist.ProcessGroup | None,
     names: Mapping[str, str],
+    weights: str = "both",
     is_dry_run: bool = False,
 ) -> LocalFacts:
     """Check a rank's plan, and return the facts to send with it.
@@ -58,6 +60,7 @@ def local_facts(
         export: Options of the export.
         group: Process group of the save.
         names: What `names_of_ties` returned.
+        weights: The writer's option.
         is_dry_run: Whether no tensor will be written. Tensors may then have no data, and the caller
             looks for tensors that cannot be saved.
 
@@ -81,7 +84,16 @@ def local_facts(
         stamp=uuid.uuid4().hex,
         lone_ties=() if export is None else lone_ties(names.values(), export),
         target=target,
+        options=_options(export, weights),
     )
+
+
+def _options(export: HFExport | None, weights: str) -> str:
+    """Return the options that decide what a save writes; those that only rank 0 reads are not."""
+    if export is None:
+        return "export=None"
+    shown = (f"{name}={getattr(export, name)!r}" for name in ("key", "dtype", "subdir"))
+    return f"export=HFExport({', '.join(shown)}), weights={weights!r}"
 
 
 def _order(plan: SavePlan, view: RankView) -> tuple[str, ...]:
@@ -148,6 +160,34 @@ def check_targets(plans: Sequence[SavePlan], target: str) -> None:
     ]
     if others:
         raise other_path(target, some_of(others, most=_MOST_PATHS))
+
+
+def check_same_options(plans: Sequence[SavePlan]) -> None:
+    """Check that the writers of all ranks have the same options (coordinator).
+
+    Otherwise the coordinator's options would win in silence.
+
+    Args:
+        plans: Plan of each rank as the rank sent it, in rank order; the coordinator's is the first.
+
+    Raises:
+        ConfigError: If the options of a rank differ; names the ranks and their options.
+    """
+    sent = {
+        rank: plan.storage_data.options
+        for rank, plan in enumerate(plans)
+        if plan.usable and isinstance(plan.storage_data, LocalFacts)
+    }
+    first = next(iter(sent.values()), "")
+    others = [f"rank {rank}: {text}" for rank, text in sent.items() if text != first]
+    if others:
+        raise ConfigError(
+            "the writers of the ranks have different options",
+            phase="plan",
+            expected=f"on every rank {first}",
+            found=some_of(others, most=_MOST_PATHS),
+            hint="make the writer with the same options on every rank",
+        )
 
 
 def untrue_tie_of_ranks(plans: Sequence[SavePlan]) -> ExportError | None:
