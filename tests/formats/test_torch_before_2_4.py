@@ -66,7 +66,9 @@ def test_checkpoint_of_an_old_torch_is_loaded(version: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is unavailable:UserWarning")
 @each_version
-@pytest.mark.parametrize("keys", [None, "model", {"optim", "model.norm"}], ids=str)
+@pytest.mark.parametrize(
+    "keys", [None, "model", {"optim", "model.norm"}], ids=["all", "one", "two"]
+)
 def test_keys_of_an_old_checkpoint_are_loaded_as_torch_loads_them(version: str, keys: Any) -> None:
     path = GOLDEN / f"torch-{version}"
     wanted = _load_state_dict_from_keys(keys, storage_reader=dcp.FileSystemReader(path))

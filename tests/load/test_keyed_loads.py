@@ -53,7 +53,7 @@ def directory(tmp_path: Path) -> Path:
         {"optim.param_groups"},
         set(),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_keys_of_the_dcp_half_are_loaded_as_torch_loads_them(saved: Path, keys: Any) -> None:
     wanted = _load_state_dict_from_keys(keys, storage_reader=dcp.FileSystemReader(saved))
@@ -72,7 +72,7 @@ def test_keys_of_the_dcp_half_are_loaded_as_torch_loads_them(saved: Path, keys: 
         ({"a.b"}, ["a.b.c"]),
         (set(), []),
     ],
-    ids=str,
+    ids=lambda value: str(sorted(value)) if isinstance(value, set) else str(value),
 )
 def test_keys_of_a_huggingface_directory_are_loaded(
     directory: Path, keys: Any, wanted: list[str]

@@ -184,7 +184,7 @@ def test_materialized_tensor_passes_through_a_small_buffer(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dcp_hf_writer.check.materialize._BUFFER_NBYTES", 16)
-    monkeypatch.setattr("dcp_hf_writer.check.materialize._FILE_NBYTES", 100)
+    monkeypatch.setattr("dcp_hf_writer.check.plain_dcp_files._FILE_NBYTES", 100)
     for name in ("uneven_shards", "fused_keys", "columns_and_depth"):
         materialize(root / name, tmp_path / name)
         check_loaded(tmp_path / name, CASES[name](root), dcp.FileSystemReader(tmp_path / name))

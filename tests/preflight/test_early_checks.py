@@ -53,7 +53,7 @@ BAD_OPTIONS: dict[str, tuple[Any, ...]] = {
     "on_export_error": (None, 1, "ignore"),
     "strategy": (None, 0, "fast"),
     "slots": (None, 3, "2"),
-    "process_group": ("gloo", 3, object()),
+    "process_group": ("gloo", 3, []),
     "dcp_writer": (3, "fs", FileSystemWriter),
     "storage_options": (3, {"anon": True}, "x"),
     "export": (3, "hf", HFExport, HFExport(subdir="dcp-hf.json"), HFExport(subdir=".metadata")),

@@ -79,7 +79,7 @@ def test_several_hosts_may_write_when_the_user_vouches_for_it(fs_type: str) -> N
     strategy(["a", "b"], fs_type, "direct")
 
 
-@pytest.mark.parametrize("fs_type", [*NOT_COHERENT, *COHERENT])
+@pytest.mark.parametrize("fs_type", [*NOT_COHERENT, *sorted(COHERENT)])
 def test_one_host_may_write_anywhere(fs_type: str) -> None:
     strategy(["a"] * 8, fs_type)
 

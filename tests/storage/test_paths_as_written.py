@@ -21,6 +21,10 @@ class Foreign:
     def __fspath__(self) -> Any:
         return self.text
 
+    def __repr__(self) -> str:
+        # Every process that runs tests must give them the same names.
+        return f"Foreign({self.text!r})"
+
 
 @pytest.mark.parametrize(
     ("value", "expected"),
