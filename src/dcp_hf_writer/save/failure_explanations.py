@@ -96,7 +96,10 @@ def watch_pending(lease: Lease, world: SaveWorld, *, target: str) -> None:
     """
 
     def watch() -> None:
-        time.sleep(_PENDING_S)
+        until = time.monotonic() + _PENDING_S
+        while lease.is_pending and time.monotonic() < until:
+            # Nearly all saves begin at once. Then this thread ends, too.
+            time.sleep(_BEGUN_S)
         while lease.is_pending:
             if world.is_lost():
                 error = world.lost(target=target, phase="plan", outcome="not committed")
@@ -122,6 +125,7 @@ def _tell_left(world: SaveWorld) -> None:
 
 # Seconds between two looks at a save that has not begun; nearly all begin before the first.
 _PENDING_S = 1.0
+_BEGUN_S = 0.02
 # The store or the storage itself may hang: how long to wait for an answer of either.
 _ASK_S = 2.0
 # The other ranks began a little later, so their deadlines pass up to this much later.
