@@ -21,7 +21,7 @@ from dcp_hf_writer.integrations.peft import (
     set_adapter_state,
 )
 from support.ranks import run_ranks
-from support.trained_runs import tiny_llama
+from support.trained_runs import assert_same_adapter, tiny_llama
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -111,8 +111,7 @@ def load_on_rank(rank: int, world_size: int, directory: Path) -> list[dict[str, 
 def test_adapter_is_the_one_that_peft_writes(tmp_path: Path, kind: str, world_size: int) -> None:
     run_ranks(save_on_rank, world_size, tmp_path, kind)
     ours, theirs = tmp_path / "step-1" / "hf", tmp_path / "peft"
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        assert (ours / name).read_bytes() == (theirs / name).read_bytes(), name
+    assert_same_adapter(ours, theirs)
     assert sorted(p.name for p in ours.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",

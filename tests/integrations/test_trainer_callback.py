@@ -14,7 +14,14 @@ from dcp_hf_writer import verify
 from dcp_hf_writer.errors import ConfigError
 from dcp_hf_writer.integrations.trainer import HFDualCallback
 from support.ranks import run_ranks, spawn_ranks
-from support.trained_runs import FSDP2, STEPS, losses_of, make_trainer, tiny_llama
+from support.trained_runs import (
+    FSDP2,
+    STEPS,
+    assert_same_adapter,
+    losses_of,
+    make_trainer,
+    tiny_llama,
+)
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -148,9 +155,7 @@ def test_lora_run_resumes_and_saves_the_adapter_as_peft_does(tmp_path: Path) -> 
         assert handle.outcomes()[0].exitcode == -9
     run_ranks(train_lora, 1, killed, timeout_s=120)
     assert losses_of(killed) == losses_of(plain)
-    for name in ("adapter_model.safetensors", "adapter_config.json"):
-        ours = killed / "run" / f"step-{STEPS}" / "hf" / name
-        assert ours.read_bytes() == (plain / "peft" / name).read_bytes(), name
+    assert_same_adapter(killed / "run" / f"step-{STEPS}" / "hf", plain / "peft")
 
 
 def train_for_best(rank: int, world_size: int, directory: Path) -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -131,3 +132,22 @@ FSDP2 = {
         "cpu_ram_efficient_loading": False,
     },
 }
+
+
+def assert_same_adapter(ours: Path, theirs: Path) -> None:
+    """Check two directories of an adapter: equal weights, and equal configs.
+
+    PEFT keeps the names of modules in a set, whose order may change when it is copied. So the lists
+    in the config are compared sorted.
+    """
+    name = "adapter_model.safetensors"
+    assert (ours / name).read_bytes() == (theirs / name).read_bytes()
+    found, expected = (
+        json.loads((directory / "adapter_config.json").read_text()) for directory in (ours, theirs)
+    )
+    assert list(found) == list(expected)
+    for key, value in expected.items():
+        if isinstance(value, list):
+            assert sorted(found[key]) == sorted(value), key
+        else:
+            assert found[key] == value, key
