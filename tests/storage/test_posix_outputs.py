@@ -239,7 +239,7 @@ def test_advice_follows_from_the_number(number: int) -> None:
     error = caught.value
     assert (error.errno, error.path, error.phase) == (number, "/run/step-1", "write")
     assert errno.errorcode[number] in str(error.found)
-    assert error.hint == posix_outputs._ADVICE[number]
+    assert error.hint == f"{posix_outputs._ADVICE[number]}; nothing was published"
     assert isinstance(error.__cause__, OSError)
 
 
