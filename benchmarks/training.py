@@ -154,7 +154,11 @@ def train(rank: Rank, job: Job) -> list[dict[str, Any]]:
     # On GPUs this is so by itself: NCCL trains, gloo saves.
     group = dist.new_group()
     model, optimizer, tokenizer = build(job.base, DeviceMesh.from_group(group, "cpu"))
-    export = HFExport(assets=(model.config, tokenizer), max_shard_size=MAX_SHARD_SIZE)
+    # The config is that of a loaded model, whose files are in natural order; the model that the
+    # proofs save for comparison was never loaded.
+    export = HFExport(
+        assets=(model.config, tokenizer), max_shard_size=MAX_SHARD_SIZE, order="state_dict"
+    )
     model.train()
     done: list[Save] = []
     last: Save | None = None
