@@ -76,8 +76,8 @@ def host_id() -> str:
 def is_on_first_host() -> bool:
     """Whether the launcher put this process on the same host as rank 0.
 
-    Reads what torchrun or Slurm say. Without a word of either, the processes were started by hand
-    or by `multiprocessing`, on one host.
+    Reads the variables that torchrun and Slurm set. Without them, someone started the processes by
+    hand or with `multiprocessing`, on one host.
     """
     local, node = os.environ.get("LOCAL_WORLD_SIZE", ""), os.environ.get("SLURM_NODEID", "")
     rank = os.environ.get("RANK", "")
@@ -105,16 +105,26 @@ def _pid_namespace() -> str:
 
 
 def _started(pid: int) -> tuple[str, int]:
-    """Return state and start time of a process; `("X", -1)` if there is no such process.
+    """Return state and start time of a process; `("X", -1)` if there is no such process."""
+    fields = _stat_of(pid)
+    return ("X", -1) if fields is None else (fields[0], int(fields[19]))
+
+
+def _parent_of(pid: int) -> int | None:
+    fields = _stat_of(pid)
+    return None if fields is None else int(fields[1])
+
+
+def _stat_of(pid: int) -> list[str] | None:
+    """Return the fields of `/proc/<pid>/stat` from field 3 on; `None` without such a process.
 
     Source:
-        proc_pid_stat(5), fields 3 and 22; the name in parentheses may contain any character.
+        proc_pid_stat(5); the name in parentheses, field 2, may contain any character.
     """
     try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        return "X", -1
-    return fields[0], int(fields[19])
+        return None
 
 
 _active: set[str] = set()
@@ -129,10 +139,9 @@ def new_save_id() -> str:
 
 def is_over_here(save_id: str) -> bool:
     """Whether the id alone proves that a save ran on this host and no process works on it now."""
-    fields = save_id.split("-")
-    if len(fields) <= _PID_FIELD or fields[1] != _host_tag() or not fields[_PID_FIELD].isdigit():
+    pid = _pid_in(save_id)
+    if pid is None:
         return False
-    pid = int(fields[_PID_FIELD])
     if pid == os.getpid():
         with _active_lock:
             return save_id not in _active
@@ -142,24 +151,23 @@ def is_over_here(save_id: str) -> bool:
 def is_from_here(save_id: str) -> bool:
     """Whether this process made the id of a save, or its checkpointer process did.
 
-    If the process that made the id is gone, it may have been this one's: the answer is yes.
+    `True` also if the process that made the id is gone: it may have been the checkpointer process.
     """
-    fields = save_id.split("-")
-    if len(fields) <= _PID_FIELD or fields[1] != _host_tag() or not fields[_PID_FIELD].isdigit():
+    pid = _pid_in(save_id)
+    if pid is None:
         return False
-    pid = int(fields[_PID_FIELD])
     return pid == os.getpid() or _parent_of(pid) in {None, os.getpid()}
 
 
-def _parent_of(pid: int) -> int | None:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return int(fields[1])
-
-
 _PID_FIELD = 2
+
+
+def _pid_in(save_id: str) -> int | None:
+    """Return the pid in the id of a save; `None` if it comes from another host or pid namespace."""
+    fields = save_id.split("-")
+    if len(fields) <= _PID_FIELD or fields[1] != _host_tag() or not fields[_PID_FIELD].isdigit():
+        return None
+    return int(fields[_PID_FIELD])
 
 
 def _host_tag() -> str:
