@@ -164,8 +164,7 @@ def without_export(manifest: bytes) -> bytes:
     fields["files"] = {
         name: file for name, file in fields["files"].items() if not name.startswith(below)
     }
-    removed = fields["nbytes"].get("other", 0) - sum(n for n, _ in fields["files"].values())
-    fields["nbytes"]["other"] = fields["nbytes"].get("other", 0) - removed
+    fields["nbytes"]["other"] = sum(nbytes for nbytes, _ in fields["files"].values())
     fields["nbytes"].pop("hf", None)
     fields["hf"] = None
     fields.pop("digest_above")
