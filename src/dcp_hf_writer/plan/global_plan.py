@@ -55,11 +55,11 @@ class LocalFacts:
     stamp: str = ""
     """Unique to this rank and save: DCP's plan cache may show the facts of an earlier save."""
     lone_ties: tuple[tuple[str, str, bool], ...] = ()
-    """Declared ties of which the rank holds only one tensor, as `drifted_ties` lists them."""
+    """Declared ties with only one tensor on this rank, as `drifted_ties.lone_ties` lists them."""
     target: str | None = None
     """Path that the rank saves to; out of date in a plan from DCP's plan cache."""
     options: str = ""
-    """Options of its writer that all ranks must share, as text; out of date likewise."""
+    """Options that all ranks must share, as text; out of date in a plan from DCP's plan cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ class GlobalPlan:
     names: Mapping[str, str] = field(default_factory=dict)
     """Name within the model of each tensor of the model, by FQN; empty without an export."""
     left_out: tuple[str, ...] = ()
-    """What the export leaves out, besides tied tensors and what specs leave out: one text each."""
+    """Tensors outside the model, which the export leaves out: the texts of `left_out_of_model`."""
 
 
 def plan_globally(
@@ -164,10 +164,9 @@ def plan_globally(
         _planned_tensors(plans)  # for its check of what the ranks plan under one name
         return without
     planned = _planned_tensors(plans)
-    if not export.declared_names and export.key is None:
-        paths = {fqn: tensor.path for fqn, tensor in planned.items()}
-        if not holds_weights(paths):
-            return replace(without, left_out=tuple(left_out_of_model(paths, (), ())))
+    paths = {fqn: tensor.path for fqn, tensor in planned.items()}
+    if holds_nothing_to_export(paths, export):
+        return replace(without, left_out=tuple(left_out_of_model(paths, (), ())))
     entry, tensors = _runtime_tensors(planned, facts, export, architecture)
     found = (group for fact in facts for group in fact.tied)
     shared = shared_groups(found, (tensor.fqn for tensor in tensors))
@@ -176,7 +175,6 @@ def plan_globally(
     if architecture is not None:
         check_fit(shapes_of(layout), left_out_by(export), layout.tied, architecture)
     names = {tensor.fqn: tensor.name for tensor in tensors}
-    paths = {fqn: tensor.path for fqn, tensor in planned.items()}
     stored = targets_stored_once(tensors, layout.targets, shared) if once else {}
     return GlobalPlan(
         plans=plans,
@@ -352,6 +350,16 @@ def _runtime_tensors(
         )
         for fqn, name in names.items()
     ]
+
+
+def holds_nothing_to_export(paths: Mapping[str, Path], export: HFExport) -> bool:
+    """Whether a state dict holds no weights, and the options name no tensor and no entry in it.
+
+    Args:
+        paths: Path of each tensor of the state dict, by FQN.
+        export: Options of the export.
+    """
+    return not export.declared_names and export.key is None and not holds_weights(paths)
 
 
 def names_for_export(

@@ -7,9 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.mapping.architecture import check_fit
 from dcp_hf_writer.mapping.flattening import flat_tensors
-from dcp_hf_writer.mapping.model_entry import holds_weights
 from dcp_hf_writer.plan.assign_hf_keys import RuntimeTensor
-from dcp_hf_writer.plan.global_plan import left_out_by, names_for_export, shapes_of
+from dcp_hf_writer.plan.global_plan import (
+    holds_nothing_to_export,
+    left_out_by,
+    names_for_export,
+    shapes_of,
+)
 from dcp_hf_writer.plan.layout import plan_layout
 from dcp_hf_writer.save.planned_export import unplanned_export
 from dcp_hf_writer.staging.same_memory import memory_of, tied_groups
@@ -44,7 +48,7 @@ def warn_without_export(
     try:
         tensors = flat_tensors(state_dict)
         paths = {fqn: path for fqn, (path, _) in tensors.items()}
-        if not (export.declared_names or export.key or holds_weights(paths)):
+        if holds_nothing_to_export(paths, export):
             _log.warning("a checkpoint would have no export: the state dict holds no weights")
             return
         held = {fqn: tensor for fqn, (_, tensor) in tensors.items()}
