@@ -78,12 +78,12 @@ def bring_changes(
     own: Collection[str],
     carried: Mapping[str, Entry],
     save_id: str,
-    has_removals: bool = True,
 ) -> None:
     """Repeat in the visible directory what others changed in the hidden one.
 
-    Nothing is overwritten that is newer in `into`. Two different files with one name are both kept:
-    the one in `source` gets the name `<name>.kept-<save id>`. Safe to call twice.
+    Never overwrites what is newer in `into`. Two different files with one name are both kept: the
+    one in `source` gets the name `<name>.kept-<save id>`. Does nothing if `source` is no directory.
+    Safe to call twice.
 
     Args:
         source: The hidden directory: the old one, or the new one after the old got its place back.
@@ -91,16 +91,17 @@ def bring_changes(
         own: Files of the old checkpoint, by relative path; they stay in `source`.
         carried: What was linked from one to the other, by relative path, as it was then.
         save_id: Id of the save.
-        has_removals: Whether a carried file that is missing in `source` was removed by others.
 
     Raises:
         OSError: If the file system refuses an operation.
     """
+    if not os.path.isdir(source):
+        return
     there = list_tree(source)
-    if has_removals:
-        for path in sorted(carried, reverse=True):
-            if path not in there:
-                _remove_unchanged(os.path.join(into, path), carried[path])
+    for path in sorted(carried, reverse=True):
+        if path not in there:
+            # Others removed it.
+            _remove_unchanged(os.path.join(into, path), carried[path])
     own_directories = parents_of(own)
     moved: set[str] = set()
     for path, entry in there.items():

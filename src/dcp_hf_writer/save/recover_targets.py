@@ -191,12 +191,16 @@ def _settle(left: _Leftover, record: TargetRecord, target: str) -> None:
         # Make the exchange durable before anything that it replaced is removed.
         sync_directory(left.parent)
         for hidden in (left.aside, left.staged):
-            _bring(hidden, target, record.own, record.carried, left.save_id)
+            bring_changes(
+                hidden, target, own=record.own, carried=record.carried, save_id=left.save_id
+            )
     elif os.path.isdir(left.aside):
         _undo_or_finish(left, target, record.own, record.carried)
     elif not is_whole and os.path.isdir(target):
         # It was published, and another save has replaced it since.
-        _bring(left.staged, target, record.own, record.carried, left.save_id)
+        bring_changes(
+            left.staged, target, own=record.own, carried=record.carried, save_id=left.save_id
+        )
     for hidden in (left.aside, left.staged):
         discard(hidden)
 
@@ -205,17 +209,6 @@ def _own_names(staged: str, record: TargetRecord) -> list[str]:
     if not os.path.isdir(staged):
         return []
     return [name for name in os.listdir(staged) if name not in record.carried]
-
-
-def _bring(
-    hidden: str,
-    target: str,
-    own: Collection[str],
-    carried: Mapping[str, Entry],
-    save_id: str,
-) -> None:
-    if os.path.isdir(hidden):
-        bring_changes(hidden, target, own=own, carried=carried, save_id=save_id)
 
 
 def _recover_aside(left: _Leftover) -> None:
@@ -234,7 +227,7 @@ def _recover_aside(left: _Leftover) -> None:
     with locked_directories(target):
         own = own_files(left.path)
         if is_published:
-            _bring(left.path, target, own, {}, left.save_id)
+            bring_changes(left.path, target, own=own, carried={}, save_id=left.save_id)
         else:
             _undo_or_finish(left, target, own, {})
         sync_directory(left.parent)
@@ -253,11 +246,11 @@ def _undo_or_finish(
         # Somebody made the directory again. Give it back all that it held, but do not mix two
         # checkpoints.
         kept = own if own_files(target) else ()
-        _bring(left.aside, target, kept, {}, left.save_id)
+        bring_changes(left.aside, target, own=kept, carried={}, save_id=left.save_id)
     elif saved_id(left.staged) == left.save_id:
         publish_new(left.staged, target)
         sync_directory(left.parent)
-        _bring(left.aside, target, own, carried, left.save_id)
+        bring_changes(left.aside, target, own=own, carried=carried, save_id=left.save_id)
     else:
         os.rename(left.aside, target)
 
@@ -298,5 +291,5 @@ def _remove_replaced(left: _Leftover, target: str) -> None:
     # The exchange may not be durable yet. Make it so before the old checkpoint is removed.
     sync_directory(left.parent)
     with locked_directories(target, left.path):
-        _bring(left.path, target, own_files(left.path), {}, left.save_id)
+        bring_changes(left.path, target, own=own_files(left.path), carried={}, save_id=left.save_id)
         discard(left.path)

@@ -26,7 +26,7 @@ import json
 import logging
 import os
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dcp_hf_writer.errors import CommitError, StorageError
 from dcp_hf_writer.failpoints import reach
@@ -53,6 +53,9 @@ from dcp_hf_writer.storage.posix_trees import (
     sync_directories,
     unlink_entry,
 )
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 _log = logging.getLogger(__name__)
 
@@ -327,18 +330,11 @@ class TargetReplacement:
         reach("place given back")
 
     def _bring(self, hidden: str) -> None:
-        if os.path.isdir(hidden):
-            record = self.record
-            bring_changes(
-                hidden,
-                self.target,
-                own=record.own,
-                carried=record.carried,
-                save_id=record.save_id,
-            )
+        one = self.record
+        bring_changes(hidden, self.target, own=one.own, carried=one.carried, save_id=one.save_id)
 
 
-def order_of_moves(names: Any) -> list[str]:
+def order_of_moves(names: Iterable[str]) -> list[str]:
     """Return the names at the top of a checkpoint in the order in which they may appear.
 
     Data first, then `.metadata`, then the manifest: a reader that sees one of the last two finds
