@@ -432,10 +432,6 @@ class HFDualWriter(StorageWriter, SlabStager):
         return run.run(with_states(state_dict))
 
     @property
-    def _subdir(self) -> str:
-        return HFExport.subdir if self.export is None else self.export.subdir
-
-    @property
     def _once(self) -> bool:
         return self.weights == "once"
 

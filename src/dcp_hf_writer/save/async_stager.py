@@ -75,7 +75,7 @@ class SlabStager(AsyncStager):
         began = time.monotonic()
         call = find_async_save()
         target = self.path if call is None or call.checkpoint_id is None else call.checkpoint_id
-        place = _Place(target, HFExport.subdir if self.export is None else self.export.subdir)
+        place = _Place(target, self._subdir)
         deadline = began + self.timeout_s
         world = SaveWorld.at_staging(call, self.process_group)
         self._assets_error = self._read_assets(is_first=world.rank == 0)
@@ -111,7 +111,7 @@ class SlabStager(AsyncStager):
             StagingBusyError: If another save is still in flight at the deadline.
         """
         deadline, target = time.monotonic() + self.timeout_s, self.path
-        place = _Place(target, HFExport.subdir if self.export is None else self.export.subdir)
+        place = _Place(target, self._subdir)
         world = SaveWorld.at_staging(find_async_save(), self.process_group)
         try:
             again = STAGER.stage_again(staged, deadline=deadline, world=world)
@@ -220,6 +220,10 @@ class SlabStager(AsyncStager):
             if self.on_export_error == "raise":
                 raise
             _log.warning("a checkpoint would have no export now: %s", error)
+
+    @property
+    def _subdir(self) -> str:
+        return HFExport.subdir if self.export is None else self.export.subdir
 
     def _plans_export(self) -> bool:
         """Whether this rank is the coordinator, the only one that reads `like` and assets."""
