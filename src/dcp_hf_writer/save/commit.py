@@ -9,7 +9,6 @@ parent directory finds and removes what a dead save left.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
 import logging
 import os
@@ -33,6 +32,7 @@ from dcp_hf_writer.storage.output_place import check_output_place
 from dcp_hf_writer.storage.posix_outputs import (
     OutputFile,
     make_directories,
+    number_and_text,
     publish_new,
     sync_directory,
     write_errors,
@@ -186,7 +186,7 @@ class StagingDirectory:
                 msg,
                 phase="commit",
                 path=self.target,
-                found=f"{errno.errorcode.get(error.errno or 0, '?')}: {error.strerror}",
+                found=number_and_text(error),
                 errno=error.errno,
                 hint="earlier checkpoints are untouched; you may repeat the save",
             ) from error

@@ -41,7 +41,12 @@ from dcp_hf_writer.save.target_contents import (
     own_files,
 )
 from dcp_hf_writer.storage.linux_calls import UnsupportedCallError, exchange
-from dcp_hf_writer.storage.posix_outputs import publish_new, sync_directory, write_file
+from dcp_hf_writer.storage.posix_outputs import (
+    number_and_text,
+    publish_new,
+    sync_directory,
+    write_file,
+)
 from dcp_hf_writer.storage.posix_trees import (
     Entry,
     entry_of,
@@ -284,7 +289,7 @@ class TargetReplacement:
             "a file that no checkpoint made cannot be carried into the new checkpoint",
             phase="commit",
             path=error.filename or self.target,
-            found=f"{errno.errorcode.get(error.errno or 0, '?')}: {error.strerror}",
+            found=number_and_text(error),
             errno=error.errno,
             hint="the old checkpoint and all files are untouched; move the file out of the "
             "checkpoint, or save under another name",

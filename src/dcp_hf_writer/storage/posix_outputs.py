@@ -203,12 +203,17 @@ def write_errors(path: str) -> Iterator[None]:
             msg,
             phase="write",
             path=path,
-            found=f"{errno.errorcode.get(error.errno or 0, '?')}: {error.strerror or error}",
+            found=number_and_text(error),
             errno=error.errno,
             hint=f"{advice}; nothing was published"
             if (advice := advice_for(error.errno))
             else "nothing was published; you may repeat the save",
         ) from error
+
+
+def number_and_text(error: OSError) -> str:
+    """Return the name of an error's number and its text: `ENOSPC: No space left on device`."""
+    return f"{errno.errorcode.get(error.errno or 0, '?')}: {error.strerror or error}"
 
 
 _ADVICE = {
