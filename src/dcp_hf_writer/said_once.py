@@ -1,4 +1,4 @@
-"""Warnings that a process logs once: every save of a run would repeat them."""
+"""What a process logs once: every save of a run would repeat it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 class SaidOnce:
-    """Logs each warning once. One object serves all saves of a process."""
+    """Remembers what was logged. One object serves all saves of a process."""
 
     def __init__(self) -> None:
         """Start with nothing said."""
@@ -20,12 +20,18 @@ class SaidOnce:
 
         Args:
             logger: Logger to use.
-            text: The text, with places for `args`; these do not count.
+            text: The text, with places for `args`. Two warnings that differ only in `args` count as
+                one.
             *args: What to put in the places.
         """
-        if text not in self._said:
-            self._said.add(text)
+        if self.is_new(text):
             logger.warning(text, *args)
+
+    def is_new(self, text: str) -> bool:
+        """Whether a text was not said before; from now on it counts as said."""
+        is_new = text not in self._said
+        self._said.add(text)
+        return is_new
 
 
 SAID_ONCE = SaidOnce()

@@ -129,7 +129,7 @@ def _warn_of_wrapper(keys: Iterable[str]) -> None:
 
 
 def say_left_out(plan: GlobalPlan, target: str) -> None:
-    """Log what the export leaves out, once for the same; warn if there is nothing to export."""
+    """Log what the export leaves out, the same only once; warn if there is nothing to export."""
     texts = ", ".join(plan.left_out)
     if plan.layout is None:
         held = f"it holds only {texts}" if texts else "it holds no tensors"
@@ -140,17 +140,12 @@ def say_left_out(plan: GlobalPlan, target: str) -> None:
             held,
         )
         return
-    if not texts or texts in _said:
+    if not texts or not SAID_ONCE.is_new(texts):
         return
-    _said.add(texts)
     entry = ".".join(map(str, plan.entry))
     level = logging.INFO if entry and _is_usual(plan) else logging.WARNING
     what = f"the entry {entry!r}" if entry else "the tensors at the top of the state dict"
     _log.log(level, "the export holds %s; only the DCP half holds %s", what, texts)
-
-
-_said: set[str] = set()
-"""What `say_left_out` has said."""
 
 
 def _is_usual(plan: GlobalPlan) -> bool:
