@@ -19,15 +19,12 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_saver
 
 from dcp_hf_writer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from types import FrameType
+from dcp_hf_writer.torch_seam.caller_frames import frames_from
 
 _WORLD_SIZE = "WORLD_SIZE"
 _TORCH = "torch.distributed.checkpoint"
@@ -68,14 +65,15 @@ def _is_initialised() -> bool:
 def _is_meant_alone() -> bool:
     """Whether the caller of torch's `save` passed `no_dist=True`."""
     code = inspect.unwrap(state_dict_saver.save).__code__
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - torch has no other way
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
+    frames = frames_from(sys._getframe(1))  # noqa: SLF001 - torch has no other way
+    for frame in frames:
+        if frame.f_code is code:
+            break
     # The decorators come next, one frame each.
-    frame = None if frame is None else frame.f_back
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(_TORCH):
+    for frame in frames:
+        if not frame.f_globals.get("__name__", "").startswith(_TORCH):
+            break
         given = frame.f_locals.get("kwargs")
         if isinstance(given, dict) and "no_dist" in given:
             return bool(given["no_dist"])
-        frame = frame.f_back
     return False
