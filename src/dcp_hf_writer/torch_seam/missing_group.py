@@ -20,11 +20,11 @@ import inspect
 import os
 import sys
 
-import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_saver
 
 from dcp_hf_writer.errors import ConfigError
 from dcp_hf_writer.torch_seam.caller_frames import frames_from
+from dcp_hf_writer.torch_seam.default_store import has_default_group
 
 _WORLD_SIZE = "WORLD_SIZE"
 _TORCH = "torch.distributed.checkpoint"
@@ -42,7 +42,7 @@ def check_group_is_there(ranks_before: int = 1) -> None:
     """
     text = os.environ.get(_WORLD_SIZE, "")
     is_launched = text.isdecimal() and int(text) > 1
-    if (not is_launched and ranks_before == 1) or _is_initialised() or _is_meant_alone():
+    if (not is_launched and ranks_before == 1) or has_default_group() or _is_meant_alone():
         return
     unset = f", or unset {_WORLD_SIZE}" if is_launched else ""
     msg = "each rank would save by itself, because no process group is initialised"
@@ -56,10 +56,6 @@ def check_group_is_there(ranks_before: int = 1) -> None:
         hint="call torch.distributed.init_process_group before the save, and wait for saves before "
         f"destroy_process_group; if one process saves alone on purpose, pass no_dist=True{unset}",
     )
-
-
-def _is_initialised() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 def _is_meant_alone() -> bool:
