@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -86,8 +86,7 @@ class SaveWorld:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A checkpointer process has a group of its own, with the same ranks.
-        sent = replace(self, group=None, store=None, pid=0)
-        return SaveWorld, (sent.size, sent.rank, sent.is_alone, sent.is_certain)
+        return SaveWorld, (self.size, self.rank, self.is_alone, self.is_certain)
 
     @property
     def is_here(self) -> bool:
