@@ -28,11 +28,10 @@ from dcp_hf_writer.torch_seam.planners import HFSavePlanner
 from dcp_hf_writer.torch_seam.tensor_forms import is_sharded_tensor, shards_of_some_ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     import numpy.typing as npt
 
-    from dcp_hf_writer.mapping.model_entry import Path
     from dcp_hf_writer.torch_seam.caller_frames import Planned
 
 # Elements sampled per tensor. A row has 97 bytes; what torch plans for a tensor has more.
@@ -163,20 +162,14 @@ class _SampleRules:
     """Which rule applies to the values of a state dict."""
 
     def __init__(self, planned: Planned, key: str | None) -> None:
-        planner, paths = planned.planner, planned.paths
+        planner = planned.planner
         self.declared: frozenset[str] = frozenset()
         """FQNs of tensors whose shards the planner describes."""
         self._keeps_one = False
         if isinstance(planner, HFSavePlanner):
             self.declared, self._keeps_one = planner.declared, not planner.declares_shards
-        self._paths: Mapping[str, Path] = {
-            fqn: tuple(paths.get(fqn, (fqn,))) for fqn in planned.state_dict
-        }
-        tensors = {
-            fqn: self._paths[fqn]
-            for fqn, value in planned.state_dict.items()
-            if isinstance(value, torch.Tensor)
-        }
+        self._path_of = planned.path_of
+        tensors = planned.paths_of_tensors()
         try:
             names = model_names(tensors, key=key)
         except ModelKeyError:
@@ -199,7 +192,7 @@ class _SampleRules:
         """Whether a tensor belongs to the model or to a copy of it, such as `ema.<name>`."""
         if fqn in self._names:
             return True
-        path = self._paths[fqn]
+        path = self._path_of(fqn)
         if path[0] in NOT_WEIGHTS:
             return False
         tails = (".".join(map(str, path[depth:])) for depth in (1, 2))

@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.utils import _DistWrapper
 
@@ -155,6 +156,18 @@ class Planned:
             {fqn: value for fqn, (_, value) in values.items()},
             {fqn: path for fqn, (path, _) in values.items()},
         )
+
+    def path_of(self, fqn: str) -> Path:
+        """Return the path of a value within the nested state dict."""
+        return tuple(self.paths.get(fqn, (fqn,)))
+
+    def paths_of_tensors(self) -> dict[str, Path]:
+        """Return the path of each tensor, by FQN."""
+        return {
+            fqn: self.path_of(fqn)
+            for fqn, value in self.state_dict.items()
+            if isinstance(value, torch.Tensor)
+        }
 
 
 def frames_from(innermost: FrameType | None) -> Iterator[FrameType]:
