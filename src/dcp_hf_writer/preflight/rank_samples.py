@@ -22,6 +22,7 @@ from dcp_hf_writer.errors import ModelKeyError
 from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS
 from dcp_hf_writer.mapping.spec_match import model_names
 from dcp_hf_writer.preflight.digest_values import digest_value
+from dcp_hf_writer.save.tensor_bytes import host_bytes
 from dcp_hf_writer.staging.take_apart import dense_leaves
 from dcp_hf_writer.tensors.shards import blocks_of, shards_of
 from dcp_hf_writer.torch_seam.planners import HFSavePlanner
@@ -85,7 +86,7 @@ DIGEST_ROW = np.dtype([("name", "<u8"), ("item", "<u8"), ("digest", "<u8"), ("ru
 
 @dataclass(slots=True)
 class _Found:
-    """What a rank samples. Later entries do not replace earlier ones of the same name."""
+    """What a rank samples."""
 
     tensors: dict[int, tuple[int, torch.Tensor, Rule]] = field(default_factory=dict)
     """Item and rule of each tensor, by the hash of its name."""
@@ -210,8 +211,8 @@ def _replicas(
 ) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
     """Yield what DCP may take for replicas, with the offsets by which it deduplicates.
 
-    Nothing of a DTensor that is sharded over all ranks, nor of a ShardedTensor of all ranks: they
-    say what each rank holds.
+    Yields nothing for a DTensor that is sharded over all ranks, or a ShardedTensor of all ranks:
+    these say what each rank holds.
     """
     if is_sharded_tensor(value):
         yield from shards_of_some_ranks(value, world_size)
@@ -321,5 +322,4 @@ def _hash(text: str) -> int:
 
 
 def _hash_bytes(tensor: torch.Tensor) -> int:
-    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return int(xxhash.xxh3_64_intdigest(data))
+    return int(xxhash.xxh3_64_intdigest(host_bytes(tensor.contiguous())))
