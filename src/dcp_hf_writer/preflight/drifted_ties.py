@@ -78,7 +78,7 @@ def untrue_tie(
 
 
 def lone_ties(held: Collection[str], export: HFExport) -> tuple[tuple[str, str, bool], ...]:
-    """List the declared ties of which this rank holds one tensor and not the other.
+    """List the declared ties where this rank holds only one of the two tensors.
 
     Args:
         held: Names within the model of the tensors that this rank holds.
