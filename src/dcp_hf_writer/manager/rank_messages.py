@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from dcp_hf_writer.errors import RankLostError
-from dcp_hf_writer.torch_seam.default_store import own_store_client
+from dcp_hf_writer.torch_seam.default_store import has_default_group, own_store_client
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -36,7 +36,7 @@ class World:
     @classmethod
     def current(cls) -> World:
         """Return the ranks of the default group; one rank without `torch.distributed`."""
-        if not dist.is_available() or not dist.is_initialized():
+        if not has_default_group():
             return cls(0, 1)
         return cls(dist.get_rank(), dist.get_world_size())
 

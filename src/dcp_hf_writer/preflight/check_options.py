@@ -20,6 +20,7 @@ from dcp_hf_writer.mapping.option_values import (
     shown,
 )
 from dcp_hf_writer.save.export_assets import check_kinds
+from dcp_hf_writer.save.recover_targets import RECORD_NAME
 from dcp_hf_writer.storage.paths_as_written import plain_path
 from dcp_hf_writer.storage.write_slots import WriteSlots
 
@@ -28,7 +29,7 @@ from dcp_hf_writer.storage.write_slots import WriteSlots
 _MIN_HOST_BUDGET = 1 << 20
 
 # "dcp-hf" is for files beside the manifest.
-_OWN_NAMES = (MANIFEST_NAME, METADATA_NAME, "dcp-hf", ".dcp-hf-save.json")
+_OWN_NAMES = (MANIFEST_NAME, METADATA_NAME, "dcp-hf", RECORD_NAME)
 
 
 def local_path(value: str | os.PathLike[str]) -> str:

@@ -16,12 +16,15 @@ from dcp_hf_writer.preflight.rank_samples import Rule, hash_of_item, rows_of
 from dcp_hf_writer.said_once import SAID_ONCE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
     import numpy.typing as npt
     from torch.distributed.checkpoint.planner import SavePlan
+    from typing_extensions import Self
 
     from dcp_hf_writer.said_once import SaidOnce
+
+    _Measure = Callable[[npt.NDArray[Any], npt.NDArray[Any]], npt.NDArray[np.float64]]
 
 _log = logging.getLogger(__name__)
 
@@ -88,7 +91,9 @@ class _Compared:
         self._rows, self._holders, self._distance = rows, holders, distance
 
     @classmethod
-    def of(cls, tables: Sequence[npt.NDArray[Any]], ranks: Sequence[list[int]], how: Any) -> Any:
+    def of(
+        cls, tables: Sequence[npt.NDArray[Any]], ranks: Sequence[list[int]], how: _Measure
+    ) -> Self:
         """Compare the rows of some ranks.
 
         Args:
@@ -102,12 +107,12 @@ class _Compared:
         return cls(rows, holders, how(rows, rows[first[group]]))
 
     def refuse(self, plans: Iterable[SavePlan]) -> None:
-        """Raise for the value that differs most, of those that must not differ."""
+        """Raise for the value that differs most among those that must not differ."""
         is_lenient = self._rows["rule"] == Rule.LENIENT
         refused = np.where(is_lenient & np.isfinite(self._distance), 0, self._distance)
         if not len(refused) or not refused.max() > _DRIFT:
             return
-        # Optimizer state differs as the weights do, and what to do about the weights helps both.
+        # If the weights differ, so does their optimizer state, and the hint for weights helps both.
         of_weights = np.where(self._rows["rule"] == Rule.STATE, 0, refused)
         is_weight = bool(of_weights.max() > _DRIFT)
         worst = int(np.argmax(of_weights if is_weight else refused))
@@ -125,11 +130,11 @@ class _Compared:
         """Log the value that differs most."""
         if not len(self._distance) or self._distance.max() == 0:
             return
-        for rule, text in (
-            (Rule.LENIENT, "ranks hold different values of %s: %s; the save keeps one of them"),
-            (None, "the replicas of %s have drifted apart: %s; the save keeps one of them"),
+        is_lenient = self._rows["rule"] == Rule.LENIENT
+        for is_meant, text in (
+            (is_lenient, "ranks hold different values of %s: %s; the save keeps one of them"),
+            (~is_lenient, "the replicas of %s have drifted apart: %s; the save keeps one of them"),
         ):
-            is_meant = (self._rows["rule"] == Rule.LENIENT) == (rule is Rule.LENIENT)
             distance = np.where(is_meant, self._distance, 0)
             worst = int(np.argmax(distance))
             if distance[worst] > 0:

@@ -78,7 +78,7 @@ def untrue_tie(
 
 
 def lone_ties(held: Collection[str], export: HFExport) -> tuple[tuple[str, str, bool], ...]:
-    """List the declared ties of which this rank holds one tensor and not the other.
+    """List the declared ties where this rank holds only one of the two tensors.
 
     Args:
         held: Names within the model of the tensors that this rank holds.
@@ -115,14 +115,8 @@ def names_if_tied(planned: Planned, export: HFExport) -> Mapping[str, str]:
     """
     if not any(declared_ties(export, ())):
         return {}
-    paths = planned.paths
-    tensors = {
-        fqn: paths.get(fqn, (fqn,))
-        for fqn, value in planned.state_dict.items()
-        if isinstance(value, torch.Tensor)
-    }
     try:
-        return model_names(tensors, key=export.key, wanted=export.declared_names)
+        return model_names(planned.paths_of_tensors(), key=export.key, wanted=export.declared_names)
     except ModelKeyError:
         return {}
 

@@ -291,7 +291,7 @@ def _is_plain(value: Any) -> bool:
     if not isinstance(value, torch.Tensor):
         return True
     plain = plain_of(value)
-    return not is_whole_form(value) and (plain is None or plain.layout is torch.strided)
+    return not is_whole_form(value) if plain is None else plain.layout is torch.strided
 
 
 def _keys(layout: Layout | None) -> list[str]:

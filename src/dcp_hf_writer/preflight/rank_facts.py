@@ -89,7 +89,7 @@ def local_facts(
 
 
 def _options(export: HFExport | None, weights: str) -> str:
-    """Return the options that decide what a save writes; those that only rank 0 reads are not."""
+    """Return the options that decide what a save writes, except those that only rank 0 reads."""
     if export is None:
         return "export=None"
     shown = (f"{name}={getattr(export, name)!r}" for name in ("key", "dtype", "subdir"))
@@ -112,7 +112,7 @@ def names_of_ties(view: RankView, export: HFExport | None) -> Mapping[str, str]:
 def export_fault(
     view: RankView, export: HFExport | None, names: Mapping[str, str], *, rank: int
 ) -> ExportError | None:
-    """Return why what this rank holds costs the export; `None` if it does not.
+    """Return why the export cannot hold what this rank has; `None` if it can.
 
     Args:
         view: What this rank is to save.
@@ -152,11 +152,9 @@ def check_targets(plans: Sequence[SavePlan], target: str) -> None:
         ConfigError: If a rank saves to another path; names the ranks and their paths.
     """
     others = [
-        f"rank {rank}: {plan.storage_data.target}"
-        for rank, plan in enumerate(plans)
-        if plan.usable
-        and isinstance(plan.storage_data, LocalFacts)
-        and plan.storage_data.target not in (target, None)
+        f"rank {rank}: {facts.target}"
+        for rank, facts in _sent_facts(plans).items()
+        if facts.target not in (target, None)
     ]
     if others:
         raise other_path(target, some_of(others, most=_MOST_PATHS))
@@ -173,11 +171,7 @@ def check_same_options(plans: Sequence[SavePlan]) -> None:
     Raises:
         ConfigError: If the options of a rank differ; names the ranks and their options.
     """
-    sent = {
-        rank: plan.storage_data.options
-        for rank, plan in enumerate(plans)
-        if plan.usable and isinstance(plan.storage_data, LocalFacts)
-    }
+    sent = {rank: facts.options for rank, facts in _sent_facts(plans).items()}
     first = next(iter(sent.values()), "")
     others = [f"rank {rank}: {text}" for rank, text in sent.items() if text != first]
     if others:
@@ -190,8 +184,17 @@ def check_same_options(plans: Sequence[SavePlan]) -> None:
         )
 
 
+def _sent_facts(plans: Sequence[SavePlan]) -> dict[int, LocalFacts]:
+    """Return the facts in the plans that ranks sent whole, by rank."""
+    return {
+        rank: plan.storage_data
+        for rank, plan in enumerate(plans)
+        if plan.usable and isinstance(plan.storage_data, LocalFacts)
+    }
+
+
 def untrue_tie_of_ranks(plans: Sequence[SavePlan]) -> ExportError | None:
-    """Return why a declared tie of tensors on different ranks costs the export (coordinator only).
+    """Return why there is no export if two tied tensors lie on different ranks (coordinator only).
 
     Args:
         plans: The global plan.

@@ -22,17 +22,17 @@ from dcp_hf_writer.errors import ModelKeyError
 from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS
 from dcp_hf_writer.mapping.spec_match import model_names
 from dcp_hf_writer.preflight.digest_values import digest_value
+from dcp_hf_writer.save.tensor_bytes import host_bytes
 from dcp_hf_writer.staging.take_apart import dense_leaves
 from dcp_hf_writer.tensors.shards import blocks_of, shards_of
 from dcp_hf_writer.torch_seam.planners import HFSavePlanner
 from dcp_hf_writer.torch_seam.tensor_forms import is_sharded_tensor, shards_of_some_ranks
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     import numpy.typing as npt
 
-    from dcp_hf_writer.mapping.model_entry import Path
     from dcp_hf_writer.torch_seam.caller_frames import Planned
 
 # Elements sampled per tensor. A row has 97 bytes; what torch plans for a tensor has more.
@@ -86,7 +86,7 @@ DIGEST_ROW = np.dtype([("name", "<u8"), ("item", "<u8"), ("digest", "<u8"), ("ru
 
 @dataclass(slots=True)
 class _Found:
-    """What a rank samples. Later entries do not replace earlier ones of the same name."""
+    """What a rank samples."""
 
     tensors: dict[int, tuple[int, torch.Tensor, Rule]] = field(default_factory=dict)
     """Item and rule of each tensor, by the hash of its name."""
@@ -163,20 +163,14 @@ class _SampleRules:
     """Which rule applies to the values of a state dict."""
 
     def __init__(self, planned: Planned, key: str | None) -> None:
-        planner, paths = planned.planner, planned.paths
+        planner = planned.planner
         self.declared: frozenset[str] = frozenset()
         """FQNs of tensors whose shards the planner describes."""
         self._keeps_one = False
         if isinstance(planner, HFSavePlanner):
             self.declared, self._keeps_one = planner.declared, not planner.declares_shards
-        self._paths: Mapping[str, Path] = {
-            fqn: tuple(paths.get(fqn, (fqn,))) for fqn in planned.state_dict
-        }
-        tensors = {
-            fqn: self._paths[fqn]
-            for fqn, value in planned.state_dict.items()
-            if isinstance(value, torch.Tensor)
-        }
+        self._path_of = planned.path_of
+        tensors = planned.paths_of_tensors()
         try:
             names = model_names(tensors, key=key)
         except ModelKeyError:
@@ -199,7 +193,7 @@ class _SampleRules:
         """Whether a tensor belongs to the model or to a copy of it, such as `ema.<name>`."""
         if fqn in self._names:
             return True
-        path = self._paths[fqn]
+        path = self._path_of(fqn)
         if path[0] in NOT_WEIGHTS:
             return False
         tails = (".".join(map(str, path[depth:])) for depth in (1, 2))
@@ -217,8 +211,8 @@ def _replicas(
 ) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:
     """Yield what DCP may take for replicas, with the offsets by which it deduplicates.
 
-    Nothing of a DTensor that is sharded over all ranks, nor of a ShardedTensor of all ranks: they
-    say what each rank holds.
+    Yields nothing for a DTensor that is sharded over all ranks, or a ShardedTensor of all ranks:
+    these say what each rank holds.
     """
     if is_sharded_tensor(value):
         yield from shards_of_some_ranks(value, world_size)
@@ -328,5 +322,4 @@ def _hash(text: str) -> int:
 
 
 def _hash_bytes(tensor: torch.Tensor) -> int:
-    data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
-    return int(xxhash.xxh3_64_intdigest(data))
+    return int(xxhash.xxh3_64_intdigest(host_bytes(tensor.contiguous())))

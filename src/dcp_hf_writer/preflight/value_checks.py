@@ -41,7 +41,7 @@ def storage_faults(planned: Planned, *, on_meta: bool) -> Iterator[StagingError]
     """
     for fqn, value in planned.state_dict.items():
         if isinstance(value, torch.Tensor):
-            fault = storage_fault(planned.paths.get(fqn, (fqn,)), value, on_meta=on_meta)
+            fault = storage_fault(planned.path_of(fqn), value, on_meta=on_meta)
             if fault is not None:
                 yield fault
 
@@ -77,18 +77,10 @@ def encoded_weight(planned: Planned, export: HFExport, *, rank: int) -> ExportEr
         export: Options of the export.
         rank: This rank.
     """
-    encoded = {
-        fqn: planned.paths.get(fqn, (fqn,))
-        for fqn, value in planned.state_dict.items()
-        if isinstance(value, torch.Tensor) and is_whole_form(value)
-    }
+    tensors = planned.paths_of_tensors()
+    encoded = [fqn for fqn in tensors if is_whole_form(planned.state_dict[fqn])]
     if not encoded:
         return None
-    tensors = {
-        fqn: planned.paths.get(fqn, (fqn,))
-        for fqn, value in planned.state_dict.items()
-        if isinstance(value, torch.Tensor)
-    }
     try:
         names = model_names(tensors, key=export.key)
     except ModelKeyError:

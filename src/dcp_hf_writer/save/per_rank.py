@@ -12,6 +12,7 @@ from typing import Any
 import torch.distributed as dist
 
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.torch_seam.default_store import has_default_group
 
 
 class PerRank(dict[str, Any]):
@@ -47,7 +48,7 @@ class PerRank(dict[str, Any]):
             PlanningError: If this rank is not in `process_group`.
         """
         rank, ranks = 0, 1
-        if dist.is_available() and dist.is_initialized():
+        if has_default_group():
             rank, ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
         if rank < 0:
             msg = "a PerRank value needs a process group that this rank is in"

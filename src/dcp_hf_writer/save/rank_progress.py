@@ -20,7 +20,11 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 
 from dcp_hf_writer.errors import ConfigError, RankLostError
-from dcp_hf_writer.torch_seam.default_store import default_store, own_store_client
+from dcp_hf_writer.torch_seam.default_store import (
+    default_store,
+    has_default_group,
+    own_store_client,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -293,7 +297,7 @@ class Meeting:
 
     def rendezvous_of(self, group: dist.ProcessGroup | None) -> Rendezvous | None:
         """Return the records of a group, made once; `None` if this is the only rank."""
-        if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
+        if not has_default_group() or dist.get_world_size(group) == 1:
             return None
         # Each initialisation of torch.distributed makes a new store, which needs new records.
         store = default_store()

@@ -24,6 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 from torch.distributed.checkpoint.utils import _DistWrapper
 
@@ -31,6 +32,7 @@ from dcp_hf_writer.mapping.flattening import flat_tensors, flat_values
 from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from types import FrameType
 
     from dcp_hf_writer.errors import UnsupportedTorchError
@@ -92,12 +94,8 @@ class RunningSave:
         ranks = self.ranks()
         if ranks is None or not self.thread.is_alive() or self.thread.ident is None:
             return False
-        frame = sys._current_frames().get(self.thread.ident)  # noqa: SLF001 - no other way
-        while frame is not None:
-            if _holds(frame, ranks):
-                return True
-            frame = frame.f_back
-        return False
+        innermost = sys._current_frames().get(self.thread.ident)  # noqa: SLF001 - no other way
+        return any(_holds(frame, ranks) for frame in frames_from(innermost))
 
     def has_raised(self, error: BaseException) -> bool:
         """Whether an error, or one of its causes, came out of the save."""
@@ -159,6 +157,26 @@ class Planned:
             {fqn: path for fqn, (path, _) in values.items()},
         )
 
+    def path_of(self, fqn: str) -> Path:
+        """Return the path of a value within the nested state dict."""
+        return tuple(self.paths.get(fqn, (fqn,)))
+
+    def paths_of_tensors(self) -> dict[str, Path]:
+        """Return the path of each tensor, by FQN."""
+        return {
+            fqn: self.path_of(fqn)
+            for fqn, value in self.state_dict.items()
+            if isinstance(value, torch.Tensor)
+        }
+
+
+def frames_from(innermost: FrameType | None) -> Iterator[FrameType]:
+    """Yield a frame, its caller, the caller of that, and so on."""
+    frame = innermost
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
+
 
 def find_save() -> TorchSave:
     """Find the save whose writer calls this function.
@@ -181,25 +199,21 @@ def find_save() -> TorchSave:
 def find_async_save() -> TorchAsyncSave | None:
     """Find the `async_save` that calls this function to stage; `None` if there is none."""
     wanted = {"process_group", "no_dist", "checkpoint_id", "async_checkpointer_type"}
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as in `_locals_of_torch`
-    while frame is not None:
+    for frame in frames_from(sys._getframe(1)):  # noqa: SLF001 - as in `_locals_of_torch`
         code = frame.f_code
         if wanted <= {*code.co_varnames, *code.co_cellvars}:
             found = frame.f_locals
             given = found["checkpoint_id"]
             checkpoint_id = None if given is None else os.fspath(given)
             return TorchAsyncSave(found["process_group"], bool(found["no_dist"]), checkpoint_id)
-        frame = frame.f_back
     return None
 
 
 def is_no_dist_given() -> bool:
     """Whether the asynchronous save that the calling thread runs was given `no_dist=True`."""
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as in `_locals_of_torch`
-    while frame is not None:
+    for frame in frames_from(sys._getframe(1)):  # noqa: SLF001 - as in `_locals_of_torch`
         if {"staging_future_or_state_dict", "no_dist"} <= {*frame.f_code.co_varnames}:
             return bool(frame.f_locals["no_dist"])
-        frame = frame.f_back
     return False
 
 
@@ -247,13 +261,11 @@ def _holds(frame: FrameType, ranks: _DistWrapper) -> bool:
 def _locals_of_torch(kind: type[SavePlanner | LoadPlanner]) -> dict[str, Any] | None:
     """Return planner, state dict and ranks from the nearest caller that has all three as locals."""
     wanted: dict[str, type] = {_PLANNER: kind, _STATE_DICT: Mapping, _RANKS: _DistWrapper}
-    frame: FrameType | None = sys._getframe(2)  # noqa: SLF001 - torch has no other way
-    while frame is not None:
+    for frame in frames_from(sys._getframe(2)):  # noqa: SLF001 - torch has no other way
         code = frame.f_code
         names = {*code.co_varnames, *code.co_cellvars, *code.co_freevars}
         if wanted.keys() <= names:
             found = {name: frame.f_locals.get(name) for name in wanted}
             if all(isinstance(found[name], type_) for name, type_ in wanted.items()):
                 return found
-        frame = frame.f_back
     return None

@@ -1,12 +1,11 @@
 """Let the interpreter end only when no daemon thread is within a call of torch.
 
 A daemon thread may be inside C++ code of torch, such as a request to the store, when the
-interpreter ends. Such a thread gets the GIL no more: CPython ends the thread where it is, within
-functions of C++ that must not be left this way, and the whole process ends with SIGABRT ("terminate
-called without an active exception"). The launcher then takes a run that is done for one that
-failed.
+interpreter ends. When the thread then asks for the GIL, CPython ends it in the middle of C++
+functions that do not allow this. So the whole process ends with SIGABRT ("terminate called without
+an active exception"), and the launcher reports a finished run as failed.
 
-Mechanism: `atexit`. Threads that are no daemons, and those of executors, have ended by then.
+Mechanism: `atexit`. All other threads, including those of executors, have ended by then.
 
 Looked at: torch 2.13 with Python 3.11. When torch changes: nothing, as the mechanism is CPython's.
 """

@@ -1,4 +1,4 @@
-"""Find the key-value store that all ranks of the default process group share.
+"""Find the default process group, and the key-value store that all of its ranks share.
 
 Mechanism: `torch.distributed.distributed_c10d._get_default_store`. `init_process_group` gets or
 makes this store. torch has no public function that returns it.
@@ -12,11 +12,17 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 _log = logging.getLogger(__name__)
+
+
+def has_default_group() -> bool:
+    """Whether `torch.distributed` is initialised in this process."""
+    return dist.is_available() and dist.is_initialized()
 
 
 def default_store() -> Any:

@@ -25,11 +25,11 @@ from typing import TYPE_CHECKING, Any
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.torch_seam.caller_frames import frames_from
 from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from types import FrameType
 
 _log = logging.getLogger(__name__)
 
@@ -67,22 +67,16 @@ def _is_thread_of_executor() -> bool:
     # thread's own function tells at once.
     if threading.current_thread() in _threads_queues:
         return True
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - as in `current_future`
-    while frame is not None:
-        if frame.f_code is _worker.__code__:
-            return True
-        frame = frame.f_back
-    return False
+    frames = frames_from(sys._getframe(1))  # noqa: SLF001 - as in `current_future`
+    return any(frame.f_code is _worker.__code__ for frame in frames)
 
 
 def current_future() -> Future[Any] | None:
     """Return the future of the executor task that this thread runs; `None` if it runs none."""
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - the future is in no other place
-    while frame is not None:
+    for frame in frames_from(sys._getframe(1)):  # noqa: SLF001 - the future is in no other place
         if frame.f_code is _WorkItem.run.__code__:
             item = frame.f_locals.get("self")
             return item.future if isinstance(item, _WorkItem) else None
-        frame = frame.f_back
     return None
 
 

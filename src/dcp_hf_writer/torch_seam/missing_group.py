@@ -19,15 +19,12 @@ from __future__ import annotations
 import inspect
 import os
 import sys
-from typing import TYPE_CHECKING
 
-import torch.distributed as dist
 from torch.distributed.checkpoint import state_dict_saver
 
 from dcp_hf_writer.errors import ConfigError
-
-if TYPE_CHECKING:
-    from types import FrameType
+from dcp_hf_writer.torch_seam.caller_frames import frames_from
+from dcp_hf_writer.torch_seam.default_store import has_default_group
 
 _WORLD_SIZE = "WORLD_SIZE"
 _TORCH = "torch.distributed.checkpoint"
@@ -45,7 +42,7 @@ def check_group_is_there(ranks_before: int = 1) -> None:
     """
     text = os.environ.get(_WORLD_SIZE, "")
     is_launched = text.isdecimal() and int(text) > 1
-    if (not is_launched and ranks_before == 1) or _is_initialised() or _is_meant_alone():
+    if (not is_launched and ranks_before == 1) or has_default_group() or _is_meant_alone():
         return
     unset = f", or unset {_WORLD_SIZE}" if is_launched else ""
     msg = "each rank would save by itself, because no process group is initialised"
@@ -61,21 +58,18 @@ def check_group_is_there(ranks_before: int = 1) -> None:
     )
 
 
-def _is_initialised() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def _is_meant_alone() -> bool:
     """Whether the caller of torch's `save` passed `no_dist=True`."""
     code = inspect.unwrap(state_dict_saver.save).__code__
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001 - torch has no other way
-    while frame is not None and frame.f_code is not code:
-        frame = frame.f_back
+    frames = frames_from(sys._getframe(1))  # noqa: SLF001 - torch has no other way
+    for frame in frames:
+        if frame.f_code is code:
+            break
     # The decorators come next, one frame each.
-    frame = None if frame is None else frame.f_back
-    while frame is not None and frame.f_globals.get("__name__", "").startswith(_TORCH):
+    for frame in frames:
+        if not frame.f_globals.get("__name__", "").startswith(_TORCH):
+            break
         given = frame.f_locals.get("kwargs")
         if isinstance(given, dict) and "no_dist" in given:
             return bool(given["no_dist"])
-        frame = frame.f_back
     return False

@@ -1,10 +1,10 @@
 """Find the pickle that `torch.load` would unpickle in the archive of an object.
 
-A second parser of the archive could be shown another pickle than torch: the zip format leaves room
-for that. So this module asks the reader that `torch.load` itself uses.
+The zip format lets a file show one pickle to torch and another to a second parser. So this
+module asks the reader that `torch.load` itself uses.
 
 Mechanism: `torch.load` takes data for an archive if it begins with the signature of a zip file, and
-for an old pickle otherwise. Of an archive it unpickles the record `data.pkl`, unless the archive
+for an old pickle otherwise. From an archive it unpickles the record `data.pkl`, unless the archive
 has a record `constants.pkl`: that is a TorchScript program.
 
 Looked at: torch 2.10 to 2.15, `torch.load` and `_is_torchscript_zip`. When torch changes: without

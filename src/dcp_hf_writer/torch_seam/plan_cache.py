@@ -78,12 +78,14 @@ class PlanCache:
             is_ours = final is not None and isinstance(final.storage_data, RankPlan)
             if not self._is_settled or tied != self._tied or not is_ours:
                 kept.pop(_SENT, None)
-            setattr(planner, _KEY, key + _OURS)
+            ours = key + _OURS
+            setattr(planner, _KEY, ours)
             for name in _CACHES:
                 cache = torch_cache(name)
                 if cache is not None:
-                    cache.pop(key + _OURS, None)
-                    cache.update({key + _OURS: kept[name]} if name in kept else {})
+                    cache.pop(ours, None)
+                    if name in kept:
+                        cache[ours] = kept[name]
         self._planner = planner
         self._tied = tied
         self._is_settled = False

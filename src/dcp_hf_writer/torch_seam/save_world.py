@@ -15,14 +15,14 @@ from __future__ import annotations
 
 import os
 import weakref
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from dcp_hf_writer.errors import SaveAbortedError
 from dcp_hf_writer.torch_seam.caller_frames import is_no_dist_given
-from dcp_hf_writer.torch_seam.default_store import default_store
+from dcp_hf_writer.torch_seam.default_store import default_store, has_default_group
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -64,8 +64,8 @@ class SaveWorld:
             group: Process group of the writer, which is used then.
         """
         if call is None:
-            return cls.of(group, is_distributed=_is_initialized(), is_certain=False)
-        is_distributed = _is_initialized() and not call.no_dist
+            return cls.of(group, is_distributed=has_default_group(), is_certain=False)
+        is_distributed = has_default_group() and not call.no_dist
         return cls.of(call.group, is_distributed=is_distributed)
 
     @classmethod
@@ -86,8 +86,7 @@ class SaveWorld:
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A checkpointer process has a group of its own, with the same ranks.
-        sent = replace(self, group=None, store=None, pid=0)
-        return SaveWorld, (sent.size, sent.rank, sent.is_alone, sent.is_certain)
+        return SaveWorld, (self.size, self.rank, self.is_alone, self.is_certain)
 
     @property
     def is_here(self) -> bool:
@@ -102,7 +101,7 @@ class SaveWorld:
         """
         if self.is_certain and not self.is_alone:
             group = None if self.group is None else self.group()
-            self.check(group, is_distributed=_is_initialized(), target=target, phase="plan")
+            self.check(group, is_distributed=has_default_group(), target=target, phase="plan")
 
     def check(
         self, group: dist.ProcessGroup | None, *, is_distributed: bool, target: str, phase: str
@@ -130,7 +129,7 @@ class SaveWorld:
         Raises:
             SaveAbortedError: If there is no process group any more.
         """
-        if self.size > 1 and not _is_initialized() and not is_no_dist_given():
+        if self.size > 1 and not has_default_group() and not is_no_dist_given():
             error = self._lost("no process group", target, "plan", "")
             error.hint = f"{WAIT_HINT}; or pass no_dist=True to save this rank alone"
             raise error
@@ -180,9 +179,9 @@ class SaveWorld:
             return "a process group that was initialised later"
         if not is_distributed:
             # The caller may have passed `no_dist=True` to a save of what was staged by hand.
-            is_asked_for = not self.is_certain and _is_initialized()
+            is_asked_for = not self.is_certain and has_default_group()
             return None if self.size == 1 or is_asked_for else "no process group"
-        if not _is_initialized():
+        if not has_default_group():
             return "no process group"
         now = SaveWorld.of(group, is_distributed=True)
         if now.rank < 0:
@@ -197,14 +196,10 @@ def _described(world: SaveWorld) -> str:
     return f"the process group of rank {world.rank} of {world.size}"
 
 
-def _is_initialized() -> bool:
-    return dist.is_available() and dist.is_initialized()
-
-
 def _store() -> Any:
     """Return the default store; `None` if there is no default group."""
     try:
-        return default_store() if _is_initialized() else None
+        return default_store() if has_default_group() else None
     except ValueError:
         # Another thread has destroyed the group in this moment.
         return None
