@@ -144,9 +144,7 @@ def agree(
             messages.put(f"{key}/result/{messages.world.rank}", _sendable_error(error_of(future)))
         left = max(until - time.monotonic(), 0) + SETTLE_S + AFTER_DEADLINE_S
         return _as_verdict(
-            messages.take(
-                verdict_key, timeout_s=left, sender="rank 0, the coordinator", doing="finish"
-            )
+            messages.take_from_coordinator(verdict_key, timeout_s=left, doing="finish")
         )
     except RankLostError as error:
         found = look()
@@ -215,11 +213,11 @@ def _decide(
 def _results(messages: Messages, key: str) -> tuple[list[BaseException | None], list[int]]:
     if messages.world.is_alone:
         return [], []
-    keys = {f"{key}/result/{rank}": rank for rank in range(1, messages.world.size)}
-    found = messages.collect(keys, until=time.monotonic() + SETTLE_S)
-    for name in found:
-        messages.drop(name)
-    silent = sorted(rank for name, rank in keys.items() if name not in found)
+    ranks = range(1, messages.world.size)
+    found = messages.collect(f"{key}/result", ranks, timeout_s=SETTLE_S)
+    for rank in found:
+        messages.drop(f"{key}/result/{rank}")
+    silent = [rank for rank in ranks if rank not in found]
     return [_as_error(value) for value in found.values()], silent
 
 

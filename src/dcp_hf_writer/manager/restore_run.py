@@ -48,7 +48,6 @@ OPTIMIZER_ENTRIES = frozenset(
 _T = TypeVar("_T")
 
 _TRAIN_STATE_FILES = ("train_state.json", "sft_train_state.json")
-_SENDER = "rank 0, the coordinator"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +157,8 @@ class Restore:
             return list(candidates or ())[::-1]
         if tools.world.is_coordinator:
             tools.messages.put(f"{self._key}/candidates", list(candidates or ())[::-1])
-        found = tools.messages.take(
-            f"{self._key}/candidates", timeout_s=tools.timeout_s, sender=_SENDER, doing="read"
+        found = tools.messages.take_from_coordinator(
+            f"{self._key}/candidates", timeout_s=tools.timeout_s, doing="read"
         )
         return list(found)
 
@@ -246,8 +245,8 @@ class Restore:
                 tools.messages.drop(name)
             first = _as_damage(next((one for one in errors if one is not None), None), path)
             tools.messages.put(f"{key}/verdict", first)
-        verdict = tools.messages.take(
-            f"{key}/verdict", timeout_s=tools.timeout_s, sender=_SENDER, doing="read"
+        verdict = tools.messages.take_from_coordinator(
+            f"{key}/verdict", timeout_s=tools.timeout_s, doing="read"
         )
         assert verdict is None or isinstance(verdict, BaseException)
         return verdict
