@@ -18,7 +18,7 @@ from dcp_hf_writer.errors import RankLostError
 from dcp_hf_writer.torch_seam.default_store import own_store_client
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 _POLL_S = 0.02
 _MAX_POLL_S = 0.5
@@ -177,3 +177,23 @@ class Messages:
             found=type(error).__name__,
             hint="the process that hosts the store, usually rank 0, is gone; restart the run",
         )
+
+
+def sendable_error(
+    error: BaseException | None, *, otherwise: Callable[[str], BaseException]
+) -> BaseException | None:
+    """Return an error that another rank can unpickle; some errors cannot be pickled.
+
+    Args:
+        error: The error; `None` stays `None`.
+        otherwise: Makes the error to send instead, from the text of the original.
+    """
+    if error is None:
+        return None
+    try:
+        copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - just made
+    except Exception:  # noqa: BLE001 - any error may refuse
+        copy = None
+    return (
+        error if isinstance(copy, BaseException) else otherwise(f"{type(error).__name__}: {error}")
+    )
