@@ -226,7 +226,7 @@ def test_deletion_that_stops_half_way_is_ended_by_the_next(
         raise OSError(39, "Directory not empty")
 
     with monkeypatch.context() as patch:
-        patch.setattr(run_directory.shutil, "rmtree", refuse)
+        patch.setattr(shutil, "rmtree", refuse)
         assert not directory.remove(directory.look_at(1))
     assert directory.steps() == [2, 3]
     assert [name for name in os.listdir(root) if name.startswith(DELETED_PREFIX)]

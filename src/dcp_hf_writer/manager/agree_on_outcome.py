@@ -7,11 +7,10 @@ alone decides whether the save is committed, and tells the verdict to all.
 from __future__ import annotations
 
 import logging
-import pickle
 import time
 from concurrent.futures import CancelledError, Future
 from concurrent.futures import TimeoutError as NotDone
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.api import CheckpointException
@@ -23,6 +22,7 @@ from dcp_hf_writer.errors import (
     SaveAbortedError,
     SaveTimeoutError,
 )
+from dcp_hf_writer.manager.rank_messages import sendable_error
 from dcp_hf_writer.torch_seam.future_guard import own_error
 
 if TYPE_CHECKING:
@@ -137,25 +137,24 @@ def agree(
             _wait(future, until, still_running)
             verdict = _decide(future, messages, key, look, pause)
             if not messages.world.is_alone:
-                messages.put(verdict_key, _sendable(verdict))
-            return verdict
-        _wait(future, until, still_running, is_over=lambda: messages.has(verdict_key))
-        if future.done():
-            messages.put(f"{key}/result/{messages.world.rank}", _sendable_error(error_of(future)))
-        left = max(until - time.monotonic(), 0) + SETTLE_S + AFTER_DEADLINE_S
-        return _as_verdict(
-            messages.take(
-                verdict_key, timeout_s=left, sender="rank 0, the coordinator", doing="finish"
-            )
-        )
-    except RankLostError as error:
+                error = sendable_error(verdict.error, otherwise=RuntimeError)
+                messages.put(verdict_key, replace(verdict, error=error))
+        else:
+            _wait(future, until, still_running, is_over=lambda: messages.has(verdict_key))
+            if future.done():
+                error = sendable_error(error_of(future), otherwise=RuntimeError)
+                messages.put(f"{key}/result/{messages.world.rank}", error)
+            left = max(until - time.monotonic(), 0) + SETTLE_S + AFTER_DEADLINE_S
+            verdict = messages.take_from_coordinator(verdict_key, timeout_s=left, doing="finish")
+    except RankLostError as lost:
         found = look()
         return Verdict(
             None if found is None else found.save_id,
-            error,
+            lost,
             is_group_lost=True,
             nbytes=0 if found is None else found.nbytes,
         )
+    return verdict
 
 
 def _wait(
@@ -215,12 +214,12 @@ def _decide(
 def _results(messages: Messages, key: str) -> tuple[list[BaseException | None], list[int]]:
     if messages.world.is_alone:
         return [], []
-    keys = {f"{key}/result/{rank}": rank for rank in range(1, messages.world.size)}
-    found = messages.collect(keys, until=time.monotonic() + SETTLE_S)
-    for name in found:
-        messages.drop(name)
-    silent = sorted(rank for name, rank in keys.items() if name not in found)
-    return [_as_error(value) for value in found.values()], silent
+    ranks = range(1, messages.world.size)
+    found = messages.collect(f"{key}/result", ranks, timeout_s=SETTLE_S)
+    for rank in found:
+        messages.drop(f"{key}/result/{rank}")
+    silent = [rank for rank in ranks if rank not in found]
+    return list(found.values()), silent
 
 
 def _lost(silent: list[int], *, is_committed: bool) -> RankLostError:
@@ -233,37 +232,3 @@ def _lost(silent: list[int], *, is_committed: bool) -> RankLostError:
         + ("the checkpoint is committed" if is_committed else "not committed"),
         hint="look at the logs of these ranks",
     )
-
-
-def _sendable_error(error: BaseException | None) -> bytes | str | None:
-    """Return an error as bytes, or as text if it does not survive pickling."""
-    if error is None:
-        return None
-    try:
-        data = pickle.dumps(error)
-        pickle.loads(data)  # noqa: S301 - just made
-    except Exception:  # noqa: BLE001 - any error may refuse
-        return f"{type(error).__name__}: {error}"
-    return data
-
-
-def _as_error(value: bytes | str | None) -> BaseException | None:
-    if isinstance(value, bytes):
-        error = pickle.loads(value)  # noqa: S301 - from a rank of this run
-        return error if isinstance(error, BaseException) else RuntimeError(repr(error))
-    return None if value is None else RuntimeError(value)
-
-
-def _sendable(verdict: Verdict) -> tuple[Any, ...]:
-    return (
-        verdict.save_id,
-        _sendable_error(verdict.error),
-        verdict.pause_s,
-        verdict.is_group_lost,
-        verdict.nbytes,
-    )
-
-
-def _as_verdict(value: tuple[Any, ...]) -> Verdict:
-    save_id, error, pause_s, is_group_lost, nbytes = value
-    return Verdict(save_id, _as_error(error), pause_s, is_group_lost, nbytes)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -72,11 +71,11 @@ class OwnGroup:
         """
         if not self._is_lost or self._world.is_alone:
             return None
-        keys = {f"{key}/here/{rank}": rank for rank in range(self._world.size)}
-        found = messages.collect(keys, until=time.monotonic() + ROLL_CALL_S)
-        for name in found:
-            messages.drop(name)
-        missing = sorted(rank for name, rank in keys.items() if name not in found)
+        ranks = range(self._world.size)
+        found = messages.collect(f"{key}/here", ranks, timeout_s=ROLL_CALL_S)
+        for rank in found:
+            messages.drop(f"{key}/here/{rank}")
+        missing = [rank for rank in ranks if rank not in found]
         if not missing:
             return None
         return RankLostError(

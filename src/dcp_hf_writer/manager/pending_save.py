@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import ExportError
 from dcp_hf_writer.manager.agree_on_outcome import Committed, Verdict, agree
@@ -15,7 +16,7 @@ from dcp_hf_writer.manager.save_report import SaveReport
 from dcp_hf_writer.save.owner_process import is_from_here
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from dcp_hf_writer.manager.rank_messages import Messages
     from dcp_hf_writer.manager.run_directory import RunDirectory, StoredStep
@@ -41,11 +42,8 @@ class SaveRequest:
     """Metrics to note with the step."""
 
 
-class Launch(Protocol):
-    """Begins one try at a save and returns its future; the first try stages the state dict."""
-
-    def __call__(self) -> Future[Any]:
-        """Begin the next try."""
+Launch = Callable[[], Future[Any]]
+"""Begins one try at a save and returns its future; the first try stages the state dict."""
 
 
 @dataclass(frozen=True, slots=True)

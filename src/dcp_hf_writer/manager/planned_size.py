@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.mapping.flattening import walk_tensors
 from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS
+from dcp_hf_writer.torch_seam.dtensor import local_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -35,16 +36,11 @@ def planned_nbytes(
     has_entry = any(path[0] == _MODEL for path, _ in tensors)
     # Tied weights are stored once in an export: equal addresses count once.
     weights = {
-        (_address(tensor), tuple(tensor.shape)): _export_nbytes(tensor, export_dtype)
+        (local_of(tensor).data_ptr(), tuple(tensor.shape)): _export_nbytes(tensor, export_dtype)
         for path, tensor in tensors
         if (path[0] == _MODEL if has_entry else path[0] not in NOT_WEIGHTS)
     }
     return total + sum(weights.values())
-
-
-def _address(tensor: torch.Tensor) -> int:
-    local = getattr(tensor, "_local_tensor", tensor)
-    return int(local.data_ptr())
 
 
 def _export_nbytes(tensor: torch.Tensor, dtype: torch.dtype | None) -> int:

@@ -18,7 +18,7 @@ from dcp_hf_writer.errors import RankLostError
 from dcp_hf_writer.torch_seam.default_store import has_default_group, own_store_client
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable
 
 _POLL_S = 0.02
 _MAX_POLL_S = 0.5
@@ -126,19 +126,33 @@ class Messages:
                 hint="that rank is gone or stuck; look at its log",
             ) from error
 
-    def collect(self, keys: Iterable[str], *, until: float) -> dict[str, Any]:
-        """Return the values that are there by `until`, a `time.monotonic()`.
+    def take_from_coordinator(self, key: str, *, timeout_s: float, doing: str) -> Any:
+        """Wait for a value that the coordinator publishes, and return it; see `take`.
+
+        Raises:
+            RankLostError: As `take`.
+        """
+        return self.take(key, timeout_s=timeout_s, sender="rank 0, the coordinator", doing=doing)
+
+    def collect(self, key: str, ranks: Iterable[int], *, timeout_s: float) -> dict[int, Any]:
+        """Return the values that ranks publish in time under `<key>/<rank>`, by rank.
+
+        Args:
+            key: Start of the keys.
+            ranks: The ranks.
+            timeout_s: How long to wait, in seconds.
 
         Raises:
             RankLostError: If the store is gone.
         """
-        missing, found = list(keys), {}
-        pause = _POLL_S
+        missing, found = list(ranks), {}
+        until, pause = time.monotonic() + timeout_s, _POLL_S
         while missing:
-            for key in list(missing):
-                if self.has(key):
-                    found[key] = self.take(key, timeout_s=1, sender="a rank", doing="collect")
-                    missing.remove(key)
+            for rank in list(missing):
+                name = f"{key}/{rank}"
+                if self.has(name):
+                    found[rank] = self.take(name, timeout_s=1, sender="a rank", doing="collect")
+                    missing.remove(rank)
             if not missing or time.monotonic() > until:
                 break
             time.sleep(pause)
@@ -163,3 +177,23 @@ class Messages:
             found=type(error).__name__,
             hint="the process that hosts the store, usually rank 0, is gone; restart the run",
         )
+
+
+def sendable_error(
+    error: BaseException | None, *, otherwise: Callable[[str], BaseException]
+) -> BaseException | None:
+    """Return an error that another rank can unpickle; some errors cannot be pickled.
+
+    Args:
+        error: The error; `None` stays `None`.
+        otherwise: Makes the error to send instead, from the text of the original.
+    """
+    if error is None:
+        return None
+    try:
+        copy = pickle.loads(pickle.dumps(error))  # noqa: S301 - just made
+    except Exception:  # noqa: BLE001 - any error may refuse
+        copy = None
+    return (
+        error if isinstance(copy, BaseException) else otherwise(f"{type(error).__name__}: {error}")
+    )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -24,6 +23,7 @@ from dcp_hf_writer.errors import (
 )
 from dcp_hf_writer.load.choose_half import read_dcp_metadata
 from dcp_hf_writer.manager import trainer_state
+from dcp_hf_writer.manager.rank_messages import sendable_error
 from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.torch_seam.future_guard import own_error
@@ -48,7 +48,6 @@ OPTIMIZER_ENTRIES = frozenset(
 _T = TypeVar("_T")
 
 _TRAIN_STATE_FILES = ("train_state.json", "sft_train_state.json")
-_SENDER = "rank 0, the coordinator"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +157,8 @@ class Restore:
             return list(candidates or ())[::-1]
         if tools.world.is_coordinator:
             tools.messages.put(f"{self._key}/candidates", list(candidates or ())[::-1])
-        found = tools.messages.take(
-            f"{self._key}/candidates", timeout_s=tools.timeout_s, sender=_SENDER, doing="read"
+        found = tools.messages.take_from_coordinator(
+            f"{self._key}/candidates", timeout_s=tools.timeout_s, doing="read"
         )
         return list(found)
 
@@ -233,7 +232,8 @@ class Restore:
         tools = self._tools
         if tools.world.is_alone:
             return _as_damage(error, path)
-        tools.messages.put(f"{key}/result/{tools.world.rank}", _sendable(error))
+        own = sendable_error(error, otherwise=CheckpointError)
+        tools.messages.put(f"{key}/result/{tools.world.rank}", own)
         if tools.world.is_coordinator:
             errors = []
             for rank in range(tools.world.size):
@@ -246,8 +246,8 @@ class Restore:
                 tools.messages.drop(name)
             first = _as_damage(next((one for one in errors if one is not None), None), path)
             tools.messages.put(f"{key}/verdict", first)
-        verdict = tools.messages.take(
-            f"{key}/verdict", timeout_s=tools.timeout_s, sender=_SENDER, doing="read"
+        verdict = tools.messages.take_from_coordinator(
+            f"{key}/verdict", timeout_s=tools.timeout_s, doing="read"
         )
         assert verdict is None or isinstance(verdict, BaseException)
         return verdict
@@ -405,14 +405,3 @@ def _train_state_beside(path: str) -> dict[str, Any]:
                 ) from error
             return value if isinstance(value, dict) else {}
     return {}
-
-
-def _sendable(error: BaseException | None) -> BaseException | None:
-    """Return an error that survives pickling."""
-    if error is None:
-        return None
-    try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 - just made
-    except Exception:  # noqa: BLE001 - any error may refuse
-        return CheckpointError(f"{type(error).__name__}: {error}")
-    return error

@@ -10,7 +10,6 @@ import contextlib
 import json
 import logging
 import os
-import shutil
 import threading
 import uuid
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from dcp_hf_writer.storage.posix_outputs import (
     write_errors,
     write_file,
 )
+from dcp_hf_writer.storage.posix_trees import remove_tree
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -226,7 +226,7 @@ class RunDirectory:
             _log.warning("could not delete %s (%s); the next save tries again", stored.path, error)
             return False
         self._drop_notes(stored)
-        return self._remove_tree(aside)
+        return _is_removed(aside)
 
     def remove_export(self, stored: StoredStep) -> bool:
         """Delete the HuggingFace half of a checkpoint; the DCP half stays whole at every moment.
@@ -255,11 +255,7 @@ class RunDirectory:
         manifest = os.path.join(path, MANIFEST_NAME)
         with open(manifest, "rb") as file:
             data = without_export(file.read())
-        draft = os.path.join(self.root, NOTES, f"manifest-{uuid.uuid4().hex}")
-        write_file(draft, data)
-        with write_errors(manifest):
-            os.rename(draft, manifest)
-        sync_directory(path)
+        self._replace_file(manifest, data)
 
     def _take_away_export(self, stored: StoredStep, notes: StepNotes) -> bool:
         assert notes.export_leaves is not None
@@ -269,13 +265,13 @@ class RunDirectory:
             os.rename(export, aside)
             sync_directory(stored.path)
         self._write_notes(stored, StepNotes(notes.save_id, notes.is_pinned, notes.metrics))
-        return self._remove_tree(aside)
+        return _is_removed(aside)
 
     def finish_deletions(self) -> None:
         """End the deletions that a crash or the storage interrupted."""
         for name in self._list():
             if name.startswith(DELETED_PREFIX):
-                self._remove_tree(os.path.join(self.root, name))
+                remove_tree(os.path.join(self.root, name))
         for stored in self.listing():
             notes = self.notes_of(stored)
             facts = stored.facts
@@ -290,17 +286,6 @@ class RunDirectory:
 
     def _aside(self) -> str:
         return os.path.join(self.root, DELETED_PREFIX + uuid.uuid4().hex)
-
-    def _remove_tree(self, path: str) -> bool:
-        try:
-            shutil.rmtree(path)
-        except FileNotFoundError:
-            return not os.path.lexists(path)
-        except OSError as error:
-            # On NFS, a file that another client has open leaves a `.nfs*` file behind.
-            _log.warning("could not remove %s (%s); the next save tries again", path, error)
-            return False
-        return True
 
     def point_latest_to(self, stored: StoredStep) -> None:
         """Make the links `latest` and, if there is an export, `hf-latest` lead to a checkpoint.
@@ -360,15 +345,18 @@ class RunDirectory:
             self._write_notes(stored, new)
 
     def _write_notes(self, stored: StoredStep, notes: StepNotes) -> None:
-        path = self._notes_path(stored)
         value = {
             "save_id": notes.save_id,
             "pinned": notes.is_pinned,
             "metrics": dict(notes.metrics),
             "export_leaves": notes.export_leaves,
         }
-        draft = f"{path}.{uuid.uuid4().hex}"
-        write_file(draft, json.dumps(value).encode())
+        self._replace_file(self._notes_path(stored), json.dumps(value).encode())
+
+    def _replace_file(self, path: str, data: bytes) -> None:
+        """Write a file whole or not at all. The draft lies outside of the checkpoint."""
+        draft = os.path.join(self.root, NOTES, f"draft-{uuid.uuid4().hex}")
+        write_file(draft, data)
         with write_errors(path):
             os.replace(draft, path)
         sync_directory(os.path.dirname(path))
@@ -379,6 +367,13 @@ class RunDirectory:
 
     def _notes_path(self, stored: StoredStep) -> str:
         return os.path.join(self.root, NOTES, f"{os.path.basename(stored.path)}.json")
+
+
+def _is_removed(path: str) -> bool:
+    """Remove a directory; returns whether it is gone."""
+    remove_tree(path)
+    # On NFS, a file that another client has open leaves a `.nfs*` file behind.
+    return not os.path.lexists(path)
 
 
 def _parse_notes(value: Any, save_id: str | None) -> StepNotes:

@@ -189,11 +189,8 @@ class RunSaves:
             raise refusal
 
     def _hear(self, key: str) -> CheckpointError | None:
-        answer = self._messages.take(
-            key,
-            timeout_s=self._options.timeout_s,
-            sender="rank 0, the coordinator",
-            doing="plan",
+        answer = self._messages.take_from_coordinator(
+            key, timeout_s=self._options.timeout_s, doing="plan"
         )
         assert answer is None or isinstance(answer, CheckpointError)
         return answer

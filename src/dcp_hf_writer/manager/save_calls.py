@@ -15,7 +15,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import CheckpointError, RankLostError
 from dcp_hf_writer.torch_seam.calls_until_exit import CALLS_UNTIL_EXIT
@@ -178,25 +178,25 @@ class SaveCalls:
 
     def _decided(self, messages: Messages, key: str) -> SaveCall:
         if self._world.is_coordinator:
-            keys = {f"{key}/last/{rank}": rank for rank in range(self._world.size)}
-            found = messages.collect(keys, until=time.monotonic() + ROUND_S)
-            missing = sorted(rank for name, rank in keys.items() if name not in found)
+            ranks = range(self._world.size)
+            found = messages.collect(f"{key}/last", ranks, timeout_s=ROUND_S)
+            missing = [rank for rank in ranks if rank not in found]
             if missing:
                 messages.put(f"{key}/decision", _no_answer(missing))
             else:
-                reason, stop_signal = _take(messages, f"{key}/open")
+                reason, stop_signal = messages.take_from_coordinator(
+                    f"{key}/open", timeout_s=1, doing="plan"
+                )
                 messages.put(
                     f"{key}/decision", SaveCall(max(found.values()) + 1, reason, stop_signal)
                 )
-        decision = _take(messages, f"{key}/decision", timeout_s=ROUND_S + 5)
+        decision = messages.take_from_coordinator(
+            f"{key}/decision", timeout_s=ROUND_S + 5, doing="plan"
+        )
         if isinstance(decision, CheckpointError):
             raise decision
         assert isinstance(decision, SaveCall)
         return decision
-
-
-def _take(messages: Messages, key: str, *, timeout_s: float = 1) -> Any:
-    return messages.take(key, timeout_s=timeout_s, sender="rank 0, the coordinator", doing="plan")
 
 
 def _no_answer(missing: list[int]) -> RankLostError:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import uuid
 from typing import TYPE_CHECKING
 
@@ -33,17 +32,14 @@ def prepare_shared_root(directory: RunDirectory, messages: Messages, *, timeout_
         directory.prepare()
         return
     token = _left_token(directory, messages) if world.is_coordinator else ""
-    answer = messages.take(
-        _KEY, timeout_s=timeout_s, sender="rank 0, the coordinator", doing="plan"
-    )
+    answer = messages.take_from_coordinator(_KEY, timeout_s=timeout_s, doing="plan")
     if isinstance(answer, CheckpointError):
         raise answer
     messages.put(f"{_KEY}/{world.rank}", directory.has_token(answer))
-    keys = {f"{_KEY}/{rank}": rank for rank in range(world.size)}
-    found = messages.collect(keys, until=time.monotonic() + timeout_s)
+    found = messages.collect(_KEY, range(world.size), timeout_s=timeout_s)
     if world.is_coordinator:
         directory.remove_token(token)
-    blind = sorted(rank for key, rank in keys.items() if not found.get(key, False))
+    blind = [rank for rank in range(world.size) if not found.get(rank, False)]
     if blind:
         raise NodeLocalPathError(
             "ranks do not see the directory of the run",
