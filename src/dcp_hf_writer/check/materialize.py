@@ -25,8 +25,8 @@ from dcp_hf_writer.load.read_phase import run_reads
 from dcp_hf_writer.load.read_plan import plan_reads
 from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
 from dcp_hf_writer.preflight import check_options
-from dcp_hf_writer.save.commit import StagingDirectory
-from dcp_hf_writer.save.owner_process import Owner, new_save_id
+from dcp_hf_writer.save.commit import new_checkpoint
+from dcp_hf_writer.save.owner_process import Owner
 from dcp_hf_writer.save.tensor_bytes import host_bytes
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs
@@ -35,6 +35,7 @@ from dcp_hf_writer.storage.posix_outputs import OutputFile
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
+    from dcp_hf_writer.save.commit import StagingDirectory
     from dcp_hf_writer.tensors.boxes import Box, Shape
 
 # Size of the buffer that all tensors pass through.
@@ -66,15 +67,8 @@ def materialize(
     """
     with OpenInputs(open_directory(path, None)) as inputs:
         metadata = read_dcp_metadata(inputs.files)
-        directory = StagingDirectory.of(check_options.local_path(target), new_save_id())
-        record = directory.create(overwrite=overwrite)
-        try:
-            with record:
-                record.sync()
+        with new_checkpoint(check_options.local_path(target), overwrite=overwrite) as directory:
             _Rewrite(inputs, metadata, directory).run()
-            directory.publish(overwrite=overwrite)
-        finally:
-            directory.remove()
 
 
 class _Rewrite:

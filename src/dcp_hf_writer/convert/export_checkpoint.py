@@ -18,11 +18,10 @@ from dcp_hf_writer.formats.names_on_disk import INDEX_NAME
 from dcp_hf_writer.plan.global_plan import GlobalPlan, plan_globally
 from dcp_hf_writer.plan.rank_report import RankReport, check_coverage
 from dcp_hf_writer.preflight import check_options
-from dcp_hf_writer.save.commit import StagingDirectory
+from dcp_hf_writer.save.commit import new_checkpoint
 from dcp_hf_writer.save.coordinator import export_files
 from dcp_hf_writer.save.export_assets import assets_of
 from dcp_hf_writer.save.hf_half import BlockWriter, regions_by_file
-from dcp_hf_writer.save.owner_process import new_save_id
 from dcp_hf_writer.save.tensor_bytes import chunk_of, digest_of
 from dcp_hf_writer.storage.posix_outputs import (
     OutputFile,
@@ -119,17 +118,10 @@ def export_checkpoint(
                 hint="name the model's entry with the key option",
             )
         names = {name.partition("/")[2] for name in export_files(planned.layout, assets, export)}
-        directory = StagingDirectory.of(target, new_save_id())
-        record = directory.create(overwrite=False, new_files=names)
-        try:
-            with record:
-                record.sync()
+        with new_checkpoint(target, overwrite=False, new_files=names) as directory:
             work = _Export(tensors, planned.layout, plan.items, directory.path, progress)
             work.run(workers)
             _write_whole(directory.path, planned.layout, assets)
-            directory.publish(overwrite=False)
-        finally:
-            directory.remove()
     return _exported(target, planned, planned.layout)
 
 

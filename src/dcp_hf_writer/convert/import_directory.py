@@ -23,14 +23,15 @@ from dcp_hf_writer.convert.stored_tensors import open_hf_tensors
 from dcp_hf_writer.errors import ReadError
 from dcp_hf_writer.plan.rank_report import RankReport
 from dcp_hf_writer.preflight import check_options
-from dcp_hf_writer.save.commit import StagingDirectory
-from dcp_hf_writer.save.owner_process import Owner, new_save_id
+from dcp_hf_writer.save.commit import new_checkpoint
+from dcp_hf_writer.save.owner_process import Owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from dcp_hf_writer.convert.stored_tensors import HFTensors, StoredKind
     from dcp_hf_writer.mapping.load_spec import LoadSpec
+    from dcp_hf_writer.save.commit import StagingDirectory
     from dcp_hf_writer.tensors.boxes import Box
 
 
@@ -82,15 +83,8 @@ def import_directory(
         if not tensors.kinds:
             raise ReadError("the directory holds no tensor that can be imported", path=path)
         work = _Import(tensors, _named(tensors, entry, dtype), progress)
-        directory = StagingDirectory.of(target, new_save_id())
-        record = directory.create(overwrite=False)
-        try:
-            with record:
-                record.sync()
+        with new_checkpoint(target, overwrite=False) as directory:
             work.run(directory, entry)
-            directory.publish(overwrite=False)
-        finally:
-            directory.remove()
         missing = tuple(name for name in specs if name not in tensors.kinds)
     return Imported(target, len(work.names), work.total, missing)
 
