@@ -21,16 +21,15 @@ from dcp_hf_writer.check.plain_dcp_files import ChunkToWrite, by_file, finish_pl
 from dcp_hf_writer.convert.export_checkpoint import PART_NBYTES
 from dcp_hf_writer.convert.stored_tensors import open_hf_tensors
 from dcp_hf_writer.errors import ReadError
-from dcp_hf_writer.plan.rank_report import RankReport
 from dcp_hf_writer.preflight import check_options
 from dcp_hf_writer.save.commit import new_checkpoint
-from dcp_hf_writer.save.owner_process import Owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from dcp_hf_writer.convert.stored_tensors import HFTensors, StoredKind
     from dcp_hf_writer.mapping.load_spec import LoadSpec
+    from dcp_hf_writer.plan.rank_report import DCPFile
     from dcp_hf_writer.save.commit import StagingDirectory
     from dcp_hf_writer.tensors.boxes import Box
 
@@ -120,7 +119,7 @@ class _Import:
 
     def run(self, directory: StagingDirectory, entry: str) -> None:
         """Write the data files, the metadata and the manifest; all are durable on return."""
-        report = RankReport(0, Owner.me().to_json().get("host", ""))
+        files: list[DCPFile] = []
         buffer = torch.empty(PART_NBYTES, dtype=torch.uint8, device="cpu")
         storage: dict[MetadataIndex, object] = {}
         chunks = (
@@ -131,8 +130,8 @@ class _Import:
             path = os.path.join(directory.path, f"__0_{number}.distcp")
             places, file = write_archives(path, group, self._read, buffer)
             storage |= places
-            report.dcp_files.append(file)
-        finish_plain(directory, self._metadata(entry, storage), report)
+            files.append(file)
+        finish_plain(directory, self._metadata(entry, storage), files)
 
     def _read(self, chunk: ChunkToWrite, box: Box, target: torch.Tensor) -> None:
         self._tensors.read(self.names[chunk.index.fqn][0], box, target)
