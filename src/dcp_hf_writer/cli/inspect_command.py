@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -19,10 +19,8 @@ from dcp_hf_writer.formats.names_on_disk import METADATA_NAME
 from dcp_hf_writer.formats.weights_once_places import StoredOnce
 from dcp_hf_writer.load.choose_half import find_place, manifest_of, read_dcp_metadata
 from dcp_hf_writer.load.hf_directory import is_hf_directory, open_hf_directory
-from dcp_hf_writer.plan.rank_report import is_solid
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs
-from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -31,9 +29,8 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
     from dcp_hf_writer.load.hf_directory import HFDirectory
-    from dcp_hf_writer.plan.parse_manifest import Manifest, StoredBlock
+    from dcp_hf_writer.plan.parse_manifest import Manifest
     from dcp_hf_writer.storage.input_contract import InputFiles
-    from dcp_hf_writer.tensors.strided_copies import IndexLoops
 
 _FILES_SHOWN = 20
 _OWNER = re.compile(r"__(\d+)_\d+\.distcp")
@@ -162,15 +159,10 @@ def bytes_by_rank(manifest: Manifest) -> list[dict[str, Any]]:
     for one in () if manifest.hf is None else manifest.hf.files.values():
         for tensor in one.tensors.values():
             for block in tensor.blocks:
-                export[block.rank] += _numel(block) * ITEMSIZE[tensor.dtype]
+                if block.runs is not None:
+                    export[block.rank] += block.runs.count * block.runs.nbytes
     ranks = range(manifest.world_size)
     return [{"rank": n, "dcp_nbytes": dcp[n], "hf_nbytes": export[n]} for n in ranks]
-
-
-def _numel(block: StoredBlock) -> int:
-    if is_solid(block.extent):
-        return math.prod(block.extent)
-    return math.prod(loop[0] for loop in cast("IndexLoops", block.extent))
 
 
 def _rank_of(name: str) -> int | None:
