@@ -32,7 +32,7 @@ from dcp_hf_writer.storage.posix_outputs import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch.distributed.checkpoint.planner import WriteItem
 
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.rank_report import WrittenBlock
     from dcp_hf_writer.plan.regions import Region
     from dcp_hf_writer.save.export_assets import Assets
+    from dcp_hf_writer.tensors.boxes import ByteRuns
 
 _log = logging.getLogger(__name__)
 
@@ -186,11 +187,13 @@ class _Export:
     path: str
     progress: Callable[[int, int], None] | None
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _total: int = 0
     _done: int = 0
 
     def run(self, workers: int) -> None:
         """Write all files, then check that the blocks cover every byte."""
         work = regions_by_file(self.items, self.layout.targets)
+        self._total = sum(file.nbytes - len(file.header) for file in self.layout.files)
         report = RankReport(0, "")
         jobs = [(file, work.get(number, [])) for number, file in enumerate(self.layout.files)]
         with ThreadPoolExecutor(max(1, workers), thread_name_prefix="dcp-hf-export") as pool:
@@ -214,16 +217,14 @@ class _Export:
                 written += writer.write_file(
                     output, group, source, check=lambda: None, bounce_nbytes=_BOUNCE_NBYTES
                 )
-                self._count(
-                    sum(region.hf_runs().count * region.hf_runs().nbytes for _, region in group)
-                )
+                self._count(region.hf_runs() for _, region in group)
             output.sync()
         return written
 
-    def _count(self, nbytes: int) -> None:
+    def _count(self, written: Iterable[ByteRuns]) -> None:
         if self.progress is None:
             return
-        total = sum(file.nbytes - len(file.header) for file in self.layout.files)
+        nbytes = sum(runs.count * runs.nbytes for runs in written)
         with self._lock:
             self._done += nbytes
-            self.progress(self._done, total)
+            self.progress(self._done, self._total)
