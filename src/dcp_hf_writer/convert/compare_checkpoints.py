@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 
 from dcp_hf_writer.convert.stored_tensors import (
-    DCPTensors,
     StoredKind,
     StoredTensors,
     open_dcp_tensors,
@@ -79,7 +78,7 @@ class _Side:
 
     def within_model(self) -> None:
         """Name the tensors as they are called within the model; leave out all others."""
-        if self._metadata is None or not isinstance(self.tensors, DCPTensors):
+        if self._metadata is None:
             return
         given = self._metadata.planner_data
         known = given if isinstance(given, dict) else {}
