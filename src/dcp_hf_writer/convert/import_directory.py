@@ -23,6 +23,7 @@ from dcp_hf_writer.convert.stored_tensors import open_hf_tensors
 from dcp_hf_writer.errors import ReadError
 from dcp_hf_writer.preflight import check_options
 from dcp_hf_writer.save.commit import new_checkpoint
+from dcp_hf_writer.tensors.dtypes import CASTABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -100,8 +101,7 @@ def _named(
 
 
 def _dtype_of(kind: StoredKind, dtype: torch.dtype | None) -> torch.dtype:
-    is_cast = dtype is not None and kind.dtype.is_floating_point and kind.dtype.itemsize > 1
-    return dtype if is_cast and dtype is not None else kind.dtype
+    return kind.dtype if dtype is None or kind.dtype not in CASTABLE else dtype
 
 
 class _Import:
