@@ -16,15 +16,13 @@ from rich.text import Text
 
 from dcp_hf_writer.cli import exit_codes
 from dcp_hf_writer.cli.plain_text import printable
-from dcp_hf_writer.errors import CheckpointError, ConfigError
+from dcp_hf_writer.errors import FACTS, CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _WIDTH_OF_PIPE = 160
 """Columns of tables that do not go to a terminal; a log must not cut names at 80."""
-
-_FACTS = ("rank", "phase", "path", "fqn", "key", "expected", "found", "hint", "errno")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +113,7 @@ def _print_error(name: str, error: Exception, *, as_json: bool) -> None:
     if as_json:
         facts = {
             fact: None if (found := getattr(error, fact, None)) is None else str(found)
-            for fact in _FACTS
+            for fact in FACTS
         }
         problem = error.problem if isinstance(error, CheckpointError) else str(error)
         what = {"type": type(error).__name__, "problem": problem, **facts}
