@@ -14,11 +14,10 @@ from dcp_hf_writer.cli import exit_codes
 from dcp_hf_writer.cli.key_pattern import compile_pattern
 from dcp_hf_writer.cli.plain_text import count, duration, shape, size
 from dcp_hf_writer.cli.run_command import Outcome, line, row, table
-from dcp_hf_writer.errors import ReadError
 from dcp_hf_writer.formats.names_on_disk import METADATA_NAME
 from dcp_hf_writer.formats.weights_once_places import StoredOnce
-from dcp_hf_writer.load.choose_half import find_place, manifest_of, read_dcp_metadata
-from dcp_hf_writer.load.hf_directory import is_hf_directory, open_hf_directory
+from dcp_hf_writer.load.choose_half import find_place, has_weights, manifest_of, read_dcp_metadata
+from dcp_hf_writer.load.hf_directory import open_hf_directory
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs
 
@@ -76,19 +75,11 @@ def _export(
     """Open the HuggingFace half, if there is one."""
     if is_dcp:
         subdir = "hf" if manifest is None or manifest.hf is None else manifest.hf.subdir
-        has_weights = _has_weights(files, subdir)
-        if not has_weights:
+        if not has_weights(files.below(subdir)):
             return None, ""
     place = find_place(path, "hf", None, with_manifest=False)
     with OpenInputs(place.weights) as inputs:
         return open_hf_directory(inputs, only=place.only), place.subdir or ""
-
-
-def _has_weights(files: InputFiles, subdir: str) -> bool:
-    try:
-        return is_hf_directory(files.below(subdir).names())
-    except ReadError:
-        return False
 
 
 def _save(manifest: Manifest) -> dict[str, Any]:
