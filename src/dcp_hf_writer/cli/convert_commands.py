@@ -114,9 +114,7 @@ def import_hf(
     Raises:
         CheckpointError: As `export_of_options` and `import_directory`.
     """
-    made = export_of_options(
-        target, config=config, specs=specs, like=None, options={"dtype": dtype}
-    )
+    made = export_of_options(None, config=config, specs=specs, like=None, options={"dtype": dtype})
     began = time.monotonic()
     with ByteProgress("import") as progress:
         found = import_directory(
