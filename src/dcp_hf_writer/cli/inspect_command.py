@@ -13,7 +13,7 @@ from dcp_hf_writer.check.check_dcp import items_by_file
 from dcp_hf_writer.cli import exit_codes
 from dcp_hf_writer.cli.key_pattern import compile_pattern
 from dcp_hf_writer.cli.plain_text import count, duration, shape, size
-from dcp_hf_writer.cli.run_command import Outcome, line, row, table
+from dcp_hf_writer.cli.run_command import Outcome, line, line_of_rest, row, table
 from dcp_hf_writer.formats.names_on_disk import METADATA_NAME
 from dcp_hf_writer.formats.weights_once_places import StoredOnce
 from dcp_hf_writer.load.choose_half import find_place, has_weights, manifest_of, read_dcp_metadata
@@ -253,7 +253,7 @@ def _show_dcp(dcp: dict[str, Any], console: Console) -> None:
         rank = "-" if file["rank"] is None else file["rank"]
         row(made, file["name"], size(file["nbytes"]), file["items"], rank)
     console.print(made)
-    _show_rest(dcp["files"], console)
+    line_of_rest(console, dcp["files"], _FILES_SHOWN, "files")
 
 
 def _show_hf(hf: dict[str, Any], console: Console) -> None:
@@ -269,12 +269,7 @@ def _show_hf(hf: dict[str, Any], console: Console) -> None:
     for file in hf["files"][:_FILES_SHOWN]:
         row(made, file["name"], size(file["nbytes"]), file["tensors"])
     console.print(made)
-    _show_rest(hf["files"], console)
-
-
-def _show_rest(files: list[Any], console: Console) -> None:
-    if len(files) > _FILES_SHOWN:
-        line(console, f"... and {len(files) - _FILES_SHOWN} more files; --json lists all")
+    line_of_rest(console, hf["files"], _FILES_SHOWN, "files")
 
 
 def _show_ranks(ranks: list[dict[str, Any]], console: Console) -> None:
@@ -284,8 +279,7 @@ def _show_ranks(ranks: list[dict[str, Any]], console: Console) -> None:
     for one in ranks[:_FILES_SHOWN]:
         row(made, one["rank"], size(one["dcp_nbytes"]), size(one["hf_nbytes"]))
     console.print(made)
-    if len(ranks) > _FILES_SHOWN:
-        line(console, f"... and {len(ranks) - _FILES_SHOWN} more ranks; --json lists all")
+    line_of_rest(console, ranks, _FILES_SHOWN, "ranks")
 
 
 def _show_tensors(tensors: list[dict[str, Any]], console: Console) -> None:

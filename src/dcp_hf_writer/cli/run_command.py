@@ -105,6 +105,12 @@ def line(console: Console, text: str, style: str = "") -> None:
     console.print(Text(printable(text), style=style), soft_wrap=True)
 
 
+def line_of_rest(console: Console, found: Sequence[object], shown: int, what: str) -> None:
+    """Print how many of `found` a table of the first `shown` leaves out, if any."""
+    if len(found) > shown:
+        line(console, f"... and {len(found) - shown} more {what}; --json lists all")
+
+
 def _print_json(value: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
