@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from dcp_hf_writer.cli import exit_codes
 from dcp_hf_writer.cli.key_pattern import compile_pattern
 from dcp_hf_writer.cli.plain_text import count, duration, shape, size
 from dcp_hf_writer.cli.run_command import Outcome, line, line_of_rest, row, table
-from dcp_hf_writer.formats.names_on_disk import METADATA_NAME
+from dcp_hf_writer.formats.names_on_disk import METADATA_NAME, rank_of_dcp_file
 from dcp_hf_writer.formats.weights_once_places import StoredOnce
 from dcp_hf_writer.load.choose_half import find_place, has_weights, manifest_of, read_dcp_metadata
 from dcp_hf_writer.load.hf_directory import open_hf_directory
@@ -22,6 +21,7 @@ from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs
 
 if TYPE_CHECKING:
+    import re
     from collections.abc import Iterable, Mapping
 
     from rich.console import Console
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
     from dcp_hf_writer.storage.input_contract import InputFiles
 
 _FILES_SHOWN = 20
-_OWNER = re.compile(r"__(\d+)_\d+\.distcp")
-"""DCP's names of files start with the rank that wrote them."""
 
 
 def inspect_checkpoint(path: str, pattern: str | None) -> Outcome:
@@ -157,8 +155,7 @@ def bytes_by_rank(manifest: Manifest) -> list[dict[str, Any]]:
 
 
 def _rank_of(name: str) -> int | None:
-    found = _OWNER.fullmatch(name.rpartition("/")[2])
-    return None if found is None else int(found[1])
+    return rank_of_dcp_file(name.rpartition("/")[2])
 
 
 def _dcp_tensors(metadata: Metadata, matches: re.Pattern[str]) -> Iterable[dict[str, Any]]:
