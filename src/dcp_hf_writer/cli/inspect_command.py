@@ -14,6 +14,7 @@ from dcp_hf_writer.cli.key_pattern import compile_pattern
 from dcp_hf_writer.cli.plain_text import count, duration, shape, size
 from dcp_hf_writer.cli.run_command import Outcome, line, line_of_rest, row, table
 from dcp_hf_writer.formats.names_on_disk import METADATA_NAME, rank_of_dcp_file
+from dcp_hf_writer.formats.parse_dcp_metadata import paths_in
 from dcp_hf_writer.formats.weights_once_places import StoredOnce
 from dcp_hf_writer.load.choose_half import find_place, has_weights, manifest_of, read_dcp_metadata
 from dcp_hf_writer.load.hf_directory import open_hf_directory
@@ -95,7 +96,7 @@ def _save(manifest: Manifest) -> dict[str, Any]:
 
 def _dcp(metadata: Metadata, manifest: Manifest | None, sizes: Mapping[str, int]) -> dict[str, Any]:
     entries: dict[str, dict[str, Any]] = {}
-    paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+    paths = paths_in(metadata)
     for fqn, stored in metadata.state_dict_metadata.items():
         top = str(paths[fqn][0]) if paths.get(fqn) else fqn.partition(".")[0]
         entry = entries.setdefault(top, _no_tensors())

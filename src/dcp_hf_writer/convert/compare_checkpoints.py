@@ -15,6 +15,7 @@ from dcp_hf_writer.convert.stored_tensors import (
     open_dcp_tensors,
     open_hf_tensors,
 )
+from dcp_hf_writer.formats.parse_dcp_metadata import paths_in
 from dcp_hf_writer.load.choose_half import find_place
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
 from dcp_hf_writer.tensors.boxes import Box, whole
@@ -80,8 +81,7 @@ class _Side:
         """Name the tensors as they are called within the model; leave out all others."""
         if self._metadata is None:
             return
-        given = self._metadata.planner_data
-        known = given if isinstance(given, dict) else {}
+        known = paths_in(self._metadata)
         paths = {fqn: tuple(known.get(fqn, (fqn,))) for fqn in self.tensors.kinds}
         names = names_in_model(paths, model_prefix(paths, key=None))
         self.names = {name: fqn for fqn, name in names.items()}
