@@ -118,7 +118,7 @@ def _no_weights(
 ) -> ReadError:
     files, manifest = place.files, place.manifest
     hint = None if manifest is None else manifest.export_error
-    if hint is None and "://" not in files.path:
+    if hint is None:
         hint = hint_for(files.path, given)
     if hint is None and METADATA_NAME in names:
         hint = "it has a DCP half only, which dcp.load reads"
