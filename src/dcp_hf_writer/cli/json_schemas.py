@@ -309,7 +309,7 @@ SCHEMAS: dict[str, Schema] = {
         root=_text("absolute path of the run"),
         dry_run=_flag("whether nothing was deleted"),
         steps=_many(_whole("step"), "checkpoints that the retention gives up"),
-        exports=_many(_whole("step"), "steps of which only the export goes"),
+        exports=_many(_whole("step"), "steps that lose only their export"),
         snapshots=_many(_whole("step"), "snapshots that a newer checkpoint replaces"),
         leftovers=_many(
             _fields(

@@ -171,7 +171,7 @@ def _nbytes_of_halves(stored: StoredStep) -> tuple[int, int]:
 
 
 def _age_s(path: str) -> float:
-    """Return the seconds since the commit: since the file was written that commits."""
+    """Return the seconds since the commit: the age of the file that commits."""
     for name in (MANIFEST_NAME, METADATA_NAME, ""):
         try:
             return time.time() - os.stat(os.path.join(path, name)).st_mtime

@@ -86,8 +86,8 @@ def export_checkpoint(
     Args:
         path: The checkpoint, as a local path or an fsspec URL.
         target: Local path of the directory. If it exists, other files in it stay.
-        export: Options of the export. A save sees which tensors share memory; a checkpoint does not
-            tell, so `tied` or the specs must.
+        export: Options of the export. A checkpoint does not record which tensors share memory, so
+            `tied` or the specs must say so.
         workers: Number of files that are written at the same time.
         progress: Called with the bytes written and the total bytes, from any thread.
 
