@@ -36,7 +36,8 @@ from __future__ import annotations
 
 from typing import Any
 
-_FACTS = ("rank", "phase", "path", "fqn", "key", "expected", "found", "hint", "errno")
+FACTS = ("rank", "phase", "path", "fqn", "key", "expected", "found", "hint", "errno")
+"""Attributes of each error, besides `problem`."""
 
 
 def _rebuild(cls: type[CheckpointError], problem: str, facts: dict[str, Any]) -> CheckpointError:
@@ -88,7 +89,7 @@ class CheckpointError(Exception):
         self.errno = errno
 
     def __reduce__(self) -> tuple[Any, ...]:
-        facts = {name: getattr(self, name) for name in _FACTS}
+        facts = {name: getattr(self, name) for name in FACTS}
         return _rebuild, (type(self), self.problem, facts)
 
     def __str__(self) -> str:

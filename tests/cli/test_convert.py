@@ -75,10 +75,11 @@ def test_export_refuses_a_directory_that_holds_weights(models: Path, tmp_path: P
     assert differing_files(models / "llama" / "live" / "hf", before) == []
 
 
-def test_materialize_makes_a_checkpoint_that_torch_alone_reads(tmp_path: Path) -> None:
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_materialize_makes_a_checkpoint_that_torch_alone_reads(scheme: str, tmp_path: Path) -> None:
     writer = HFDualWriter(tmp_path / "once", export=HFExport(), weights="once")
     dcp.save(state_of(3), storage_writer=writer)
-    found = answer("materialize", tmp_path / "once", tmp_path / "plain")
+    found = answer("materialize", tmp_path / "once", f"{scheme}{tmp_path}/plain")
     assert found["path"] == f"{tmp_path}/plain"
     assert dcp_difference(tmp_path / "plain", state_of(3)) is None
 

@@ -23,10 +23,9 @@ from dcp_hf_writer.load.choose_half import read_dcp_metadata
 from dcp_hf_writer.load.dcp_source import DCPSource, Wanted
 from dcp_hf_writer.load.read_phase import run_reads
 from dcp_hf_writer.load.read_plan import plan_reads
-from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
+from dcp_hf_writer.plan.rank_report import DCPFile
 from dcp_hf_writer.preflight import check_options
-from dcp_hf_writer.save.commit import StagingDirectory
-from dcp_hf_writer.save.owner_process import Owner, new_save_id
+from dcp_hf_writer.save.commit import new_checkpoint
 from dcp_hf_writer.save.tensor_bytes import host_bytes
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs
@@ -35,6 +34,7 @@ from dcp_hf_writer.storage.posix_outputs import OutputFile
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
+    from dcp_hf_writer.save.commit import StagingDirectory
     from dcp_hf_writer.tensors.boxes import Box, Shape
 
 # Size of the buffer that all tensors pass through.
@@ -66,15 +66,8 @@ def materialize(
     """
     with OpenInputs(open_directory(path, None)) as inputs:
         metadata = read_dcp_metadata(inputs.files)
-        directory = StagingDirectory.of(check_options.local_path(target), new_save_id())
-        record = directory.create(overwrite=overwrite)
-        try:
-            with record:
-                record.sync()
+        with new_checkpoint(check_options.local_path(target), overwrite=overwrite) as directory:
             _Rewrite(inputs, metadata, directory).run()
-            directory.publish(overwrite=overwrite)
-        finally:
-            directory.remove()
 
 
 class _Rewrite:
@@ -92,7 +85,7 @@ class _Rewrite:
             if isinstance(entry, TensorStorageMetadata)
             for chunk in entry.chunks
         }
-        self._report = RankReport(0, Owner.me().to_json().get("host", ""))
+        self._files: list[DCPFile] = []
 
     def run(self) -> None:
         storage = dict(self._metadata.storage_data or {})
@@ -106,8 +99,8 @@ class _Rewrite:
             path = self._path(_free_name(number, taken))
             places, file = write_archives(path, group, self._read, self._buffer)
             storage |= places
-            self._report.dcp_files.append(file)
-        finish_plain(self._directory, replace(self._metadata, storage_data=storage), self._report)
+            self._files.append(file)
+        finish_plain(self._directory, replace(self._metadata, storage_data=storage), self._files)
 
     def _copy(self, name: str) -> None:
         """Copy a file unchanged."""
@@ -121,7 +114,7 @@ class _Rewrite:
                 output.write(part, position)
                 position += len(part)
             output.sync()
-        self._report.dcp_files.append(DCPFile(name, position, (), whole.hexdigest()))
+        self._files.append(DCPFile(name, position, (), whole.hexdigest()))
 
     def _read(self, chunk: ChunkToWrite, box: Box, target: torch.Tensor) -> None:
         item = ReadItem(

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from dcp_hf_writer.formats.encode_torch_archive import tensor_archive
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
 from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
-from dcp_hf_writer.plan.rank_report import DCPFile
+from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
 from dcp_hf_writer.save.owner_process import Owner
 from dcp_hf_writer.save.tensor_bytes import host_bytes
 from dcp_hf_writer.storage.posix_outputs import OutputFile, sync_directory, write_file
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
     from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
 
-    from dcp_hf_writer.plan.rank_report import RankReport
     from dcp_hf_writer.save.commit import StagingDirectory
     from dcp_hf_writer.tensors.boxes import Box, Shape
 
@@ -122,20 +121,21 @@ def _write_data(
     return position - start, digest.hexdigest()
 
 
-def finish_plain(directory: StagingDirectory, metadata: Metadata, report: RankReport) -> None:
+def finish_plain(directory: StagingDirectory, metadata: Metadata, files: Sequence[DCPFile]) -> None:
     """Write metadata and manifest of a checkpoint whose data files are durable."""
-    target = directory.target
+    target, owner = directory.target, Owner.me()
     old = metadata.storage_meta or StorageMeta()
     metadata = replace(metadata, storage_meta=replace(old, checkpoint_id=target))
     data = io.BytesIO()
     pickle.dump(metadata, data)
     write_file(os.path.join(directory.path, METADATA_NAME), data.getvalue())
     digest = xxhash.xxh3_64_hexdigest(data.getvalue())
-    report.nbytes["dcp"] = sum(file.nbytes for file in report.dcp_files)
+    report = RankReport(0, owner.host, dcp_files=[*files])
+    report.nbytes["dcp"] = sum(file.nbytes for file in files)
     manifest = encode_manifest(
         save_id=directory.save_id,
         target=target,
-        owner=Owner.me().to_json(),
+        owner=owner.to_json(),
         step=None,
         subdir="",
         layout=None,

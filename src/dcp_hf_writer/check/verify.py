@@ -198,9 +198,8 @@ class _Check:
         else:
             what = "there is no checkpoint here"
             expected = f"{MANIFEST_NAME}, {METADATA_NAME} or *{SUFFIX}"
-            hint = None if "://" in self.files.path else hint_for(self.files.path, self._given)
-            expected += "" if hint is None else f"; {hint}"
-            self._problems.append(Problem(file="", what=what, expected=expected))
+            hint = hint_for(self.files.path, self._given)
+            self._problems.append(Problem(file="", what=what, expected=expected, hint=hint))
 
     def report(self, seconds: float) -> VerifyReport:
         return VerifyReport(

@@ -24,7 +24,7 @@ _DELAY_S = 1.0
 class ByteProgress:
     """Call it with the bytes done and the total bytes; a context manager that ends the bar.
 
-    The bar is on stderr, and only there if stderr is a terminal. It appears after a second.
+    The bar appears on stderr after a second, if stderr is a terminal.
     """
 
     def __init__(self, what: str) -> None:

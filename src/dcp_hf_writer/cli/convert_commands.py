@@ -14,6 +14,7 @@ from dcp_hf_writer.cli.run_command import Outcome, line
 from dcp_hf_writer.convert.export_checkpoint import export_checkpoint
 from dcp_hf_writer.convert.export_options import export_of_options
 from dcp_hf_writer.convert.import_directory import import_directory
+from dcp_hf_writer.preflight import check_options
 from dcp_hf_writer.tensors.dtypes import export_dtype
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def materialize_checkpoint(path: str, target: str, *, overwrite: bool) -> Outcom
     """
     began = time.monotonic()
     materialize(path, target, overwrite=overwrite)
-    made = os.path.abspath(os.path.expanduser(target))
+    made = check_options.local_path(target)
     with os.scandir(made) as entries:
         nbytes = sum(entry.stat().st_size for entry in entries if entry.is_file())
     seconds = round(time.monotonic() - began, 6)
@@ -113,9 +114,7 @@ def import_hf(
     Raises:
         CheckpointError: As `export_of_options` and `import_directory`.
     """
-    made = export_of_options(
-        target, config=config, specs=specs, like=None, options={"dtype": dtype}
-    )
+    made = export_of_options(None, config=config, specs=specs, like=None, options={"dtype": dtype})
     began = time.monotonic()
     with ByteProgress("import") as progress:
         found = import_directory(

@@ -9,7 +9,7 @@ from dcp_hf_writer.cli import exit_codes
 from dcp_hf_writer.cli.byte_progress import ByteProgress
 from dcp_hf_writer.cli.key_pattern import compile_pattern
 from dcp_hf_writer.cli.plain_text import count, shape
-from dcp_hf_writer.cli.run_command import Outcome, line
+from dcp_hf_writer.cli.run_command import Outcome, line, line_of_rest
 from dcp_hf_writer.convert.compare_checkpoints import compare_checkpoints
 
 if TYPE_CHECKING:
@@ -92,8 +92,7 @@ def show_diff(value: dict[str, Any], console: Console) -> None:
     for one in found[:_SHOWN]:
         line(console, one["name"], "bold")
         line(console, f"  {_text(one)}", "red")
-    if len(found) > _SHOWN:
-        line(console, f"... and {len(found) - _SHOWN} more tensors; --json lists all")
+    line_of_rest(console, found, _SHOWN, "tensors")
     differ = f"{count(len(found), 'tensor')} differ{'s' if len(found) == 1 else ''}"
     line(console, f"{count(value['equal'], 'tensor')} equal, {differ}", "bold")
 

@@ -14,7 +14,7 @@ from dcp_hf_writer.cli.run_command import Outcome, line
 from dcp_hf_writer.preflight import check_options
 from dcp_hf_writer.save.replace_target import INCOMPLETE
 from dcp_hf_writer.storage.block_clones import PROBE
-from dcp_hf_writer.storage.output_place import check_output_place
+from dcp_hf_writer.storage.output_place import check_output_place, existing_parent
 from dcp_hf_writer.storage.posix_outputs import (
     COHERENT,
     OutputFile,
@@ -42,7 +42,7 @@ def doctor(path: str, *, nbytes: int) -> Outcome:
     """
     target = check_options.local_path(path)
     check_output_place(target)
-    place = _existing(target)
+    place = existing_parent(target)
     kind, free = file_system_type(place), free_bytes(place)
     probe = os.path.join(place, f"{INCOMPLETE}doctor-{uuid.uuid4().hex}")
     with write_errors(probe):
@@ -67,14 +67,6 @@ def doctor(path: str, *, nbytes: int) -> Outcome:
         "advice": _advice(kind, clone, free, renames=renames),
     }
     return Outcome(value, exit_codes.OK if renames else exit_codes.PROBLEM)
-
-
-def _existing(target: str) -> str:
-    """Return the lowest directory on the way to the target that exists; a target has siblings."""
-    place = os.path.dirname(target)
-    while not os.path.isdir(place):
-        place = os.path.dirname(place)
-    return place
 
 
 def _renames(probe: str) -> bool:

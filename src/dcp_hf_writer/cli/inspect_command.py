@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -13,31 +12,27 @@ from dcp_hf_writer.check.check_dcp import items_by_file
 from dcp_hf_writer.cli import exit_codes
 from dcp_hf_writer.cli.key_pattern import compile_pattern
 from dcp_hf_writer.cli.plain_text import count, duration, shape, size
-from dcp_hf_writer.cli.run_command import Outcome, line, row, table
-from dcp_hf_writer.errors import ReadError
-from dcp_hf_writer.formats.names_on_disk import METADATA_NAME
+from dcp_hf_writer.cli.run_command import Outcome, line, line_of_rest, row, table
+from dcp_hf_writer.formats.names_on_disk import METADATA_NAME, rank_of_dcp_file
+from dcp_hf_writer.formats.parse_dcp_metadata import paths_in
 from dcp_hf_writer.formats.weights_once_places import StoredOnce
-from dcp_hf_writer.load.choose_half import find_place, manifest_of, read_dcp_metadata
-from dcp_hf_writer.load.hf_directory import is_hf_directory, open_hf_directory
-from dcp_hf_writer.plan.rank_report import is_solid
+from dcp_hf_writer.load.choose_half import find_place, has_weights, manifest_of, read_dcp_metadata
+from dcp_hf_writer.load.hf_directory import open_hf_directory
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs
-from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 
 if TYPE_CHECKING:
+    import re
     from collections.abc import Iterable, Mapping
 
     from rich.console import Console
     from torch.distributed.checkpoint.metadata import Metadata
 
     from dcp_hf_writer.load.hf_directory import HFDirectory
-    from dcp_hf_writer.plan.parse_manifest import Manifest, StoredBlock
+    from dcp_hf_writer.plan.parse_manifest import Manifest
     from dcp_hf_writer.storage.input_contract import InputFiles
-    from dcp_hf_writer.tensors.strided_copies import IndexLoops
 
 _FILES_SHOWN = 20
-_OWNER = re.compile(r"__(\d+)_\d+\.distcp")
-"""DCP's names of files start with the rank that wrote them."""
 
 
 def inspect_checkpoint(path: str, pattern: str | None) -> Outcome:
@@ -79,19 +74,11 @@ def _export(
     """Open the HuggingFace half, if there is one."""
     if is_dcp:
         subdir = "hf" if manifest is None or manifest.hf is None else manifest.hf.subdir
-        has_weights = _has_weights(files, subdir)
-        if not has_weights:
+        if not has_weights(files.below(subdir)):
             return None, ""
     place = find_place(path, "hf", None, with_manifest=False)
     with OpenInputs(place.weights) as inputs:
         return open_hf_directory(inputs, only=place.only), place.subdir or ""
-
-
-def _has_weights(files: InputFiles, subdir: str) -> bool:
-    try:
-        return is_hf_directory(files.below(subdir).names())
-    except ReadError:
-        return False
 
 
 def _save(manifest: Manifest) -> dict[str, Any]:
@@ -109,7 +96,7 @@ def _save(manifest: Manifest) -> dict[str, Any]:
 
 def _dcp(metadata: Metadata, manifest: Manifest | None, sizes: Mapping[str, int]) -> dict[str, Any]:
     entries: dict[str, dict[str, Any]] = {}
-    paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+    paths = paths_in(metadata)
     for fqn, stored in metadata.state_dict_metadata.items():
         top = str(paths[fqn][0]) if paths.get(fqn) else fqn.partition(".")[0]
         entry = entries.setdefault(top, _no_tensors())
@@ -162,20 +149,14 @@ def bytes_by_rank(manifest: Manifest) -> list[dict[str, Any]]:
     for one in () if manifest.hf is None else manifest.hf.files.values():
         for tensor in one.tensors.values():
             for block in tensor.blocks:
-                export[block.rank] += _numel(block) * ITEMSIZE[tensor.dtype]
+                if block.runs is not None:
+                    export[block.rank] += block.runs.count * block.runs.nbytes
     ranks = range(manifest.world_size)
     return [{"rank": n, "dcp_nbytes": dcp[n], "hf_nbytes": export[n]} for n in ranks]
 
 
-def _numel(block: StoredBlock) -> int:
-    if is_solid(block.extent):
-        return math.prod(block.extent)
-    return math.prod(loop[0] for loop in cast("IndexLoops", block.extent))
-
-
 def _rank_of(name: str) -> int | None:
-    found = _OWNER.fullmatch(name.rpartition("/")[2])
-    return None if found is None else int(found[1])
+    return rank_of_dcp_file(name.rpartition("/")[2])
 
 
 def _dcp_tensors(metadata: Metadata, matches: re.Pattern[str]) -> Iterable[dict[str, Any]]:
@@ -270,7 +251,7 @@ def _show_dcp(dcp: dict[str, Any], console: Console) -> None:
         rank = "-" if file["rank"] is None else file["rank"]
         row(made, file["name"], size(file["nbytes"]), file["items"], rank)
     console.print(made)
-    _show_rest(dcp["files"], console)
+    line_of_rest(console, dcp["files"], _FILES_SHOWN, "files")
 
 
 def _show_hf(hf: dict[str, Any], console: Console) -> None:
@@ -286,12 +267,7 @@ def _show_hf(hf: dict[str, Any], console: Console) -> None:
     for file in hf["files"][:_FILES_SHOWN]:
         row(made, file["name"], size(file["nbytes"]), file["tensors"])
     console.print(made)
-    _show_rest(hf["files"], console)
-
-
-def _show_rest(files: list[Any], console: Console) -> None:
-    if len(files) > _FILES_SHOWN:
-        line(console, f"... and {len(files) - _FILES_SHOWN} more files; --json lists all")
+    line_of_rest(console, hf["files"], _FILES_SHOWN, "files")
 
 
 def _show_ranks(ranks: list[dict[str, Any]], console: Console) -> None:
@@ -301,8 +277,7 @@ def _show_ranks(ranks: list[dict[str, Any]], console: Console) -> None:
     for one in ranks[:_FILES_SHOWN]:
         row(made, one["rank"], size(one["dcp_nbytes"]), size(one["hf_nbytes"]))
     console.print(made)
-    if len(ranks) > _FILES_SHOWN:
-        line(console, f"... and {len(ranks) - _FILES_SHOWN} more ranks; --json lists all")
+    line_of_rest(console, ranks, _FILES_SHOWN, "ranks")
 
 
 def _show_tensors(tensors: list[dict[str, Any]], console: Console) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dcp_hf_writer.errors import FACTS
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -244,8 +246,6 @@ _INSPECT = {
     ),
 }
 
-_FACTS = ("rank", "phase", "path", "fqn", "key", "expected", "found", "hint", "errno")
-
 ERROR = {
     "$schema": _DIALECT,
     **_fields(
@@ -254,7 +254,7 @@ ERROR = {
         version={"const": 1},
         error=_fields(
             "the error",
-            {fact: _maybe_text(f"{fact} of the error, if it is known") for fact in _FACTS},
+            {fact: _maybe_text(f"{fact} of the error, if it is known") for fact in FACTS},
             type=_text("class of dcp_hf_writer.errors, or another exception"),
             problem=_text("what went wrong"),
         ),
@@ -309,7 +309,7 @@ SCHEMAS: dict[str, Schema] = {
         root=_text("absolute path of the run"),
         dry_run=_flag("whether nothing was deleted"),
         steps=_many(_whole("step"), "checkpoints that the retention gives up"),
-        exports=_many(_whole("step"), "steps of which only the export goes"),
+        exports=_many(_whole("step"), "steps that lose only their export"),
         snapshots=_many(_whole("step"), "snapshots that a newer checkpoint replaces"),
         leftovers=_many(
             _fields(

@@ -112,6 +112,6 @@ def pin(root: str, prefix: str, step: int, *, is_pinned: bool) -> Outcome:
 
 
 def show_pin(value: dict[str, Any], console: Console) -> None:
-    """Print what is so now."""
+    """Print whether the step is pinned now."""
     state = "pinned: retention keeps it" if value["is_pinned"] else "not pinned"
     line(console, f"step {value['step']} is {state}")

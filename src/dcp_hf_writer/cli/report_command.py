@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.cli.inspect_command import bytes_by_rank
 from dcp_hf_writer.cli.plain_text import duration, rate, size
-from dcp_hf_writer.cli.run_command import Outcome, line, row, table
+from dcp_hf_writer.cli.run_command import Outcome, line, line_of_rest, row, table
 from dcp_hf_writer.errors import ConfigError, ReadError
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
 from dcp_hf_writer.load.choose_half import manifest_of
@@ -108,8 +108,7 @@ def show_report(value: dict[str, Any], console: Console) -> None:
         times = (f"{one['seconds'].get(name, 0.0):.3f}" for name in phases)
         row(made, one["rank"], *times, size(one["dcp_nbytes"] + one["hf_nbytes"]), _rate(one))
     console.print(made)
-    if len(value["ranks"]) > _SHOWN:
-        line(console, f"... and {len(value['ranks']) - _SHOWN} more ranks; --json lists all")
+    line_of_rest(console, value["ranks"], _SHOWN, "ranks")
     own = {n: s for n, s in value["coordinator"].items() if n in {"metadata", "finish"}}
     if own:
         texts = ", ".join(f"{name} {duration(s)}" for name, s in own.items())

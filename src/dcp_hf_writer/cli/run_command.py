@@ -16,15 +16,13 @@ from rich.text import Text
 
 from dcp_hf_writer.cli import exit_codes
 from dcp_hf_writer.cli.plain_text import printable
-from dcp_hf_writer.errors import CheckpointError, ConfigError
+from dcp_hf_writer.errors import FACTS, CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 _WIDTH_OF_PIPE = 160
 """Columns of tables that do not go to a terminal; a log must not cut names at 80."""
-
-_FACTS = ("rank", "phase", "path", "fqn", "key", "expected", "found", "hint", "errno")
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +105,12 @@ def line(console: Console, text: str, style: str = "") -> None:
     console.print(Text(printable(text), style=style), soft_wrap=True)
 
 
+def line_of_rest(console: Console, found: Sequence[object], shown: int, what: str) -> None:
+    """Print how many of `found` a table of the first `shown` leaves out, if any."""
+    if len(found) > shown:
+        line(console, f"... and {len(found) - shown} more {what}; --json lists all")
+
+
 def _print_json(value: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
@@ -115,7 +119,7 @@ def _print_error(name: str, error: Exception, *, as_json: bool) -> None:
     if as_json:
         facts = {
             fact: None if (found := getattr(error, fact, None)) is None else str(found)
-            for fact in _FACTS
+            for fact in FACTS
         }
         problem = error.problem if isinstance(error, CheckpointError) else str(error)
         what = {"type": type(error).__name__, "problem": problem, **facts}

@@ -17,6 +17,8 @@ from dcp_hf_writer.save.replace_target import INCOMPLETE
 from dcp_hf_writer.storage.open_directory import open_directory
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from rich.console import Console
 
 _STYLES = {"committed": "", "unverified": "yellow", "incomplete": "red"}
@@ -47,9 +49,14 @@ def list_steps(root: str, prefix: str) -> Outcome:
         ReadError: If the directory cannot be listed.
     """
     run = open_run(root, prefix)
-    steps = [_described(run, stored) for stored in run.listing()]
-    found = leftovers(run.root)
-    value = {"root": run.root, "latest": run.latest(), "steps": steps, "leftovers": found}
+    listing = run.listing()
+    latest = _newest_whole(listing)
+    value = {
+        "root": run.root,
+        "latest": None if latest is None else latest.step,
+        "steps": [_described(run, stored) for stored in listing],
+        "leftovers": leftovers(run.root),
+    }
     return Outcome(value)
 
 
@@ -61,15 +68,18 @@ def find_latest(root: str, prefix: str) -> Outcome:
         ReadError: If the directory cannot be listed.
     """
     run = open_run(root, prefix)
-    whole = [one for one in run.listing(newest_only=True) if one.facts is not None]
-    if not whole:
+    newest = _newest_whole(run.listing(newest_only=True))
+    if newest is None or newest.facts is None:
         none = {"step": None, "path": None, "export": None}
         return Outcome({"root": run.root, **none}, exit_codes.PROBLEM)
-    newest = whole[-1]
-    subdir = None if newest.facts is None else newest.facts.export_subdir
+    subdir = newest.facts.export_subdir
     export = None if subdir is None else os.path.join(newest.path, subdir).rstrip("/")
     value = {"root": run.root, "step": newest.step, "path": newest.path, "export": export}
     return Outcome(value)
+
+
+def _newest_whole(listing: Sequence[StoredStep]) -> StoredStep | None:
+    return next((one for one in reversed(listing) if one.facts is not None), None)
 
 
 def show_latest(value: dict[str, Any], console: Console) -> None:
@@ -161,7 +171,7 @@ def _nbytes_of_halves(stored: StoredStep) -> tuple[int, int]:
 
 
 def _age_s(path: str) -> float:
-    """Return the seconds since the commit: since the file was written that commits."""
+    """Return the seconds since the commit: the age of the file that commits."""
     for name in (MANIFEST_NAME, METADATA_NAME, ""):
         try:
             return time.time() - os.stat(os.path.join(path, name)).st_mtime

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from dcp_hf_writer.convert.stored_tensors import (
-    DCPTensors,
     StoredKind,
     StoredTensors,
     open_dcp_tensors,
     open_hf_tensors,
 )
+from dcp_hf_writer.formats.parse_dcp_metadata import paths_in
 from dcp_hf_writer.load.choose_half import find_place
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
 from dcp_hf_writer.tensors.boxes import Box, whole
@@ -79,10 +79,9 @@ class _Side:
 
     def within_model(self) -> None:
         """Name the tensors as they are called within the model; leave out all others."""
-        if self._metadata is None or not isinstance(self.tensors, DCPTensors):
+        if self._metadata is None:
             return
-        given = self._metadata.planner_data
-        known = given if isinstance(given, dict) else {}
+        known = paths_in(self._metadata)
         paths = {fqn: tuple(known.get(fqn, (fqn,))) for fqn in self.tensors.kinds}
         names = names_in_model(paths, model_prefix(paths, key=None))
         self.names = {name: fqn for fqn, name in names.items()}

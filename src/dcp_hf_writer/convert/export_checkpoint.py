@@ -18,11 +18,10 @@ from dcp_hf_writer.formats.names_on_disk import INDEX_NAME
 from dcp_hf_writer.plan.global_plan import GlobalPlan, plan_globally
 from dcp_hf_writer.plan.rank_report import RankReport, check_coverage
 from dcp_hf_writer.preflight import check_options
-from dcp_hf_writer.save.commit import StagingDirectory
+from dcp_hf_writer.save.commit import new_checkpoint
 from dcp_hf_writer.save.coordinator import export_files
 from dcp_hf_writer.save.export_assets import assets_of
 from dcp_hf_writer.save.hf_half import BlockWriter, regions_by_file
-from dcp_hf_writer.save.owner_process import new_save_id
 from dcp_hf_writer.save.tensor_bytes import chunk_of, digest_of
 from dcp_hf_writer.storage.posix_outputs import (
     OutputFile,
@@ -33,7 +32,7 @@ from dcp_hf_writer.storage.posix_outputs import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch.distributed.checkpoint.planner import WriteItem
 
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.rank_report import WrittenBlock
     from dcp_hf_writer.plan.regions import Region
     from dcp_hf_writer.save.export_assets import Assets
+    from dcp_hf_writer.tensors.boxes import ByteRuns
 
 _log = logging.getLogger(__name__)
 
@@ -86,8 +86,8 @@ def export_checkpoint(
     Args:
         path: The checkpoint, as a local path or an fsspec URL.
         target: Local path of the directory. If it exists, other files in it stay.
-        export: Options of the export. A save sees which tensors share memory; a checkpoint does not
-            tell, so `tied` or the specs must.
+        export: Options of the export. A checkpoint does not record which tensors share memory, so
+            `tied` or the specs must say so.
         workers: Number of files that are written at the same time.
         progress: Called with the bytes written and the total bytes, from any thread.
 
@@ -119,17 +119,10 @@ def export_checkpoint(
                 hint="name the model's entry with the key option",
             )
         names = {name.partition("/")[2] for name in export_files(planned.layout, assets, export)}
-        directory = StagingDirectory.of(target, new_save_id())
-        record = directory.create(overwrite=False, new_files=names)
-        try:
-            with record:
-                record.sync()
+        with new_checkpoint(target, overwrite=False, new_files=names) as directory:
             work = _Export(tensors, planned.layout, plan.items, directory.path, progress)
             work.run(workers)
             _write_whole(directory.path, planned.layout, assets)
-            directory.publish(overwrite=False)
-        finally:
-            directory.remove()
     return _exported(target, planned, planned.layout)
 
 
@@ -194,11 +187,13 @@ class _Export:
     path: str
     progress: Callable[[int, int], None] | None
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _total: int = 0
     _done: int = 0
 
     def run(self, workers: int) -> None:
         """Write all files, then check that the blocks cover every byte."""
         work = regions_by_file(self.items, self.layout.targets)
+        self._total = sum(file.nbytes - len(file.header) for file in self.layout.files)
         report = RankReport(0, "")
         jobs = [(file, work.get(number, [])) for number, file in enumerate(self.layout.files)]
         with ThreadPoolExecutor(max(1, workers), thread_name_prefix="dcp-hf-export") as pool:
@@ -222,16 +217,14 @@ class _Export:
                 written += writer.write_file(
                     output, group, source, check=lambda: None, bounce_nbytes=_BOUNCE_NBYTES
                 )
-                self._count(
-                    sum(region.hf_runs().count * region.hf_runs().nbytes for _, region in group)
-                )
+                self._count(region.hf_runs() for _, region in group)
             output.sync()
         return written
 
-    def _count(self, nbytes: int) -> None:
+    def _count(self, written: Iterable[ByteRuns]) -> None:
         if self.progress is None:
             return
-        total = sum(file.nbytes - len(file.header) for file in self.layout.files)
+        nbytes = sum(runs.count * runs.nbytes for runs in written)
         with self._lock:
             self._done += nbytes
-            self.progress(self._done, total)
+            self.progress(self._done, self._total)

@@ -27,7 +27,7 @@ _NOT_ASSETS = (".safetensors.index.json", ".bin.index.json")
 
 
 def export_of_options(
-    path: str,
+    path: str | None,
     *,
     config: str | None,
     specs: str | None,
@@ -38,6 +38,7 @@ def export_of_options(
 
     Args:
         path: The checkpoint. If this package saved it, its manifest tells which tensors are tied.
+            `None` if there is none, as for an import.
         config: A `config.json`, or a directory with one; specs, ties and the order of the files
             come from its model, and its small files go into the export.
         specs: `file.py:name` or `module:name` of specs, or of a function that returns them.
@@ -64,9 +65,8 @@ def export_of_options(
     return HFExport(**options_of_config(data, path=where, options=given))
 
 
-def _ties_of(path: str) -> Mapping[str, str] | None:
-    files = open_directory(path)
-    manifest = manifest_of(files) if files.has(MANIFEST_NAME) else None
+def _ties_of(path: str | None) -> Mapping[str, str] | None:
+    manifest = None if path is None else manifest_of(open_directory(path))
     return None if manifest is None or manifest.hf is None else manifest.hf.tied
 
 

@@ -21,16 +21,17 @@ from dcp_hf_writer.check.plain_dcp_files import ChunkToWrite, by_file, finish_pl
 from dcp_hf_writer.convert.export_checkpoint import PART_NBYTES
 from dcp_hf_writer.convert.stored_tensors import open_hf_tensors
 from dcp_hf_writer.errors import ReadError
-from dcp_hf_writer.plan.rank_report import RankReport
 from dcp_hf_writer.preflight import check_options
-from dcp_hf_writer.save.commit import StagingDirectory
-from dcp_hf_writer.save.owner_process import Owner, new_save_id
+from dcp_hf_writer.save.commit import new_checkpoint
+from dcp_hf_writer.tensors.dtypes import CASTABLE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from dcp_hf_writer.convert.stored_tensors import HFTensors, StoredKind
     from dcp_hf_writer.mapping.load_spec import LoadSpec
+    from dcp_hf_writer.plan.rank_report import DCPFile
+    from dcp_hf_writer.save.commit import StagingDirectory
     from dcp_hf_writer.tensors.boxes import Box
 
 
@@ -82,15 +83,8 @@ def import_directory(
         if not tensors.kinds:
             raise ReadError("the directory holds no tensor that can be imported", path=path)
         work = _Import(tensors, _named(tensors, entry, dtype), progress)
-        directory = StagingDirectory.of(target, new_save_id())
-        record = directory.create(overwrite=False)
-        try:
-            with record:
-                record.sync()
+        with new_checkpoint(target, overwrite=False) as directory:
             work.run(directory, entry)
-            directory.publish(overwrite=False)
-        finally:
-            directory.remove()
         missing = tuple(name for name in specs if name not in tensors.kinds)
     return Imported(target, len(work.names), work.total, missing)
 
@@ -107,8 +101,7 @@ def _named(
 
 
 def _dtype_of(kind: StoredKind, dtype: torch.dtype | None) -> torch.dtype:
-    is_cast = dtype is not None and kind.dtype.is_floating_point and kind.dtype.itemsize > 1
-    return dtype if is_cast and dtype is not None else kind.dtype
+    return kind.dtype if dtype is None or kind.dtype not in CASTABLE else dtype
 
 
 class _Import:
@@ -126,7 +119,7 @@ class _Import:
 
     def run(self, directory: StagingDirectory, entry: str) -> None:
         """Write the data files, the metadata and the manifest; all are durable on return."""
-        report = RankReport(0, Owner.me().to_json().get("host", ""))
+        files: list[DCPFile] = []
         buffer = torch.empty(PART_NBYTES, dtype=torch.uint8, device="cpu")
         storage: dict[MetadataIndex, object] = {}
         chunks = (
@@ -137,8 +130,8 @@ class _Import:
             path = os.path.join(directory.path, f"__0_{number}.distcp")
             places, file = write_archives(path, group, self._read, buffer)
             storage |= places
-            report.dcp_files.append(file)
-        finish_plain(directory, self._metadata(entry, storage), report)
+            files.append(file)
+        finish_plain(directory, self._metadata(entry, storage), files)
 
     def _read(self, chunk: ChunkToWrite, box: Box, target: torch.Tensor) -> None:
         self._tensors.read(self.names[chunk.index.fqn][0], box, target)

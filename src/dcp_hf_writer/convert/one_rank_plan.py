@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
+from dcp_hf_writer.formats.parse_dcp_metadata import paths_in
 from dcp_hf_writer.plan.global_plan import LocalFacts
 from dcp_hf_writer.tensors.boxes import Box
 from dcp_hf_writer.tensors.row_major_parts import row_major_parts
@@ -40,7 +41,7 @@ def plan_of_stored(metadata: Metadata, *, max_nbytes: int) -> SavePlan:
         max_nbytes: Most bytes of an item; a larger chunk becomes several items.
     """
     stored = metadata.state_dict_metadata
-    paths = metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
+    paths = paths_in(metadata)
     order = tuple(dict.fromkeys([*(fqn for fqn in paths if fqn in stored), *stored]))
     items = [
         item

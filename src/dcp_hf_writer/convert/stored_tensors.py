@@ -73,10 +73,6 @@ class DCPTensors:
                     for number, c in enumerate(entry.chunks)
                 ]
 
-    def chunks(self, fqn: str) -> list[Box]:
-        """Return the boxes in which a tensor is stored."""
-        return [box for box, _ in self._chunks[fqn]]
-
     def read(self, name: str, box: Box, target: torch.Tensor) -> None:
         """Read a box of a tensor, from as many chunks as it lies in."""
         wanted = []

@@ -3,6 +3,10 @@
 Readers outside this package depend on all of these names, so none can change.
 """
 
+from __future__ import annotations
+
+import re
+
 METADATA_NAME = ".metadata"
 """DCP's own metadata; torch defines the name."""
 DCP_SUFFIX = ".distcp"
@@ -20,6 +24,15 @@ INDEX_NAME = "model.safetensors.index.json"
 """The index, if several files hold the weights."""
 CONFIG_NAME = "config.json"
 """The config of a HuggingFace model."""
+
+
+_DCP_FILE = re.compile(r"__(\d+)_\d+\.distcp")
+
+
+def rank_of_dcp_file(name: str) -> int | None:
+    """Return the rank in the name of one of DCP's files; `None` if the name has another form."""
+    found = _DCP_FILE.fullmatch(name)
+    return None if found is None else int(found[1])
 
 
 def weight_file_names(count: int) -> list[str]:

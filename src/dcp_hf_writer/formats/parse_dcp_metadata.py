@@ -44,7 +44,7 @@ from dcp_hf_writer.formats.weights_once_places import (
 from dcp_hf_writer.tensors.strided_copies import Copy, Loop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
 
 # Room for ten million chunks of a hundred bytes each; a larger file is refused unread.
@@ -57,6 +57,15 @@ _FILE_SYSTEM = "torch.distributed.checkpoint.filesystem"
 
 _MAX_NBYTES = 1 << 63
 _MAX_DEPTH = 64
+
+
+def paths_in(metadata: Metadata) -> Mapping[str, Sequence[str | int]]:
+    """Return the path of each FQN in the state dict, in its order; empty if none are recorded.
+
+    Args:
+        metadata: The metadata, as `parse_metadata` returned it.
+    """
+    return metadata.planner_data if isinstance(metadata.planner_data, dict) else {}
 
 
 def parse_metadata(data: bytes, *, path: str) -> Metadata:

@@ -104,11 +104,11 @@ def find_place(
     if is_hf_directory(names):
         return CheckpointPlace(files, "", manifest=manifest)
     place = CheckpointPlace(files, _SUBDIR, manifest=manifest)
-    if not _is_there(place.weights):
+    if not has_weights(place.weights):
         manifest = manifest or manifest_of(files)
         hf = None if manifest is None else manifest.hf
         place = CheckpointPlace(files, _SUBDIR if hf is None else hf.subdir, manifest=manifest)
-    if not _is_there(place.weights):
+    if not has_weights(place.weights):
         raise _no_weights(place, names, os.fspath(path), was_auto=was_auto)
     return place
 
@@ -118,7 +118,7 @@ def _no_weights(
 ) -> ReadError:
     files, manifest = place.files, place.manifest
     hint = None if manifest is None else manifest.export_error
-    if hint is None and "://" not in files.path:
+    if hint is None:
         hint = hint_for(files.path, given)
     if hint is None and METADATA_NAME in names:
         hint = "it has a DCP half only, which dcp.load reads"
@@ -133,7 +133,8 @@ def _no_weights(
     )
 
 
-def _is_there(files: InputFiles) -> bool:
+def has_weights(files: InputFiles) -> bool:
+    """Whether a directory can be listed and holds weights in the HuggingFace format."""
     try:
         return is_hf_directory(files.names())
     except ReadError:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import CommitError, NodeLocalPathError, StorageError, WriteError
-from dcp_hf_writer.save.owner_process import Owner, mark_active, mark_ended
+from dcp_hf_writer.save.owner_process import Owner, mark_active, mark_ended, new_save_id
 from dcp_hf_writer.save.recover_targets import RECORD_NAME, recover_parent
 from dcp_hf_writer.save.replace_target import (
     FRESH_SUFFIX,
@@ -40,7 +40,7 @@ from dcp_hf_writer.storage.posix_outputs import (
 from dcp_hf_writer.storage.posix_trees import locked_directories, remove_tree, unlink_entry
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Iterator
 
 _log = logging.getLogger(__name__)
 
@@ -215,6 +215,33 @@ class StagingDirectory:
                 unlink_entry(path)
         except OSError as error:
             _log.warning("could not remove %s (%s); the next save tries again", self.path, error)
+
+
+@contextlib.contextmanager
+def new_checkpoint(
+    target: str, *, overwrite: bool, new_files: Collection[str] = ()
+) -> Iterator[StagingDirectory]:
+    """Yield a new directory, which becomes the checkpoint at the end of the `with` statement.
+
+    For one process that writes a whole checkpoint. If the body raises, nothing is left behind.
+
+    Args:
+        target: Absolute path of the checkpoint.
+        overwrite: Whether it may replace a checkpoint.
+        new_files: As in `check_target`.
+
+    Raises:
+        StorageError: If the target may not be taken, or the file system refuses an operation.
+    """
+    directory = StagingDirectory.of(target, new_save_id())
+    record = directory.create(overwrite=overwrite, new_files=new_files)
+    try:
+        with record:
+            record.sync()
+        yield directory
+        directory.publish(overwrite=overwrite)
+    finally:
+        directory.remove()
 
 
 def _probe_once(parent: str, save_id: str) -> None:

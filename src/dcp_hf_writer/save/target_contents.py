@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 from typing import TYPE_CHECKING
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from dcp_hf_writer.errors import CorruptCheckpointError, TargetExistsError
-from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
+from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME, rank_of_dcp_file
 from dcp_hf_writer.formats.parse_dcp_metadata import MAX_METADATA_NBYTES, parse_metadata
 from dcp_hf_writer.plan.parse_manifest import (
     MAX_MANIFEST_NBYTES,
@@ -29,9 +28,6 @@ if TYPE_CHECKING:
 
 # A directory with one of these files is a checkpoint, so only `overwrite=True` may replace it.
 _CHECKPOINT_FILES = (MANIFEST_NAME, METADATA_NAME)
-
-# How torch names the files of the DCP half: rank and number.
-_DCP_FILE = re.compile(r"__(\d+)_\d+\.distcp")
 
 
 def own_files(directory: str) -> frozenset[str]:
@@ -119,8 +115,8 @@ def _check_names(
 ) -> None:
     planned = {METADATA_NAME, MANIFEST_NAME, *new_files}
     for name in names:
-        rank = _DCP_FILE.fullmatch(name)
-        if rank and world_size is not None and int(rank[1]) < world_size:
+        rank = rank_of_dcp_file(name)
+        if rank is not None and world_size is not None and rank < world_size:
             planned.add(name)
     there = {
         name: entry

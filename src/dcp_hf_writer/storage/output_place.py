@@ -34,13 +34,19 @@ def check_output_place(target: str) -> None:
             errno=errno.EEXIST,
             hint="a file is not replaced, not even with overwrite=True; save under another name",
         )
-    above = os.path.dirname(target)
-    while not os.path.lexists(above):
-        above = os.path.dirname(above)
+    above = existing_parent(target)
     if not os.path.isdir(above):
         raise _not_a_directory(target, above)
     if not os.access(above, os.W_OK | os.X_OK, effective_ids=_IS_EFFECTIVE):
         raise _not_writable(target, above)
+
+
+def existing_parent(target: str) -> str:
+    """Return the lowest parent of an absolute path that is there, whatever it is."""
+    above = os.path.dirname(target)
+    while not os.path.lexists(above):
+        above = os.path.dirname(above)
+    return above
 
 
 def _not_a_directory(target: str, above: str) -> WriteError:

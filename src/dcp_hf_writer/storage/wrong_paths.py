@@ -63,9 +63,11 @@ def hint_for(path: str, given: str) -> str | None:
     """Return which path may be meant; `None` if there is nothing to say.
 
     Args:
-        path: Absolute local path.
+        path: Absolute local path, or a URL, about which there is nothing to say.
         given: The path as the user gave it.
     """
+    if "://" in path:
+        return None
     if os.path.isdir(path):
         inside = [name for name in _names(path) if is_checkpoint(os.path.join(path, name))]
         return f"pass one of the checkpoints in it: {_some(inside)}" if inside else None
