@@ -12,7 +12,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dcp_hf_writer.errors import ConfigError, MismatchError
 from dcp_hf_writer.excerpts import MOST_NAMES, some_of
-from dcp_hf_writer.integrations.unsharded_meta_model import runtime_name
 from dcp_hf_writer.load.choose_half import find_place, open_hf_source
 from dcp_hf_writer.load.exchange_reads import Reading
 from dcp_hf_writer.load.held_tensors import held_tensors
@@ -23,6 +22,8 @@ from dcp_hf_writer.load.tied_in_files import refuse_drifted_ties
 from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.hf_export import specs_by_name
 from dcp_hf_writer.mapping.model_entry import model_prefix, names_in_model
+from dcp_hf_writer.mapping.wrapped_names import without_wrappers
+from dcp_hf_writer.save.model_assets import is_of_transformers
 from dcp_hf_writer.tensors.boxes import whole
 
 if TYPE_CHECKING:
@@ -160,18 +161,14 @@ def _transformers_model(given: object) -> Any:
     while isinstance(given, DistributedDataParallel) or hasattr(given, "_orig_mod"):
         is_ddp = isinstance(given, DistributedDataParallel)
         given = given.module if is_ddp else given._orig_mod  # type: ignore[attr-defined] # noqa: SLF001
-    is_one = any(
-        kind.__name__ == "PreTrainedModel" and kind.__module__.startswith("transformers.")
-        for kind in type(given).__mro__
-    )
-    return given if is_one else None
+    return given if is_of_transformers(given, "PreTrainedModel") else None
 
 
 def _target(tensors: Mapping[str, HeldTensor], given: object) -> LoadTarget:
     if not isinstance(given, torch.nn.Module):
         return LoadTarget(tensors, None, {})
     named = given.named_parameters(remove_duplicate=False)
-    return LoadTarget(tensors, given, {runtime_name(name): id(one) for name, one in named})
+    return LoadTarget(tensors, given, {without_wrappers(name): id(one) for name, one in named})
 
 
 def _specs_of(

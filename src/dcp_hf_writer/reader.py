@@ -16,11 +16,7 @@ from torch.futures import Future
 from dcp_hf_writer.errors import CheckpointError, ConfigError, ReadError
 from dcp_hf_writer.load.choose_half import find_place
 from dcp_hf_writer.load.mismatches import check_blocks
-from dcp_hf_writer.load.planned_items import (
-    has_methods_of,
-    plans_all,
-    plans_alone,
-)
+from dcp_hf_writer.load.planned_items import has_methods_of, plans_all, plans_alone
 from dcp_hf_writer.load.run_load import DCPLoad, HFLoad, Load, LoadOptions
 from dcp_hf_writer.mapping.flattening import flat_tensors
 from dcp_hf_writer.mapping.hf_export import specs_by_name
@@ -232,8 +228,8 @@ class HFDualReader(StorageReader):
     ) -> None:
         """Check that the checkpoint holds everything that the planner loads.
 
-        A planner that plans in its own way may leave out what does not fit. So of such a planner
-        only the plan is checked, before anything is read.
+        A planner that plans in its own way may leave out what does not fit. For such a planner,
+        `prepare_local_plan` checks the plan, before anything is read.
 
         Raises:
             UnsupportedTorchError: If torch's load, or its planner, cannot be found.
@@ -244,11 +240,10 @@ class HFDualReader(StorageReader):
         failed = getattr(self._thread, "failed", None)
         if failed is not None:
             raise failed
-        load, planner = self._current(), self._torch_load().planner
-        given = {fqn: value for fqn, (_, value) in flat_tensors(self._torch_load().given).items()}
-        refuse_partial(given, phase="read")
+        load, planner, given = self._current(), self._torch_load().planner, self._torch_load().given
+        refuse_partial({fqn: one for fqn, (_, one) in flat_tensors(given).items()}, phase="read")
         if plans_all(planner):
-            load.check(planner, self._torch_load().given)
+            load.check(planner, given)
         lost = keys_without_values(planner, load.metadata)
         if lost:
             _log.warning("%s holds nothing under the keys %s", self.checkpoint_id, lost)

@@ -56,7 +56,7 @@ def check_is_plain(pickled: bytes, *, path: str) -> None:
 
 _SCALARS: frozenset[type] = frozenset({str, int, float, bool, bytes, complex, type(None)})
 
-# The modules of the standard library that define enums. Importing them does nothing else.
+# The modules of the standard library that define enums. Importing them has no other effect.
 _ENUM_MODULES = frozenset(
     {
         *("ast", "calendar", "enum", "http", "inspect", "plistlib", "pstats", "py_compile", "re"),
@@ -152,9 +152,10 @@ def _hashes_fast(value: Any) -> bool:
 
 
 def _list(*arguments: Any) -> list[Any]:
-    """Stand in for a deque: its items follow."""
-    values, length = (*arguments, [], None)[:2] if len(arguments) <= 1 else arguments
-    _require(type(values) in (list, tuple) and type(length) in (int, type(None)))
+    """Stand in for a deque, which pickles with no arguments or with two: its items follow."""
+    if arguments:
+        values, length = arguments
+        _require(type(values) in (list, tuple) and type(length) in (int, type(None)))
     return []
 
 
@@ -290,10 +291,6 @@ def _device(*arguments: Any) -> torch.device:
         raise ValueError(str(error)) from error
 
 
-def _size(*arguments: Any) -> torch.Size:
-    return torch.Size(*arguments)
-
-
 def _named(modules: Iterable[str], entries: dict[str, Admitted]) -> dict[tuple[str, str], Admitted]:
     return {(module, name): one for module in modules for name, one in entries.items()}
 
@@ -306,7 +303,7 @@ _ADMITTED = _AdmittedNames(
     {
         **TENSOR_GLOBALS,
         ("torch", "device"): Function(_device),
-        ("torch", "Size"): Function(_size),
+        ("torch", "Size"): Function(torch.Size),
         # The pickles of torch.save name builtins as Python 2 did.
         **_named(
             ("__builtin__", "builtins"),

@@ -46,7 +46,7 @@ class StoredPiece:
 
 @dataclass(frozen=True, slots=True)
 class PiecedTensor:
-    """A tensor whose parts lie in several files, or do not begin at its first element."""
+    """A tensor, and the parts in which the files hold it."""
 
     dtype: str
     """safetensors dtype of every part."""

@@ -21,7 +21,7 @@ from dcp_hf_writer.formats.parse_torch_archive import (
 from dcp_hf_writer.formats.weights_once_places import StoredOnce
 from dcp_hf_writer.load.check_objects import check_object
 from dcp_hf_writer.load.read_phase import is_direct
-from dcp_hf_writer.load.read_plan import Expected, Fetch, fetch_of_copy
+from dcp_hf_writer.load.read_plan import Expected, Fetch, fetch_of_bytes, fetch_of_copy
 from dcp_hf_writer.tensors.boxes import Box
 from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
 from dcp_hf_writer.tensors.strided_copies import clip, strides_of
@@ -74,8 +74,7 @@ class WholeRead:
 def fetch_of_archive(read: WholeRead) -> Fetch:
     """Return the fetch of all bytes of an archive, for a check of its digests."""
     where = read.where
-    loops = ((where.length, 1, 1),)
-    return Fetch(where.relative_path, where.offset, torch.uint8, 0, 0, loops, is_direct=True)
+    return fetch_of_bytes(where.relative_path, where.offset, where.length)
 
 
 class DCPSource:

@@ -49,11 +49,10 @@ _SHARD = re.compile(r"(.*)-(\d+)-of-(\d+)\.safetensors")
 _OF_RANK = re.compile(r"shard-\d{5,}-model-\d{5,}-of-\d{5,}\.safetensors")
 
 _MANY = 8
+"""How many names an error lists."""
 
 # Endings of files that hold pickled weights.
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-
-"""How many names an error lists."""
 
 # Reading this many headers of local files takes less time than starting a thread.
 _FEW = 8

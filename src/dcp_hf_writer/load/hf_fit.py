@@ -30,8 +30,11 @@ class HFFit:
     """Names of stored tensors that share one memory, two or more in each group."""
     findings: Findings
     """What does not fit, without what the model declares optional."""
-    is_empty: bool
-    """Whether no tensor of the model is stored."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no tensor of the model is stored."""
+        return not self.chosen
 
     def count(self) -> tuple[int, int, int]:
         """Return a key that is lower for a better fit."""
@@ -52,8 +55,8 @@ class LoadTarget:
     def identity(self, name: str) -> Any:
         """Return what identifies the memory of a tensor; equal for tied tensors.
 
-        A shard without elements has no memory, so there the parameter tells. Otherwise a tie would
-        not be seen on each rank.
+        A shard without elements has no memory, so its parameter identifies it. Without that, such a
+        rank would miss a tie that the other ranks see.
         """
         memory = memory_identity(self.tensors[name].tensor)
         return self.parameters.get(name, name) if memory is None else memory
@@ -99,7 +102,6 @@ class LoadTarget:
             tuple(group[0] for group in stored.values()),
             tuple(tuple(group) for group in stored.values() if len(group) > 1),
             _without_expected(findings, self.module, renamed or {}),
-            is_empty=not stored,
         )
 
 

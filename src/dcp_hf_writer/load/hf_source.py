@@ -82,8 +82,8 @@ class Findings:
 
         Args:
             path: The checkpoint.
-            entry: What the missing names start with because they lie in an entry of the state
-                dict, such as `"model."`.
+            entry: Start of the missing names that is only the entry of the state dict in which
+                they lie, such as `"model."`.
             hint: What the caller can do.
 
         Raises:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
 from dcp_hf_writer.load.dequantized_reads import run_dequantized
-from dcp_hf_writer.load.read_plan import Fetch, plan_reads
+from dcp_hf_writer.load.read_plan import fetch_of_bytes, plan_reads
 from dcp_hf_writer.load.verify_while_reading import verify_ranges
 
 if TYPE_CHECKING:
@@ -17,6 +15,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.load.exchange_reads import Reading
     from dcp_hf_writer.load.hf_directory import HFDirectory
     from dcp_hf_writer.load.hf_source import Dequantized, HFSource, WantedBlock
+    from dcp_hf_writer.load.read_plan import Fetch
     from dcp_hf_writer.storage.open_inputs import OpenInputs
 
 
@@ -59,12 +58,4 @@ def _raw_fetches(directory: HFDirectory, computed: Iterable[Dequantized]) -> Ite
     """Yield a fetch of all bytes of each stored tensor that elements are computed from."""
     for key in {key for one in computed for key in one.stored.keys}:
         stored = directory.stored(key)
-        yield Fetch(
-            file=directory.file_of_key[key],
-            start=stored.start,
-            dtype=torch.uint8,
-            target=0,
-            target_start=0,
-            loops=((stored.nbytes, 1, 1),),
-            is_direct=True,
-        )
+        yield fetch_of_bytes(directory.file_of_key[key], stored.start, stored.nbytes)

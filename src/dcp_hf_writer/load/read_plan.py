@@ -11,10 +11,10 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+import torch
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
-
-    import torch
 
     from dcp_hf_writer.tensors.boxes import Box, Shape
     from dcp_hf_writer.tensors.strided_copies import Copy
@@ -111,6 +111,11 @@ def fetch_of_box(
     first = sum(o * s for o, s in zip(box.offsets, strides, strict=True))
     loops = tuple(zip(box.sizes, strides, target_strides, strict=True))
     return Fetch(file, start + first * dtype.itemsize, dtype, target, 0, loops, is_direct)
+
+
+def fetch_of_bytes(file: str, start: int, nbytes: int) -> Fetch:
+    """Return a fetch that names bytes of a file, for a check of their digests."""
+    return Fetch(file, start, torch.uint8, 0, 0, ((nbytes, 1, 1),), is_direct=True)
 
 
 @dataclass(frozen=True, slots=True)

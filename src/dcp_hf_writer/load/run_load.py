@@ -80,8 +80,8 @@ class Load(ABC):
     def check(self, planner: LoadPlanner, given: Mapping[str, Any]) -> None:
         """Check that the checkpoint holds everything that the planner loads, in a form that fits.
 
-        Only for planners that load their whole state dict; of others, `check_items` checks what
-        they plan.
+        Only for planners that load their whole state dict. For other planners, `check_items` checks
+        what they plan.
 
         Args:
             planner: Planner of the load.
@@ -121,13 +121,13 @@ class Load(ABC):
                 [item for item in plan.items if item.type == LoadItemType.BYTE_IO]
             )
             tensors = [item for item in plan.items if item.type == LoadItemType.TENSOR]
-            if gives_own_tensors(planner) and self._options.group is None:
+            steps = [tensors]
+            is_own = gives_own_tensors(planner)
+            if is_own and self._options.group is None:
                 steps = [[item] for item in tensors]
-            else:
-                steps = [tensors]
             for step in steps:
                 wanted = [Wanted(item, _resolved(planner, item)) for item in step]
-                if gives_own_tensors(planner):
+                if is_own:
                     _check_distinct(wanted, planner)
                 self._load_tensors(wanted, reading)
                 for one in wanted:
@@ -147,7 +147,7 @@ class Load(ABC):
 
 
 def _check_distinct(wanted: Sequence[Wanted], planner: LoadPlanner) -> None:
-    """Check that a planner of its own kind did not give one buffer for several items."""
+    """Check that a planner that gives its own tensors did not give one for several items."""
     there: dict[tuple[int, int], Wanted] = {}
     for one in wanted:
         if one.target.numel():

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import LayoutError
 from dcp_hf_writer.excerpts import some_of
-from dcp_hf_writer.mapping.wrapped_names import shared_prefixes
+from dcp_hf_writer.mapping.wrapped_names import WRAPPERS, shared_prefixes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -31,15 +31,6 @@ _ADDED = {
     r"(?:^|\.)v_head\.": "this is a value head: save model.pretrained_model.state_dict() as the "
     "model's entry, and model.v_head.state_dict() as another",
 }
-_CALLS = (
-    (
-        re.compile(r"base_model\.model\."),
-        "copy.deepcopy(model).merge_and_unload().state_dict()",
-    ),
-    (re.compile(r"pretrained_model\."), "model.pretrained_model.state_dict()"),
-    (re.compile(r"(\d+)\.auto_model\."), "model[{0}].auto_model.state_dict()"),
-    (re.compile(r"module\."), "model.module.state_dict()"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,12 +61,12 @@ class Architecture:
     base_prefix: str
     """Name under which a model with a head holds the model without it."""
     is_whole: bool
-    """Whether the class is known. If not, only the tensors of the model without a head are."""
+    """Whether the class is known. If not, the key sets hold the model without its head only."""
     is_sorted: bool
     """Whether `save_pretrained` sorts the names of a model that it did not load."""
     turned: tuple[tuple[str, int, int], ...] = ()
-    """Tensors of which readers exchange two dimensions if the shape asks for it: a regular
-    expression of the keys, and the dimensions."""
+    """Tensors whose dimensions readers swap if the shape asks for it: a regular expression of the
+    keys, and the two dimensions."""
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -173,7 +164,7 @@ def _compared(
     ignored = [re.compile(pattern) for pattern in expected.ignored]
     added = [key for key in shapes if keys.get(key) is None]
     if not expected.is_whole:
-        # The names of heads are unknown. What lies beside the layers of the model is no head.
+        # The names of heads are unknown, so a tensor outside the modules of the model may be one.
         modules = {key.partition(".")[0] for key in (*keys.required, *keys.optional)}
         added = [key for key in added if key.partition(".")[0] in modules]
     missing = [key for key in keys.required if key not in shapes and key not in left_out]
@@ -293,13 +284,13 @@ def wrapper_advice(names: Iterable[str]) -> str | None:
 def _known_prefix(names: Iterable[str]) -> str:
     """Return the prefix of a known wrapper that all names have; empty if there is none."""
     for prefix in reversed(shared_prefixes(names)):
-        if any(pattern.fullmatch(prefix) for pattern, _ in _CALLS):
+        if any(pattern.fullmatch(prefix) for pattern in WRAPPERS):
             return prefix
     return ""
 
 
 def _call(prefix: str) -> str:
-    for pattern, call in _CALLS:
+    for pattern, call in WRAPPERS.items():
         match = pattern.match(prefix)
         if match is not None:
             return call.format(*match.groups())

@@ -292,8 +292,7 @@ class HFExport:
         if self.order != "auto":
             return self.order == "natural"
         assets = self.assets if isinstance(self.assets, (list, tuple)) else (self.assets,)
-        # transformers sets this attribute when it loads a model, and sorts the names of such a
-        # model when it saves.
+        # transformers sorts the names of a model that it loaded when it saves it.
         is_loaded = any(map(_is_loaded, assets))
         return is_loaded or any(
             s.hf_keys != (fqn,) or s.pieces for fqn, s in self.spec_by_fqn.items()
@@ -302,10 +301,11 @@ class HFExport:
 
 def _is_loaded(asset: Any) -> bool:
     """Whether an asset is a model from `from_pretrained`, or the config of one."""
+    # transformers sets this attribute when it loads a model.
     if getattr(asset, "_weight_conversions", None) is not None:
         return True
-    # Only configs have both. A model that was made from the config of another model has its name
-    # too, but then the model itself is the better asset.
+    # Only configs have these two attributes. A config from `from_pretrained` keeps its name when a
+    # new model is made from it. Then only the model itself, as the asset, tells the difference.
     is_config = isinstance(getattr(asset, "model_type", None), str)
     return is_config and bool(getattr(asset, "_name_or_path", ""))
 
@@ -344,14 +344,18 @@ def _kept(keys: Iterable[str] | None) -> Iterable[str] | None:
 
 def _groups(groups: Any) -> tuple[tuple[str, ...], ...]:
     try:
-        found = [(group, isinstance(group, str), tuple(group)) for group in groups]
+        found = [(group, tuple(group)) for group in groups]
     except TypeError:
-        found = [(groups, True, ())]
-    for group, is_wrong, keys in found:
-        if is_wrong or isinstance(groups, str) or not all(isinstance(key, str) for key in keys):
-            msg = "groups must be a collection of groups of keys"
-            raise ConfigError(msg, expected='such as [("a", "b"), ("c",)]', found=shown(group))
-    return tuple(keys for _, _, keys in found)
+        raise _not_groups(groups) from None
+    for group, keys in found:
+        if isinstance(group, str) or not all(isinstance(key, str) for key in keys):
+            raise _not_groups(group)
+    return tuple(keys for _, keys in found)
+
+
+def _not_groups(found: Any) -> ConfigError:
+    msg = "groups must be a collection of groups of keys"
+    return ConfigError(msg, expected='such as [("a", "b"), ("c",)]', found=shown(found))
 
 
 def _patterns(values: Sequence[str]) -> tuple[str, ...]:

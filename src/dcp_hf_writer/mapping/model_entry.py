@@ -125,7 +125,8 @@ def without_moments(names: Mapping[str, str]) -> dict[str, str]:
     """Leave out flattened optimizer state, such as `state.<parameter>.exp_avg`.
 
     Args:
-        names: Name of each tensor within one entry, by FQN. The parameter must be one of them.
+        names: Name of each tensor within one entry, by FQN. Only state of a parameter that is among
+            these names is left out.
 
     Source:
         torch, `StateDictOptions.flatten_optimizer_state_dict`.

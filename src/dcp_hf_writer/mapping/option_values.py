@@ -111,7 +111,7 @@ def check_pairs(option: str, value: Any) -> None:
 
 
 def shown(value: Any) -> str:
-    """Return a value as a message shows it: short values whole, of long ones the beginning."""
+    """Return a value as text for a message; of a long value, only the beginning."""
     if isinstance(value, int) and not -(10**40) < value < 10**40:
         # Python refuses to print integers of more than 4,300 digits.
         return f"an int of about {math.log10(2) * value.bit_length():.0f} digits"

@@ -17,8 +17,16 @@ if TYPE_CHECKING:
 
 _PARTS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 
-# DistributedDataParallel and DeepSpeed; PEFT; TRL's value head; SentenceTransformer.
-_PREFIX = re.compile(r"(?:(?:module|base_model\.model|pretrained_model|\d+\.auto_model)\.)+")
+# PEFT; TRL's value head; SentenceTransformer; DistributedDataParallel and DeepSpeed.
+WRAPPERS = {
+    re.compile(r"base_model\.model\."): "copy.deepcopy(model).merge_and_unload().state_dict()",
+    re.compile(r"pretrained_model\."): "model.pretrained_model.state_dict()",
+    re.compile(r"(\d+)\.auto_model\."): "model[{0}].auto_model.state_dict()",
+    re.compile(r"module\."): "model.module.state_dict()",
+}
+"""The call that saves the model without a known wrapper, by the prefix of that wrapper."""
+
+_PREFIX = re.compile(f"(?:{'|'.join(pattern.pattern for pattern in WRAPPERS)})+")
 
 
 def without_wrappers(name: str) -> str:
