@@ -27,6 +27,7 @@ from support.named_bytes import save_held_by
 from support.processes import in_fresh_process
 from support.ranks import run_ranks
 from support.taken_targets import FILES, files_of_others, put_files, tree
+from support.unwilling import Unwilling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -455,12 +456,6 @@ def test_mount_points_are_refused_or_left_in_their_place(tmp_path: Path) -> None
 
 
 # Other ways to a target
-
-
-class Unwilling:
-    def save_pretrained(self, directory: str) -> None:
-        msg = "no vocabulary"
-        raise ValueError(msg, directory)
 
 
 @pytest.mark.usefixtures("way")
