@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict_from
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from dcp_hf_writer import HFDualReader, LoadSpec, load_hf, verify
+from dcp_hf_writer import HFDualReader, LoadSpec, Piece, load_hf, verify
 from dcp_hf_writer.errors import CorruptCheckpointError, ModelKeyError
 from support.compare import tensor_difference
 from support.ranks import run_ranks
@@ -117,7 +117,7 @@ def test_parts_are_loaded_by_key(root: Path) -> None:
 
 def test_specs_join_and_split_tensors_in_parts(root: Path) -> None:
     rows, columns = model()["rows"], model()["columns"]
-    specs = [LoadSpec("joined", ["columns", "few"], (27,), pieces=[*pieces()])]
+    specs = [LoadSpec("joined", ["columns", "few"], (27,), pieces=pieces())]
     found = {"joined": torch.zeros(27), "rows": torch.zeros(7, 5)}
     load_hf(found, root / "one", specs=specs, strict=False)
     assert torch.equal(found["rows"], rows)
@@ -125,9 +125,7 @@ def test_specs_join_and_split_tensors_in_parts(root: Path) -> None:
     assert torch.equal(found["joined"], wanted)
 
 
-def pieces() -> list[Any]:
-    from dcp_hf_writer import Piece
-
+def pieces() -> list[Piece]:
     # The columns one after another: transposed and flat.
     return [
         Piece("columns", (4, 6), ((6, 1, 4), (4, 6, 1))),
@@ -161,12 +159,12 @@ def test_missing_part_within_a_tensor_is_found(path: Path) -> None:
     assert "tile" in str(refusal(path))
 
 
-def changed(file: Path, info: dict[str, Any] | None, **tensors: torch.Tensor) -> None:
+def changed(file: Path, info: dict[str, Any], **tensors: torch.Tensor) -> None:
     with safe_open(file, "pt") as opened:
         found = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
         metadata = opened.metadata()
     old = json.loads(metadata["DCP_SHARDING_INFO"])
-    metadata["DCP_SHARDING_INFO"] = json.dumps({**old, **(info or {})})
+    metadata["DCP_SHARDING_INFO"] = json.dumps({**old, **info})
     save_file(found | tensors, file, metadata)
 
 

@@ -32,8 +32,8 @@ def run_ten(rank: int, world_size: int, root: Path) -> Seen:
     options = {"save_every": 2, "export_every": 4, "keep_last": 2, "keep_every": 8}
     with managed(root, seen, **options, export_keep_last=1, on_failure="warn") as manager:
         report_steps(manager, seen, range(1, 11))
+        # Rank 0 alone deletes steps. The others must not look before it has done so.
         dist.barrier()
-        # Retention runs on rank 0 alone: the others look once it has waited for it.
     return seen
 
 
@@ -173,8 +173,8 @@ def test_damaged_newest_is_passed_over_and_all_damaged_is_an_error(tmp_path: Pat
     run_ranks(save_three, 2, root)
     (root / "step-3" / ".metadata").write_bytes(b"")
     # Right size, wrong content: only the load itself can tell.
-    metadata = root / "step-2" / "__1_0.distcp"
-    metadata.write_bytes(bytes(metadata.stat().st_size))
+    data = root / "step-2" / "__1_0.distcp"
+    data.write_bytes(bytes(data.stat().st_size))
     for start, restored in run_ranks(restore_after, 2, root, "plain"):
         assert start == 1
         assert [text.partition(":")[0] for text in restored.skipped] == [

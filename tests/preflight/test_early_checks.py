@@ -43,6 +43,12 @@ def base_model(path: Path) -> Path:
 
 # Options
 
+
+def shown(value: object) -> str:
+    """Name a value in the id of a test; some values are too long."""
+    return repr(value)[:30]
+
+
 HUGE = 10**400
 BAD_OPTIONS: dict[str, tuple[Any, ...]] = {
     "timeout_s": (HUGE, -HUGE, 0, -1, float("nan"), float("inf"), 1e300, True, "60", None, [1]),
@@ -63,7 +69,7 @@ BAD_OPTIONS: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize(
     ("option", "value"),
     [(option, value) for option, values in BAD_OPTIONS.items() for value in values],
-    ids=lambda value: repr(value)[:30] if not isinstance(value, int) else str(value)[:30],
+    ids=shown,
 )
 def test_writer_refuses_an_option_and_names_it(option: str, value: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -95,7 +101,7 @@ BAD_EXPORT_OPTIONS: dict[str, tuple[Any, ...]] = {
 @pytest.mark.parametrize(
     ("option", "value"),
     [(option, value) for option, values in BAD_EXPORT_OPTIONS.items() for value in values],
-    ids=lambda value: repr(value)[:30] if not isinstance(value, int) else str(value)[:30],
+    ids=shown,
 )
 def test_export_refuses_an_option_and_names_it(option: str, value: Any) -> None:
     with pytest.raises(ConfigError) as caught:
@@ -110,7 +116,7 @@ def test_export_refuses_an_option_and_names_it(option: str, value: Any) -> None:
         *(("slots", value) for value in (-1, True, 2.0, "2")),
         *(("directory", value) for value in ("", 3, b"x")),
     ],
-    ids=lambda value: repr(value)[:30] if not isinstance(value, int) else str(value)[:30],
+    ids=shown,
 )
 def test_slots_refuse_an_option_and_name_it(option: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=option):

@@ -508,10 +508,10 @@ def test_overwrite_by_another_host_is_finished_by_a_save_to_its_target(
 
 def test_overwrite_of_a_live_save_is_left_to_it(tmp_path: Path) -> None:
     directory, replaced = crashed(tmp_path / "step-1")
-    write(directory.path, MANIFEST_NAME, manifest_of(directory, replace(DEAD, **_of_init())))
+    write(
+        directory.path,
+        MANIFEST_NAME,
+        manifest_of(directory, replace(DEAD, pid=1, started=_started(1))),
+    )
     made(tmp_path / "step-2").publish(overwrite=False)
     assert names(tmp_path) == sorted([os.path.basename(directory.path), replaced.name, "step-2"])
-
-
-def _of_init() -> dict[str, int]:
-    return {"pid": 1, "started": _started(1)}

@@ -50,6 +50,7 @@ from dcp_hf_writer.tensors.boxes import whole
 from support.audit import faults
 from support.ranks import run_ranks
 from support.small_states import dcp_difference, difference, leftovers, state_of
+from support.unwilling import Unwilling
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -347,12 +348,6 @@ def test_checkpoint_is_not_published_when_a_file_lost_its_end(tmp_path: Path, na
     assert list(tmp_path.iterdir()) == []
     dcp.async_save(state_of(1), storage_writer=writer).result()
     assert difference(tmp_path / "step-1", 1) is None
-
-
-class Unwilling:
-    def save_pretrained(self, directory: str) -> None:
-        msg = "no vocabulary"
-        raise ValueError(msg, directory)
 
 
 def test_failed_export_is_a_warning_when_that_is_asked_for(

@@ -26,7 +26,7 @@ from support.faults import (
     save,
 )
 from support.named_bytes import save_held_by
-from support.processes import in_fresh_process
+from support.processes import in_fresh_process, status_of_fork
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,12 +57,12 @@ def no_exchange() -> BadCall:
 
 
 def save_and_die(root: Path, number: int, way: Way, die_at: int) -> None:
-    """Save in a child of this process that dies at a change; returns its end, never raises."""
+    """Save in a child of this process that dies at a change."""
     with no_exchange().installed(0 if way == "two renames" else 1, root):
         commit._probed.clear()
         Changes(root, die_at=die_at)
         outcome = save(root, "step-2", number, overwrite=way != "new", is_sync=True)
-    os._exit(0 if outcome.raised is None else 1)
+    check_outcomes([outcome], None)
 
 
 def try_every_change(root: Path, way: Way) -> Tried:
@@ -94,10 +94,7 @@ def try_every_change(root: Path, way: Way) -> Tried:
 
 def end_of_child(root: Path, number: int, way: Way, n: int) -> int:
     settle()
-    pid = os.fork()
-    if pid == 0:
-        save_and_die(root, number, way, n)
-    return os.waitpid(pid, 0)[1]
+    return status_of_fork(save_and_die, root, number, way, n)
 
 
 def settle() -> None:

@@ -17,12 +17,12 @@ import pytest
 
 from dcp_hf_writer import failpoints
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
-from dcp_hf_writer.save import commit
+from dcp_hf_writer.save import commit, replace_target
 from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.owner_process import Owner, new_save_id
 from support.changes import Changes
 from support.faults import BadCall
-from support.processes import in_fresh_process
+from support.processes import in_fresh_process, status_of_fork
 from support.taken_targets import FILES, Tree, put_files, small_manifest, tree
 
 if TYPE_CHECKING:
@@ -67,29 +67,18 @@ def staged(target: Path, *, overwrite: bool) -> StagingDirectory:
     return directory
 
 
-def no_exchange() -> BadCall:
-    return BadCall(rank=0, name="renameat2", errno=errno.EINVAL, times=10**6)
+def publish(target: Path, *, overwrite: bool, way: Way, die_at: int | None = None) -> None:
+    """Publish; die at a change to the storage that this makes, if one is given."""
+    no_exchange = BadCall(rank=0, name="renameat2", errno=errno.EINVAL, times=10**6)
+    with no_exchange.installed(0 if way == "no exchange" else 1, target.parent):
+        directory = staged(target, overwrite=overwrite)
+        if die_at is not None:
+            Changes(target.parent, die_at=die_at)
+        directory.publish(overwrite=overwrite)
 
 
-def publish(target: Path, *, overwrite: bool, way: Way) -> None:
-    with no_exchange().installed(0 if way == "no exchange" else 1, target.parent):
-        staged(target, overwrite=overwrite).publish(overwrite=overwrite)
-
-
-def die(target: Path, held: Held, way: Way, n: int) -> int:
-    """Publish in a child that dies at its n-th change; return its status."""
-    pid = os.fork()
-    if pid == 0:
-        try:
-            with no_exchange().installed(0 if way == "no exchange" else 1, target.parent):
-                directory = staged(target, overwrite=held == "checkpoint")
-                Changes(target.parent, die_at=n)
-                directory.publish(overwrite=held == "checkpoint")
-            os._exit(0)
-        except BaseException as error:  # noqa: BLE001 this child must not go on with the tests
-            print(repr(error), flush=True)  # noqa: T201
-            os._exit(1)
-    return os.waitpid(pid, 0)[1]
+def die(target: Path, held: Held, way: Way, n: int) -> None:
+    publish(target, overwrite=held == "checkpoint", way=way, die_at=n)
 
 
 def content(target: Path) -> Tree:
@@ -130,7 +119,7 @@ def try_every_change(base: Path, held: Held, way: Way) -> Tried:
         target = base / str(n) / "step-9"
         prepare(target, held)
         inodes = {name: os.lstat(target / name).st_ino for name in FILES}
-        status = die(target, held, way, n)
+        status = status_of_fork(die, target, held, way, n)
         found = content(target)
         if os.WIFEXITED(status):
             assert os.WEXITSTATUS(status) == 0
@@ -251,8 +240,6 @@ def publish_while(target: Path, held: Held, point: str, change: str, kill_at: st
 
     failpoints.set_hook(hook)
     if point == "before exchange":
-        from dcp_hf_writer.save import replace_target
-
         real = replace_target.exchange
 
         def exchange(one: str, other: str) -> None:
@@ -262,18 +249,6 @@ def publish_while(target: Path, held: Held, point: str, change: str, kill_at: st
 
         replace_target.exchange = exchange
     directory.publish(overwrite=held == "checkpoint")
-
-
-def in_child(function: Callable[..., None], *args: object) -> int:
-    pid = os.fork()
-    if pid == 0:
-        try:
-            function(*args)
-            os._exit(0)
-        except BaseException as error:  # noqa: BLE001 this child must not go on with the tests
-            print(repr(error), flush=True)  # noqa: T201
-            os._exit(1)
-    return os.waitpid(pid, 0)[1]
 
 
 @pytest.mark.parametrize("held", ["nothing", "checkpoint"])
@@ -295,7 +270,7 @@ def test_what_others_change_meanwhile_is_kept(
         is_committed = kill_at != "files carried"
         target = tmp_path / f"killed at {kill_at}" / "step-9"
         prepare(target, held)
-        status = in_child(publish_while, target, held, point, change, kill_at)
+        status = status_of_fork(publish_while, target, held, point, change, kill_at)
         assert os.WIFSIGNALED(status) == (kill_at is not None)
         publish(target.parent / "other", overwrite=False, way="exchange")
         found = content(target)

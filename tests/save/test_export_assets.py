@@ -17,6 +17,7 @@ from dcp_hf_writer.save import export_assets
 from dcp_hf_writer.save.export_assets import Assets, assets_of, known, preload, preset
 from support.compare import INDEX_NAME
 from support.sharded_models import MODELS, build_model
+from support.unwilling import Unwilling
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -227,12 +228,6 @@ def test_asset_of_another_kind_is_refused(asset: object) -> None:
 def test_missing_file_is_an_error_of_the_export(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="missing"):
         files_of(tmp_path / "missing.json")
-
-
-class Unwilling:
-    def save_pretrained(self, directory: str) -> None:
-        msg = "no vocabulary"
-        raise ValueError(msg, directory)
 
 
 def test_object_that_cannot_be_saved_is_named() -> None:

@@ -12,10 +12,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, errors, load_hf
-from dcp_hf_writer.errors import ExportError
+from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, load_hf
+from dcp_hf_writer.errors import CheckpointError, ExportError, ReadError
 from support.mounts import mount_tmpfs, needs_mounts
+from support.own_errors import own_errors
 from support.processes import in_fresh_process
+from support.unwilling import Unwilling
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -27,12 +29,6 @@ def state() -> dict[str, Any]:
     return {"model": {"w": torch.ones(1024, 1024, dtype=torch.bfloat16)}, "step": 3}
 
 
-class Unwilling:
-    def save_pretrained(self, directory: str) -> None:
-        msg = "no vocabulary"
-        raise ValueError(msg, directory)
-
-
 EXPORTS: dict[str, dict[str, Any]] = {
     # The weights alone take 4 MiB, and 2 MiB in the DCP half; the device has 5 MiB.
     "weights": {"dtype": torch.float32},
@@ -41,7 +37,7 @@ EXPORTS: dict[str, dict[str, Any]] = {
 }
 
 
-def failed(root: Path, what: str, how: str) -> tuple[ExportError, list[str], bool, str]:
+def failed(root: Path, what: str, how: str) -> tuple[CheckpointError, list[str], bool, str]:
     mount_tmpfs(root, "size=5m" if what != "weights" else "size=3m")
     path = root / "run" / "step-1"
     writer = HFDualWriter(path, export=HFExport(**EXPORTS[what]))
@@ -50,17 +46,15 @@ def failed(root: Path, what: str, how: str) -> tuple[ExportError, list[str], boo
             dcp.save(state(), storage_writer=writer, no_dist=True)
         else:
             dcp.async_save(state(), storage_writer=writer).result()
-    except ExportError as error:
-        found = error
     except BaseException as error:  # noqa: BLE001 torch's CheckpointException is no Exception
-        found = error.failures[0][0]  # type: ignore[attr-defined]
+        (found,) = own_errors(error)
     loaded = {"model": {"w": torch.zeros(1024, 1024, dtype=torch.bfloat16)}, "step": 0}
     dcp.load(loaded, storage_reader=HFDualReader(path), no_dist=True)
     is_whole = torch.equal(loaded["model"]["w"], state()["model"]["w"])  # type: ignore[index]
     try:
         load_hf(loaded["model"], path)  # type: ignore[arg-type]
         said = ""
-    except errors.ReadError as error:
+    except ReadError as error:
         said = str(error)
     return found, sorted(os.listdir(path)), is_whole, said
 

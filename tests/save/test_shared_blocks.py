@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import filecmp
+import io
 import json
 import logging
 import os
@@ -21,7 +22,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
-from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, failpoints, materialize, verify
+from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, materialize, verify
+from dcp_hf_writer.storage.block_clones import CloneProbe
+from support.faults import Strike
 from support.mounts import CLONING, join_mounts, make_image, mount_image, why_not_image
 from support.processes import FreshProcess, in_fresh_process
 from support.ranks import run_ranks
@@ -210,21 +213,13 @@ class RefusingClones:
         return self._ioctl(*args)
 
 
-class Lines(logging.Handler):
-    def __init__(self) -> None:
-        super().__init__(logging.WARNING)
-        self.found: list[str] = []
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.found.append(record.getMessage())
-
-
 def save_with_refusals(image: Path, root: Path, number: int) -> None:
     mount_image(image, root)
     save_alone(root / "whole")
     clones = RefusingClones(number, after=2)
-    lines = Lines()
-    logging.getLogger("dcp_hf_writer").addHandler(lines)
+    handler = logging.StreamHandler(said := io.StringIO())
+    handler.setLevel(logging.WARNING)
+    logging.getLogger("dcp_hf_writer").addHandler(handler)
     fcntl.ioctl = clones  # type: ignore[assignment]
     if number == errno.EIO:
         with pytest.raises(dcp.api.CheckpointException, match="EIO"):
@@ -235,9 +230,9 @@ def save_with_refusals(image: Path, root: Path, number: int) -> None:
     # Two clones that worked, one that did not; after that none is tried.
     assert clones.calls == 3
     assert 0 < shared_nbytes(root / "step") < shared_nbytes(root / "whole")
-    assert [line for line in lines.found if "does not share disk blocks" in line] == lines.found
-    assert len(lines.found) == 1
-    assert os.strerror(number) in lines.found[0]
+    (line,) = said.getvalue().splitlines()
+    assert "does not share disk blocks" in line
+    assert os.strerror(number) in line
     check_equal(load_dcp(root / "step", whole_state()), whole_state())
     assert verify(root / "step").ok
 
@@ -263,16 +258,7 @@ def die_at_clone(root: Path, image: Path, n: int) -> str:
         check_equal(load_dcp(root / "step-1", whole_state(1)), whole_state(1))
     else:
         save_alone(root / "step-1", 1)
-    left = n + 1
-
-    def strike(point: str) -> None:
-        nonlocal left
-        if point == "before clone":
-            left -= 1
-            if not left:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    failpoints.set_hook(strike)
+    Strike(rank=0, point="before clone", action="kill", hit=n + 1).install(root)
     save_alone(root / "step-2", 2)
     return "survived"
 
@@ -295,8 +281,6 @@ def test_a_file_system_that_cannot_clone_is_asked_once_and_written_as_ever(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.DEBUG, "dcp_hf_writer.storage.block_clones")
-    from dcp_hf_writer.storage.block_clones import CloneProbe
-
     shm = Path("/dev/shm")
     probe = CloneProbe()
     assert probe.block_nbytes(str(shm)) is None

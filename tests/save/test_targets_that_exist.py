@@ -21,15 +21,17 @@ from dcp_hf_writer.errors import CommitError, ExportError, TargetExistsError
 from dcp_hf_writer.save import replace_target
 from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.owner_process import new_save_id
-from support.faults import BadCall, check_outcomes, save
+from support.faults import BadCall, Strike, check_outcomes, hits, save
 from support.mounts import mount_tmpfs, needs_mounts
 from support.named_bytes import save_held_by
 from support.processes import in_fresh_process
 from support.ranks import run_ranks
 from support.taken_targets import FILES, files_of_others, put_files, tree
+from support.unwilling import Unwilling
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
 VALUE = {"model": {"w": torch.arange(6.0).view(2, 3)}, "step": 7}
 
@@ -55,6 +57,12 @@ def way(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     bad = BadCall(rank=0, name="renameat2", errno=errno.EINVAL, times=10**6)
     with bad.installed(0 if request.param == "no exchange" else 1, tmp_path):
         yield request.param
+
+
+def meanwhile(root: Path, point: str, act: Callable[[], object]) -> AbstractContextManager[None]:
+    """Let others act once, when the save of this process reaches a point."""
+    strike = Strike(rank=0, point=point, action="call", call=lambda _: act())
+    return strike.installed(0, root)
 
 
 # What the trainer put there
@@ -185,16 +193,8 @@ def test_files_written_without_pause_while_saves_run_are_all_there(tmp_path: Pat
 
 def test_target_that_appears_with_files_while_the_save_runs_is_taken(tmp_path: Path) -> None:
     target = tmp_path / "step-1"
-
-    def hook(point: str) -> None:
-        if point == "before rename":
-            put_files(target)
-
-    failpoints.set_hook(hook)
-    try:
+    with meanwhile(tmp_path, "before rename", lambda: put_files(target)):
         put(target, 1)
-    finally:
-        failpoints.set_hook(None)
     check_held(target, 1)
     assert files_of_others(target) == FILES
 
@@ -259,17 +259,11 @@ def test_colliding_name_that_appears_while_the_save_runs_publishes_nothing(
     put_files(target)
     if held == "checkpoint":
         put(target, 1, export=None)
-
-    def hook(point: str) -> None:
-        if point == "before rename":
-            put_files(target, {"hf/mine": "mine"})
-
-    failpoints.set_hook(hook)
-    try:
-        with pytest.raises(TargetExistsError, match="name that the checkpoint needs"):
-            put(target, 2, overwrite=held == "checkpoint")
-    finally:
-        failpoints.set_hook(None)
+    with (
+        meanwhile(tmp_path, "before rename", lambda: put_files(target, {"hf/mine": "mine"})),
+        pytest.raises(TargetExistsError, match="name that the checkpoint needs"),
+    ):
+        put(target, 2, overwrite=held == "checkpoint")
     assert files_of_others(target, {**FILES, "hf/mine": "mine"}) == {**FILES, "hf/mine": "mine"}
     assert (target / ".metadata").exists() == (held == "checkpoint")
     assert os.listdir(tmp_path) == ["step-1"]
@@ -344,7 +338,7 @@ def test_checkpoint_within_another_stays_when_the_outer_one_is_replaced(tmp_path
     put(run / "step-1", 3, overwrite=True)
     check_held(run / "step-1", 3)
     check_held(run, 2)
-    assert sorted(os.listdir(run)) == sorted({*os.listdir(run), "step-1", "hf", ".metadata"})
+    assert {"step-1", "hf", ".metadata"} <= set(os.listdir(run))
     assert not [name for name in os.listdir(run) if name.startswith(".incomplete")]
 
 
@@ -355,20 +349,14 @@ def overwrite(path: Path, number: int) -> None:
 def test_save_within_goes_on_while_the_outer_checkpoint_is_replaced(tmp_path: Path) -> None:
     run = tmp_path / "run"
     put(run, 0)
-    done = []
 
-    def hook(point: str) -> None:
-        if point == "before manifest" and not done:
-            done.append(point)
-            # Not in this process, whose staging memory is in use.
-            in_fresh_process(overwrite, run, 2, timeout_s=100)
+    def replace_outer() -> None:
+        # Not in this process, whose staging memory is in use.
+        in_fresh_process(overwrite, run, 2, timeout_s=100)
 
-    failpoints.set_hook(hook)
-    try:
+    with meanwhile(tmp_path, "before manifest", replace_outer):
         put(run / "step-1", 1)
-    finally:
-        failpoints.set_hook(None)
-    assert done
+    assert len(hits(tmp_path)) == 1
     check_held(run, 2)
     check_held(run / "step-1", 1)
 
@@ -400,16 +388,12 @@ def test_link_that_is_turned_during_the_save_does_not_move_it(tmp_path: Path) ->
     other.mkdir()
     link.symlink_to(one)
 
-    def hook(point: str) -> None:
-        if point == "before manifest":
-            link.unlink()
-            link.symlink_to(other)
+    def turn() -> None:
+        link.unlink()
+        link.symlink_to(other)
 
-    failpoints.set_hook(hook)
-    try:
+    with meanwhile(tmp_path, "before manifest", turn):
         put(link, 1)
-    finally:
-        failpoints.set_hook(None)
     check_held(one, 1)
     assert os.listdir(other) == []
 
@@ -455,12 +439,6 @@ def test_mount_points_are_refused_or_left_in_their_place(tmp_path: Path) -> None
 
 
 # Other ways to a target
-
-
-class Unwilling:
-    def save_pretrained(self, directory: str) -> None:
-        msg = "no vocabulary"
-        raise ValueError(msg, directory)
 
 
 @pytest.mark.usefixtures("way")

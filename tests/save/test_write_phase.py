@@ -8,8 +8,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from dcp_hf_writer import HFDualWriter, HFExport, failpoints
+from dcp_hf_writer import HFDualWriter, HFExport
 from dcp_hf_writer.save import write_phase
+from support.faults import Strike
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -23,19 +24,11 @@ def test_bounce_buffer_is_kept_when_a_save_fails(tmp_path: Path) -> None:
         writer = HFDualWriter(tmp_path / name, export=export)
         dcp.save(state, storage_writer=writer, no_dist=True)
 
-    def fail(point: str) -> None:
-        if point == "before fsync":
-            msg = "injected"
-            raise OSError(msg)
-
     save("step-1")
     (before,) = write_phase._idle_blocks
-    failpoints.set_hook(fail)
-    try:
-        with pytest.raises(BaseException, match="injected"):
-            save("step-2")
-    finally:
-        failpoints.set_hook(None)
+    strike = Strike(rank=0, point="before fsync", action="raise")
+    with strike.installed(0, tmp_path), pytest.raises(BaseException, match="injected"):
+        save("step-2")
     (after,) = write_phase._idle_blocks
     assert after is before
     save("step-3")

@@ -131,15 +131,8 @@ def test_quantised_tensor_is_stored_as_torch_stores_it(
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize(
-    ("made", "kind"),
-    [(lambda: Coded.of(weight()), "Coded")],
-    ids=["coded"],
-)
-def test_encoded_weight_costs_the_export_and_not_the_dcp_half(
-    tmp_path: Path, how: str, made: Callable[[], torch.Tensor], kind: str
-) -> None:
-    state = {"model": {"w": made(), "b": torch.ones(3)}}
+def test_encoded_weight_costs_the_export_and_not_the_dcp_half(tmp_path: Path, how: str) -> None:
+    state = {"model": {"w": Coded.of(weight()), "b": torch.ones(3)}}
     problems = HFDualWriter(tmp_path / "c").explain(state).problems
     assert any("a weight of this kind cannot be exported" in problem for problem in problems)
     with pytest.raises(BaseException) as caught:  # noqa: PT011 - torch wraps those of a sync save
@@ -147,7 +140,7 @@ def test_encoded_weight_costs_the_export_and_not_the_dcp_half(
     error = own_error(caught.value)
     assert isinstance(error, ExportError)
     assert error.fqn == "model.w"
-    assert kind in str(error.found)
+    assert "Coded" in str(error.found)
     found = {"model": {"b": torch.zeros(3)}}
     dcp.load(found, checkpoint_id=tmp_path / "c")
     assert torch.equal(found["model"]["b"], torch.ones(3))
@@ -255,7 +248,7 @@ def test_sharded_state_dicts_of_fsdp1_are_saved(tmp_path: Path) -> None:
     for how, added in {"sync": 1, "async": 1, "async again": 0, "process": 0}.items():
         assert verify(tmp_path / how).ok
         exported = load_file(tmp_path / how / "hf/model.safetensors")
-        assert {name: value + added for name, value in exported.items()}.keys() == full.keys()
+        assert exported.keys() == full.keys()
         for name, value in exported.items():
             assert torch.allclose(value + added, full[name])
         found = {"model": {name: torch.zeros_like(value) for name, value in full.items()}}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -87,4 +86,4 @@ def test_hint_names_the_call_when_a_path_looks_like_the_id_of_a_repository(text:
 
 @pytest.mark.parametrize("text", ["/models/gpt2", "./gpt2", "../gpt2", "a/b/c", "~/x", "s3://b/x"])
 def test_no_hint_is_given_when_a_path_cannot_be_the_id_of_a_repository(text: str) -> None:
-    assert hub_hint(os.path.join(text)) is None
+    assert hub_hint(text) is None

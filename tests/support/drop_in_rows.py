@@ -265,7 +265,7 @@ def keyed_load(calls: Calls) -> Any:
 
 
 class LeavesOut(DefaultLoadPlanner):
-    """Loads what fits."""
+    """Loads what fits, such as everything but a new head."""
 
     def create_local_plan(self) -> LoadPlan:
         assert self.metadata is not None

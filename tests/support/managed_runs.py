@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer import CheckpointManager, WriteSlots
+from support.faults import TIMEOUT_S
 from support.named_bytes import EXPORT, sharded_state
 from support.rank_process import Raised
 
@@ -16,8 +17,6 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
 
     from support.faults import Fault
-
-TIMEOUT_S = 20.0
 
 
 @dataclass

@@ -145,7 +145,7 @@ def manifest_fault(checkpoint: Path, *, others: Collection[str] = ()) -> str | N
     export = manifest["hf"] or {"subdir": "hf", "files": {}}
     in_export = {f"{export['subdir']}/{name}": one for name, one in export["files"].items()}
     listed = manifest["files"].keys() | manifest["dcp"].keys() | in_export.keys()
-    if listed | set(others) != contents.keys() | set(others) or not listed <= contents.keys():
+    if not listed <= contents.keys() <= listed | set(others):
         return f"lists {sorted(listed)}, there are {sorted(contents)}"
     for name, (nbytes, digest) in manifest["files"].items():
         if (nbytes, digest) != (len(contents[name]), _digest(contents[name])):

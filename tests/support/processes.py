@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import signal
 import time
@@ -87,6 +88,24 @@ def in_fresh_process(fn: Callable[..., Any], *args: object, timeout_s: float = 6
     """Run `fn(*args)` in a process of its own and return what it returns; raise what it raises."""
     with FreshProcess(fn, *args, timeout_s=timeout_s) as process:
         return process.result()
+
+
+def status_of_fork(fn: Callable[..., object], *args: object) -> int:
+    """Run `fn(*args)` in a fork of this process, which must have one thread.
+
+    Returns:
+        The status of the child as `os.waitpid` gives it: exit code 0 if `fn` returned, 1 if it
+        raised; the child prints the error.
+    """
+    pid = os.fork()
+    if pid == 0:
+        try:
+            fn(*args)
+            os._exit(0)
+        except BaseException as error:  # noqa: BLE001 this child must not go on with the tests
+            print(repr(error), flush=True)  # noqa: T201
+            os._exit(1)
+    return os.waitpid(pid, 0)[1]
 
 
 def _run(theirs: Connection, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:

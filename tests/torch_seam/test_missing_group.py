@@ -23,8 +23,7 @@ def state() -> dict[str, Any]:
     return {"model": {"w": torch.ones(2, 3)}}
 
 
-def save(path: Path, how: str, **options: Any) -> None:
-    writer = HFDualWriter(path)
+def save(writer: HFDualWriter, how: str, **options: Any) -> None:
     if how == "save":
         dcp.save(state(), storage_writer=writer, **options)
     else:
@@ -38,7 +37,7 @@ def test_save_is_refused_when_the_group_is_missing(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(BaseException, match="no process group is initialised") as caught:
-        save(tmp_path / "step-1", how, **options)
+        save(HFDualWriter(tmp_path / "step-1"), how, **options)
     (error,) = own_errors(caught.value)
     assert isinstance(error, ConfigError)
     assert "init_process_group" in str(error)
@@ -55,7 +54,8 @@ def test_save_goes_on_when_it_is_meant_alone_or_is_alone(
         monkeypatch.delenv("WORLD_SIZE", raising=False)
     else:
         monkeypatch.setenv("WORLD_SIZE", world_size)
-    save(tmp_path / "step-1", how, **({"no_dist": True} if world_size == "2" else {}))
+    options = {"no_dist": True} if world_size == "2" else {}
+    save(HFDualWriter(tmp_path / "step-1"), how, **options)
     assert (tmp_path / "step-1" / ".metadata").is_file()
 
 
@@ -63,10 +63,10 @@ def save_after_the_end(rank: int, world_size: int, root: Path, how: str) -> list
     said = []
     for path, options in ((root / "all", {}), (root / f"alone-{rank}", {"no_dist": True})):
         if dist.is_initialized():
-            save(root / "before", how)
+            save(HFDualWriter(root / "before"), how)
             dist.destroy_process_group()
         try:
-            save(path, how, **options)
+            save(HFDualWriter(path), how, **options)
         except BaseException as error:  # noqa: BLE001 torch's CheckpointException is no Exception
             said.append(str(error))
     return said
@@ -94,10 +94,7 @@ def save_after_the_group(rank: int, world_size: int, root: Path) -> list[str]:
     for (how, alone), writer in zip(ways, writers, strict=True):
         options = {"no_dist": True} if alone else {}
         try:
-            if how == "save":
-                dcp.save(state(), storage_writer=writer, **options)
-            else:
-                dcp.async_save(state(), storage_writer=writer, **options).result()
+            save(writer, how, **options)
         except BaseException as error:  # noqa: BLE001 torch's CheckpointException is no Exception
             found += [str(one) for one in own_errors(error)]
     return found
