@@ -81,8 +81,11 @@ class Hold:
             self.arrived.set()
             assert self.go_on.wait(LIMIT_S)
 
-    def act(self, what: Any) -> None:
+    def wait(self) -> None:
         assert self.arrived.wait(LIMIT_S), "the save did not come to the point"
+
+    def act(self, what: Any) -> None:
+        self.wait()
         what()
         self.go_on.set()
         failpoints.set_hook(None)
@@ -126,16 +129,18 @@ def own_part(rank: int) -> dict[str, Any]:
     return {"model": {f"stage{rank}.w": torch.full((8, 8), float(rank))}}
 
 
-def join(name: str, rank: int, world_size: int) -> None:
-    """Make the default group anew, as each script does that runs for itself."""
+def join(name: str, rank: int, world_size: int) -> dist.Store:
+    """Make the default group anew, as each script does that runs for itself; returns its store."""
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    own = dist.PrefixStore(name, store)
     dist.init_process_group(
         "gloo",
-        store=dist.PrefixStore(name, store),
+        store=own,
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=LIMIT_S),
     )
+    return own
 
 
 def failure_of(future: Any) -> BaseException | None:
@@ -150,7 +155,7 @@ def failure_of(future: Any) -> BaseException | None:
     return None
 
 
-def destroy_in_flight(rank: int, root: Path, case: Case) -> BaseException | None:
+def destroy_in_flight(rank: int, root: Path, case: Case, store: dist.Store) -> BaseException | None:
     group = None if case.group == "default" else dist.new_group()
     # A rank that destroyed the group now would break the others' start of it.
     dist.barrier(group)
@@ -158,6 +163,10 @@ def destroy_in_flight(rank: int, root: Path, case: Case) -> BaseException | None
     hold = Hold(case.point if rank in case.who else "nowhere")
     future = save_held(root / "x", own_part(rank), hold, process_group=group)
     if rank in case.who:
+        hold.wait()
+        # A rank that learns of the loss of another no longer comes to the point.
+        store.set(f"at the point {rank}", "")
+        store.wait([f"at the point {other}" for other in case.who])
         hold.act(lambda: dist.destroy_process_group(group))
     return failure_of(future)
 
@@ -168,8 +177,8 @@ def live_through_cases(rank: int, world_size: int, root: Path) -> dict[str, Any]
     for name, case in CASES.items():
         own = root / name
         own.mkdir(exist_ok=True)
-        join(name, rank, world_size)
-        error = destroy_in_flight(rank, own, case)
+        store = join(name, rank, world_size)
+        error = destroy_in_flight(rank, own, case, store)
         if dist.is_initialized():
             dist.destroy_process_group()
         join(f"{name} after", rank, world_size)
