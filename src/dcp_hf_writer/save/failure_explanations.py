@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dcp_hf_writer.errors import SaveAbortedError, SaveTimeoutError
+from dcp_hf_writer.errors import CheckpointError, SaveAbortedError, SaveTimeoutError
 from dcp_hf_writer.save import save_log
 from dcp_hf_writer.save.rank_progress import MEETING, POST_MORTEM_S, Progress, lost_ranks_error
 from dcp_hf_writer.save.replace_target import saved_id
@@ -70,6 +70,28 @@ def guard_save(attempt: Attempt, *, anchor: _DistWrapper | None, is_async: bool)
         has_raised=(lambda _: True) if running is None else running.has_raised,
     )
     attempt.watch(guard.stop)
+
+
+def explain_broken_exchange(attempt: Attempt, error: BaseException) -> CheckpointError:
+    """Return the error for a save whose ranks could not exchange bytes; the save is given up.
+
+    Args:
+        attempt: The save.
+        error: What gloo, the store or the wait raised.
+    """
+    is_late = attempt.context.left_s() < _SKEW_S
+    found = _at_deadline(attempt) if is_late else _explain(attempt, error)
+    attempt.give_up()
+    if isinstance(found, CheckpointError):
+        return found
+    return SaveAbortedError(
+        "another rank failed while the ranks exchanged bytes",
+        rank=attempt.rank,
+        phase=attempt.phase,
+        path=attempt.target,
+        found=f"{type(error).__name__}: {error}",
+        hint="look at the errors of the other ranks",
+    )
 
 
 def check_world(lease: Lease, world: SaveWorld, *, target: str) -> None:

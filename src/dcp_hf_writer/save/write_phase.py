@@ -20,12 +20,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from dcp_hf_writer.errors import (
-    CheckpointError,
-    SaveAbortedError,
-    SaveTimeoutError,
-    SlotTimeoutError,
-)
+from dcp_hf_writer.errors import CheckpointError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.weights_once_places import NOTICE, encode_stored_once
 from dcp_hf_writer.plan.rank_report import RankReport
@@ -36,7 +31,7 @@ from dcp_hf_writer.save.dcp_half import (
     check_results,
     run_given_writer,
 )
-from dcp_hf_writer.save.export_failures import export_error
+from dcp_hf_writer.save.export_failures import FATAL, export_error
 from dcp_hf_writer.save.hf_half import BlockWriter, is_interleaved, regions_by_file
 from dcp_hf_writer.save.share_blocks import BlockSharing
 from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
@@ -65,10 +60,6 @@ _log = logging.getLogger(__name__)
 # FQN of the extra result that carries a rank's report. `take_reports` removes the result before DCP
 # sees it.
 _REPORT_FQN = "\0dcp-hf-report"
-
-# These errors end the save in either half. After any other error in the export, the DCP half goes
-# on.
-_FATAL = (SaveAbortedError, SaveTimeoutError, SlotTimeoutError)
 
 # The block writer of the latest save, kept to reuse its buffer. A save that runs at the same time
 # as another one makes its own.
@@ -310,7 +301,7 @@ class WritePhase:
                     files.keep(file)
                 else:
                     files.sync(file)
-            except _FATAL:
+            except FATAL:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
                 _log.warning("rank %d could not write %s: %s", self.attempt.rank, path, error)
