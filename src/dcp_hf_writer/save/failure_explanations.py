@@ -13,7 +13,6 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dcp_hf_writer.errors import CheckpointError, SaveAbortedError, SaveTimeoutError
 from dcp_hf_writer.save import save_log
 from dcp_hf_writer.save.rank_progress import MEETING, POST_MORTEM_S, Progress, lost_ranks_error
-from dcp_hf_writer.save.replace_target import saved_id
 from dcp_hf_writer.torch_seam.calls_until_exit import CALLS_UNTIL_EXIT
 from dcp_hf_writer.torch_seam.failed_steps import call_when_a_step_fails
 from dcp_hf_writer.torch_seam.future_guard import FutureGuard, find_future, own_error
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.errors import RankLostError
     from dcp_hf_writer.save.attempt import Attempt
+    from dcp_hf_writer.save.save_context import PlaceOfSave
     from dcp_hf_writer.staging.slab import Lease
     from dcp_hf_writer.torch_seam.save_world import SaveWorld
 
@@ -312,12 +312,11 @@ def _outcome_at(attempt: Attempt, phase: str) -> str:
 
 
 def _outcome_of(attempt: Attempt) -> str:
-    save_id = attempt.directory.save_id if attempt.directory is not None else None
-    return _ask(lambda: _outcome(attempt.target, save_id), otherwise=OPEN)
+    return _ask(lambda: _outcome(attempt.directory), otherwise=OPEN)
 
 
-def _outcome(target: str, save_id: str | None) -> str:
-    if save_id is not None and saved_id(target) == save_id:
+def _outcome(place: PlaceOfSave | None) -> str:
+    if place is not None and place.is_committed():
         return "committed: the checkpoint is visible"
     return OPEN
 

@@ -13,7 +13,7 @@ import os
 import socket
 import time
 import weakref
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from dcp_hf_writer.torch_seam.default_store import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from dcp_hf_writer.torch_seam.save_world import SaveWorld
 
@@ -58,6 +58,8 @@ class Announcement:
     """Id of the global plan; a rank whose plan has another id must not write."""
     count: int
     """Number of saves that the coordinator has begun; the other ranks take it over."""
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """What the ranks need in order to write to the target, such as the ids of uploads."""
 
 
 @dataclass(frozen=True, slots=True)
