@@ -189,7 +189,7 @@ class S3Store(ObjectStore):
             retries.wait_after(answer)
 
     def _is_gone(self, upload: Upload, fault: RequestFault, retries: Retries) -> bool:
-        """Whether the upload was aborted. Some servers then answer 500 to a part, so ask."""
+        """Whether the upload was aborted. Some servers answer 500 then, so ask."""
         if fault.code != UPLOAD_IS_GONE and retries.failures == _ERRORS_TO_ASK and fault.code:
             names = self._names(upload)
             listed = self._send("list_parts", retries.patience, **names, MaxParts=1)
@@ -236,7 +236,7 @@ class S3Store(ObjectStore):
                     found="no object" if head is None else wanted.describe(head),
                     hint="check whether two jobs save to one place",
                 )
-            if answer.code == UPLOAD_IS_GONE:
+            if self._is_gone(upload, answer, retries):
                 raise self._gone(upload)
             retries.wait_after(answer)
 
