@@ -9,6 +9,7 @@ rclone does neither; a second `complete` succeeds on moto and fails on rclone.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import re
@@ -56,9 +57,7 @@ class S3Server:
     def new_bucket(self) -> S3Bucket:
         """Make an empty bucket."""
         name = f"bucket-{os.getpid()}-{next(_numbers)}"
-        client = self.client()
-        client.create_bucket(Bucket=name)
-        client.close()
+        self.client().create_bucket(Bucket=name)
         return S3Bucket(self.kind, self.endpoint, name)
 
 
@@ -93,25 +92,23 @@ class S3Bucket:
 
     def keys(self) -> list[str]:
         """Return the keys of all objects."""
-        with contextlib.closing(self.client()) as client:
-            pages = client.get_paginator("list_objects_v2").paginate(Bucket=self.name)
-            return [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+        pages = self.client().get_paginator("list_objects_v2").paginate(Bucket=self.name)
+        return [entry["Key"] for page in pages for entry in page.get("Contents", ())]
 
     def open_uploads(self) -> list[tuple[str, str]]:
         """Return key and upload id of all open uploads."""
-        with contextlib.closing(self.client()) as client:
-            pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self.name)
-            try:
-                found = [entry for page in pages for entry in page.get("Uploads", ())]
-            except client.exceptions.NoSuchUpload:  # rclone, before the first upload of a bucket
-                return []
-            return [(entry["Key"], entry["UploadId"]) for entry in found]
+        client = self.client()
+        pages = client.get_paginator("list_multipart_uploads").paginate(Bucket=self.name)
+        try:
+            found = [entry for page in pages for entry in page.get("Uploads", ())]
+        except client.exceptions.NoSuchUpload:  # rclone, before the first upload of a bucket
+            return []
+        return [(entry["Key"], entry["UploadId"]) for entry in found]
 
     def content(self, key: str) -> bytes:
         """Return the bytes of an object."""
-        with contextlib.closing(self.client()) as client:
-            data: bytes = client.get_object(Bucket=self.name, Key=key)["Body"].read()
-            return data
+        data: bytes = self.client().get_object(Bucket=self.name, Key=key)["Body"].read()
+        return data
 
 
 def options_of(endpoint: str) -> dict[str, Any]:
@@ -125,7 +122,12 @@ def options_of(endpoint: str) -> dict[str, Any]:
 
 
 def plain_client(endpoint: str) -> Any:
-    """Return a synchronous botocore client; the caller closes it."""
+    """Return a synchronous botocore client. To make one takes long, so processes keep them."""
+    return _client_of(endpoint, os.getpid())
+
+
+@functools.lru_cache(maxsize=8)
+def _client_of(endpoint: str, _pid: int) -> Any:
     import botocore.config
     import botocore.session
 

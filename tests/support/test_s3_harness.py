@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,8 +15,8 @@ if TYPE_CHECKING:
 def test_proxy_forwards_and_logs_when_no_fault_is_set(
     s3_bucket: S3Bucket, s3_proxy: FaultProxy
 ) -> None:
-    with contextlib.closing(s3_bucket.at(s3_proxy.endpoint).client()) as client:
-        client.put_object(Bucket=s3_bucket.name, Key="a/b", Body=b"x" * 200_000)
+    client = s3_bucket.at(s3_proxy.endpoint).client()
+    client.put_object(Bucket=s3_bucket.name, Key="a/b", Body=b"x" * 200_000)
     assert s3_bucket.content("a/b") == b"x" * 200_000
     assert s3_bucket.keys() == ["a/b"]
     assert s3_bucket.open_uploads() == []
@@ -28,10 +27,10 @@ def test_proxy_acts_as_often_as_asked_when_a_request_matches(
     s3_bucket: S3Bucket, s3_proxy: FaultProxy
 ) -> None:
     fault = s3_proxy.add("answer", "PUT", "/k$", status=403, code="AccessDenied", skip=1)
-    with contextlib.closing(s3_bucket.at(s3_proxy.endpoint).client()) as client:
-        client.put_object(Bucket=s3_bucket.name, Key="k", Body=b"1")
-        with pytest.raises(ClientError, match="AccessDenied"):
-            client.put_object(Bucket=s3_bucket.name, Key="k", Body=b"2")
-        client.put_object(Bucket=s3_bucket.name, Key="k", Body=b"3")
+    client = s3_bucket.at(s3_proxy.endpoint).client()
+    client.put_object(Bucket=s3_bucket.name, Key="k", Body=b"1")
+    with pytest.raises(ClientError, match="AccessDenied"):
+        client.put_object(Bucket=s3_bucket.name, Key="k", Body=b"2")
+    client.put_object(Bucket=s3_bucket.name, Key="k", Body=b"3")
     assert s3_bucket.content("k") == b"3"
     assert (fault.seen, fault.hits) == (3, 1)
