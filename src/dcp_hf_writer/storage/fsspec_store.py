@@ -112,10 +112,9 @@ class FsspecStore(ObjectStore):
 
     def _held_back(self, key: str, upload_id: str) -> _HeldBack:
         path = self._path(key)
-        kinds = set(_protocols(self._fs))
-        if "memory" in kinds:
+        if _is_memory(self._fs):
             return _InMemory(self._fs, path)
-        if kinds & {"file", "local"}:
+        if _is_local(self._fs):
             return _Renamed(self._fs, path, upload_id)
         return _Uncommitted(self._fs, path, self._shown(key))
 
@@ -131,7 +130,7 @@ class FsspecStore(ObjectStore):
             raise self._error(msg, upload.key, found, expected=expected)
         with self._errors(upload.key):
             for one in data:
-                held.write(one)
+                held.write(one.cast("B"))
         held.parts, nbytes = number, sum(one.nbytes for one in data)
         held.nbytes += nbytes
         return SentPart(number, nbytes, "")
@@ -158,7 +157,7 @@ class FsspecStore(ObjectStore):
         """Throw the file away; see `ObjectStore.abort`."""
         with self._lock:
             held = self._open.pop(upload.upload_id, None)
-        if held is None and not set(_protocols(self._fs)) & {"file", "local"}:
+        if held is None and not _is_local(self._fs):
             return
         path = self._path(upload.key)
         discard = held.discard if held else functools.partial(_discard_left, path, upload.upload_id)
@@ -427,12 +426,16 @@ def _commits(file: Any) -> bool:
     )
 
 
-def _protocols(fs: Any) -> tuple[str, ...]:
-    found = []
-    for kind in type(fs).__mro__:
-        names = kind.__dict__.get("protocol", ())
-        found += [names] if isinstance(names, str) else list(names)
-    return tuple(found)
+def _is_memory(fs: Any) -> bool:
+    from fsspec.implementations.memory import MemoryFileSystem  # noqa: PLC0415 - as above
+
+    return isinstance(fs, MemoryFileSystem)
+
+
+def _is_local(fs: Any) -> bool:
+    from fsspec.implementations.local import LocalFileSystem  # noqa: PLC0415 - as above
+
+    return isinstance(fs, LocalFileSystem)
 
 
 def _upload_in(key: str) -> tuple[str, str] | None:
