@@ -28,7 +28,6 @@ from dcp_hf_writer.save import coordinator, export_assets
 from dcp_hf_writer.save.announced_save import planned_directory
 from dcp_hf_writer.save.async_stager import SlabStager
 from dcp_hf_writer.save.begin_save import begin_save
-from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
 from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
 from dcp_hf_writer.save.finish_phase import FinishPhase
@@ -89,7 +88,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         process_group: dist.ProcessGroup | None = None,
         on_export_error: Literal["raise", "warn"] = "raise",
         storage_options: dict[str, Any] | None = None,
-        strategy: Literal["auto", "direct"] = "auto",
+        strategy: Literal["auto", "direct", "exchange"] = "auto",
         timeout_s: float = 1800,
         host_budget_bytes: int = 256 << 20,
     ) -> None:
@@ -112,8 +111,9 @@ class HFDualWriter(StorageWriter, SlabStager):
             on_export_error: If only the export fails and the DCP half holds all weights, the DCP
                 half is committed. Then `"raise"` raises `ExportError`, `"warn"` logs a warning.
             storage_options: Must be `None`: object stores are not supported yet.
-            strategy: `"direct"` lets several hosts write parts of one file on any file system.
-                `"auto"` allows this only if the file system is known to be coherent.
+            strategy: `"direct"`: each rank writes its own bytes, on any file system. `"exchange"`:
+                ranks send each other bytes, so that each aligned part of a file has one writer.
+                `"auto"` exchanges if several hosts write and the file system may not be coherent.
             timeout_s: Deadline of a save in seconds, from staging to commit.
             host_budget_bytes: Memory that a rank may use in addition to the staged copy.
 
@@ -284,7 +284,12 @@ class HFDualWriter(StorageWriter, SlabStager):
                     directory, overwrite=self.overwrite, attempt=attempt, new_files=files
                 )
                 is_ready = coordinator.make_export(
-                    known, assets, attempt, strategy=self.strategy, subdir=self._subdir
+                    known,
+                    assets,
+                    attempt,
+                    strategy=self.strategy,
+                    subdir=self._subdir,
+                    host_budget_bytes=self.host_budget_bytes,
                 )
             except BaseException:
                 attempt.clean_up()
@@ -294,7 +299,9 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt.plan(known, are_facts_checked=not is_cached)
         member = attempt.member
         if member.rendezvous is not None:
-            announcement = Announcement(directory.save_id, known.plan_id, member.count)
+            announcement = Announcement(
+                directory.save_id, known.plan_id, member.count, attempt.cell_nbytes
+            )
             member.rendezvous.announce(attempt.target, announcement)
         return plans if result is None else result
 
@@ -364,7 +371,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 dcp_writer=self.dcp_writer,
                 slots=self.slots,
                 subdir=self._subdir,
-                bounce_nbytes=bounce_nbytes_of(self.host_budget_bytes),
+                host_budget_bytes=self.host_budget_bytes,
                 share=self.share,
             ).run()
             PLAN_CACHE.settle_plan(attempt.global_plan)

@@ -43,6 +43,7 @@ def planned_directory(attempt: Attempt, own: RankPlan) -> StagingDirectory:
         directory = StagingDirectory.of(attempt.target, found.save_id)
         plan_id = found.plan_id
         attempt.work_in(directory, count=found.count)
+        attempt.exchange_cells(found.cell_nbytes)
     if plan_id != own.plan_id:
         msg = "the plan of this rank is not part of the coordinator's plan"
         raise PlanningError(

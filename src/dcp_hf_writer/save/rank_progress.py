@@ -58,6 +58,8 @@ class Announcement:
     """Id of the global plan; a rank whose plan has another id must not write."""
     count: int
     """Number of saves that the coordinator has begun; the other ranks take it over."""
+    cell_nbytes: int = 0
+    """Size of the cells that ranks write for each other; 0 if each rank writes its own bytes."""
 
 
 @dataclass(frozen=True, slots=True)
