@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from dcp_hf_writer.save.exchange_group import joined_exchange
 from dcp_hf_writer.save.exchange_writes import ExchangedFile, ExchangedWrites
 from dcp_hf_writer.save.export_failures import export_error
+from dcp_hf_writer.save.hf_half import nbytes_of_blocks
 from dcp_hf_writer.storage.posix_outputs import OutputFile
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ class ExchangedHalf:
         if done.error is not None:
             report.export_error = report.export_error or self._failed(done.error)
         report.blocks += done.blocks
-        report.nbytes["hf"] = sink.nbytes
+        report.nbytes["hf"] = sum(nbytes_of_blocks(of_file) for of_file in work.values())
         report.nbytes["hf sent"] = done.sent_nbytes
 
     def _headers(self) -> dict[int, bytes]:
@@ -109,8 +110,6 @@ class _CellWriter:
 
     owner: ExchangedHalf
     files: OpenFiles
-    nbytes: int = 0
-    """Bytes written."""
     _held: ExitStack = field(default_factory=ExitStack)
     _has_slot: bool = False
 
@@ -123,7 +122,6 @@ class _CellWriter:
         output = self.files.take(path) or OutputFile(path, create=False)
         self.files.keep(output)
         output.write(data, cell * half.attempt.cell_nbytes)
-        self.nbytes += data.nbytes
 
     def _take_slot(self) -> None:
         if self._has_slot:

@@ -34,12 +34,16 @@ from dcp_hf_writer.save.dcp_half import (
 )
 from dcp_hf_writer.save.exchanged_half import ExchangedHalf
 from dcp_hf_writer.save.export_failures import FATAL, export_error
-from dcp_hf_writer.save.hf_half import BlockWriter, is_interleaved, regions_by_file
+from dcp_hf_writer.save.hf_half import (
+    BlockWriter,
+    is_interleaved,
+    nbytes_of_blocks,
+    regions_by_file,
+)
 from dcp_hf_writer.save.share_blocks import BlockSharing
 from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
 from dcp_hf_writer.storage.block_clones import PROBE, CloneSource
 from dcp_hf_writer.storage.posix_outputs import OutputFile
-from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -344,9 +348,7 @@ class WritePhase:
                 report.export_error = self._export_error(error, path)
                 return
         report.blocks += written
-        report.nbytes["hf"] = report.nbytes.get("hf", 0) + sum(
-            region.copy.numel * ITEMSIZE[region.target.dtype] for _, region in blocks
-        )
+        report.nbytes["hf"] = report.nbytes.get("hf", 0) + nbytes_of_blocks(blocks)
 
     def _export_error(self, error: Exception, path: str) -> ExportError:
         nbytes = sum(size for _, size in self.own.files)
