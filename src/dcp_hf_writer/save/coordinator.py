@@ -147,8 +147,9 @@ def make_export(
         nbytes=nbytes_of(plan.layout),
         host_budget_bytes=host_budget_bytes,
     )
-    _log.info("strategy %s for %s: %s", chosen.name, attempt.target, chosen.why)
     is_exchange = chosen.name == "exchange"
+    level = logging.DEBUG if len(set(plan.hosts)) == 1 and not is_exchange else logging.INFO
+    _log.log(level, "strategy %s for %s: %s", chosen.name, attempt.target, chosen.why)
     try:
         whole = prepare_export(
             directory, plan.layout, assets, files, subdir=subdir, with_headers=not is_exchange
