@@ -18,6 +18,7 @@ from dcp_hf_writer.errors import (
 )
 from dcp_hf_writer.save import save_log
 from dcp_hf_writer.save.commit_state import CommitState
+from dcp_hf_writer.save.heartbeat import ByteCount, HeartbeatWriter
 from dcp_hf_writer.save.rank_progress import Progress
 from dcp_hf_writer.save.save_context import Membership, SentFacts
 from dcp_hf_writer.storage.output_fsync import OpenFiles
@@ -71,6 +72,10 @@ class Attempt:
         """Why the checkpoint will have no export, as far as this rank knows."""
         self.seconds: dict[str, float] = {}
         """Seconds spent in each phase; `timed` adds to them."""
+        self.byte_count = ByteCount()
+        """Bytes that this rank has written."""
+        self._doing: str | None = None
+        self._heartbeats: HeartbeatWriter | None = None
         self._view: RankView | None = None
         self._lease = lease
         self._at_end: list[Callable[[], None]] = []
@@ -130,6 +135,23 @@ class Attempt:
         self.directory = directory
         if count is not None:
             self.member = replace(self.member, count=count)
+        self._heartbeats = HeartbeatWriter(
+            directory.write_heartbeat_of(self.rank),
+            about={
+                "save_id": directory.save_id,
+                "target": directory.target,
+                "rank": self.rank,
+                "world_size": self.member.world_size,
+            },
+            phase=lambda: self._doing or self.phase,
+            count=self.byte_count,
+            is_alive=self.context.thread.is_alive,
+        )
+
+    def end_heartbeats(self) -> None:
+        """Tell nobody any more how far this rank has come."""
+        if self._heartbeats is not None:
+            self._heartbeats.stop()
 
     def open_files(self) -> OpenFiles:
         """Return the files of the save; `end` abandons them unless `close_files` comes first."""
@@ -151,6 +173,8 @@ class Attempt:
         now = time.monotonic()
         save_log.log_phase(self.target, self.rank, self.phase, now - self._phase_began)
         self.phase, self._phase_began = phase, now
+        if self._heartbeats is not None:
+            self._heartbeats.tell()
 
     def add_whole_files(self, *files: WholeFile) -> None:
         """Record export files that the coordinator wrote whole."""
@@ -240,10 +264,11 @@ class Attempt:
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add the time that the `with` block takes to a phase."""
-        began = time.monotonic()
+        began, before, self._doing = time.monotonic(), self._doing, phase
         try:
             yield
         finally:
+            self._doing = before
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - began
 
     def check_world(self) -> None:
@@ -298,6 +323,7 @@ class Attempt:
         The save goes on: torch still has to tell the other ranks how it went. After a commit there
         is no directory to remove, because the rename gave it its final name.
         """
+        self.end_heartbeats()
         files, self.files = self.files, None
         if files is not None:
             files.abandon()

@@ -429,6 +429,7 @@ def publish(
         sync_directory(path)
     reach("before rename")
     with attempt.committing():
+        attempt.end_heartbeats()
         directory.publish(overwrite=overwrite)
         reach("after rename")
 

@@ -56,6 +56,7 @@ class SlabFileSystemWriter(FileSystemWriter):
         self.source: TensorSource | None = None
         self.finish_file: Callable[[OutputFile], None] = _sync_and_close
         self.check: Callable[[], None] = lambda: None
+        self.count: Callable[[int], object] = lambda _: None
         self.sharing: BlockSharing | None = None
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -74,6 +75,7 @@ class SlabFileSystemWriter(FileSystemWriter):
         while not file_queue.empty():
             path, name, items = file_queue.get_nowait()
             file = OutputFile(str(path), create=True)
+            file.count = self.count
             try:
                 results += _FileWriter(
                     file, name, planner, source, self.check, sharing=self.sharing

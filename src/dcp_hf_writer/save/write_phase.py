@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
 from contextlib import ExitStack
@@ -129,6 +130,7 @@ class WritePhase:
         left_out = self._stored_once(tensors)
         if left_out:
             self._leave_out({result.index for result in left_out})
+        attempt.byte_count.plan(self._planned_nbytes(work))
         self.block_nbytes = self._shared_block_nbytes()
         shares = self.slots.is_shared_by_halves()
         reach("before slot")
@@ -180,6 +182,12 @@ class WritePhase:
                 info = _StorageInfo(NOTICE, 0, once.nbytes, encode_stored_once(once))
                 results.append(WriteResult(item.index, once.nbytes, info))
         return results
+
+    def _planned_nbytes(self, work: Mapping[int, Blocks]) -> int:
+        """Return the bytes of tensors that this rank will write to both halves."""
+        data = (item.tensor_data for item in self.plan.items)
+        dcp = sum(math.prod(one.chunk.sizes) * one.properties.dtype.itemsize for one in data if one)
+        return dcp + sum(_nbytes_of(blocks) for blocks in work.values())
 
     def _leave_out(self, indices: set[MetadataIndex]) -> None:
         kept = [item for item in self.plan.items if item.index not in indices]
@@ -253,6 +261,8 @@ class WritePhase:
                 error.rank = attempt.rank
                 raise
             check_results(self.plan.items, results, attempt.rank)
+            if self.dcp_writer is not None:
+                attempt.byte_count.add(sum(result.size_in_bytes for result in results))
         return results
 
     def _write_own_dcp(
@@ -269,6 +279,7 @@ class WritePhase:
         writer.source = source
         writer.finish_file = files.sync
         writer.check = self.attempt.check
+        writer.count = self.attempt.byte_count.add
         writer.sharing = sharing
         try:
             future = writer.write_data(self.plan, self.planner)
@@ -295,6 +306,7 @@ class WritePhase:
         with self.attempt.timed("write hf"):
             try:
                 file = files.take(path) or OutputFile(path, create=False)
+                file.count = self.attempt.byte_count.add
                 try:
                     written = self.blocks.write_file(
                         file,
@@ -317,13 +329,16 @@ class WritePhase:
                 report.export_error = self._export_error(error, path)
                 return
         report.blocks += written
-        report.nbytes["hf"] = report.nbytes.get("hf", 0) + sum(
-            region.copy.numel * ITEMSIZE[region.target.dtype] for _, region in blocks
-        )
+        report.nbytes["hf"] = report.nbytes.get("hf", 0) + _nbytes_of(blocks)
 
     def _export_error(self, error: Exception, path: str) -> ExportError:
         nbytes = sum(size for _, size in self.own.files)
         return export_error(error, rank=self.attempt.rank, path=path, nbytes=nbytes)
+
+
+def _nbytes_of(blocks: Iterable[tuple[WriteItem, Region]]) -> int:
+    """Return the bytes of blocks in their output file."""
+    return sum(region.copy.numel * ITEMSIZE[region.target.dtype] for _, region in blocks)
 
 
 def take_reports(
