@@ -145,7 +145,13 @@ class StagingDirectory:
             OSError: If they stay where they are.
         """
         with contextlib.suppress(FileNotFoundError):
-            os.rename(self._heartbeats, self._old_heartbeats)
+            try:
+                # The usual case: the save was too short for a heartbeat.
+                os.rmdir(self._heartbeats)
+            except FileNotFoundError:
+                raise
+            except OSError:
+                os.rename(self._heartbeats, self._old_heartbeats)
 
     def write_heartbeat_of(self, rank: int) -> Callable[[bytes], None]:
         """Return the function that replaces the heartbeat of a rank; it may raise `OSError`."""

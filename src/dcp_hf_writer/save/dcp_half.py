@@ -209,6 +209,8 @@ class _FileWriter:
 
     def _add_rest(self, data: bytes) -> None:
         self._rest.update(data)
+        # Only the data of tensors counts as progress, as planned; the write below counts all.
+        self._file.count(-len(data))
         self._add(memoryview(data))
 
     def _add(self, data: memoryview) -> None:

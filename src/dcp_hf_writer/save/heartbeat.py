@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 import threading
@@ -71,7 +72,7 @@ class Heartbeat:
         """Read what `to_bytes` made; `None` if `data` is something else."""
         try:
             value = json.loads(data)
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
         if not isinstance(value, dict) or value.get("version") != VERSION:
             return None
@@ -80,6 +81,8 @@ class Heartbeat:
         for field in fields(cls):
             one = value.get(field.name)
             if not isinstance(one, kinds[str(field.type)]) or isinstance(one, bool):
+                return None
+            if not isinstance(one, str) and not 0 <= one < math.inf:
                 return None
             found[field.name] = one
         return cls(**found)
@@ -98,16 +101,13 @@ class ByteCount:
         self._planned = nbytes
 
     def add(self, nbytes: int) -> None:
-        """Count bytes whose write is complete."""
+        """Count bytes whose write is complete; a negative number makes up for later ones."""
         with self._lock:
             self._done += nbytes
 
     def state(self) -> tuple[int, int]:
-        """Return the bytes done and planned.
-
-        Headers and archives are written too, and no plan counts them: never tell of more than all.
-        """
-        return min(self._done, self._planned), self._planned
+        """Return the bytes done and planned; never less than none or more than all."""
+        return min(max(self._done, 0), self._planned), self._planned
 
 
 def replace_file(path: str, data: bytes) -> None:

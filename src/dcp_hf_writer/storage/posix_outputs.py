@@ -67,7 +67,7 @@ class OutputFile:
         """
         self.path = path
         self.count: Callable[[int], object] = _count_nothing
-        """Called with a number of bytes when so many more have been written."""
+        """Called with the number of bytes whenever some have been written."""
         flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
         with write_errors(path):
             # The mode is 0o666 minus the umask: the user's umask decides who may read the file.
