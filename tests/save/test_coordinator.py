@@ -192,7 +192,10 @@ def prepared(
 def test_directory_holds_headers_index_and_assets_before_ranks_write(tmp_path: Path) -> None:
     layout = layout_of("a", "b", max_shard_size=50)
     with made(tmp_path / "step-1") as (attempt, path):
-        assert sorted(entry.name for entry in path.iterdir()) == [".dcp-hf-live", ".dcp-hf-save.json"]
+        assert sorted(entry.name for entry in path.iterdir()) == [
+            ".dcp-hf-live",
+            ".dcp-hf-save.json",
+        ]
         assert prepared(attempt, layout, {"config.json": b"{}", "sub/x.txt": b"x"}) == [
             "hf/config.json",
             "hf/model.safetensors.index.json",

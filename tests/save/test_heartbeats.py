@@ -31,9 +31,9 @@ def all_names(root: Path) -> set[str]:
 
 
 def test_every_rank_tells_phase_and_bytes_while_it_writes(tmp_path: Path) -> None:
-    root, gate = tmp_path / "run", Gate(tmp_path / "gate")
+    root, gate = tmp_path / "run", Gate(tmp_path / "gate", "before fsync")
     root.mkdir()
-    with spawn_ranks(save_through_gate, 2, root, "step-7", gate, "before fsync") as ranks:
+    with spawn_ranks(save_through_gate, 2, root / "step-7", gate) as ranks:
         save = wait_for_heartbeats(root, lambda beats: len(beats) == 2)
         assert save.target == str(root / "step-7")
         assert save.state == "alive"
@@ -49,9 +49,9 @@ def test_every_rank_tells_phase_and_bytes_while_it_writes(tmp_path: Path) -> Non
 
 
 def test_bytes_grow_while_a_rank_writes(tmp_path: Path) -> None:
-    root, gate = tmp_path / "run", Gate(tmp_path / "gate")
+    root, gate = tmp_path / "run", Gate(tmp_path / "gate", "mid hf")
     root.mkdir()
-    with spawn_ranks(save_through_gate, 1, root, "step-1", gate, "mid hf") as ranks:
+    with spawn_ranks(save_through_gate, 1, root / "step-1", gate) as ranks:
         (first,) = wait_for_heartbeats(root, lambda beats: len(beats) == 1).heartbeats
         gate.open(once=True)
 
@@ -66,9 +66,9 @@ def test_bytes_grow_while_a_rank_writes(tmp_path: Path) -> None:
 
 
 def test_dead_save_leaves_its_last_words_and_the_next_one_removes_them(tmp_path: Path) -> None:
-    root, gate = tmp_path / "run", Gate(tmp_path / "gate")
+    root, gate = tmp_path / "run", Gate(tmp_path / "gate", "before fsync")
     root.mkdir()
-    with spawn_ranks(save_through_gate, 1, root, "step-1", gate, "before fsync") as ranks:
+    with spawn_ranks(save_through_gate, 1, root / "step-1", gate) as ranks:
         wait_for_heartbeats(root, lambda beats: len(beats) == 1)
         ranks.kill(0)
         ranks.outcomes()

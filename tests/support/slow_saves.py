@@ -28,6 +28,10 @@ class Gate:
     """A file that other processes wait for; its place must not exist yet."""
 
     path: Path
+    point: str
+    """Point of a save at which it stands."""
+    only: int = -1
+    """The rank that waits; `-1` for all."""
 
     def open(self, *, once: bool = False) -> None:
         """Let the processes through, or with `once`, let one through one time."""
@@ -46,17 +50,15 @@ class Gate:
                 return
 
 
-def save_through_gate(
-    rank: int, world_size: int, root: Path, name: str, gate: Gate, point: str, only: int = -1
-) -> None:
-    """Save a small state; wait at each passage of a point, on one rank or on all (`-1`)."""
+def save_through_gate(rank: int, world_size: int, target: Path, gate: Gate) -> None:
+    """Save a small state; wait where the gate stands, at each passage."""
 
     def wait(reached: str) -> None:
-        if reached == point and only in {-1, rank}:
+        if reached == gate.point and gate.only in {-1, rank}:
             gate.wait()
 
     failpoints.set_hook(wait)
-    dcp.save(sharded_state(1), storage_writer=HFDualWriter(root / name, export=EXPORT))
+    dcp.save(sharded_state(1), storage_writer=HFDualWriter(target, export=EXPORT))
 
 
 def wait_for_heartbeats(
