@@ -97,7 +97,7 @@ def test_pipe_gets_a_line_for_each_change_and_the_command_ends_with_the_save(
 ) -> None:
     gate = Gate(tmp_path / "gate", "before fsync")
     with spawn_ranks(save_through_gate, 1, root / "step-7", gate) as ranks:
-        wait_for_heartbeats(root, lambda beats: len(beats) == 1)
+        wait_for_heartbeats(root, lambda beats: [b.phase for b in beats] == ["write"])
         with watching(root / "step-7", "--every", "0.2") as process:
             assert process.stdout is not None
             first = process.stdout.readline()

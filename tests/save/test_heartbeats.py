@@ -34,7 +34,7 @@ def test_every_rank_tells_phase_and_bytes_while_it_writes(tmp_path: Path) -> Non
     root, gate = tmp_path / "run", Gate(tmp_path / "gate", "before fsync")
     root.mkdir()
     with spawn_ranks(save_through_gate, 2, root / "step-7", gate) as ranks:
-        save = wait_for_heartbeats(root, lambda beats: len(beats) == 2)
+        save = wait_for_heartbeats(root, lambda beats: [b.phase for b in beats] == ["write"] * 2)
         assert save.target == str(root / "step-7")
         assert save.state == "alive"
         for rank, beat in enumerate(save.heartbeats):
