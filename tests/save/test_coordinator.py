@@ -39,12 +39,12 @@ from dcp_hf_writer.save.coordinator import (
     export_files,
     make_directory,
     prepare_export,
-    step_of,
 )
 from dcp_hf_writer.save.export_assets import Assets
 from dcp_hf_writer.save.owner_process import is_over_here, new_save_id
 from dcp_hf_writer.save.replace_target import saved_id
 from dcp_hf_writer.save.save_context import SaveContext
+from dcp_hf_writer.save.save_log import step_of
 from dcp_hf_writer.storage.posix_outputs import COHERENT
 from dcp_hf_writer.tensors.boxes import whole
 from support.audit import faults

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.utils import _DistWrapper
 
     from dcp_hf_writer.errors import CheckpointError
+    from dcp_hf_writer.save.finished_save import ReportHook
     from dcp_hf_writer.save.rank_progress import Rendezvous
     from dcp_hf_writer.staging.slab import StagedInfo
     from dcp_hf_writer.torch_seam.caller_frames import Planned, RunningSave
@@ -41,6 +42,8 @@ class SaveContext:
     """The call of torch's that is the save; `None` if it could not be found."""
     refusal: CheckpointError | None = None
     """Why the save cannot go on; the writer raises it where torch passes it on to all ranks."""
+    report_to: tuple[ReportHook, ...] = ()
+    """Functions of the user that get the report of the save, on rank 0."""
     began: float = field(default_factory=time.monotonic)
     """`time.monotonic()` when the save began."""
     thread: threading.Thread = field(default_factory=threading.current_thread)
