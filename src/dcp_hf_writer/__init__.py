@@ -16,6 +16,7 @@ from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.mapping.load_spec import LoadSpec, Piece, ShardSpec
 from dcp_hf_writer.mapping.specs_from_function import specs_from_function
 from dcp_hf_writer.reader import HFDualReader
+from dcp_hf_writer.save.finished_save import FinishedSave
 from dcp_hf_writer.save.per_rank import PerRank
 from dcp_hf_writer.storage.write_slots import WriteSlots
 from dcp_hf_writer.stream.bucket_stream import iter_hf_buckets
@@ -26,6 +27,7 @@ __all__ = [
     "CheckpointManager",
     "EverySeconds",
     "EverySteps",
+    "FinishedSave",
     "FirstStep",
     "HFDualReader",
     "HFDualWriter",

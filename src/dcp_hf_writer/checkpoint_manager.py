@@ -86,6 +86,7 @@ class CheckpointManager:
         on_failure: Any = "raise",
         on_saved: Any = None,
         on_exported: Any = None,
+        report_to: Any = None,
         on_signal: OnSignal | None = None,
         names: StepNames = StepNames(),  # noqa: B008 - frozen
         checkpointer: Literal["thread", "process"] = "thread",
@@ -128,6 +129,7 @@ class CheckpointManager:
             on_saved: Function or functions `(step, path, report)`, called on every rank after the
                 commit, in another thread. They must not use collectives.
             on_exported: The same, after the commit of a save with an export; `path` is the export.
+            report_to: As in `HFDualWriter`; a save that is tried again reports each time.
             on_signal: What SIGTERM and SIGUSR1 do; `None` leaves signals alone.
             names: Names of the step directories.
             checkpointer: `"thread"` saves in a thread, `"process"` in torch's checkpointer process.
@@ -173,6 +175,7 @@ class CheckpointManager:
                 "strategy": strategy,
                 "timeout_s": timeout_s,
                 "host_budget_bytes": host_budget_bytes,
+                "report_to": report_to,
             },
         )
         retention = Retention(keep_last, keep_every, as_keep_best(keep_best), export_keep_last)
@@ -281,8 +284,7 @@ class CheckpointManager:
         """
         self._check_open()
         if export and self._writers.export is None:
-            msg = "this manager writes no export"
-            raise ConfigError(msg, expected="CheckpointManager(..., export=HFExport(...))")
+            raise ConfigError("this manager writes no export", expected="export=HFExport(...)")
         self._save(step, state_dict, self._schedule.by_hand(step, export=export), metrics)
         if not wait:
             return None

@@ -31,6 +31,7 @@ from dcp_hf_writer.save.begin_save import begin_save
 from dcp_hf_writer.save.choose_target import StoreAccess, choose_target
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
 from dcp_hf_writer.save.finish_phase import FinishPhase
+from dcp_hf_writer.save.finished_save import as_report_hooks
 from dcp_hf_writer.save.owner_process import new_save_id
 from dcp_hf_writer.save.planned_export import export_of, plan_or_leave_out
 from dcp_hf_writer.save.posix_target import LocalOptions
@@ -48,7 +49,7 @@ from dcp_hf_writer.torch_seam.save_world import SaveWorld
 
 if TYPE_CHECKING:
     import os
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch.distributed as dist
     from torch.distributed.checkpoint.metadata import Metadata
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.preflight.explanation import Explanation
     from dcp_hf_writer.save.attempt import Attempt
+    from dcp_hf_writer.save.finished_save import ReportHook
     from dcp_hf_writer.staging.stager import StagingMode
 
 _log = logging.getLogger(__name__)
@@ -94,6 +96,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         strategy: Literal["auto", "direct", "exchange"] = "auto",
         timeout_s: float = 1800,
         host_budget_bytes: int = 256 << 20,
+        report_to: ReportHook | Sequence[ReportHook] | None = None,
     ) -> None:
         """Set up a writer. Writes no file, and starts nothing.
 
@@ -120,6 +123,8 @@ class HFDualWriter(StorageWriter, SlabStager):
                 `"auto"` exchanges if several hosts write and the file system may not be coherent.
             timeout_s: Deadline of a save in seconds, from staging to commit.
             host_budget_bytes: Memory that a rank may use in addition to the staged copy.
+            report_to: Function, or list of functions, that rank 0 calls with a `FinishedSave` at
+                the end of each save, published or failed. An error of one is logged.
 
         Raises:
             ConfigError: If an option cannot be used as given, or `like` is no model directory.
@@ -145,6 +150,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.path = self._path_of(path)
         if not is_url(self.path):
             check_output_place(self.path)
+        self.report_to = as_report_hooks(report_to)
         self._saves = WriterSaves()
         self._made_in = SaveWorld.at_staging(None, None)
         self._look_at_assets()
@@ -202,6 +208,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             timeout_s=self.timeout_s,
             made_in=self._made_in,
             pending=self._pending_lease,
+            report_to=self.report_to,
         )
         self._saves.begin(attempt)
         return StorageMeta(checkpoint_id=attempt.target, save_id=self.save_id)
@@ -456,7 +463,8 @@ class HFDualWriter(StorageWriter, SlabStager):
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickle for a checkpointer process, with the export's files instead of its objects."""
-        state = dict(self.__dict__)
+        # The parent of a checkpointer process reports its saves.
+        state = {**self.__dict__, "report_to": ()}
         if self.export is not None:
             sent = export_assets.to_send(self.export, self._assets_error)
             state["export"], state["_assets"], state["_assets_error"] = sent

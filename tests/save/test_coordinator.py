@@ -35,13 +35,13 @@ from dcp_hf_writer.save.coordinator import (
     drop_export,
     export_files,
     prepare_export,
-    step_of,
 )
 from dcp_hf_writer.save.export_assets import Assets
 from dcp_hf_writer.save.owner_process import is_over_here, new_save_id
 from dcp_hf_writer.save.posix_target import LocalOptions, PosixTarget
 from dcp_hf_writer.save.replace_target import saved_id
 from dcp_hf_writer.save.save_context import SaveContext
+from dcp_hf_writer.save.save_log import step_of
 from dcp_hf_writer.tensors.boxes import whole
 from support.audit import faults
 from support.small_states import dcp_difference, difference, leftovers, state_of
@@ -130,7 +130,10 @@ def prepared(
 def test_directory_holds_headers_index_and_assets_before_ranks_write(tmp_path: Path) -> None:
     layout = layout_of("a", "b", max_shard_size=50)
     with made(tmp_path / "step-1") as (attempt, path):
-        assert [entry.name for entry in path.iterdir()] == [".dcp-hf-save.json"]
+        assert sorted(entry.name for entry in path.iterdir()) == [
+            ".dcp-hf-live",
+            ".dcp-hf-save.json",
+        ]
         assert prepared(attempt, layout, {"config.json": b"{}", "sub/x.txt": b"x"}) == [
             "hf/config.json",
             "hf/model.safetensors.index.json",

@@ -17,8 +17,9 @@ from dcp_hf_writer.cli import (
     report_command,
     run_listing,
     verify_command,
+    watch_command,
 )
-from dcp_hf_writer.cli.run_command import run
+from dcp_hf_writer.cli.run_command import run, run_updates
 from dcp_hf_writer.manager.retention import Retention
 
 app = typer.Typer(
@@ -298,6 +299,32 @@ def report(
         "report",
         lambda: report_command.report(path, plot=plot, page=html, trace=trace),
         report_command.show_report,
+        as_json=json,
+        debug=debug,
+    )
+
+
+@app.command()
+def watch(
+    path: Annotated[
+        str, typer.Argument(metavar="ROOT|PATH", help="Directory of a run, or one checkpoint.")
+    ],
+    follow: Annotated[
+        bool, typer.Option("--follow", help="Go on when no save is in flight.")
+    ] = False,
+    every: Annotated[float, typer.Option(min=0.1, help="Seconds between two updates.")] = 1.0,
+    late: Annotated[
+        float, typer.Option(min=0.1, help="Seconds without news after which a rank is late.")
+    ] = 10.0,
+    json: Annotated[bool, typer.Option("--json", help="Print a JSON object a line.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show the saves in flight until they end; exit 1 if one was not published."""
+    run_updates(
+        "watch",
+        lambda: watch_command.watch(
+            path, is_following=follow, every_s=every, late_s=late, as_json=json
+        ),
         as_json=json,
         debug=debug,
     )

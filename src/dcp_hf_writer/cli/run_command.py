@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import typer
 from rich.console import Console
@@ -20,6 +20,8 @@ from dcp_hf_writer.errors import FACTS, CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+
+_Answer = TypeVar("_Answer")
 
 _WIDTH_OF_PIPE = 160
 """Columns of tables that do not go to a terminal; a log must not cut names at 80."""
@@ -55,8 +57,32 @@ def run(
     Raises:
         typer.Exit: Always, with the exit code.
     """
+    outcome = _done(name, work, as_json=as_json, debug=debug)
+    if as_json:
+        _print_json({"command": name, "version": 1, **outcome.value})
+    else:
+        show(outcome.value, screen())
+    raise typer.Exit(outcome.code)
+
+
+def run_updates(name: str, work: Callable[[], int], *, as_json: bool, debug: bool) -> NoReturn:
+    """Run a command that prints its answers itself while it works, and exit.
+
+    Args:
+        name: Name of the command.
+        work: Prints the answers; returns the exit code.
+        as_json: Print an error as JSON.
+        debug: Show the traceback of an error.
+
+    Raises:
+        typer.Exit: Always, with the exit code.
+    """
+    raise typer.Exit(_done(name, work, as_json=as_json, debug=debug))
+
+
+def _done(name: str, work: Callable[[], _Answer], *, as_json: bool, debug: bool) -> _Answer:
     try:
-        outcome = work()
+        return work()
     except KeyboardInterrupt:
         raise typer.Exit(exit_codes.INTERRUPTED) from None
     except Exception as error:  # noqa: BLE001 - the command ends here, whatever it is
@@ -64,11 +90,6 @@ def run(
             traceback.print_exc()
         _print_error(name, error, as_json=as_json)
         raise typer.Exit(_code_of(error)) from None
-    if as_json:
-        _print_json({"command": name, "version": 1, **outcome.value})
-    else:
-        show(outcome.value, screen())
-    raise typer.Exit(outcome.code)
 
 
 def screen() -> Console:
@@ -109,6 +130,12 @@ def line_of_rest(console: Console, found: Sequence[object], shown: int, what: st
     """Print how many of `found` a table of the first `shown` leaves out, if any."""
     if len(found) > shown:
         line(console, f"... and {len(found) - shown} more {what}; --json lists all")
+
+
+def print_json_line(value: dict[str, Any]) -> None:
+    """Print a value as one line of JSON, at once also into a pipe."""
+    sys.stdout.write(json.dumps(value, allow_nan=False) + "\n")
+    sys.stdout.flush()
 
 
 def _print_json(value: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from dcp_hf_writer.save.export_assets import Assets
+    from dcp_hf_writer.save.finished_save import ReportHook
     from dcp_hf_writer.staging.slab import Lease
 
 
@@ -51,6 +52,7 @@ class SlabStager(AsyncStager):
     timeout_s: float
     process_group: dist.ProcessGroup | None
     on_export_error: str
+    report_to: tuple[ReportHook, ...] = ()
     _copies: Copies | None = None
     """Copies of the latest overlapped staging. Its state dict is not kept: the lease ends when the
     state dict is freed."""
@@ -75,7 +77,7 @@ class SlabStager(AsyncStager):
         began = time.monotonic()
         call = find_async_save()
         target = self.path if call is None or call.checkpoint_id is None else call.checkpoint_id
-        place = _Place(target, self._subdir)
+        place = _Place(target, self._subdir, self.report_to)
         deadline = began + self.timeout_s
         world = SaveWorld.at_staging(call, self.process_group)
         self._assets_error = self._read_assets(is_first=world.rank == 0)
@@ -111,7 +113,7 @@ class SlabStager(AsyncStager):
             StagingBusyError: If another save is still in flight at the deadline.
         """
         deadline, target = time.monotonic() + self.timeout_s, self.path
-        place = _Place(target, self._subdir)
+        place = _Place(target, self._subdir, self.report_to)
         world = SaveWorld.at_staging(find_async_save(), self.process_group)
         try:
             again = STAGER.stage_again(staged, deadline=deadline, world=world)
@@ -243,14 +245,18 @@ class _Place(NamedTuple):
     """Path of the checkpoint."""
     subdir: str
     """Directory of the export within it."""
+    report_to: tuple[ReportHook, ...]
+    """Functions of the user that get the report of the save."""
 
 
 def _attend(staged: StagedStateDict, lease: Lease, place: _Place) -> None:
     """Check the save of a staged state dict when it begins; guard it if a process runs it."""
     handover = lease.handover
     assert handover is not None
-    target, subdir = place.target, place.subdir
-    staged.on_send = lambda: guard_process_save(lease, handover, target=target, subdir=subdir)
+    target, subdir, report_to = place
+    staged.on_send = lambda: guard_process_save(
+        lease, handover, target=target, subdir=subdir, report_to=report_to
+    )
     world = handover.world
     if world is not None and world.size > 1:
         # The records of the ranks need the group, which may be gone when the save begins.

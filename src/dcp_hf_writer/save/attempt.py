@@ -18,6 +18,8 @@ from dcp_hf_writer.errors import (
 )
 from dcp_hf_writer.save import save_log
 from dcp_hf_writer.save.commit_state import CommitState
+from dcp_hf_writer.save.finished_save import FinishedSave, SaveReports, outcome_of
+from dcp_hf_writer.save.heartbeat import ByteCount, HeartbeatWriter
 from dcp_hf_writer.save.rank_progress import Progress
 from dcp_hf_writer.save.save_context import Membership, SentFacts
 from dcp_hf_writer.storage.object_contract import Patience
@@ -77,6 +79,11 @@ class Attempt:
         """Why the checkpoint will have no export, as far as this rank knows."""
         self.seconds: dict[str, float] = {}
         """Seconds spent in each phase; `timed` adds to them."""
+        self.byte_count = ByteCount()
+        """Bytes that this rank has written."""
+        self._doing: str | None = None
+        self._heartbeats: HeartbeatWriter | None = None
+        self._reports = SaveReports(context.report_to)
         self._view: RankView | None = None
         self._lease = lease
         self._at_end: list[Callable[[], None]] = []
@@ -136,6 +143,26 @@ class Attempt:
         self.directory = directory
         if count is not None:
             self.member = replace(self.member, count=count)
+        write = directory.heartbeat_of(self.rank)
+        if write is None:
+            return
+        self._heartbeats = HeartbeatWriter(
+            write,
+            about={
+                "save_id": directory.save_id,
+                "target": directory.target,
+                "rank": self.rank,
+                "world_size": self.member.world_size,
+            },
+            phase=lambda: self._doing or self.phase,
+            count=self.byte_count,
+            is_alive=self.context.thread.is_alive,
+        )
+
+    def end_heartbeats(self) -> None:
+        """Tell nobody any more how far this rank has come."""
+        if self._heartbeats is not None:
+            self._heartbeats.stop()
 
     def exchange_cells(self, nbytes: int) -> None:
         """Record the size of the cells that ranks write for each other; 0 for no exchange."""
@@ -161,6 +188,8 @@ class Attempt:
         now = time.monotonic()
         save_log.log_phase(self.target, self.rank, self.phase, now - self._phase_began)
         self.phase, self._phase_began = phase, now
+        if self._heartbeats is not None:
+            self._heartbeats.tell()
 
     def add_whole_files(self, *files: WholeFile) -> None:
         """Record export files that the coordinator wrote whole."""
@@ -259,10 +288,11 @@ class Attempt:
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add the time that the `with` block takes to a phase."""
-        began = time.monotonic()
+        began, before, self._doing = time.monotonic(), self._doing, phase
         try:
             yield
         finally:
+            self._doing = before
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.monotonic() - began
 
     def check_world(self) -> None:
@@ -310,6 +340,34 @@ class Attempt:
         if not self._is_told:
             self._is_told = True
             save_log.log_failed(self.target, self.rank, error)
+            self.note_outcome(error)
+
+    def note_outcome(
+        self, error: BaseException | None, *, nbytes: tuple[int, int] = (0, 0), now: bool = False
+    ) -> None:
+        """Note how the save ended, for the functions of the user; the first note on rank 0 counts.
+
+        Args:
+            error: What went wrong; `None` if the checkpoint is published with all that was asked.
+            nbytes: Published bytes of the DCP half and of the export.
+            now: Call the functions now, because the save may never end; else `end` calls them.
+        """
+        if self.rank == 0 and not self._reports.is_noted:
+            context = self.context
+            finished = FinishedSave(
+                path=context.target,
+                step=save_log.step_of(context.target),
+                outcome=outcome_of(error),
+                error=None if error is None else f"{type(error).__name__}: {error}",
+                dcp_nbytes=nbytes[0],
+                hf_nbytes=nbytes[1],
+                stall_s=None if context.staged is None else context.staged.stall_s,
+                total_s=time.monotonic() - context.staged_at,
+                seconds=dict(self.seconds),
+            )
+            self._reports.note(finished)
+        if now:
+            self._reports.tell()
 
     def clean_up(self) -> None:
         """Close and remove the files of the save; safe to call twice.
@@ -317,6 +375,7 @@ class Attempt:
         The save goes on: torch still has to tell the other ranks how it went. After a commit there
         is no directory to remove, because the rename gave it its final name.
         """
+        self.end_heartbeats()
         files, self.files = self.files, None
         if files is not None:
             files.abandon()
@@ -333,6 +392,9 @@ class Attempt:
             return
         self.clean_up()
         self._enter_phase("ended")
+        # After the last collective: a slow function must not hold the other ranks up.
+        self.note_outcome(self.context.refusal or self._unexplained())
+        self._reports.tell()
         if self._lease is not None:
             self._lease.release()
         # Another save may now replace the slab by a larger one. These references would keep the
@@ -340,6 +402,11 @@ class Attempt:
         self._lease = self._view = None
         while self._at_end:
             self._at_end.pop()()
+
+    def _unexplained(self) -> SaveAbortedError:
+        """Return the error of a save that ended without a word on this rank."""
+        msg = "the save ended without a checkpoint; the log of another rank tells why"
+        return SaveAbortedError(msg, rank=self.rank, phase=self.phase, path=self.target)
 
 
 class LiveAttempts:

@@ -19,12 +19,18 @@ from dcp_hf_writer.torch_seam.save_world import SaveWorld
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from dcp_hf_writer.save.finished_save import ReportHook
     from dcp_hf_writer.staging.slab import Handover, Lease
     from dcp_hf_writer.torch_seam.caller_frames import TorchSave
 
 
 def begin_save(
-    target: str, *, timeout_s: float, made_in: SaveWorld, pending: Callable[[], Lease | None]
+    target: str,
+    *,
+    timeout_s: float,
+    made_in: SaveWorld,
+    pending: Callable[[], Lease | None],
+    report_to: tuple[ReportHook, ...] = (),
 ) -> Attempt:
     """Begin the save that the calling thread runs, and guard its future.
 
@@ -37,6 +43,7 @@ def begin_save(
         made_in: The world in which the writer was made.
         pending: Returns the lease of what was staged for this save, as far as the writer can tell;
             called if the save or its staged copy cannot be found.
+        report_to: Functions of the user that get the report of the save.
 
     Raises:
         UnsupportedTorchError: If the save is asynchronous, and its future cannot be found.
@@ -78,6 +85,7 @@ def begin_save(
         is_sent=handover is not None and lease is None,
         refusal=refusal,
         world=world,
+        report_to=report_to,
         running=None if save is None else RunningSave.of(save),
     )
     attempt = Attempt(context, lease=lease)

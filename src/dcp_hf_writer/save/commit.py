@@ -13,12 +13,15 @@ import json
 import logging
 import os
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import CommitError, NodeLocalPathError, StorageError, WriteError
+from dcp_hf_writer.save.heartbeat import HEARTBEATS_NAME, replace_file
 from dcp_hf_writer.save.owner_process import Owner, mark_active, mark_ended, new_save_id
 from dcp_hf_writer.save.recover_targets import RECORD_NAME, recover_parent
 from dcp_hf_writer.save.replace_target import (
+    DISCARDED_SUFFIX,
     FRESH_SUFFIX,
     INCOMPLETE,
     RECORD_SUFFIX,
@@ -40,7 +43,7 @@ from dcp_hf_writer.storage.posix_outputs import (
 from dcp_hf_writer.storage.posix_trees import locked_directories, remove_tree, unlink_entry
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterator
+    from collections.abc import Callable, Collection, Iterator
 
 _log = logging.getLogger(__name__)
 
@@ -103,6 +106,7 @@ class StagingDirectory:
             _probe_once(parent, self.save_id)
             with write_errors(self.path):
                 os.mkdir(self.path)
+            self._make_place_of_heartbeats()
             record = {
                 "save_id": self.save_id,
                 "target": self.target,
@@ -118,6 +122,40 @@ class StagingDirectory:
             self.remove()
             raise
         return file
+
+    @property
+    def _heartbeats(self) -> str:
+        return os.path.join(self.path, HEARTBEATS_NAME)
+
+    @property
+    def _old_heartbeats(self) -> str:
+        """Where the heartbeats go before the commit; the name allows anybody to remove them."""
+        return f"{self.path}.live{DISCARDED_SUFFIX}"
+
+    def _make_place_of_heartbeats(self) -> None:
+        try:
+            os.mkdir(self._heartbeats)
+        except OSError as error:
+            _log.warning("the save of %s has no live status: %s", self.target, error)
+
+    def _take_heartbeats_out(self) -> None:
+        """Move the heartbeats to a name of their own; a rank that writes one now fails to.
+
+        Raises:
+            OSError: If they stay where they are.
+        """
+        with contextlib.suppress(FileNotFoundError):
+            try:
+                # The usual case: the save was too short for a heartbeat.
+                os.rmdir(self._heartbeats)
+            except FileNotFoundError:
+                raise
+            except OSError:
+                os.rename(self._heartbeats, self._old_heartbeats)
+
+    def write_heartbeat_of(self, rank: int) -> Callable[[bytes], None]:
+        """Return the function that replaces the heartbeat of a rank; it may raise `OSError`."""
+        return partial(replace_file, os.path.join(self._heartbeats, f"{rank:05d}.json"))
 
     def check_visible(self, *, rank: int) -> None:
         """Check on any rank that this path leads to the directory that the coordinator made.
@@ -167,6 +205,7 @@ class StagingDirectory:
     def _give_name(self, *, overwrite: bool) -> TargetReplacement | None:
         """Publish, not durably; returns what is still to do if the name was taken."""
         try:
+            self._take_heartbeats_out()
             os.unlink(os.path.join(self.path, RECORD_NAME))
             sync_directory(self.path)
             if not os.path.lexists(self.target):
@@ -199,6 +238,10 @@ class StagingDirectory:
 
     def remove(self) -> None:
         """Remove what is left of the directory, unless `keep` was called; safe to call twice."""
+        with contextlib.suppress(OSError):
+            # Else a rank might add a heartbeat while its directory is removed.
+            self._take_heartbeats_out()
+        remove_tree(self._old_heartbeats)
         record = self.path + RECORD_SUFFIX
         if os.path.lexists(record) and saved_id(self.target) == self.save_id:
             # Published, but not tidied up: files of others may be left in the directory.

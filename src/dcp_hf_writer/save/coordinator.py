@@ -7,7 +7,6 @@ import errno
 import itertools
 import logging
 import os
-import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ from dcp_hf_writer.save.dcp_half import digest_file
 from dcp_hf_writer.save.export_failures import export_error, nbytes_of
 from dcp_hf_writer.save.model_assets import CHECKSUMS_NAME
 from dcp_hf_writer.save.owner_process import Owner
+from dcp_hf_writer.save.save_log import step_of
 from dcp_hf_writer.save.tensor_bytes import digest_of
 from dcp_hf_writer.save.write_strategy import choose_strategy
 from dcp_hf_writer.storage.posix_outputs import (
@@ -61,12 +61,6 @@ if TYPE_CHECKING:
     from dcp_hf_writer.storage.output_fsync import OpenFiles
 
 _log = logging.getLogger(__name__)
-
-# `step-100`, also after other numbers, or a name with one number at its end. The 6 of `2024-05-06`
-# is no step.
-_STEP = re.compile(
-    r".*?(?:step|checkpoint|ckpt|iteration|iter)[-_=]?(\d+)|\D*(\d+)", re.IGNORECASE | re.DOTALL
-)
 
 
 def export_files(
@@ -223,12 +217,6 @@ def warn_without_config(names: Mapping[str, bytes], said: SaidOnce = SAID_ONCE) 
         "the export has no config.json, so transformers cannot load it as a model; pass "
         "HFExport(assets=(model.config, tokenizer)) or HFExport(like=<base model directory>)",
     )
-
-
-def step_of(target: str) -> int | None:
-    """Return the training step in a path such as `run/step-100`; for the manifest and the log."""
-    found = _STEP.fullmatch(os.path.basename(target))
-    return int(found[1] or found[2]) if found else None
 
 
 def nbytes_on_disk(target: str, subdir: str) -> tuple[int, int]:
@@ -398,6 +386,7 @@ def publish(
         sync_directory(path)
     reach("before rename")
     with attempt.committing():
+        attempt.end_heartbeats()
         directory.publish(overwrite=overwrite)
         reach("after rename")
 

@@ -56,6 +56,7 @@ class SlabFileSystemWriter(FileSystemWriter):
         self.source: TensorSource | None = None
         self.finish_file: Callable[[OutputFile], None] = _sync_and_close
         self.check: Callable[[], None] = lambda: None
+        self.count: Callable[[int], object] = lambda _: None
         self.sharing: BlockSharing | None = None
         self._begin: Callable[[str], BytesInOrder] | None = None
 
@@ -89,6 +90,7 @@ class SlabFileSystemWriter(FileSystemWriter):
                 )
                 continue
             file = OutputFile(str(path), create=True)
+            file.count = self.count
             try:
                 results += _FileWriter(
                     file, name, planner, source, self.check, sharing=self.sharing
@@ -109,6 +111,9 @@ def _sync_and_close(file: OutputFile) -> None:
 
 class BytesInOrder(Protocol):
     """What a DCP file is written to: a local file, or an object of a store."""
+
+    count: Callable[[int], object]
+    """Called with the number of bytes after each write."""
 
     def write_many(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Write buffers one after another from `offset` on; return the offset after them."""
@@ -234,6 +239,8 @@ class _FileWriter:
 
     def _add_rest(self, data: bytes) -> None:
         self._rest.update(data)
+        # Only the data of tensors counts as progress, as planned; the write below counts all.
+        self._file.count(-len(data))
         self._add(memoryview(data))
 
     def _add(self, data: memoryview) -> None:

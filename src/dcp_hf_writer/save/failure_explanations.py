@@ -160,6 +160,7 @@ _STORE_IS_SILENT: Sequence[str] = ("the host of the store, usually rank 0",)
 def _seen(attempt: Attempt, error: BaseException) -> BaseException:
     """Log the error of a save, for callers that never look at the future; return it."""
     save_log.log_failed(attempt.target, attempt.rank, error)
+    attempt.note_outcome(error, now=True)
     return error
 
 

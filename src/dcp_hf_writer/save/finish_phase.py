@@ -78,7 +78,9 @@ class FinishPhase:
             attempt, Publication(plan, reports, self.subdir, self.overwrite, error, seconds)
         )
         if not attempt.context.is_sent:
-            save_log.log_published(_published(attempt, reports, error))
+            published = _published(attempt, reports, error)
+            save_log.log_published(published)
+            attempt.note_outcome(error, nbytes=published.nbytes)
         return error
 
     def _export_error(
@@ -127,7 +129,7 @@ def _published(
     dcp_nbytes, hf_nbytes = (sum(r.nbytes.get(half, 0) for r in reports) for half in ("dcp", "hf"))
     return save_log.Published(
         target=context.target,
-        step=coordinator.step_of(context.target),
+        step=save_log.step_of(context.target),
         nbytes=(dcp_nbytes, hf_nbytes if error is None else 0),
         stall_s=None if context.staged is None else context.staged.stall_s,
         total_s=time.monotonic() - context.staged_at,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dcp_hf_writer.errors import WriteError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from dcp_hf_writer.storage.object_contract import (
         Abilities,
@@ -69,6 +69,8 @@ class SentObject:
             part_nbytes: Size of each part but the last.
         """
         self.key, self.nbytes = key, 0
+        self.count: Callable[[int], object] = lambda _: None
+        """Called with the number of bytes after each write."""
         self._store, self._token, self._patience = store, token, patience
         self._part_nbytes = part_nbytes
         self._buffers: list[memoryview] = []
@@ -92,6 +94,7 @@ class SentObject:
             )
         for buffer in buffers:
             self._take(buffer)
+            self.count(buffer.nbytes)
         return self.nbytes
 
     def _take(self, buffer: memoryview) -> None:

@@ -34,6 +34,7 @@ from dcp_hf_writer.save.object_parts import PART_NBYTES, part_nbytes_of
 from dcp_hf_writer.save.object_write_phase import ObjectWritePhase
 from dcp_hf_writer.save.owner_process import Owner, mark_active, mark_ended
 from dcp_hf_writer.save.recover_targets import RECORD_NAME
+from dcp_hf_writer.save.save_log import step_of
 from dcp_hf_writer.save.save_target import SaveTarget
 from dcp_hf_writer.save.store_record import StoreRecord, remove_leftovers, save_id_in
 from dcp_hf_writer.save.tensor_bytes import digest_of
@@ -393,7 +394,7 @@ class ObjectTarget(SaveTarget):
             save_id=self.save_id,
             target=self.target,
             owner=Owner.me().to_json(),
-            step=coordinator.step_of(self.target),
+            step=step_of(self.target),
             subdir=what.subdir,
             layout=layout,
             once=sorted(what.plan.once),

@@ -16,7 +16,7 @@ from dcp_hf_writer.storage.posix_outputs import write_errors
 from dcp_hf_writer.storage.write_slots import WriteSlots
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
@@ -63,6 +63,10 @@ class PosixTarget(SaveTarget):
     def path(self) -> str:
         """The directory that the save writes into."""
         return self.directory.path
+
+    def heartbeat_of(self, rank: int) -> Callable[[bytes], None]:
+        """Return what replaces a small file in the directory; see `SaveTarget.heartbeat_of`."""
+        return self.directory.write_heartbeat_of(rank)
 
     def make(self, attempt: Attempt, *, overwrite: bool, new_files: Collection[str]) -> None:
         """Make the directory; see `SaveTarget.make`."""

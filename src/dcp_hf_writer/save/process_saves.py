@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import ExportError, SaveAbortedError, SaveTimeoutError
+from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
 from dcp_hf_writer.save import save_log
-from dcp_hf_writer.save.coordinator import nbytes_on_disk, step_of
+from dcp_hf_writer.save.coordinator import nbytes_on_disk
 from dcp_hf_writer.save.failure_explanations import OPEN
+from dcp_hf_writer.save.finished_save import FinishedSave, SaveReports, outcome_of
+from dcp_hf_writer.save.replace_target import read_json
+from dcp_hf_writer.save.save_log import step_of
 from dcp_hf_writer.torch_seam.future_guard import FutureGuard, find_future, own_error
 
 if TYPE_CHECKING:
+    from dcp_hf_writer.save.finished_save import ReportHook
     from dcp_hf_writer.staging.slab import Handover, Lease
 
 _log = logging.getLogger(__name__)
 
 
-def guard_process_save(lease: Lease, handover: Handover, *, target: str, subdir: str) -> None:
+def guard_process_save(
+    lease: Lease,
+    handover: Handover,
+    *,
+    target: str,
+    subdir: str,
+    report_to: tuple[ReportHook, ...] = (),
+) -> None:
     """Guard the future of a save that a checkpointer process runs; called as the save is sent.
 
     Args:
@@ -26,6 +39,7 @@ def guard_process_save(lease: Lease, handover: Handover, *, target: str, subdir:
         handover: What staging passes to the save.
         target: Path of the checkpoint.
         subdir: Directory of the export within the checkpoint.
+        report_to: Functions of the user that get the report of the save, on rank 0.
 
     Raises:
         UnsupportedTorchError: If the future cannot be found.
@@ -34,19 +48,31 @@ def guard_process_save(lease: Lease, handover: Handover, *, target: str, subdir:
     assert future is not None
     rank = 0 if handover.world is None else handover.world.rank
 
+    reports = SaveReports(report_to if rank == 0 else ())
+
     def told(error: BaseException) -> BaseException:
         if isinstance(error, ExportError) and rank == 0:
-            _log_published(handover, target, subdir)
+            published(error)
         save_log.log_failed(target, rank, error)
+        reports.note(_finished(handover, target, error, (0, 0)))
+        reports.tell()
         return error
+
+    def published(error: BaseException | None = None) -> None:
+        nbytes = _log_published(handover, target, subdir)
+        reports.note(_finished(handover, target, error, nbytes))
+
+    def end() -> None:
+        lease.release()
+        reports.tell()
 
     FutureGuard(
         future,
         deadline=handover.deadline,
         on_deadline=lambda: told(_at_deadline(target)),
         translate=lambda error: told(_explain(target, error)),
-        on_end=lease.release,
-        on_result=lambda: _log_published(handover, target, subdir) if rank == 0 else None,
+        on_end=end,
+        on_result=lambda: published() if rank == 0 else None,
     )
 
 
@@ -81,12 +107,37 @@ def _explain(target: str, error: BaseException) -> BaseException:
     return aborted
 
 
-def _log_published(handover: Handover, target: str, subdir: str) -> None:
-    """Log a published save here: nobody configures the log of the checkpointer process."""
+def _finished(
+    handover: Handover, target: str, error: BaseException | None, nbytes: tuple[int, int]
+) -> FinishedSave:
+    """Make the report of a save; the seconds of its phases are in the manifest."""
+    is_published = outcome_of(error) != "failed"
+    manifest = (read_json(os.path.join(target, MANIFEST_NAME)) or {}) if is_published else {}
+    seconds = manifest.get("timings", {}).get("coordinator", {})
+    return FinishedSave(
+        path=target,
+        step=step_of(target),
+        outcome=outcome_of(error),
+        error=None if error is None else f"{type(error).__name__}: {error}",
+        dcp_nbytes=nbytes[0],
+        hf_nbytes=nbytes[1],
+        stall_s=handover.info.stall_s,
+        total_s=time.monotonic() - handover.began,
+        seconds={"stage": handover.info.stall_s, **seconds},
+    )
+
+
+def _log_published(handover: Handover, target: str, subdir: str) -> tuple[int, int]:
+    """Log a published save here: nobody configures the log of the checkpointer process.
+
+    Returns:
+        The bytes of both halves; 0 if they cannot be read.
+    """
     try:
         nbytes = nbytes_on_disk(target, subdir)
     except OSError as error:
         _log.info("published %s; its size cannot be read: %s", target, error)
-        return
+        return 0, 0
     stall_s, total_s = handover.info.stall_s, time.monotonic() - handover.began
     save_log.log_published(save_log.Published(target, step_of(target), nbytes, stall_s, total_s))
+    return nbytes

@@ -11,11 +11,12 @@ from dcp_hf_writer.staging.same_memory import memory_of, tied_groups
 from dcp_hf_writer.torch_seam.save_world import SaveWorld
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from torch.distributed.checkpoint.utils import _DistWrapper
 
     from dcp_hf_writer.errors import CheckpointError
+    from dcp_hf_writer.save.finished_save import ReportHook
     from dcp_hf_writer.save.rank_progress import Rendezvous
     from dcp_hf_writer.staging.slab import StagedInfo
     from dcp_hf_writer.torch_seam.caller_frames import Planned, RunningSave
@@ -26,6 +27,14 @@ class PlaceOfSave(Protocol):
 
     save_id: str
     """Id of the save."""
+    target: str
+    """The checkpoint: an absolute path, or a URL without credentials."""
+
+    def heartbeat_of(self, rank: int) -> Callable[[bytes], None] | None:
+        """Return the function that replaces the heartbeat of a rank; it may raise `OSError`.
+
+        `None` if the place keeps no heartbeats.
+        """
 
     def is_committed(self) -> bool:
         """Whether this save's checkpoint is visible."""
@@ -54,6 +63,8 @@ class SaveContext:
     """The call of torch's that is the save; `None` if it could not be found."""
     refusal: CheckpointError | None = None
     """Why the save cannot go on; the writer raises it where torch passes it on to all ranks."""
+    report_to: tuple[ReportHook, ...] = ()
+    """Functions of the user that get the report of the save, on rank 0."""
     began: float = field(default_factory=time.monotonic)
     """`time.monotonic()` when the save began."""
     thread: threading.Thread = field(default_factory=threading.current_thread)

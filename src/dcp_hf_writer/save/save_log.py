@@ -8,6 +8,8 @@ logged at DEBUG.
 from __future__ import annotations
 
 import logging
+import os
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +21,12 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 _GB = 10**9
+
+# `step-100`, also after other numbers, or a name with one number at its end. The 6 of `2024-05-06`
+# is no step.
+_STEP = re.compile(
+    r".*?(?:step|checkpoint|ckpt|iteration|iter)[-_=]?(\d+)|\D*(\d+)", re.IGNORECASE | re.DOTALL
+)
 
 _WORDS: Mapping[str, str] = {"written": "waiting for the other ranks"}
 """What a phase is called in the log, where its own name does not say it."""
@@ -38,6 +46,12 @@ class Published:
     """Seconds for which staging held training up on the coordinator; `None` without staging."""
     total_s: float
     """Seconds from the beginning of staging to the commit."""
+
+
+def step_of(target: str) -> int | None:
+    """Return the training step in a path such as `run/step-100`; for the manifest and the log."""
+    found = _STEP.fullmatch(os.path.basename(target))
+    return int(found[1] or found[2]) if found else None
 
 
 def log_published(save: Published) -> None:

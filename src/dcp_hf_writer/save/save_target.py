@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -68,6 +68,14 @@ class SaveTarget(ABC):
     @abstractmethod
     def path(self) -> str:
         """Where the save writes until it publishes, for messages."""
+
+    def heartbeat_of(self, rank: int) -> Callable[[bytes], None] | None:
+        """Return the function that replaces the heartbeat of a rank; it may raise `OSError`.
+
+        `None` if the place keeps no heartbeats: on a store, each would be a request.
+        """
+        del rank
+        return None
 
     @abstractmethod
     def make(self, attempt: Attempt, *, overwrite: bool, new_files: Collection[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import socket
 from contextlib import ExitStack
@@ -126,6 +127,7 @@ class WritePhase:
         left_out = stored_once_results(self.own, tensors, subdir=self.subdir)
         if left_out:
             self._leave_out({result.index for result in left_out})
+        attempt.byte_count.plan(self._planned_nbytes(work))
         self.block_nbytes = self._shared_block_nbytes()
         shares = self.slots.is_shared_by_halves()
         reach("before slot")
@@ -192,6 +194,12 @@ class WritePhase:
                 self._hold(held, half)
                 files.sync_kept()
                 self._join(files, report)
+
+    def _planned_nbytes(self, work: Mapping[int, Blocks]) -> int:
+        """Return the bytes of tensors that this rank will write to both halves."""
+        data = (item.tensor_data for item in self.plan.items)
+        dcp = sum(math.prod(one.chunk.sizes) * one.properties.dtype.itemsize for one in data if one)
+        return dcp + sum(nbytes_of_blocks(blocks) for blocks in work.values())
 
     def _leave_out(self, indices: set[MetadataIndex]) -> None:
         kept = [item for item in self.plan.items if item.index not in indices]
@@ -270,6 +278,8 @@ class WritePhase:
                 error.rank = attempt.rank
                 raise
             check_results(self.plan.items, results, attempt.rank)
+            if self.dcp_writer is not None:
+                attempt.byte_count.add(sum(result.size_in_bytes for result in results))
         return results
 
     def _write_own_dcp(
@@ -286,6 +296,7 @@ class WritePhase:
         writer.source = source
         writer.finish_file = files.sync
         writer.check = self.attempt.check
+        writer.count = self.attempt.byte_count.add
         writer.sharing = sharing
         try:
             future = writer.write_data(self.plan, self.planner)
@@ -312,6 +323,7 @@ class WritePhase:
         with self.attempt.timed("write hf"):
             try:
                 file = files.take(path) or OutputFile(path, create=False)
+                file.count = self.attempt.byte_count.add
                 try:
                     written = self.blocks.write_file(
                         file,

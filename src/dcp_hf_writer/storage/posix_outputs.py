@@ -22,7 +22,7 @@ from dcp_hf_writer.storage.linux_calls import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from typing_extensions import Self
 
@@ -48,6 +48,10 @@ COHERENT = frozenset(
 )
 
 
+def _count_nothing(_: int) -> None:
+    """Count no bytes."""
+
+
 class OutputFile:
     """A file into which this process writes ranges; open from the first write to the fsync.
 
@@ -62,6 +66,8 @@ class OutputFile:
             WriteError: If it cannot be opened.
         """
         self.path = path
+        self.count: Callable[[int], object] = _count_nothing
+        """Called with the number of bytes whenever some have been written."""
         flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_CREAT | os.O_EXCL if create else 0)
         with write_errors(path):
             # The mode is 0o666 minus the umask: the user's umask decides who may read the file.
@@ -76,6 +82,7 @@ class OutputFile:
         while data.nbytes:
             with write_errors(self.path):
                 done = os.pwrite(self._fd, data[:PIECE_NBYTES], offset)
+            self.count(done)
             data, offset = data[done:], offset + done
 
     def write_runs(self, data: memoryview, nbytes: int, starts: Iterator[int]) -> None:
@@ -89,13 +96,15 @@ class OutputFile:
         Raises:
             WriteError: If the file system refuses a write.
         """
-        fd, position = self._fd, 0
+        fd, position, late = self._fd, 0, 0
         with write_errors(self.path):
             for start in starts:
                 done = os.pwrite(fd, data[position : position + nbytes], start)
                 if done != nbytes:
                     self.write(data[position + done : position + nbytes], start + done)
+                    late += nbytes - done
                 position += nbytes
+        self.count(position - late)
 
     def write_many(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Write buffers one after another from `offset` on; return the offset after the last byte.
@@ -120,6 +129,7 @@ class OutputFile:
             return offset
         with write_errors(self.path):
             done = os.pwritev(self._fd, group, offset)
+        self.count(done)
         if done != nbytes:
             self.write(memoryview(b"".join(group))[done:], offset + done)
         return offset + nbytes
@@ -138,6 +148,7 @@ class OutputFile:
         """
         with write_errors(self.path):
             clone_range(source, start, nbytes, self._fd, offset)
+        self.count(nbytes)
 
     def set_size(self, nbytes: int, *, fs_type: str) -> None:
         """Give the file its final size, and reserve its space if that is cheap.
