@@ -40,6 +40,7 @@ from dcp_hf_writer.save.export_failures import export_error
 from dcp_hf_writer.save.hf_half import BlockWriter, is_interleaved, regions_by_file
 from dcp_hf_writer.save.share_blocks import BlockSharing
 from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
+from dcp_hf_writer.save.whole_rows import WholeRows
 from dcp_hf_writer.storage.block_clones import PROBE, CloneSource
 from dcp_hf_writer.storage.posix_outputs import OutputFile
 from dcp_hf_writer.tensors.dtypes import ITEMSIZE
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.regions import Region
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
+    from dcp_hf_writer.save.whole_rows import RowShare
     from dcp_hf_writer.storage.output_fsync import OpenFiles
     from dcp_hf_writer.storage.write_slots import WriteSlots
 
@@ -130,12 +132,13 @@ class WritePhase:
         if left_out:
             self._leave_out({result.index for result in left_out})
         self.block_nbytes = self._shared_block_nbytes()
+        rows = self._whole_rows(work, source)
         shares = self.slots.is_shared_by_halves()
         reach("before slot")
         with ExitStack() as held:
             if shares:
                 self._hold(held, "dcp")
-            jobs = self._jobs(sorted(work), is_dcp_last=self.block_nbytes is not None)
+            jobs = self._jobs(sorted({*work, *rows}), is_dcp_last=self.block_nbytes is not None)
             exports = [job for job in jobs if job is not None]
             settled = set(exports[len(exports) - len(exports) // max(self.own.host_size, 1) :])
             for job in jobs:
@@ -148,8 +151,9 @@ class WritePhase:
                         # Defer the fsync of a file whose pages other ranks fill too: otherwise the
                         # device writes such a page once for each rank. The other ranks have already
                         # written the last files of this rank's rotation, so these need no deferral.
-                        defer = job not in settled and is_interleaved(work[job])
-                        self._write_export(job, work[job], files, source, report, defer=defer)
+                        part = work.get(job, ()), rows.get(job, ())
+                        defer = job not in settled and is_interleaved(part[0])
+                        self._write_export(job, part, files, source, report, defer=defer)
                     if not shares:
                         files.sync_kept()
                         self._join(files, report)
@@ -166,6 +170,24 @@ class WritePhase:
             "shared": report.nbytes.get("shared", 0),
         }
         return [*results, *left_out, WriteResult(MetadataIndex(_REPORT_FQN), 0, report)]
+
+    def _whole_rows(
+        self, work: dict[int, list[tuple[WriteItem, Region]]], source: TensorSource
+    ) -> dict[int, list[RowShare]]:
+        """Take out of `work` what the ranks of this host write as whole rows."""
+        rendezvous, directory = self.attempt.member.rendezvous, self.directory
+        if rendezvous is None or not self.own.holds_columns:
+            return {}
+        rows = WholeRows(
+            rendezvous,
+            save_id=directory.save_id,
+            host=self.own.host,
+            host_rank=self.own.host_rank,
+            host_size=self.own.host_size,
+            check=self.attempt.check,
+        )
+        with self.attempt.timed("row wait"):
+            return rows.take(work, source, bounce_nbytes=self.bounce_nbytes)
 
     def _stored_once(self, items: Iterable[WriteItem]) -> list[WriteResult]:
         """Return a result for each item that only the export stores; it tells where they are."""
@@ -283,7 +305,7 @@ class WritePhase:
     def _write_export(
         self,
         job: int,
-        blocks: Sequence[tuple[WriteItem, Region]],
+        part: tuple[Blocks, Sequence[RowShare]],
         files: OpenFiles,
         source: TensorSource,
         report: RankReport,
@@ -291,6 +313,7 @@ class WritePhase:
         defer: bool,
     ) -> None:
         name, _ = self.own.files[job]
+        blocks, shares = part
         path = os.path.join(self.directory.path, self.subdir, name)
         with self.attempt.timed("write hf"):
             try:
@@ -302,6 +325,9 @@ class WritePhase:
                         source,
                         check=self.attempt.check,
                         bounce_nbytes=self.bounce_nbytes,
+                    )
+                    written += self.blocks.write_rows(
+                        file, shares, check=self.attempt.check, bounce_nbytes=self.bounce_nbytes
                     )
                 except BaseException:
                     file.discard()
@@ -317,9 +343,9 @@ class WritePhase:
                 report.export_error = self._export_error(error, path)
                 return
         report.blocks += written
-        report.nbytes["hf"] = report.nbytes.get("hf", 0) + sum(
-            region.copy.numel * ITEMSIZE[region.target.dtype] for _, region in blocks
-        )
+        nbytes = sum(region.copy.numel * ITEMSIZE[region.target.dtype] for _, region in blocks)
+        nbytes += sum(share.nbytes for share in shares)
+        report.nbytes["hf"] = report.nbytes.get("hf", 0) + nbytes
 
     def _export_error(self, error: Exception, path: str) -> ExportError:
         nbytes = sum(size for _, size in self.own.files)
