@@ -245,16 +245,19 @@ def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
 def _hosts_with_columns(plan: GlobalPlan) -> set[str]:
     """Return the hosts whose ranks hold parts of rows of exported tensors, several ranks each."""
     ranks: set[int] = set()
-    for fqn in () if plan.layout is None else plan.layout.targets:
+    for fqn, parts in ({} if plan.layout is None else plan.layout.targets).items():
         tensor = plan.tensors[fqn]
-        rows = tuple(tensor.data.size[1:])
-        ranks.update(
-            rank
-            for rank, sizes in zip(tensor.ranks, tensor.sizes, strict=True)
-            if tuple(sizes[1:]) != rows
-        )
+        if len(tensor.ranks) > 1:
+            rows = None if _is_turned(parts) else tuple(tensor.data.size[1:])
+            cut = zip(tensor.ranks, tensor.sizes, strict=True)
+            ranks.update(rank for rank, sizes in cut if tuple(sizes[1:]) != rows)
     counts = Counter(plan.hosts[rank] for rank in ranks)
     return {host for host, count in counts.items() if count > 1}
+
+
+def _is_turned(parts: Iterable[PartTarget]) -> bool:
+    """Whether the rows of a runtime tensor are no rows of a tensor on disk."""
+    return any(copy.loops and copy.loops[0].dim != 0 for part in parts for copy in part.copies)
 
 
 def _by_rank(
