@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from dataclasses import dataclass, replace
@@ -221,6 +222,7 @@ def take_turns(
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             target = root / "target"
             one = measured(contenders[name], work, target)
+            print(f"round {turn}: {name}: {one[0]:.2f} s, {one[1] / MIB:,.0f} MiB", file=sys.stderr)
             if turn:
                 found[name].append(one)
             elif contenders is EXPORTS:
