@@ -204,7 +204,7 @@ def test_check_sees_what_it_forbids() -> None:
     assert "os" not in imports_of("mapping.hf_export", with_types=False)
     assert "os" in imports_of("mapping.hf_export", with_types=True)
     assert own_imports_of("formats.encode_safetensors_header") == {
-        *("errors", "tensors.boxes", "tensors.dtypes"),
+        *("errors", "tensors.boxes", "tensors.dtype_names", "tensors.dtypes"),
     }
     assert order_of("errors") < order_of("tensors.boxes") < order_of("save.commit")
     assert order_of("save.commit") < order_of("writer") < order_of("")

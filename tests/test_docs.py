@@ -99,9 +99,31 @@ def run_first_block(rank: int, world_size: int, directory: str) -> None:
 def test_no_other_page_has_blocks_that_nothing_runs() -> None:
     pages = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
     assert {page for page in pages if blocks(page)} == {
-        *("README.md", "docs/how-to.md", "docs/manager.md", "docs/trainers.md")
+        *("README.md", "docs/how-to.md", "docs/index.md", "docs/manager.md", "docs/trainers.md")
     }
     assert list(blocks("README.md")) == ["first", "Use it"]
+
+
+def run_first_page(rank: int, world_size: int, directory: str) -> None:
+    os.chdir(directory)
+    names: dict[str, Any] = {}
+    for title, codes in blocks("docs/index.md").items():
+        for code in codes:
+            exec(compile(code, title, "exec"), names)  # noqa: S102 - the point
+    assert names["step"] == 1
+    served, resumed = names["served"].state_dict(), names["model"].state_dict()
+    assert served.keys() == resumed.keys()
+    assert all(torch.equal(served[name], resumed[name]) for name in served)
+    moments = names["optimizer"].state_dict()["state"]
+    assert all(int(one["step"]) == 1 for one in moments.values())
+    assert len(moments) == len(list(names["model"].parameters()))
+
+
+def test_first_page_saves_checks_serves_and_resumes(tmp_path: Path) -> None:
+    run_ranks(run_first_page, 1, str(tmp_path))
+    assert sorted(path.name for path in (tmp_path / "ckpt" / "step-1").iterdir()) == [
+        *(".metadata", "__0_0.distcp", "dcp-hf.json", "hf")
+    ]
 
 
 def run_trainers_block(rank: int, world_size: int, title: str, directory: str) -> None:

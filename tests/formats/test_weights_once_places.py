@@ -21,7 +21,7 @@ from dcp_hf_writer.formats.weights_once_places import (
     StoredPart,
     encode_stored_once,
 )
-from dcp_hf_writer.tensors.dtypes import ITEMSIZE
+from dcp_hf_writer.tensors.dtype_names import ITEMSIZE
 from dcp_hf_writer.tensors.strided_copies import Copy, Loop
 
 SHAPE = (4, 6)

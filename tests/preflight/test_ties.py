@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp._shard_utils import _create_chunk_sharded_tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
@@ -18,6 +20,8 @@ from support.stock_readers import load_dcp, load_hf
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 SHAPE = (6, 4)
 
@@ -144,3 +148,35 @@ def test_tie_that_cannot_be_compared_costs_the_export_and_not_the_checkpoint(
     found = load_dcp(tmp_path / "one", {"model": {"embed": embed() * 0, "head": embed() * 0}})
     assert torch.equal(found["model"]["head"], drifted())
     assert torch.equal(found["model"]["embed"], embed())
+
+
+def save_sharded_tensors(
+    rank: int, world_size: int, root: Path, heads: dict[str, torch.Tensor]
+) -> dict[str, Raised]:
+    """Save tied tensors as `ShardedTensor`s of equal rows on each rank; return what failed."""
+    failures = {}
+    for name, head in heads.items():
+        tensors = {"embed": rows_of(embed()), "head": rows_of(head)}
+        writer = HFDualWriter(root / name, export=GIVEN)
+        try:
+            dcp.async_save({"model": tensors}, storage_writer=writer).result()
+        except BaseException as error:  # noqa: BLE001 torch's CheckpointException is no Exception
+            failures[name] = Raised.of(error)
+    return failures
+
+
+def rows_of(whole: torch.Tensor) -> ShardedTensor:
+    """Return a `ShardedTensor` as FSDP1 makes it: this rank holds its share of the rows."""
+    return _create_chunk_sharded_tensor(
+        whole, dist.get_rank(), dist.get_world_size(), dist.get_world_size(), dist.group.WORLD
+    )
+
+
+def test_shards_of_a_sharded_tensor_are_compared(tmp_path: Path) -> None:
+    heads = {"equal": embed(), "drifted": drifted()}
+    first, second = run_ranks(save_sharded_tensors, 2, tmp_path, heads)
+    assert first.keys() == second.keys() == {"drifted"}
+    (key,) = load_hf(tmp_path / "equal" / "hf")
+    assert key.endswith("embed")
+    with pytest.raises(ExportError, match="different values"):
+        first["drifted"].reraise()

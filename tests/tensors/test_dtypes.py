@@ -10,11 +10,10 @@ import safetensors.torch
 import torch
 
 from dcp_hf_writer.errors import ConfigError, LayoutError
+from dcp_hf_writer.tensors.dtype_names import ITEMSIZE, SORT_RANK
 from dcp_hf_writer.tensors.dtypes import (
     CASTABLE,
-    ITEMSIZE,
     NAME_BY_TORCH,
-    SORT_RANK,
     TORCH_BY_NAME,
     export_dtype,
     safetensors_name,

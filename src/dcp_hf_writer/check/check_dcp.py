@@ -16,7 +16,7 @@ from dcp_hf_writer.formats.names_on_disk import METADATA_NAME
 from dcp_hf_writer.formats.weights_once_places import StoredOnce
 from dcp_hf_writer.plan.parse_manifest import is_relative_name
 from dcp_hf_writer.tensors.boxes import BoxTable, tiling_fault
-from dcp_hf_writer.tensors.dtypes import ITEMSIZE
+from dcp_hf_writer.tensors.dtype_names import ITEMSIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence

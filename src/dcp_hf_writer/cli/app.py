@@ -1,26 +1,18 @@
-"""The commands of `dcp-hf` and their options. Wiring only."""
+"""The commands of `dcp-hf` and their options. Wiring only.
+
+Each command imports what it needs when it runs, because torch takes seconds to import.
+"""
 
 from __future__ import annotations
 
+import sys
 from enum import Enum
+from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Optional
 
 import typer
 
-from dcp_hf_writer.cli import (
-    convert_commands,
-    diff_command,
-    doctor_command,
-    inspect_command,
-    keep_house_command,
-    print_schema,
-    report_command,
-    run_listing,
-    verify_command,
-    watch_command,
-)
 from dcp_hf_writer.cli.run_command import run, run_updates
-from dcp_hf_writer.manager.retention import Retention
 
 app = typer.Typer(
     name="dcp-hf",
@@ -30,6 +22,27 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+def _print_version(is_asked: bool) -> None:
+    if is_asked:
+        try:
+            found = version("dcp-hf-writer")
+        except PackageNotFoundError:
+            found = "of a source tree that is not installed"
+        sys.stdout.write(f"dcp-hf-writer {found}\n")
+        raise typer.Exit
+
+
+_VERSION = typer.Option(
+    "--version", callback=_print_version, is_eager=True, help="Print the version."
+)
+
+
+@app.callback()
+def main(_version: Annotated[bool, _VERSION] = False) -> None:
+    """List, inspect, compare, verify, convert and clean up checkpoints."""
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object (dcp-hf schema).")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
@@ -66,6 +79,8 @@ def list_steps(
     root: Root, prefix: Prefix = "step-", json: Json = False, debug: Debug = False
 ) -> None:
     """List the steps of a run: state, size of both halves, age, pins."""
+    from dcp_hf_writer.cli import run_listing
+
     run(
         "ls",
         lambda: run_listing.list_steps(root, prefix),
@@ -78,6 +93,8 @@ def list_steps(
 @app.command()
 def latest(root: Root, prefix: Prefix = "step-", json: Json = False, debug: Debug = False) -> None:
     """Print the path of the newest whole checkpoint; exit 1 if there is none."""
+    from dcp_hf_writer.cli import run_listing
+
     run(
         "latest",
         lambda: run_listing.find_latest(root, prefix),
@@ -98,6 +115,8 @@ def verify(
     debug: Debug = False,
 ) -> None:
     """Check every byte of a checkpoint, or of all steps of a run; exit 1 on damage."""
+    from dcp_hf_writer.cli import verify_command
+
     run(
         "verify",
         lambda: verify_command.verify_all(path, prefix=prefix, threads=threads),
@@ -115,6 +134,8 @@ def inspect_checkpoint(
     debug: Debug = False,
 ) -> None:
     """Show what a checkpoint holds: tensors, dtypes, files, and who wrote what."""
+    from dcp_hf_writer.cli import inspect_command
+
     run(
         "inspect",
         lambda: inspect_command.inspect_checkpoint(path, key),
@@ -136,6 +157,8 @@ def diff(
     debug: Debug = False,
 ) -> None:
     """Compare the tensors of two checkpoints; exit 1 if they differ."""
+    from dcp_hf_writer.cli import diff_command
+
     run(
         "diff",
         lambda: diff_command.diff(a, b, half=half.value, pattern=key),
@@ -154,6 +177,8 @@ def materialize(
     debug: Debug = False,
 ) -> None:
     """Rewrite a checkpoint with weights="once", so that torch alone reads it."""
+    from dcp_hf_writer.cli import convert_commands
+
     run(
         "materialize",
         lambda: convert_commands.materialize_checkpoint(path, target, overwrite=overwrite),
@@ -183,6 +208,8 @@ def export_dcp(
     debug: Debug = False,
 ) -> None:
     """Write the model of any DCP checkpoint as a HuggingFace directory."""
+    from dcp_hf_writer.cli import convert_commands
+
     options = {"dtype": dtype, "max_shard_size": max_shard_size, "key": entry}
     run(
         "export",
@@ -213,6 +240,8 @@ def import_hf(
     debug: Debug = False,
 ) -> None:
     """Write a HuggingFace directory as a DCP checkpoint; exit 1 if tensors are missing."""
+    from dcp_hf_writer.cli import convert_commands
+
     run(
         "import",
         lambda: convert_commands.import_hf(
@@ -242,6 +271,9 @@ def gc(
     debug: Debug = False,
 ) -> None:
     """Delete what dead saves left, and steps that the limits give up; never pinned ones."""
+    from dcp_hf_writer.cli import keep_house_command
+    from dcp_hf_writer.manager.retention import Retention
+
     run(
         "gc",
         lambda: keep_house_command.collect_garbage(
@@ -258,6 +290,8 @@ def pin(
     root: Root, step: Step, prefix: Prefix = "step-", json: Json = False, debug: Debug = False
 ) -> None:
     """Keep a step, whatever the retention of the run says."""
+    from dcp_hf_writer.cli import keep_house_command
+
     run(
         "pin",
         lambda: keep_house_command.pin(root, prefix, step, is_pinned=True),
@@ -272,6 +306,8 @@ def unpin(
     root: Root, step: Step, prefix: Prefix = "step-", json: Json = False, debug: Debug = False
 ) -> None:
     """Undo a pin."""
+    from dcp_hf_writer.cli import keep_house_command
+
     run(
         "unpin",
         lambda: keep_house_command.pin(root, prefix, step, is_pinned=False),
@@ -295,6 +331,8 @@ def report(
     debug: Debug = False,
 ) -> None:
     """Show where the time of a save went: phases, bytes and rate of each rank."""
+    from dcp_hf_writer.cli import report_command
+
     run(
         "report",
         lambda: report_command.report(path, plot=plot, page=html, trace=trace),
@@ -320,6 +358,8 @@ def watch(
     debug: Debug = False,
 ) -> None:
     """Show the saves in flight until they end; exit 1 if one was not published."""
+    from dcp_hf_writer.cli import watch_command
+
     run_updates(
         "watch",
         lambda: watch_command.watch(
@@ -338,6 +378,8 @@ def doctor(
     debug: Debug = False,
 ) -> None:
     """Probe a place for checkpoints: rename, clone, space, speed, strategy."""
+    from dcp_hf_writer.cli import doctor_command
+
     run(
         "doctor",
         lambda: doctor_command.doctor(path, nbytes=mib << 20),
@@ -353,4 +395,6 @@ def schema(
     debug: Debug = False,
 ) -> None:
     """Print the JSON schema of what a command prints with --json."""
+    from dcp_hf_writer.cli import print_schema
+
     run("schema", lambda: print_schema.find(name), print_schema.show, as_json=False, debug=debug)

@@ -11,8 +11,8 @@ from dcp_hf_writer.cli import exit_codes
 from dcp_hf_writer.cli.byte_progress import ByteProgress
 from dcp_hf_writer.cli.plain_text import rate, size
 from dcp_hf_writer.cli.run_command import Outcome, line
+from dcp_hf_writer.formats.names_on_disk import INCOMPLETE
 from dcp_hf_writer.preflight import check_options
-from dcp_hf_writer.save.replace_target import INCOMPLETE
 from dcp_hf_writer.storage.block_clones import PROBE
 from dcp_hf_writer.storage.output_place import check_output_place, existing_parent
 from dcp_hf_writer.storage.posix_outputs import (

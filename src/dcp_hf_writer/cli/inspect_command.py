@@ -16,8 +16,9 @@ from dcp_hf_writer.cli.run_command import Outcome, line, line_of_rest, row, tabl
 from dcp_hf_writer.formats.names_on_disk import METADATA_NAME, rank_of_dcp_file
 from dcp_hf_writer.formats.parse_dcp_metadata import paths_in
 from dcp_hf_writer.formats.weights_once_places import StoredOnce
-from dcp_hf_writer.load.choose_half import find_place, has_weights, manifest_of, read_dcp_metadata
+from dcp_hf_writer.load.choose_half import find_place, has_weights, read_dcp_metadata
 from dcp_hf_writer.load.hf_directory import open_hf_directory
+from dcp_hf_writer.load.read_manifest import manifest_of
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs
 

@@ -96,7 +96,7 @@ _STEP = _fields(
     weights_once=_flag("whether weights lie only in the HuggingFace half"),
     world_size=_maybe_whole("ranks that saved it"),
     save_id=_maybe_text("id of the save"),
-    age_s=_number("seconds since the commit"),
+    age_s=_maybe_number("seconds since the commit; null behind a URL"),
 )
 
 _PROBLEM = _fields(

@@ -12,7 +12,7 @@ from dcp_hf_writer.cli.plain_text import duration, rate, size
 from dcp_hf_writer.cli.run_command import Outcome, line, line_of_rest, row, table
 from dcp_hf_writer.errors import ConfigError, ReadError
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
-from dcp_hf_writer.load.choose_half import manifest_of
+from dcp_hf_writer.load.read_manifest import manifest_of
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.posix_outputs import write_errors
 

@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from dcp_hf_writer.cli import exit_codes, plain_text
 from dcp_hf_writer.cli.run_command import Outcome, line, row, table
 from dcp_hf_writer.errors import ConfigError
-from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
+from dcp_hf_writer.formats.names_on_disk import INCOMPLETE, MANIFEST_NAME, METADATA_NAME
+from dcp_hf_writer.manager.remote_run import RemoteRun
 from dcp_hf_writer.manager.run_directory import RunDirectory, StoredStep
 from dcp_hf_writer.manager.step_names import DELETED_PREFIX, StepNames
-from dcp_hf_writer.preflight import check_options
-from dcp_hf_writer.save.replace_target import INCOMPLETE
 from dcp_hf_writer.storage.open_directory import open_directory
+from dcp_hf_writer.storage.paths_as_written import plain_path
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from rich.console import Console
 
@@ -25,12 +25,20 @@ _STYLES = {"committed": "", "unverified": "yellow", "incomplete": "red"}
 
 
 def open_run(root: str, prefix: str) -> RunDirectory:
-    """Return the directory of a run.
+    """Return the local directory of a run, for commands that change it.
 
     Raises:
         ConfigError: If `root` is no local directory, or the prefix cannot be used.
     """
-    path = check_options.local_path(root)
+    text = plain_path(root)
+    if "://" in text:
+        raise ConfigError(
+            "this command changes a run, so it does not work on URLs",
+            path=text,
+            expected="a path on a mounted file system",
+            hint="ls, latest and verify read URLs",
+        )
+    path = os.path.abspath(text)
     if not os.path.isdir(path):
         raise ConfigError(
             "there is no directory of a run here",
@@ -41,21 +49,32 @@ def open_run(root: str, prefix: str) -> RunDirectory:
     return RunDirectory(path, StepNames(prefix))
 
 
+def read_run(root: str, prefix: str) -> RunDirectory | RemoteRun:
+    """Return the directory of a run, local or behind a URL, for commands that only read.
+
+    Raises:
+        ConfigError: If there is no such directory, or the prefix cannot be used.
+        ReadError: If the directory cannot be listed.
+    """
+    text = plain_path(root)
+    return RemoteRun(text, StepNames(prefix)) if "://" in text else open_run(root, prefix)
+
+
 def list_steps(root: str, prefix: str) -> Outcome:
     """Find the steps of a run.
 
     Raises:
-        ConfigError: As `open_run`.
+        ConfigError: As `read_run`.
         ReadError: If the directory cannot be listed.
     """
-    run = open_run(root, prefix)
+    run = read_run(root, prefix)
     listing = run.listing()
     latest = _newest_whole(listing)
     value = {
         "root": run.root,
         "latest": None if latest is None else latest.step,
         "steps": [_described(run, stored) for stored in listing],
-        "leftovers": leftovers(run.root),
+        "leftovers": run.leftovers() if isinstance(run, RemoteRun) else leftovers(run.root),
     }
     return Outcome(value)
 
@@ -64,10 +83,10 @@ def find_latest(root: str, prefix: str) -> Outcome:
     """Find the newest whole checkpoint of a run; `PROBLEM` if there is none.
 
     Raises:
-        ConfigError: As `open_run`.
+        ConfigError: As `read_run`.
         ReadError: If the directory cannot be listed.
     """
-    run = open_run(root, prefix)
+    run = read_run(root, prefix)
     newest = _newest_whole(run.listing(newest_only=True))
     if newest is None or newest.facts is None:
         none = {"step": None, "path": None, "export": None}
@@ -130,16 +149,17 @@ def _show_table(steps: list[dict[str, Any]], latest: int | None, console: Consol
             plain_text.size(step["dcp_nbytes"]) if step["dcp_nbytes"] else "-",
             plain_text.size(step["hf_nbytes"]) if step["hf_nbytes"] else "-",
             step["world_size"] or "-",
-            plain_text.age(step["age_s"]),
+            "-" if step["age_s"] is None else plain_text.age(step["age_s"]),
             ", ".join(marks),
             style=_STYLES[step["state"]],
         )
     console.print(made)
 
 
-def _described(run: RunDirectory, stored: StoredStep) -> dict[str, Any]:
+def _described(run: RunDirectory | RemoteRun, stored: StoredStep) -> dict[str, Any]:
     facts, notes = stored.facts, run.notes_of(stored)
-    export, dcp = _nbytes_of_halves(stored)
+    sizes = run.sizes_of(stored) if isinstance(run, RemoteRun) else _sizes_of(stored)
+    export, dcp = _nbytes_of_halves(stored, sizes)
     state = "incomplete"
     if facts is not None:
         state = "committed" if facts.kind == "manifest" else "unverified"
@@ -157,13 +177,16 @@ def _described(run: RunDirectory, stored: StoredStep) -> dict[str, Any]:
         "weights_once": facts is not None and facts.needs_export,
         "world_size": None if facts is None else facts.world_size,
         "save_id": None if facts is None else facts.save_id,
-        "age_s": round(_age_s(stored.path), 3),
+        "age_s": None if isinstance(run, RemoteRun) else round(_age_s(stored.path), 3),
     }
 
 
-def _nbytes_of_halves(stored: StoredStep) -> tuple[int, int]:
+def _sizes_of(stored: StoredStep) -> dict[str, int]:
+    return open_directory(stored.path).tree()
+
+
+def _nbytes_of_halves(stored: StoredStep, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Return the bytes of the HuggingFace half, and of all other files."""
-    sizes = open_directory(stored.path).tree()
     subdir = "hf" if stored.facts is None else stored.facts.export_subdir
     below = None if subdir is None else f"{subdir}/" if subdir else ""
     export = sum(n for name, n in sizes.items() if below is not None and name.startswith(below))

@@ -11,10 +11,10 @@ from dcp_hf_writer.cli import exit_codes
 from dcp_hf_writer.cli.byte_progress import ByteProgress
 from dcp_hf_writer.cli.plain_text import count, duration, rate, size
 from dcp_hf_writer.cli.run_command import Outcome, line
-from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
-from dcp_hf_writer.load.hf_directory import is_hf_directory
-from dcp_hf_writer.manager.run_directory import RunDirectory
-from dcp_hf_writer.manager.step_names import StepNames
+from dcp_hf_writer.cli.run_listing import read_run
+from dcp_hf_writer.errors import ReadError
+from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME, is_hf_directory
+from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.paths_as_written import plain_path
 
 if TYPE_CHECKING:
@@ -68,12 +68,17 @@ def _extent(report: dict[str, Any]) -> str:
 def _checkpoints(path: str, prefix: str) -> list[str]:
     """Return the path itself, or the steps below it if only they are checkpoints."""
     text = plain_path(path)
-    if "://" in text or not os.path.isdir(text):
+    is_remote = "://" in text
+    if not is_remote and not os.path.isdir(text):
         return [text]
-    names = os.listdir(text)
-    if MANIFEST_NAME in names or METADATA_NAME in names or is_hf_directory(names):
+    try:
+        names = open_directory(text).names()
+        if MANIFEST_NAME in names or METADATA_NAME in names or is_hf_directory(names):
+            return [text]
+        steps = read_run(text, prefix).listing()
+    except ReadError:
+        # `verify` says what is wrong with the place.
         return [text]
-    steps = RunDirectory(os.path.abspath(text), StepNames(prefix)).listing()
     return [step.path for step in steps] or [text]
 
 

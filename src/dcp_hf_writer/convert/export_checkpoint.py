@@ -13,6 +13,7 @@ import torch
 
 from dcp_hf_writer.convert.one_rank_plan import plan_of_stored
 from dcp_hf_writer.convert.stored_tensors import DCPTensors, open_dcp_tensors
+from dcp_hf_writer.convert.stored_ties import refuse_drifted_ties
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.formats.names_on_disk import INDEX_NAME
 from dcp_hf_writer.plan.global_plan import GlobalPlan, plan_globally
@@ -93,7 +94,8 @@ def export_checkpoint(
 
     Raises:
         ConfigError: If an option cannot be used as given.
-        PlanningError: If the checkpoint cannot be exported with these options.
+        PlanningError: If the checkpoint cannot be exported with these options, or if tensors that
+            are declared to be tied have different values.
         CoverageError: If the chunks of a tensor do not cover it.
         ReadError: If a file of `path` is missing or cannot be read.
         CorruptCheckpointError: If `path` contradicts itself.
@@ -118,6 +120,7 @@ def export_checkpoint(
                 found="; ".join(planned.left_out) or "no tensors",
                 hint="name the model's entry with the key option",
             )
+        refuse_drifted_ties(path, tensors, metadata, export)
         names = {name.partition("/")[2] for name in export_files(planned.layout, assets, export)}
         with new_checkpoint(target, overwrite=False, new_files=names) as directory:
             work = _Export(tensors, planned.layout, plan.items, directory.path, progress)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from dcp_hf_writer.errors import ConfigError
 from dcp_hf_writer.formats.names_on_disk import CONFIG_NAME, MANIFEST_NAME
 from dcp_hf_writer.integrations.export_of_config import options_of_config
-from dcp_hf_writer.load.choose_half import manifest_of
+from dcp_hf_writer.load.read_manifest import manifest_of
 from dcp_hf_writer.mapping.hf_export import HFExport, specs_by_name
 from dcp_hf_writer.storage.local_inputs import LocalFiles
 from dcp_hf_writer.storage.open_directory import open_directory

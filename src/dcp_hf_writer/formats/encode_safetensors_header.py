@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import LayoutError
-from dcp_hf_writer.tensors.dtypes import ITEMSIZE, SORT_RANK, stored_shape
+from dcp_hf_writer.tensors.dtype_names import ITEMSIZE, SORT_RANK
+from dcp_hf_writer.tensors.dtypes import stored_shape
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

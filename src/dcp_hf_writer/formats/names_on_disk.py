@@ -6,6 +6,10 @@ Readers outside this package depend on all of these names, so none can change.
 from __future__ import annotations
 
 import re
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 METADATA_NAME = ".metadata"
 """DCP's own metadata; torch defines the name."""
@@ -25,6 +29,11 @@ INDEX_NAME = "model.safetensors.index.json"
 CONFIG_NAME = "config.json"
 """The config of a HuggingFace model."""
 
+INCOMPLETE = ".incomplete-"
+"""Begins the name of the directory of a save; the id of the save follows."""
+REPLACED = ".replaced-"
+"""Begins the name of a directory that was renamed aside; the id of the save follows."""
+
 
 _DCP_FILE = re.compile(r"__(\d+)_\d+\.distcp")
 
@@ -33,6 +42,11 @@ def rank_of_dcp_file(name: str) -> int | None:
     """Return the rank in the name of one of DCP's files; `None` if the name has another form."""
     found = _DCP_FILE.fullmatch(name)
     return None if found is None else int(found[1])
+
+
+def is_hf_directory(names: Collection[str]) -> bool:
+    """Whether a directory with these file names holds safetensors weights."""
+    return any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in names)
 
 
 def weight_file_names(count: int) -> list[str]:

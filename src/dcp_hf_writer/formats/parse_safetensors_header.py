@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from dcp_hf_writer.errors import CorruptCheckpointError
 from dcp_hf_writer.formats.encode_safetensors_header import MAX_HEADER_NBYTES
 from dcp_hf_writer.formats.strict_json import is_count, is_text, parse_json, shortened
-from dcp_hf_writer.tensors.dtypes import ITEMSIZE
+from dcp_hf_writer.tensors.dtype_names import ITEMSIZE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import CorruptCheckpointError
 from dcp_hf_writer.formats.strict_json import are_counts, is_count, parse_json, shortened
-from dcp_hf_writer.tensors.dtypes import ITEMSIZE
+from dcp_hf_writer.tensors.dtype_names import ITEMSIZE
 from dcp_hf_writer.tensors.strided_copies import Copy, Loop
 
 if TYPE_CHECKING:

@@ -7,16 +7,21 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_hf_writer.errors import ReadError
-from dcp_hf_writer.formats.names_on_disk import INDEX_SUFFIX, MANIFEST_NAME, METADATA_NAME, SUFFIX
+from dcp_hf_writer.formats.names_on_disk import (
+    INDEX_SUFFIX,
+    MANIFEST_NAME,
+    METADATA_NAME,
+    SUFFIX,
+    is_hf_directory,
+)
 from dcp_hf_writer.formats.parse_dcp_metadata import MAX_METADATA_NBYTES, parse_metadata
 from dcp_hf_writer.load.hf_directory import (
     conversion_hint,
-    is_hf_directory,
     open_hf_directory,
     other_files_found,
 )
 from dcp_hf_writer.load.hf_source import HFSource
-from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
+from dcp_hf_writer.load.read_manifest import manifest_of
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs
 from dcp_hf_writer.storage.paths_as_written import plain_path
@@ -139,19 +144,6 @@ def has_weights(files: InputFiles) -> bool:
         return is_hf_directory(files.names())
     except ReadError:
         return False
-
-
-def manifest_of(files: InputFiles) -> Manifest | None:
-    """Read the manifest of a checkpoint; `None` if `HFDualWriter` did not write the checkpoint.
-
-    Raises:
-        ReadError: If the manifest cannot be read.
-        CorruptCheckpointError: If the manifest is damaged.
-    """
-    if not files.has(MANIFEST_NAME):
-        return None
-    data = files.read_whole(MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES)
-    return parse_manifest(data, path=f"{files.path}/{MANIFEST_NAME}")
 
 
 def read_dcp_metadata(files: InputFiles, rank: int | None = None) -> Metadata:

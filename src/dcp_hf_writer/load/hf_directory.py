@@ -106,11 +106,6 @@ class HFDirectory:
         return found
 
 
-def is_hf_directory(names: Collection[str]) -> bool:
-    """Whether a directory with these file names holds safetensors weights."""
-    return any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in names)
-
-
 def open_hf_directory(inputs: OpenInputs, *, only: str | None = None) -> HFDirectory:
     """Open a directory with weights.
 

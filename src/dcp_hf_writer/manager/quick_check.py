@@ -1,6 +1,7 @@
 """Tell quickly whether a directory holds a whole checkpoint: its manifest, and the size of files.
 
-This is the check behind `latest` and `steps`. It reads no tensor data; `verify` does.
+This is the check behind `latest` and `steps`. It reads no tensor data; `verify` does. It imports
+torch only for a checkpoint without a manifest, so that `dcp-hf ls` starts at once.
 """
 
 from __future__ import annotations
@@ -9,16 +10,17 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from dcp_hf_writer.check.check_dcp import dcp_problems
+import xxhash
+
 from dcp_hf_writer.errors import CheckpointError
-from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
-from dcp_hf_writer.load.choose_half import manifest_of, read_dcp_metadata
-from dcp_hf_writer.load.hf_directory import is_hf_directory
+from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME, is_hf_directory
+from dcp_hf_writer.load.read_manifest import manifest_of
 from dcp_hf_writer.storage.open_directory import open_directory
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from dcp_hf_writer.plan.encode_manifest import WholeFile
     from dcp_hf_writer.storage.input_contract import InputFiles
 
 StoredKind = Literal["manifest", "dcp", "parts", "hf"]
@@ -71,7 +73,21 @@ class QuickCheck:
         """
         files = open_directory(path)
         try:
-            sizes = files.tree()
+            return self.run_in(files, files.tree())
+        except CheckpointError as error:
+            return str(error)
+
+    def run_in(self, files: InputFiles, sizes: Mapping[str, int]) -> StoredFacts | str:
+        """Look at a directory whose files are known.
+
+        Args:
+            files: The directory.
+            sizes: Size of every file in it and below it, by name.
+
+        Returns:
+            As `run`.
+        """
+        try:
             if MANIFEST_NAME in sizes:
                 return self._by_manifest(files, sizes)
             return _without_manifest(files, sizes)
@@ -94,6 +110,8 @@ class QuickCheck:
         return listed.facts
 
     def _listed(self, files: InputFiles) -> _Listed | str:
+        if "://" in files.path:
+            return _listed_now(files)
         try:
             stat = os.stat(os.path.join(files.path, MANIFEST_NAME))
         except OSError as error:
@@ -102,23 +120,43 @@ class QuickCheck:
         known = self._known.get(files.path)
         if known is not None and known[0] == stamp:
             return known[1]
-        manifest = manifest_of(files)
-        if manifest is None:
-            return f"{MANIFEST_NAME} is gone"
-        listed_sizes = manifest.sizes()
-        if METADATA_NAME in listed_sizes:
-            read_dcp_metadata(files)
-        facts = StoredFacts(
-            "manifest",
-            manifest.save_id,
-            manifest.world_size,
-            None if manifest.hf is None else manifest.hf.subdir,
-            bool(manifest.once),
-            sum(listed_sizes.values()),
-        )
-        listed = _Listed(facts, listed_sizes)
-        self._known[files.path] = (stamp, listed)
+        listed = _listed_now(files)
+        if not isinstance(listed, str):
+            self._known[files.path] = (stamp, listed)
         return listed
+
+
+def _listed_now(files: InputFiles) -> _Listed | str:
+    manifest = manifest_of(files)
+    if manifest is None:
+        return f"{MANIFEST_NAME} is gone"
+    sizes = manifest.sizes()
+    metadata = manifest.files.get(METADATA_NAME)
+    problem = None if metadata is None else _other_bytes(files, metadata)
+    if problem is not None:
+        return problem
+    facts = StoredFacts(
+        "manifest",
+        manifest.save_id,
+        manifest.world_size,
+        None if manifest.hf is None else manifest.hf.subdir,
+        bool(manifest.once),
+        sum(sizes.values()),
+    )
+    return _Listed(facts, sizes)
+
+
+def _other_bytes(files: InputFiles, listed: WholeFile) -> str | None:
+    """Say how a small file differs from what the manifest lists; `None` if it does not."""
+    with files.open(listed.name) as file:
+        if file.nbytes != listed.nbytes:
+            return (
+                f"{listed.name} has {file.nbytes} bytes; the manifest lists {listed.nbytes} bytes"
+            )
+        found = xxhash.xxh3_64_hexdigest(file.read(0, file.nbytes))
+    if found != listed.digest:
+        return f"{listed.name} has the digest {found}; the manifest lists {listed.digest}"
+    return None
 
 
 def _without_manifest(files: InputFiles, sizes: Mapping[str, int]) -> StoredFacts | str:
@@ -144,6 +182,10 @@ def _without_manifest(files: InputFiles, sizes: Mapping[str, int]) -> StoredFact
 
 
 def _dcp_problem(files: InputFiles, sizes: Mapping[str, int]) -> str | None:
+    # Not at the top: both import torch, which takes seconds.
+    from dcp_hf_writer.check.check_dcp import dcp_problems  # noqa: PLC0415
+    from dcp_hf_writer.load.choose_half import read_dcp_metadata  # noqa: PLC0415
+
     # torch writes the metadata last, so it is the commit of a checkpoint without a manifest.
     problem = next(dcp_problems(read_dcp_metadata(files), sizes), None)
     return None if problem is None else str(problem)

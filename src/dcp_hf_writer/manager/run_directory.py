@@ -320,7 +320,7 @@ class RunDirectory:
         except (OSError, ValueError) as error:
             _log.warning("the notes about %s cannot be read: %s", stored.path, error)
             return StepNotes()
-        return _parse_notes(value, None if stored.facts is None else stored.facts.save_id)
+        return parse_notes(value, None if stored.facts is None else stored.facts.save_id)
 
     def note(
         self,
@@ -376,8 +376,13 @@ def _is_removed(path: str) -> bool:
     return not os.path.lexists(path)
 
 
-def _parse_notes(value: Any, save_id: str | None) -> StepNotes:
-    """Read notes. A pin counts for the step, metrics only for the save that they belong to."""
+def parse_notes(value: Any, save_id: str | None) -> StepNotes:
+    """Read notes. A pin counts for the step, metrics only for the save that they belong to.
+
+    Args:
+        value: What the file of the notes holds, as JSON.
+        save_id: Save of the checkpoint beside the notes.
+    """
     if not isinstance(value, dict):
         return StepNotes()
     is_pinned = value.get("pinned") is True

@@ -22,7 +22,7 @@ from dcp_hf_writer.plan.encode_manifest import FORMAT_VERSION, WholeFile
 from dcp_hf_writer.plan.parse_manifest_blocks import Places
 from dcp_hf_writer.plan.rank_report import DIGEST_NAME, DCPFile
 from dcp_hf_writer.tensors.boxes import ByteRuns
-from dcp_hf_writer.tensors.dtypes import ITEMSIZE
+from dcp_hf_writer.tensors.dtype_names import ITEMSIZE
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping

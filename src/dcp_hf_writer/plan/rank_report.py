@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from dcp_hf_writer.errors import CoverageError
 from dcp_hf_writer.tensors.boxes import Box, Shape, tiling_fault
-from dcp_hf_writer.tensors.dtypes import ITEMSIZE
+from dcp_hf_writer.tensors.dtype_names import ITEMSIZE
 from dcp_hf_writer.tensors.strided_copies import IndexLoops, coverage_fault
 
 if TYPE_CHECKING:

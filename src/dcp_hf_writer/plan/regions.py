@@ -10,7 +10,8 @@ import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer.tensors.dtypes import ITEMSIZE, NAME_BY_TORCH
+from dcp_hf_writer.tensors.dtype_names import ITEMSIZE
+from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
 from dcp_hf_writer.tensors.strided_copies import Copy, clip, copy_runs, source_span
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.tensors.boxes import Box, Shape
-from dcp_hf_writer.tensors.dtypes import ITEMSIZE
+from dcp_hf_writer.tensors.dtype_names import ITEMSIZE
 from dcp_hf_writer.tensors.strided_copies import strides_of
 
 if TYPE_CHECKING:

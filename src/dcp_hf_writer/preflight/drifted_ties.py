@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from dcp_hf_writer.errors import ExportError, ModelKeyError
 from dcp_hf_writer.mapping.spec_match import model_names
 from dcp_hf_writer.mapping.tied_names import declared_ties
-from dcp_hf_writer.torch_seam.tensor_forms import plain_of
+from dcp_hf_writer.torch_seam.tensor_forms import local_shards, plain_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.torch_seam.caller_frames import Planned
 
+    _Shards = tuple[tuple[tuple[int, ...], torch.Tensor], ...]
 
 HOW_TO_TIE = (
     "shard them in one fully_shard group, or call model.tie_weights() after it; or export both, "
@@ -173,6 +174,9 @@ def _are_equal(one: Any, other: Any) -> bool | None:
             return None
     elif isinstance(one, DTensor) or isinstance(other, DTensor):
         return None
+    shards, others = local_shards(one), local_shards(other)
+    if shards is not None or others is not None:
+        return _are_equal_shards(shards, others)
     one, other = plain_of(one), plain_of(other)
     if one is None or other is None:
         # Encoded values: nobody can say whether two codes mean the same.
@@ -181,6 +185,14 @@ def _are_equal(one: Any, other: Any) -> bool | None:
         return False
     # Tensors without data are equal as far as a dry run can tell.
     return one.is_meta or other.is_meta or torch.equal(_bytes(one), _bytes(other))
+
+
+def _are_equal_shards(one: _Shards | None, other: _Shards | None) -> bool | None:
+    """Whether two ShardedTensors have equal shards; `None` if they are cut differently."""
+    if one is None or other is None or [at for at, _ in one] != [at for at, _ in other]:
+        return None
+    found = [_are_equal(a, b) for (_, a), (_, b) in zip(one, other, strict=True)]
+    return None if None in found else all(found)
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:

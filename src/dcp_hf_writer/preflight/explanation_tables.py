@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.mapping.abbreviated_names import patterns, ranges, template
-from dcp_hf_writer.tensors.dtypes import ITEMSIZE
+from dcp_hf_writer.tensors.dtype_names import ITEMSIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -12,7 +12,8 @@ from dcp_hf_writer.plan.regions import Region, TargetTable, needs_cast
 from dcp_hf_writer.save.bounce_buffer import BounceBuffer
 from dcp_hf_writer.save.tensor_bytes import chunk_of, digest_of, host_bytes
 from dcp_hf_writer.save.whole_rows import write_rows
-from dcp_hf_writer.tensors.dtypes import ITEMSIZE, TORCH_BY_NAME
+from dcp_hf_writer.tensors.dtype_names import ITEMSIZE
+from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
 from dcp_hf_writer.tensors.strided_copies import hf_box, hf_loops, runtime_view, split
 
 if TYPE_CHECKING:

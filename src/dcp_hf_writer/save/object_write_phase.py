@@ -26,7 +26,7 @@ from dcp_hf_writer.save.hf_half import regions_by_file
 from dcp_hf_writer.save.object_parts import SentObject, part_nbytes_of
 from dcp_hf_writer.save.tensor_bytes import TensorSource
 from dcp_hf_writer.save.write_phase import report_result, stored_once_results
-from dcp_hf_writer.tensors.dtypes import ITEMSIZE
+from dcp_hf_writer.tensors.dtype_names import ITEMSIZE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -11,15 +11,13 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import StorageError
-from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
+from dcp_hf_writer.formats.names_on_disk import INCOMPLETE, MANIFEST_NAME, REPLACED
 from dcp_hf_writer.save.carry_files import bring_changes
 from dcp_hf_writer.save.owner_process import Owner, is_abandoned, is_over_here
 from dcp_hf_writer.save.replace_target import (
     DISCARDED_SUFFIX,
     FRESH_SUFFIX,
-    INCOMPLETE,
     RECORD_SUFFIX,
-    REPLACED,
     TargetRecord,
     discard,
     order_of_moves,

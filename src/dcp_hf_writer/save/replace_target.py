@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dcp_hf_writer.errors import CommitError, StorageError
 from dcp_hf_writer.failpoints import reach
-from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
+from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME, REPLACED
 from dcp_hf_writer.save.carry_files import bring_changes, carry_over, keep_aside
 from dcp_hf_writer.save.owner_process import Owner
 from dcp_hf_writer.save.target_contents import (
@@ -64,10 +64,6 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-INCOMPLETE = ".incomplete-"
-"""Begins the name of the directory of a save; the id of the save follows."""
-REPLACED = ".replaced-"
-"""Begins the name of a directory that was renamed aside; the id of the save follows."""
 RECORD_SUFFIX = ".json"
 """Ends the name of the record of a save that carries files."""
 FRESH_SUFFIX = ".new"

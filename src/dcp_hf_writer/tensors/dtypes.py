@@ -1,41 +1,35 @@
-"""The dtypes of safetensors: name, torch dtype, element size, and order within a file."""
+"""The dtypes of safetensors: name and torch dtype. `dtype_names` has sizes and order."""
 
 from __future__ import annotations
 
 import torch
 
 from dcp_hf_writer.errors import ConfigError, LayoutError
+from dcp_hf_writer.tensors.dtype_names import SORT_RANK
 
-# safetensors 0.8 sorts the tensors of a file by its dtype enumeration, descending, then by name.
-# The order below is that enumeration, largest first; a test compares it with the library.
-_ORDERED: tuple[tuple[str, torch.dtype], ...] = (
-    ("U64", torch.uint64),
-    ("I64", torch.int64),
-    ("F64", torch.float64),
-    ("C64", torch.complex64),
-    ("F32", torch.float32),
-    ("U32", torch.uint32),
-    ("I32", torch.int32),
-    ("BF16", torch.bfloat16),
-    ("F16", torch.float16),
-    ("U16", torch.uint16),
-    ("I16", torch.int16),
-    ("F8_E5M2FNUZ", torch.float8_e5m2fnuz),
-    ("F8_E4M3FNUZ", torch.float8_e4m3fnuz),
-    ("F8_E8M0", torch.float8_e8m0fnu),
-    ("F8_E4M3", torch.float8_e4m3fn),
-    ("F8_E5M2", torch.float8_e5m2),
-    ("I8", torch.int8),
-    ("U8", torch.uint8),
-    ("F4", torch.float4_e2m1fn_x2),
-    ("BOOL", torch.bool),
-)
-
-TORCH_BY_NAME: dict[str, torch.dtype] = dict(_ORDERED)
-NAME_BY_TORCH: dict[torch.dtype, str] = {dtype: name for name, dtype in _ORDERED}
-SORT_RANK: dict[str, int] = {name: rank for rank, (name, _) in enumerate(_ORDERED)}
-# Bytes per element of the torch tensor. One torch element holds two F4 values; see `stored_shape`.
-ITEMSIZE: dict[str, int] = {name: dtype.itemsize for name, dtype in _ORDERED}
+TORCH_BY_NAME: dict[str, torch.dtype] = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+    "F32": torch.float32,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "F4": torch.float4_e2m1fn_x2,
+    "BOOL": torch.bool,
+}
+NAME_BY_TORCH: dict[torch.dtype, str] = {dtype: name for name, dtype in TORCH_BY_NAME.items()}
 
 # `HFExport.dtype` casts only these. fp8 tensors come with scales, which a cast would make wrong;
 # integers and bools are indices and masks.

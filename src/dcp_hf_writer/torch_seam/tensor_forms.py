@@ -92,6 +92,16 @@ def is_sharded_tensor(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, ShardedTensor)
 
 
+def local_shards(
+    tensor: torch.Tensor,
+) -> tuple[tuple[tuple[int, ...], torch.Tensor], ...] | None:
+    """Return the offsets and data of this rank's shards; `None` if it is no `ShardedTensor`."""
+    if not isinstance(tensor, ShardedTensor):
+        return None
+    shards = tensor.local_shards()
+    return tuple((tuple(one.metadata.shard_offsets), one.tensor) for one in shards)
+
+
 def shards_of_some_ranks(
     tensor: torch.Tensor, world_size: int
 ) -> Iterator[tuple[tuple[int, ...], torch.Tensor]]:

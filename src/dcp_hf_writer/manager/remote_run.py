@@ -1,0 +1,96 @@
+"""The steps of a run behind a URL, for reading only.
+
+A run is copied to an object store by other programs; the manager itself writes to POSIX only.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import TYPE_CHECKING
+
+from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.formats.names_on_disk import INCOMPLETE
+from dcp_hf_writer.manager.quick_check import QuickCheck
+from dcp_hf_writer.manager.run_directory import StepNotes, StoredStep, parse_notes
+from dcp_hf_writer.manager.step_names import DELETED_PREFIX, NOTES
+from dcp_hf_writer.storage.open_directory import open_directory
+
+if TYPE_CHECKING:
+    from dcp_hf_writer.manager.step_names import StepNames
+
+_log = logging.getLogger(__name__)
+
+_MAX_NOTES_NBYTES = 1 << 20
+
+
+class RemoteRun:
+    """The directory of a run behind a URL, as one listing of it showed it. One thread at a time."""
+
+    def __init__(self, root: str, names: StepNames) -> None:
+        """List the directory and everything below it.
+
+        Args:
+            root: URL that fsspec reads.
+            names: How the run names the directories of its steps.
+
+        Raises:
+            ConfigError: If fsspec does not support the protocol.
+            ReadError: If there is no such directory, or it cannot be listed.
+        """
+        self.root = root.rstrip("/")
+        self._names = names
+        self._files = open_directory(root)
+        self._sizes: dict[str, dict[str, int]] = {}
+        for name, nbytes in self._files.tree().items():
+            directory, slash, within = name.partition("/")
+            if slash:
+                self._sizes.setdefault(directory, {})[within] = nbytes
+
+    def listing(self, *, newest_only: bool = False) -> list[StoredStep]:
+        """Return the step directories, by step; of one step, the snapshot comes first.
+
+        Args:
+            newest_only: Stop at the newest whole checkpoint: older ones are left out.
+        """
+        found: list[StoredStep] = []
+        for step, is_step, name in sorted(self._named(), reverse=True):
+            facts = QuickCheck().run_in(self._files.below(name), self._sizes[name])
+            path = f"{self.root}/{name}"
+            if isinstance(facts, str):
+                found.append(StoredStep(step, path, not is_step, None, facts))
+                continue
+            found.append(StoredStep(step, path, not is_step, facts))
+            if newest_only:
+                break
+        return found[::-1]
+
+    def _named(self) -> list[tuple[int, bool, str]]:
+        found = []
+        for name in self._sizes:
+            step, snapshot = self._names.step_of(name), self._names.snapshot_step_of(name)
+            if step is not None:
+                found.append((step, True, name))
+            elif snapshot is not None:
+                found.append((snapshot, False, name))
+        return found
+
+    def sizes_of(self, stored: StoredStep) -> dict[str, int]:
+        """Return the size of every file of a step, by name."""
+        return self._sizes[stored.path.rpartition("/")[2]]
+
+    def notes_of(self, stored: StoredStep) -> StepNotes:
+        """Return the notes about a checkpoint; empty if there are none."""
+        name = f"{NOTES}/{stored.path.rpartition('/')[2]}.json"
+        if name.partition("/")[2] not in self._sizes.get(NOTES, {}):
+            return StepNotes()
+        try:
+            value = json.loads(self._files.read_whole(name, max_nbytes=_MAX_NOTES_NBYTES))
+        except (CheckpointError, ValueError) as error:
+            _log.warning("the notes about %s cannot be read: %s", stored.path, error)
+            return StepNotes()
+        return parse_notes(value, None if stored.facts is None else stored.facts.save_id)
+
+    def leftovers(self) -> list[str]:
+        """Return the names of directories of saves in flight, dead saves and deletions."""
+        return sorted(name for name in self._sizes if name.startswith((INCOMPLETE, DELETED_PREFIX)))
