@@ -30,7 +30,8 @@ _log = logging.getLogger(__name__)
 # Limits of Amazon S3; other servers have the same or looser ones.
 MIN_PART_NBYTES = 5 << 20
 MAX_PARTS = 10_000
-_MAX_DELETED = 1000
+# Largest number of entries in one listing, and of keys in one deletion.
+_PAGE = 1000
 
 _TOKEN = "dcp-hf-token"  # noqa: S105 - a name in the metadata of objects
 _EXISTS = frozenset({"PreconditionFailed", "412"})
@@ -292,10 +293,10 @@ class S3Store(ObjectStore):
 
     def objects(self, prefix: str, *, patience: Patience) -> Iterator[ObjectFacts]:
         """Yield the objects below a prefix; see `ObjectStore.objects`."""
-        more: dict[str, str] = {}
+        more: dict[str, Any] = {}
         while True:
             retries = self._retries("list_objects_v2", prefix, patience)
-            params = {"Prefix": self._key(prefix), **more}
+            params = {"Prefix": self._key(prefix), "MaxKeys": _PAGE, **more}
             page = self._until_done("list_objects_v2", retries, frozenset(), **params) or {}
             for entry in page.get("Contents", ()):
                 yield ObjectFacts(self._inner(entry["Key"]), int(entry["Size"]))
@@ -305,10 +306,10 @@ class S3Store(ObjectStore):
 
     def uploads(self, prefix: str, *, patience: Patience) -> Iterator[Upload]:
         """Yield the open uploads below a prefix; see `ObjectStore.uploads`."""
-        more: dict[str, str] = {}
+        more: dict[str, Any] = {}
         while True:
             retries = self._retries("list_multipart_uploads", prefix, patience)
-            params = {"Prefix": self._key(prefix), **more}
+            params = {"Prefix": self._key(prefix), "MaxUploads": _PAGE, **more}
             # rclone answers this until a bucket has had its first upload.
             none = {UPLOAD_IS_GONE}
             page = self._until_done("list_multipart_uploads", retries, none, **params) or {}
@@ -323,8 +324,8 @@ class S3Store(ObjectStore):
 
     def delete(self, keys: Sequence[str], *, patience: Patience) -> None:
         """Delete objects; see `ObjectStore.delete`."""
-        for start in range(0, len(keys), _MAX_DELETED):
-            self._delete_batch(list(keys[start : start + _MAX_DELETED]), patience)
+        for start in range(0, len(keys), _PAGE):
+            self._delete_batch(list(keys[start : start + _PAGE]), patience)
 
     def _delete_batch(self, keys: list[str], patience: Patience) -> None:
         retries = self._retries("delete_objects", keys[0], patience)
@@ -442,8 +443,7 @@ class _Wanted:
         """Return `ours`, `foreign`, or `damaged` if it is ours and holds other bytes."""
         if _token_of(head) != self.token or int(head["ContentLength"]) != self.nbytes:
             return "foreign"
-        is_damaged = self.digest and self.digest.compare(head, crc32=None) == "other"
-        return "damaged" if is_damaged else "ours"
+        return "damaged" if self.digest and self.digest.differs(head) else "ours"
 
     def describe(self, head: Answer) -> str:
         whose = "this" if _token_of(head) == self.token else "another"
