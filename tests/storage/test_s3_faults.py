@@ -19,6 +19,7 @@ from dcp_hf_writer.storage import object_retries, s3_probes, s3_store
 from dcp_hf_writer.storage.object_contract import Patience
 from dcp_hf_writer.storage.open_store import open_store
 from dcp_hf_writer.storage.s3_store import MIN_PART_NBYTES
+from support.fault_proxy import fault_proxy
 from support.object_conformance import OTHER_TOKEN, TOKEN, patience, send_all, views
 from support.s3_servers import ACCESS_KEY, SECRET_KEY, cached_session
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.storage.object_contract import ObjectStore
     from support.fault_proxy import FaultProxy
-    from support.s3_servers import S3Bucket
+    from support.s3_servers import S3Bucket, S3Server
 
 PART = random.Random(0).randbytes(MIN_PART_NBYTES)
 LAST = b"the last part"
@@ -232,7 +233,8 @@ def test_create_if_absent_fails_when_another_came_first_and_the_answer_is_lost(
         client = s3_bucket.client()
         client.put_object(Bucket=s3_bucket.name, Key="root/a", Body=b"them", Metadata=metadata)
 
-    s3_proxy.add("abort", "PUT", OBJECT)
+    # Twice: aiohttp sends a PUT once more on its own.
+    s3_proxy.add("abort", "PUT", OBJECT, times=2)
     s3_proxy.add("call", "HEAD", OBJECT, then=create, skip=int(s3_bucket.kind == "rclone"))
     made = store.put("a", views(b"mine"), token=TOKEN, patience=patience(), if_absent=True)
     assert made is False
@@ -298,10 +300,17 @@ def test_part_is_sent_again_when_a_bit_flips_on_the_way(
     s3_bucket: S3Bucket, s3_proxy: FaultProxy, store: ObjectStore
 ) -> None:
     # S10
-    fault = s3_proxy.add("flip", "PUT", PUT_PART, times=2)
+    fault = s3_proxy.add("flip", "PUT", PUT_PART)
+    if s3_bucket.kind == "rclone":
+        # It has passed a part on when it finds that the digest differs, and drops the upload.
+        with pytest.raises(WriteError, match="after a part that arrived damaged"):
+            save_parts(store)
+        assert fault.hits == 1
+        assert s3_bucket.keys() == []
+        return
     save_parts(store)
-    assert fault.hits == 2
-    assert s3_proxy.count("PUT", PUT_PART) == 4
+    assert fault.hits == 1
+    assert s3_proxy.count("PUT", PUT_PART) == 3
     assert s3_bucket.content("root/a") == PART + LAST
 
 
@@ -315,6 +324,44 @@ def test_object_is_sent_again_when_a_bit_flips_on_the_way(
     assert made is True
     assert fault.hits == 1
     assert s3_bucket.content("root/a") == PART
+
+
+def test_upload_is_begun_with_a_checksum_when_the_store_encrypts(
+    moto: S3Server,
+) -> None:
+    # S10: the ETags of encrypted objects are no digests.
+    bucket = moto.new_bucket()
+    encrypted = {"s3_additional_kwargs": {"ServerSideEncryption": "aws:kms"}}
+    with fault_proxy(moto.endpoint) as proxy:
+        options = cached_session(bucket.at(proxy.endpoint).storage_options)
+        store = open_store(f"{bucket.url}/root", {**options, **encrypted})
+        save_parts(store)
+        assert bucket.content("root/a") == PART + LAST
+        assert bucket.open_uploads() == []
+        # The first upload was begun without a checksum, and begun again.
+        assert proxy.count("POST", CREATE) == 2
+        save_parts(store)
+        assert proxy.count("POST", CREATE) == 3
+        # moto does not return the checksum of a part, so damage cannot be told from encryption.
+        fault = proxy.add("flip", "PUT", PUT_PART)
+        with pytest.raises(WriteError, match="confirms no digest"):
+            save_parts(store)
+        assert fault.hits == 1
+        store.close()
+
+
+def test_write_fails_when_the_store_confirms_no_digest(moto: S3Server) -> None:
+    # S10: moto does not check Content-MD5 either.
+    bucket = moto.new_bucket()
+    with fault_proxy(moto.endpoint) as proxy:
+        store = open_store(bucket.url, cached_session(bucket.at(proxy.endpoint).storage_options))
+        fault = proxy.add("answer", "PUT", "/a$", status=200, body=b"", times=math.inf)
+        with pytest.raises(WriteError, match="confirms no digest"):
+            put(store)
+        # The second time, it asks for a CRC.
+        assert fault.hits == 2
+        assert bucket.keys() == []
+        store.close()
 
 
 def test_plain_client_stores_a_flipped_bit(s3_bucket: S3Bucket, s3_proxy: FaultProxy) -> None:
@@ -388,7 +435,9 @@ def test_listings_go_through_all_pages(
     found = [one.key for one in store.uploads("u/", patience=patience())]
     assert found == [f"u/{key}" for key in keys]
     assert s3_proxy.count("GET", "max-keys=2") == 3
-    assert s3_proxy.count("GET", "max-uploads=2.*prefix=root%2Fu%2F(&|$)") == 3
+    # moto lists all uploads at once.
+    pages = 1 if s3_bucket.kind == "moto" else 3
+    assert s3_proxy.count("GET", r"prefix=root%2Fu%2F&max-uploads=2") == pages
     store.delete(keys, patience=patience())
     assert s3_bucket.keys() == []
     assert s3_proxy.count("POST", r"\?delete") == 3

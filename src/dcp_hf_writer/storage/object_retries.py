@@ -66,6 +66,11 @@ class Retries:
         self.failures = 0
         self._last_answer: RequestFault | None = None
 
+    @property
+    def last_code(self) -> str:
+        """The store's name of its last error; empty if it has not answered."""
+        return self._last_answer.code if self._last_answer else ""
+
     def wait_after(self, fault: RequestFault) -> None:
         """Wait until the request may be sent again.
 

@@ -116,10 +116,10 @@ class Digest:
         if crc32 is not None and returned is not None:
             return "same" if returned == crc32 else "other"
         etag = _etag(answer)
-        if is_encrypted(answer) or not _MD5.fullmatch(etag) or etag in self._refuted:
-            return "unknown"
         if etag == self.md5_hex:
             return "same"
+        if is_encrypted(answer) or not _MD5.fullmatch(etag) or etag in self._refuted:
+            return "unknown"
         self._refuted.add(etag)
         return "other"
 

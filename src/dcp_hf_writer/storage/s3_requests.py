@@ -1,8 +1,9 @@
 """Single requests to S3 through the client inside s3fs, without its retries.
 
 s3fs makes the client, so credentials, endpoints and options work as users of fsspec pass them. This
-module sends each request once. It returns a fault as a value: the errors of the client may quote
-URLs and headers, so no error of this package has one as its cause or context.
+module sends each request once (aiohttp sends a `PUT` once more when the connection breaks). It
+returns a fault as a value: the errors of the client may quote URLs and headers, so no error of this
+package has one as its cause or context.
 """
 
 from __future__ import annotations

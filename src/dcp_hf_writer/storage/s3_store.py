@@ -186,7 +186,7 @@ class S3Store(ObjectStore):
                 receipt = " ".join(filter(None, (answer["ETag"], answer.get("ChecksumCRC32"))))
                 return SentPart(number, sum(one.nbytes for one in data), receipt)
             if self._is_gone(upload, answer, retries):
-                raise self._gone(upload)
+                raise self._gone(upload, retries)
             retries.wait_after(answer)
 
     def _is_gone(self, upload: Upload, fault: RequestFault, retries: Retries) -> bool:
@@ -197,7 +197,13 @@ class S3Store(ObjectStore):
             return isinstance(listed, RequestFault) and listed.code == UPLOAD_IS_GONE
         return fault.code == UPLOAD_IS_GONE
 
-    def _gone(self, upload: Upload) -> WriteError:
+    def _gone(self, upload: Upload, retries: Retries) -> WriteError:
+        if retries.last_code == NO_DIGEST_MATCH:
+            return WriteError(
+                "the server dropped a multipart upload after a part that arrived damaged",
+                path=self._url(upload.key),
+                hint="save again; if this comes back, check the network and its proxies",
+            )
         return WriteError(
             "a multipart upload of this save is gone: another party has aborted or completed it",
             path=self._url(upload.key),
@@ -238,7 +244,7 @@ class S3Store(ObjectStore):
                     hint="check whether two jobs save to one place",
                 )
             if self._is_gone(upload, answer, retries):
-                raise self._gone(upload)
+                raise self._gone(upload, retries)
             retries.wait_after(answer)
 
     def _check_grid(self, key: str, parts: Sequence[SentPart]) -> None:
