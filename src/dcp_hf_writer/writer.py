@@ -25,21 +25,22 @@ from dcp_hf_writer.preflight import check_options, rank_facts
 from dcp_hf_writer.preflight.check_placements import refuse_partial
 from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
 from dcp_hf_writer.save import coordinator, export_assets
-from dcp_hf_writer.save.announced_save import planned_directory
+from dcp_hf_writer.save.announced_save import planned_target
 from dcp_hf_writer.save.async_stager import SlabStager
 from dcp_hf_writer.save.begin_save import begin_save
-from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
-from dcp_hf_writer.save.commit import StagingDirectory
+from dcp_hf_writer.save.choose_target import StoreAccess, choose_target
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
 from dcp_hf_writer.save.finish_phase import FinishPhase
 from dcp_hf_writer.save.owner_process import new_save_id
 from dcp_hf_writer.save.planned_export import export_of, plan_or_leave_out
+from dcp_hf_writer.save.posix_target import LocalOptions
 from dcp_hf_writer.save.rank_progress import MEETING, Announcement
 from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
-from dcp_hf_writer.save.write_phase import WritePhase
+from dcp_hf_writer.save.save_target import RankWrites, SaveTarget
 from dcp_hf_writer.save.writer_saves import WriterSaves, tells
 from dcp_hf_writer.staging.staged_state_dict import refuse_failed
 from dcp_hf_writer.storage.output_place import check_output_place
+from dcp_hf_writer.storage.store_urls import is_url
 from dcp_hf_writer.storage.write_slots import WriteSlots
 from dcp_hf_writer.torch_seam.caller_frames import Planned, find_save, other_planner
 from dcp_hf_writer.torch_seam.plan_cache import PLAN_CACHE, is_from_cache, whole_plans
@@ -47,6 +48,7 @@ from dcp_hf_writer.torch_seam.save_world import SaveWorld
 
 if TYPE_CHECKING:
     import os
+    from collections.abc import Mapping
 
     import torch.distributed as dist
     from torch.distributed.checkpoint.metadata import Metadata
@@ -96,14 +98,15 @@ class HFDualWriter(StorageWriter, SlabStager):
         """Set up a writer. Writes no file, and starts nothing.
 
         Args:
-            path: Directory of the checkpoint. It may exist; files in it that no save made stay. A
-                `file://` URL is taken too, and `~` is expanded.
+            path: Directory of the checkpoint, or a URL such as `s3://bucket/run/step-100`. It may
+                exist; files in it that no save made stay. `file://` and `~` work too.
             export: Options of the HuggingFace half; `None` writes the DCP half only.
             weights: `"both"` stores the weights in both halves. `"once"` stores a weight only in
                 the export if its bytes are the same there; `HFDualReader` reads such a checkpoint.
             staging: `"blocking"` returns from `async_save` when everything is copied. `"overlap"`
                 copies during the next forward and backward, and needs `guard(optimizer)`.
-            overwrite: Replace the files of an existing checkpoint, in the step that publishes.
+            overwrite: Replace the files of an existing checkpoint, in the step that publishes;
+                not on object stores.
             share: `"auto"` lets both halves share disk blocks where the file system can (XFS,
                 btrfs, ZFS): the disk then holds the weights once. `"off"` writes them twice.
             slots: Limit on the number of processes of a node that write at the same time.
@@ -111,7 +114,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             process_group: Process group of the save; pass the same group to `async_save`.
             on_export_error: If only the export fails and the DCP half holds all weights, the DCP
                 half is committed. Then `"raise"` raises `ExportError`, `"warn"` logs a warning.
-            storage_options: Must be `None`: object stores are not supported yet.
+            storage_options: Options for a URL, as fsspec takes them, such as credentials.
             strategy: `"direct"` lets several hosts write parts of one file on any file system.
                 `"auto"` allows this only if the file system is known to be coherent.
             timeout_s: Deadline of a save in seconds, from staging to commit.
@@ -125,8 +128,6 @@ class HFDualWriter(StorageWriter, SlabStager):
         """
         super().__init__()
         check_options.check_writer(locals())
-        self.path = check_options.local_path(path)
-        check_output_place(self.path)
         self.export = export
         self.weights = weights
         self.staging = staging
@@ -139,6 +140,10 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.strategy = strategy
         self.timeout_s = timeout_s
         self.host_budget_bytes = host_budget_bytes
+        self._stores = StoreAccess(storage_options)
+        self.path = self._path_of(path)
+        if not is_url(self.path):
+            check_output_place(self.path)
         self._saves = WriterSaves()
         self._made_in = SaveWorld.at_staging(None, None)
         self._look_at_assets()
@@ -153,7 +158,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         try:
             self._saves.wait_for_earlier()
             if checkpoint_id is not None:
-                self.path = check_options.local_path(checkpoint_id)
+                self.path = self._path_of(checkpoint_id)
             self._saves.set_target(self.path)
             self._saves.renew_save_id()
         except CheckpointError:
@@ -163,9 +168,14 @@ class HFDualWriter(StorageWriter, SlabStager):
                 lease.release()
             raise
 
+    def _path_of(self, given: str | os.PathLike[str]) -> str:
+        path = check_options.target_path(given)
+        check_options.check_for_target(path, self, self._stores.options)
+        return self._stores.note(path)
+
     @property
     def checkpoint_id(self) -> str:
-        """Path of the checkpoint."""
+        """Path of the checkpoint, or its URL without credentials."""
         return self.path
 
     @property
@@ -177,7 +187,7 @@ class HFDualWriter(StorageWriter, SlabStager):
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         """Whether a writer of this class can write to `checkpoint_id`."""
         try:
-            check_options.local_path(checkpoint_id)
+            check_options.target_path(checkpoint_id)
         except (ConfigError, TypeError):
             return False
         return True
@@ -277,15 +287,11 @@ class HFDualWriter(StorageWriter, SlabStager):
             attempt.leave_out_export(untrue)
         known, result = plan_or_leave_out(self._plan, whole, export, assets, attempt)
         files = coordinator.export_files(known.layout, assets, export)
-        directory = StagingDirectory.of(attempt.target, new_save_id())
+        target = self._target_of(new_save_id())
         with attempt.timed("prepare"):
             try:
-                coordinator.make_directory(
-                    directory, overwrite=self.overwrite, attempt=attempt, new_files=files
-                )
-                is_ready = coordinator.make_export(
-                    known, assets, attempt, strategy=self.strategy, subdir=self._subdir
-                )
+                target.make(attempt, overwrite=self.overwrite, new_files=files)
+                is_ready = target.make_export(known, assets, attempt, subdir=self._subdir)
             except BaseException:
                 attempt.clean_up()
                 raise
@@ -294,9 +300,21 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt.plan(known, are_facts_checked=not is_cached)
         member = attempt.member
         if member.rendezvous is not None:
-            announcement = Announcement(directory.save_id, known.plan_id, member.count)
+            told = target.told()
+            announcement = Announcement(target.save_id, known.plan_id, member.count, told)
             member.rendezvous.announce(attempt.target, announcement)
         return plans if result is None else result
+
+    def _target_of(self, save_id: str, told: Mapping[str, Any] | None = None) -> SaveTarget:
+        local = LocalOptions(self.dcp_writer, self.slots, self.share, self.strategy)
+        return choose_target(
+            self._current(),
+            save_id,
+            self._stores,
+            local,
+            told,
+            host_budget_bytes=self.host_budget_bytes,
+        )
 
     def _plan(
         self, whole: list[SavePlan], export: HFExport | None, assets: export_assets.Assets | None
@@ -351,22 +369,14 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt.check_world()
         attempt.seconds.setdefault("plan", time.monotonic() - attempt.context.began)
         try:
-            directory = planned_directory(attempt, own)
+            target = planned_target(attempt, own, self._target_of)
             attempt.post("write")
-            directory.check_visible(rank=attempt.rank)
+            target.check_visible(attempt)
             global_plan.check_tied(own.tied, attempt.view.memory, rank=attempt.rank)
-            results = WritePhase(
-                attempt=attempt,
-                directory=directory,
-                plan=replace(plan, storage_data=own.dcp),
-                own=own,
-                planner=planner,
-                dcp_writer=self.dcp_writer,
-                slots=self.slots,
-                subdir=self._subdir,
-                bounce_nbytes=bounce_nbytes_of(self.host_budget_bytes),
-                share=self.share,
-            ).run()
+            bare = replace(plan, storage_data=own.dcp)
+            results = target.write(
+                attempt, RankWrites(bare, own, planner, self._subdir, self.host_budget_bytes)
+            )
             PLAN_CACHE.settle_plan(attempt.global_plan)
             attempt.check()
             reach("before report")
@@ -396,7 +406,6 @@ class HFDualWriter(StorageWriter, SlabStager):
             error = FinishPhase(
                 attempt=attempt,
                 export=self.export,
-                dcp_writer=self.dcp_writer,
                 subdir=self._subdir,
                 overwrite=self.overwrite,
                 save_id=self.save_id,

@@ -37,12 +37,12 @@ from dcp_hf_writer.save.coordinator import (
     check_strategy,
     drop_export,
     export_files,
-    make_directory,
     prepare_export,
     step_of,
 )
 from dcp_hf_writer.save.export_assets import Assets
 from dcp_hf_writer.save.owner_process import is_over_here, new_save_id
+from dcp_hf_writer.save.posix_target import LocalOptions, PosixTarget
 from dcp_hf_writer.save.replace_target import saved_id
 from dcp_hf_writer.save.save_context import SaveContext
 from dcp_hf_writer.storage.posix_outputs import COHERENT
@@ -147,6 +147,10 @@ def test_files_of_an_export_are_its_weights_and_assets() -> None:
         ("/run-3/last", None),
         ("/run/step-5-final", None),
         ("/run/42", 42),
+        ("/run/run2-step-30", 30),
+        ("/run/2024-05-06-step_9", 9),
+        ("/run/2024-05-06", None),
+        ("/step-1/v1.2", None),
     ],
 )
 def test_step_is_read_off_the_end_of_the_name(target: str, step: int | None) -> None:
@@ -160,10 +164,10 @@ def test_step_is_read_off_the_end_of_the_name(target: str, step: int | None) -> 
 def made(target: Path) -> Iterator[tuple[Attempt, Path]]:
     """Make the directory of a save, and end the save with the block."""
     attempt = Attempt(SaveContext(str(target), time.monotonic() + 60))
-    directory = StagingDirectory(str(target), new_save_id())
-    make_directory(directory, overwrite=False, attempt=attempt)
+    place = PosixTarget(StagingDirectory(str(target), new_save_id()), LocalOptions())
+    place.make(attempt, overwrite=False, new_files=())
     try:
-        yield attempt, Path(directory.path)
+        yield attempt, Path(place.path)
     finally:
         attempt.end()
 
@@ -172,10 +176,10 @@ def prepared(
     attempt: Attempt, layout: Layout, files: dict[str, bytes], said: SaidOnce | None = None
 ) -> list[str]:
     """Prepare the export of a save; return the names of the files written whole."""
-    assert attempt.directory is not None
+    assert isinstance(attempt.directory, PosixTarget)
     assert attempt.files is not None
     whole_files = prepare_export(
-        attempt.directory,
+        attempt.directory.directory,
         layout,
         Assets(files, None),
         attempt.files,

@@ -427,7 +427,10 @@ def test_saves_that_cannot_be_made_are_refused_on_every_rank(tmp_path: Path) -> 
     ("options", "words"),
     [
         ({"path": ""}, "path must be a path"),
-        ({"path": "s3://bucket/step-1"}, "object stores"),
+        ({"path": "s3://bucket/step-1", "overwrite": True}, "overwrite=True is for local paths"),
+        ({"path": "nowhere://bucket/step-1"}, "no file system is known for nowhere://"),
+        ({"path": "simplecache::memory://x"}, "chain of file systems"),
+        ({"storage_options": "key"}, "must be a dict or None"),
         ({"weights": "twice"}, "'both' or 'once'"),
         ({"weights": "twice"}, "'both'"),
         ({"staging": "never"}, "'blocking' or 'overlap'"),
@@ -447,7 +450,8 @@ def test_option_is_refused_when_it_cannot_be_used(options: dict[str, Any], words
         HFDualWriter(**{"path": "step-1", **options})
 
 
-def test_writer_is_a_storage_writer_for_local_paths_only() -> None:
+def test_writer_is_a_storage_writer_for_paths_and_urls_of_stores() -> None:
     assert HFDualWriter.validate_checkpoint_id("ckpt/step-1")
-    assert not HFDualWriter.validate_checkpoint_id("s3://bucket/step-1")
+    assert HFDualWriter.validate_checkpoint_id("memory://run/step-1")
+    assert not HFDualWriter.validate_checkpoint_id("nowhere://bucket/step-1")
     assert HFDualWriter("ckpt/step-1").checkpoint_id == os.path.abspath("ckpt/step-1")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from dcp_hf_writer.errors import CoverageError
 from dcp_hf_writer.tensors.boxes import Box, Shape, tiling_fault
@@ -69,6 +69,8 @@ class RankReport:
     """Why this rank could not write its part of the export."""
     stamp: str = ""
     """Stamp of this rank's `LocalFacts` in this save."""
+    parts: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """On an object store: the parts that the rank sent of shared uploads, by key of the object."""
     samples: bytes | None = None
     """Samples of the `LocalFacts`, if DCP's plan cache did not send them to the coordinator."""
 

@@ -22,6 +22,7 @@ from dcp_hf_writer.mapping.option_values import (
 from dcp_hf_writer.save.export_assets import check_kinds
 from dcp_hf_writer.save.recover_targets import RECORD_NAME
 from dcp_hf_writer.storage.paths_as_written import plain_path
+from dcp_hf_writer.storage.store_urls import check_scheme, is_url, shown_url
 from dcp_hf_writer.storage.write_slots import WriteSlots
 
 # Bytes. A quarter of the budget is the bounce buffer: a smaller buffer would cost many more system
@@ -38,16 +39,58 @@ def local_path(value: str | os.PathLike[str]) -> str:
     Raises:
         ConfigError: If the value is empty, or the URL of another kind of storage.
     """
-    text = plain_path(value)
-    if "://" in text:
-        msg = "this version cannot write to object stores"
+    text = target_path(value)
+    if is_url(text):
+        msg = "this cannot write to an object store"
         raise ConfigError(
             msg,
-            path=text,
+            path=shown_url(text),
             expected="a path on a mounted file system",
-            hint="save to a local or shared file system and copy the committed directory",
+            hint="only HFDualWriter writes to URLs",
         )
-    return os.path.abspath(text)
+    return text
+
+
+def target_path(value: str | os.PathLike[str]) -> str:
+    """Return where a save goes: the absolute form of a local path, or the URL of a store.
+
+    Raises:
+        ConfigError: If the value is empty, or no file system is known or installed for the URL.
+    """
+    text = plain_path(value)
+    if not is_url(text):
+        return os.path.abspath(text)
+    check_scheme(text)
+    return text
+
+
+def check_for_target(path: str, writer: Any, storage_options: Mapping[str, Any]) -> None:
+    """Check the options of a writer that depend on where it writes.
+
+    Args:
+        path: A path as `target_path` returns it.
+        writer: The writer; only its options are read.
+        storage_options: Its options for stores.
+
+    Raises:
+        ConfigError: If an option does not fit the target.
+    """
+    if not is_url(path):
+        check_no_storage_options(storage_options)
+        return
+    checksums = None if writer.export is None else writer.export.checksums
+    refused = {
+        "overwrite=True": (writer.overwrite, "save under another name, or delete the checkpoint"),
+        "dcp_writer": (writer.dcp_writer is not None, "leave it out: the DCP half goes there too"),
+        "HFExport(checksums=...)": (
+            checksums is not None,
+            "leave it out: it would read the export back; verify(path) checks every byte",
+        ),
+    }
+    for option, (is_given, hint) in refused.items():
+        if is_given:
+            msg = f"{option} is for local paths, not for object stores"
+            raise ConfigError(msg, path=shown_url(path), hint=hint)
 
 
 def check_writer(options: Mapping[str, Any]) -> None:
@@ -67,7 +110,9 @@ def check_writer(options: Mapping[str, Any]) -> None:
     check_flag("overwrite", options["overwrite"])
     check_seconds("timeout_s", options["timeout_s"])
     check_whole("host_budget_bytes", options["host_budget_bytes"], least=_MIN_HOST_BUDGET)
-    check_no_storage_options(options["storage_options"])
+    if not isinstance(options["storage_options"], (Mapping, type(None))):
+        msg = "storage_options must be a dict or None"
+        raise ConfigError(msg, expected="as fsspec takes them", found="another type")
     _check_kind("slots", options["slots"], WriteSlots, "WriteSlots(2), or WriteSlots(0) for none")
     check_export(options["export"], options["weights"])
     if options["export"] is not None:
@@ -101,7 +146,7 @@ def check_export(export: Any, weights: str) -> None:
         raise ConfigError(msg, expected='another name, such as "hf"', found=repr(export.subdir))
 
 
-def check_no_storage_options(options: dict[str, Any] | None) -> None:
+def check_no_storage_options(options: Mapping[str, Any] | None) -> None:
     """Refuse `storage_options`: a local path has none.
 
     Raises:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import PlanningError
-from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.rank_progress import MEETING
+from dcp_hf_writer.save.save_target import SaveTarget
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from dcp_hf_writer.plan.global_plan import RankPlan
     from dcp_hf_writer.save.attempt import Attempt
 
@@ -16,22 +18,27 @@ _FIND_S = 60.0
 """Longest wait for the coordinator's record, which is stored before any rank gets its plan."""
 
 
-def planned_directory(attempt: Attempt, own: RankPlan) -> StagingDirectory:
-    """Return the directory that the coordinator made for this save.
+def planned_target(
+    attempt: Attempt,
+    own: RankPlan,
+    choose: Callable[[str, Mapping[str, Any]], SaveTarget],
+) -> SaveTarget:
+    """Return where this save writes, as the coordinator made it.
 
-    A rank other than the coordinator also records the directory in `attempt`.
+    A rank other than the coordinator also records the target in `attempt`.
 
     Args:
         attempt: The save.
         own: What this rank is to write.
+        choose: Makes the target on this rank, from the save's id and what the coordinator told.
 
     Raises:
         PlanningError: If the ranks share no store, or this rank's plan is part of another plan.
         RankLostError: If the coordinator announced no save to this path.
     """
     member = attempt.member
-    if member.is_coordinator and attempt.directory is not None:
-        directory = attempt.directory
+    if member.is_coordinator and isinstance(attempt.directory, SaveTarget):
+        target = attempt.directory
         plan_id = "" if attempt.global_plan is None else attempt.global_plan.plan_id
     else:
         if member.rendezvous is None:
@@ -40,9 +47,9 @@ def planned_directory(attempt: Attempt, own: RankPlan) -> StagingDirectory:
         timeout_s = min(attempt.context.left_s(), _FIND_S)
         found = member.rendezvous.find(attempt.target, timeout_s=timeout_s, rank=attempt.rank)
         MEETING.fall_in(found.count)
-        directory = StagingDirectory.of(attempt.target, found.save_id)
+        target = choose(found.save_id, found.told)
         plan_id = found.plan_id
-        attempt.work_in(directory, count=found.count)
+        attempt.work_in(target, count=found.count)
     if plan_id != own.plan_id:
         msg = "the plan of this rank is not part of the coordinator's plan"
         raise PlanningError(
@@ -53,4 +60,4 @@ def planned_directory(attempt: Attempt, own: RankPlan) -> StagingDirectory:
             found=f"part of plan {own.plan_id[:12]}",
             hint="pass the same HFExport on every rank, and no planner of an earlier run",
         )
-    return directory
+    return target

@@ -20,6 +20,7 @@ from dcp_hf_writer.save import save_log
 from dcp_hf_writer.save.commit_state import CommitState
 from dcp_hf_writer.save.rank_progress import Progress
 from dcp_hf_writer.save.save_context import Membership, SentFacts
+from dcp_hf_writer.storage.object_contract import Patience
 from dcp_hf_writer.storage.output_fsync import OpenFiles
 
 if TYPE_CHECKING:
@@ -28,14 +29,17 @@ if TYPE_CHECKING:
     from dcp_hf_writer.errors import ExportError
     from dcp_hf_writer.plan.encode_manifest import WholeFile
     from dcp_hf_writer.plan.global_plan import GlobalPlan
-    from dcp_hf_writer.save.commit import StagingDirectory
-    from dcp_hf_writer.save.save_context import RankView, SaveContext
+    from dcp_hf_writer.save.save_context import PlaceOfSave, RankView, SaveContext
     from dcp_hf_writer.staging.slab import Lease
 
 _log = logging.getLogger(__name__)
 
 
 _POLL_S = 0.01
+
+# Seconds for cleaning up a store after a failure, if the deadline leaves less, and at most.
+_CLEAN_UP_S = 4.0
+_LONGEST_CLEAN_UP_S = 30.0
 
 
 class Attempt:
@@ -61,8 +65,8 @@ class Attempt:
         """What the coordinator planned; `None` on the other ranks."""
         self.are_facts_checked = False
         """Whether the coordinator compared the facts of all ranks in the planning step."""
-        self.directory: StagingDirectory | None = None
-        """Where the save writes the checkpoint; the coordinator removes it at the end."""
+        self.directory: PlaceOfSave | None = None
+        """Where the save writes the checkpoint; the coordinator cleans it up at the end."""
         self.files: OpenFiles | None = None
         """Open files of the save."""
         self.whole_files: tuple[WholeFile, ...] = ()
@@ -125,8 +129,8 @@ class Attempt:
         """Record that no other rank takes part, whatever the process group says."""
         self.member = replace(self.member, rendezvous=None)
 
-    def work_in(self, directory: StagingDirectory, *, count: int | None = None) -> None:
-        """Record the directory of the save and, if given, the coordinator's save count."""
+    def work_in(self, directory: PlaceOfSave, *, count: int | None = None) -> None:
+        """Record where the save writes and, if given, the coordinator's save count."""
         self.directory = directory
         if count is not None:
             self.member = replace(self.member, count=count)
@@ -236,6 +240,15 @@ class Attempt:
                 path=self.target,
                 hint="raise timeout_s, or find out what slows the storage down",
             )
+
+    def patience(self) -> Patience:
+        """Return the limits of the requests of this save to a store."""
+        return Patience(self.context.deadline, self.check)
+
+    def last_patience(self) -> Patience:
+        """Return the limits of requests that clean up after a failure, maybe at the deadline."""
+        left_s = min(max(self.context.left_s(), _CLEAN_UP_S), _LONGEST_CLEAN_UP_S)
+        return Patience(time.monotonic() + left_s)
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:

@@ -46,7 +46,7 @@ from dcp_hf_writer.storage.posix_outputs import (
 from dcp_hf_writer.storage.posix_trees import remove_tree
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     import torch
     from torch.distributed.checkpoint.metadata import Metadata
@@ -62,7 +62,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_STEP = re.compile(r"(\d+)$")
+# `step-100`, also after other numbers, or a name with one number at its end. The 6 of `2024-05-06`
+# is no step.
+_STEP = re.compile(
+    r".*?(?:step|checkpoint|ckpt|iteration|iter)[-_=]?(\d+)|\D*(\d+)", re.IGNORECASE | re.DOTALL
+)
 
 
 def check_strategy(*, hosts: Sequence[str], fs_type: str, strategy: str, path: str) -> None:
@@ -118,37 +122,14 @@ def export_files(
     return frozenset(f"{export.subdir}/{name}" for name in made | assets.files.keys())
 
 
-def make_directory(
-    directory: StagingDirectory,
-    *,
-    overwrite: bool,
-    attempt: Attempt,
-    new_files: Collection[str] = (),
-) -> None:
-    """Make the directory of a save. If this raises, it leaves nothing behind.
-
-    Args:
-        directory: The directory.
-        overwrite: Whether the save may replace a checkpoint.
-        attempt: The save.
-        new_files: Files of the export, by path within the checkpoint.
-
-    Raises:
-        StorageError: If the target may not be taken, or the file system refuses an operation.
-    """
-    files = attempt.open_files()
-    record = files.keep(
-        directory.create(
-            overwrite=overwrite, new_files=new_files, world_size=attempt.member.world_size
-        )
-    )
-    attempt.work_in(directory)
-    reach("directory made")
-    files.sync(files.take(record.path) or record)
-
-
 def make_export(
-    plan: GlobalPlan, assets: Assets | None, attempt: Attempt, *, strategy: str, subdir: str
+    directory: StagingDirectory,
+    plan: GlobalPlan,
+    assets: Assets | None,
+    attempt: Attempt,
+    *,
+    strategy: str,
+    subdir: str,
 ) -> bool:
     """Make the files of the export.
 
@@ -160,9 +141,9 @@ def make_export(
         IncoherentStorageError: If several hosts may not write one file here.
         CommitError: If the files cannot be made and what was made cannot be removed.
     """
-    directory, files = attempt.directory, attempt.files
-    if plan.layout is None or assets is None or directory is None or files is None:
+    if plan.layout is None or assets is None:
         return True
+    files = attempt.open_files()
     check_strategy(
         hosts=plan.hosts,
         fs_type=file_system_type(directory.path),
@@ -211,7 +192,7 @@ def prepare_export(
     whole = dict(assets.files)
     if layout.index is not None:
         whole[INDEX_NAME] = layout.index
-    _warn_without_config(whole, said)
+    warn_without_config(whole, said)
     reach("headers written")
     return [_write_whole(files, directory.path, subdir, n, d) for n, d in whole.items()]
 
@@ -242,7 +223,8 @@ def _check_space(layout: Layout, directory: StagingDirectory) -> None:
         )
 
 
-def _warn_without_config(names: Mapping[str, bytes], said: SaidOnce) -> None:
+def warn_without_config(names: Mapping[str, bytes], said: SaidOnce = SAID_ONCE) -> None:
+    """Warn once if an export has no `config.json` among its files."""
     if CONFIG_NAME in names:
         return
     said.warn(
@@ -253,9 +235,9 @@ def _warn_without_config(names: Mapping[str, bytes], said: SaidOnce) -> None:
 
 
 def step_of(target: str) -> int | None:
-    """Return the training step in a path such as `run/step-100`; only the manifest uses it."""
-    found = _STEP.search(os.path.basename(target))
-    return int(found[1]) if found else None
+    """Return the training step in a path such as `run/step-100`; for the manifest and the log."""
+    found = _STEP.fullmatch(os.path.basename(target))
+    return int(found[1] or found[2]) if found else None
 
 
 def nbytes_on_disk(target: str, subdir: str) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import xxhash
 from torch.distributed.checkpoint.filesystem import FileSystemWriter, _StorageInfo
@@ -57,6 +57,15 @@ class SlabFileSystemWriter(FileSystemWriter):
         self.finish_file: Callable[[OutputFile], None] = _sync_and_close
         self.check: Callable[[], None] = lambda: None
         self.sharing: BlockSharing | None = None
+        self._begin: Callable[[str], BytesInOrder] | None = None
+
+    def send_to(self, begin: Callable[[str], BytesInOrder]) -> None:
+        """Send the files elsewhere instead of writing them below `path`.
+
+        Args:
+            begin: Begins a file of a name; the caller finishes it, or gives it up.
+        """
+        self._begin = begin
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Return the plan unchanged: the coordinator has already made a new directory."""
@@ -73,6 +82,12 @@ class SlabFileSystemWriter(FileSystemWriter):
         source = self.source or TensorSource(planner)
         while not file_queue.empty():
             path, name, items = file_queue.get_nowait()
+            if self._begin is not None:
+                sent = self._begin(name)
+                results += _FileWriter(sent, name, planner, source, self.check, sharing=None).write(
+                    items, self.files
+                )
+                continue
             file = OutputFile(str(path), create=True)
             try:
                 results += _FileWriter(
@@ -92,12 +107,19 @@ def _sync_and_close(file: OutputFile) -> None:
         file.sync()
 
 
+class BytesInOrder(Protocol):
+    """What a DCP file is written to: a local file, or an object of a store."""
+
+    def write_many(self, buffers: Sequence[memoryview], offset: int) -> int:
+        """Write buffers one after another from `offset` on; return the offset after them."""
+
+
 class _FileWriter:
     """Writes the items of one `.distcp` file, one archive after another."""
 
     def __init__(
         self,
-        file: OutputFile,
+        file: BytesInOrder,
         name: str,
         planner: SavePlanner,
         source: TensorSource,
@@ -200,10 +222,15 @@ class _FileWriter:
             self._add(data[done : part.offset])
             self._flush()
             done = part.offset
-            if self._sharing is not None and self._sharing.clone(part, self._file, data_start):
+            if self._clones(part, data_start):
                 done += part.nbytes
                 self._position = self._written = data_start + done
         self._add(data[done:])
+
+    def _clones(self, part: SharedRun, data_start: int) -> bool:
+        if self._sharing is None or not isinstance(self._file, OutputFile):
+            return False
+        return self._sharing.clone(part, self._file, data_start)
 
     def _add_rest(self, data: bytes) -> None:
         self._rest.update(data)

@@ -6,11 +6,21 @@ import errno
 import os
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer.errors import CheckpointError, ExportError
+from dcp_hf_writer.errors import (
+    CheckpointError,
+    ExportError,
+    SaveAbortedError,
+    SaveTimeoutError,
+    SlotTimeoutError,
+)
 from dcp_hf_writer.storage.posix_outputs import advice_for, free_bytes
 
 if TYPE_CHECKING:
     from dcp_hf_writer.plan.layout import Layout
+
+FATAL = (SaveAbortedError, SaveTimeoutError, SlotTimeoutError)
+"""Errors that end the save in either half. After any other error in the export, the DCP half goes
+on."""
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 

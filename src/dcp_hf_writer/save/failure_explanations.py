@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dcp_hf_writer.errors import SaveAbortedError, SaveTimeoutError
+from dcp_hf_writer.errors import CheckpointError, SaveAbortedError, SaveTimeoutError
 from dcp_hf_writer.save import save_log
 from dcp_hf_writer.save.rank_progress import MEETING, POST_MORTEM_S, Progress, lost_ranks_error
-from dcp_hf_writer.save.replace_target import saved_id
 from dcp_hf_writer.torch_seam.calls_until_exit import CALLS_UNTIL_EXIT
 from dcp_hf_writer.torch_seam.failed_steps import call_when_a_step_fails
 from dcp_hf_writer.torch_seam.future_guard import FutureGuard, find_future, own_error
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.errors import RankLostError
     from dcp_hf_writer.save.attempt import Attempt
+    from dcp_hf_writer.save.save_context import PlaceOfSave
     from dcp_hf_writer.staging.slab import Lease
     from dcp_hf_writer.torch_seam.save_world import SaveWorld
 
@@ -70,6 +70,28 @@ def guard_save(attempt: Attempt, *, anchor: _DistWrapper | None, is_async: bool)
         has_raised=(lambda _: True) if running is None else running.has_raised,
     )
     attempt.watch(guard.stop)
+
+
+def explain_broken_exchange(attempt: Attempt, error: BaseException) -> CheckpointError:
+    """Return the error for a save whose ranks could not exchange bytes; the save is given up.
+
+    Args:
+        attempt: The save.
+        error: What gloo, the store or the wait raised.
+    """
+    is_late = attempt.context.left_s() < _SKEW_S
+    found = _at_deadline(attempt) if is_late else _explain(attempt, error)
+    attempt.give_up()
+    if isinstance(found, CheckpointError):
+        return found
+    return SaveAbortedError(
+        "another rank failed while the ranks exchanged bytes",
+        rank=attempt.rank,
+        phase=attempt.phase,
+        path=attempt.target,
+        found=f"{type(error).__name__}: {error}",
+        hint="look at the errors of the other ranks",
+    )
 
 
 def check_world(lease: Lease, world: SaveWorld, *, target: str) -> None:
@@ -290,12 +312,11 @@ def _outcome_at(attempt: Attempt, phase: str) -> str:
 
 
 def _outcome_of(attempt: Attempt) -> str:
-    save_id = attempt.directory.save_id if attempt.directory is not None else None
-    return _ask(lambda: _outcome(attempt.target, save_id), otherwise=OPEN)
+    return _ask(lambda: _outcome(attempt.directory), otherwise=OPEN)
 
 
-def _outcome(target: str, save_id: str | None) -> str:
-    if save_id is not None and saved_id(target) == save_id:
+def _outcome(place: PlaceOfSave | None) -> str:
+    if place is not None and place.is_committed():
         return "committed: the checkpoint is visible"
     return OPEN
 

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import PlanningError, SaveAbortedError, SaveTimeoutError
 from dcp_hf_writer.save import coordinator, save_log
-from dcp_hf_writer.save.checksums import add_checksums
-from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
 from dcp_hf_writer.save.export_failures import (
     export_error,
     nbytes_of,
     published_without_export,
 )
+from dcp_hf_writer.save.save_target import Publication, SaveTarget
 from dcp_hf_writer.save.write_phase import take_reports
-from dcp_hf_writer.storage.posix_outputs import write_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import SavePlan
-    from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+    from torch.distributed.checkpoint.storage import WriteResult
 
     from dcp_hf_writer.errors import ExportError
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.plan.global_plan import GlobalPlan
     from dcp_hf_writer.plan.rank_report import RankReport
     from dcp_hf_writer.save.attempt import Attempt
-    from dcp_hf_writer.save.commit import StagingDirectory
 
 
 @dataclass(slots=True)
@@ -40,8 +36,6 @@ class FinishPhase:
 
     attempt: Attempt
     export: HFExport | None
-    dcp_writer: StorageWriter | None
-    """The user's writer for the DCP half; `None` for ours."""
     subdir: str
     overwrite: bool
     save_id: str
@@ -65,8 +59,8 @@ class FinishPhase:
             StorageError: If the checkpoint could not be published.
         """
         attempt = self.attempt
-        plan, directory = _planned(attempt), attempt.directory
-        if directory is None:
+        plan, target = _planned(attempt), attempt.directory
+        if not isinstance(target, SaveTarget):
             msg = "the coordinator did not prepare this save"
             raise PlanningError(msg, rank=attempt.rank, phase="finish", path=attempt.target)
         began = time.monotonic()
@@ -74,71 +68,49 @@ class FinishPhase:
         plain, reports = take_reports(results)
         if not attempt.are_facts_checked:
             self.check_facts(plan.plans, reports)
-        error = self._export_error(directory, plan, reports)
+        error = self._export_error(target, plan, reports)
         coordinator.check_written(metadata, plain)
-        self._finish_dcp(directory, metadata, plain)
-        coordinator.publish(
-            directory,
-            plan,
-            reports,
-            attempt.whole_files,
-            subdir=self.subdir,
-            overwrite=self.overwrite,
-            attempt=attempt,
-            error=error,
-            extra={"finish": time.monotonic() - began},
+        with attempt.timed("metadata"):
+            coordinator.share_text(plain)
+            target.finish_dcp(metadata, plain, attempt, save_id=self.save_id)
+        seconds = {"finish": time.monotonic() - began}
+        target.publish(
+            attempt, Publication(plan, reports, self.subdir, self.overwrite, error, seconds)
         )
         if not attempt.context.is_sent:
             save_log.log_published(_published(attempt, reports, error))
         return error
 
     def _export_error(
-        self, directory: StagingDirectory, plan: GlobalPlan, reports: Sequence[RankReport]
+        self, target: SaveTarget, plan: GlobalPlan, reports: Sequence[RankReport]
     ) -> ExportError | None:
         """Return why there is no export, and remove what there is of a failed one."""
         errors = [r.export_error for r in reports if r.export_error is not None]
         error = self.attempt.export_error or (errors[0] if errors else None)
         if error is None:
-            error = self._add_checksums(directory, plan)
+            error = self._add_checksums(target, plan)
         if error is not None:
             coordinator.check_dcp_stands_alone(plan, error)
-            coordinator.drop_export(directory, self.subdir)
+            target.drop_export(self.subdir, self.attempt)
             error = published_without_export(
-                error, staging=directory.path, target=directory.target, subdir=self.subdir
+                error, staging=target.path, target=target.target, subdir=self.subdir
             )
         return error
 
-    def _add_checksums(self, directory: StagingDirectory, plan: GlobalPlan) -> ExportError | None:
+    def _add_checksums(self, target: SaveTarget, plan: GlobalPlan) -> ExportError | None:
         """Add checksums if `export` asks for them; a failure costs the export, not the DCP half."""
         attempt = self.attempt
-        if plan.layout is None or self.export is None or self.export.checksums is None:
+        if plan.layout is None or self.export is None:
             return None
         try:
-            with attempt.timed("checksums"):
-                file = add_checksums(directory.path, self.subdir, check=attempt.check)
+            target.add_checksums(self.export, attempt, subdir=self.subdir)
         except (SaveAbortedError, SaveTimeoutError):
             raise
         except OSError as error:
-            path = os.path.join(directory.path, self.subdir)
+            path = f"{target.path}/{self.subdir}"
             nbytes = nbytes_of(plan.layout)
             return export_error(error, rank=attempt.rank, path=path, nbytes=nbytes)
-        attempt.add_whole_files(file)
         return None
-
-    def _finish_dcp(
-        self,
-        directory: StagingDirectory,
-        metadata: Metadata,
-        results: list[list[WriteResult]],
-    ) -> None:
-        attempt, writer = self.attempt, self.dcp_writer
-        if writer is None:
-            writer = SlabFileSystemWriter(directory.path, checkpoint_id=directory.target)
-            writer.save_id = self.save_id
-            writer.set_up_storage_writer(True, rank=attempt.rank, use_collectives=True)
-        with attempt.timed("metadata"), write_errors(directory.path):
-            coordinator.share_text(results)
-            writer.finish(metadata, results)
 
 
 def _planned(attempt: Attempt) -> GlobalPlan:

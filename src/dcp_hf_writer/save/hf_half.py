@@ -75,6 +75,13 @@ def way_of(tensor: torch.Tensor, region: Region) -> Literal["direct", "cast", "s
     return "direct" if runtime_view(tensor, region.copy).is_contiguous() else "strided"
 
 
+def block_of(region: Region, digest: str) -> WrittenBlock:
+    """Return what a rank reports about a block that it wrote."""
+    box = hf_box(region.copy)
+    extent = hf_loops(region.copy) if box is None else box.sizes
+    return WrittenBlock(region.target.key, region.copy.hf_start, extent, digest)
+
+
 class ItemTensors(Protocol):
     """What resolves items: `TensorSource` in a save, and a stored checkpoint in a conversion."""
 
@@ -122,9 +129,7 @@ class BlockWriter:
             check()
             reach("mid hf")
             digest = self._write_block(file, item, region, source)
-            box = hf_box(region.copy)
-            extent = hf_loops(region.copy) if box is None else box.sizes
-            written.append(WrittenBlock(region.target.key, region.copy.hf_start, extent, digest))
+            written.append(block_of(region, digest))
         return written
 
     def _write_block(

@@ -89,8 +89,11 @@ def is_on_first_host() -> bool:
 def page_cache_id(target: str) -> str:
     """Return an id of the page cache that writes to a path use: the host's id and the device.
 
-    If the path does not exist, its nearest existing parent tells the device.
+    If the path does not exist, its nearest existing parent tells the device. For a URL, the host's
+    id alone: a store has no page cache.
     """
+    if "://" in target:
+        return host_id()
     path = target
     while not os.path.exists(path) and path != os.path.dirname(path):
         path = os.path.dirname(path)

@@ -13,11 +13,12 @@ import os
 import socket
 import time
 import weakref
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
 
 from dcp_hf_writer.errors import ConfigError, RankLostError
 from dcp_hf_writer.torch_seam.default_store import (
@@ -27,7 +28,7 @@ from dcp_hf_writer.torch_seam.default_store import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     from dcp_hf_writer.torch_seam.save_world import SaveWorld
 
@@ -57,6 +58,8 @@ class Announcement:
     """Id of the global plan; a rank whose plan has another id must not write."""
     count: int
     """Number of saves that the coordinator has begun; the other ranks take it over."""
+    told: Mapping[str, Any] = field(default_factory=dict)
+    """What the ranks need in order to write to the target, such as the ids of uploads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +193,22 @@ class Rendezvous:
         if not is_of_save or one["rank"] == self._me:
             return None
         return f"rank {one['rank']} ({one['host']}, pid {one['pid']}): {one['why']}"
+
+    def failed_ranks(self, count: int) -> list[str]:
+        """Return the other ranks that have failed in a save, as text.
+
+        Args:
+            count: The save, as this rank counts saves.
+        """
+        return [
+            f"rank {rank} ({one.host}, pid {one.pid})"
+            for rank, one in self.progress().items()
+            if rank != self._me and one is not None and one.count == count and one.phase == "failed"
+        ]
+
+    def part_of_store(self, name: str) -> Any:
+        """Return a part of the store for the keys of one purpose."""
+        return PrefixStore(f"{_PREFIX}/{name}", self._store)
 
     def silent_ranks(self, mine: Progress, *, wait_s: float) -> list[str]:
         """Return the ranks that do not get as far as this one within `wait_s` seconds, as text.

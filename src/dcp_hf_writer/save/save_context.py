@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from dcp_hf_writer.staging.same_memory import memory_of, tied_groups
 from dcp_hf_writer.torch_seam.save_world import SaveWorld
@@ -19,6 +19,19 @@ if TYPE_CHECKING:
     from dcp_hf_writer.save.rank_progress import Rendezvous
     from dcp_hf_writer.staging.slab import StagedInfo
     from dcp_hf_writer.torch_seam.caller_frames import Planned, RunningSave
+
+
+class PlaceOfSave(Protocol):
+    """What a running save must be able to do with the place that it writes to."""
+
+    save_id: str
+    """Id of the save."""
+
+    def is_committed(self) -> bool:
+        """Whether this save's checkpoint is visible."""
+
+    def remove(self) -> None:
+        """Remove what an unpublished save wrote (coordinator); safe to call twice."""
 
 
 @dataclass(frozen=True, slots=True)

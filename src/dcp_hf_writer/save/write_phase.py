@@ -20,12 +20,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from dcp_hf_writer.errors import (
-    CheckpointError,
-    SaveAbortedError,
-    SaveTimeoutError,
-    SlotTimeoutError,
-)
+from dcp_hf_writer.errors import CheckpointError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.weights_once_places import NOTICE, encode_stored_once
 from dcp_hf_writer.plan.rank_report import RankReport
@@ -36,7 +31,7 @@ from dcp_hf_writer.save.dcp_half import (
     check_results,
     run_given_writer,
 )
-from dcp_hf_writer.save.export_failures import export_error
+from dcp_hf_writer.save.export_failures import FATAL, export_error
 from dcp_hf_writer.save.hf_half import BlockWriter, is_interleaved, regions_by_file
 from dcp_hf_writer.save.share_blocks import BlockSharing
 from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
@@ -65,10 +60,6 @@ _log = logging.getLogger(__name__)
 # FQN of the extra result that carries a rank's report. `take_reports` removes the result before DCP
 # sees it.
 _REPORT_FQN = "\0dcp-hf-report"
-
-# These errors end the save in either half. After any other error in the export, the DCP half goes
-# on.
-_FATAL = (SaveAbortedError, SaveTimeoutError, SlotTimeoutError)
 
 # The block writer of the latest save, kept to reuse its buffer. A save that runs at the same time
 # as another one makes its own.
@@ -126,7 +117,7 @@ class WritePhase:
         results: list[WriteResult] = []
         tensors = [i for i in self.plan.items if i.type != WriteItemType.BYTE_IO]
         work = regions_by_file(tensors, self.own.targets)
-        left_out = self._stored_once(tensors)
+        left_out = stored_once_results(self.own, tensors, subdir=self.subdir)
         if left_out:
             self._leave_out({result.index for result in left_out})
         self.block_nbytes = self._shared_block_nbytes()
@@ -165,21 +156,7 @@ class WritePhase:
             "hf": report.nbytes.get("hf", 0),
             "shared": report.nbytes.get("shared", 0),
         }
-        return [*results, *left_out, WriteResult(MetadataIndex(_REPORT_FQN), 0, report)]
-
-    def _stored_once(self, items: Iterable[WriteItem]) -> list[WriteResult]:
-        """Return a result for each item that only the export stores; it tells where they are."""
-        tables = {fqn: TargetTable(parts) for fqn, parts in self.own.once.items()}
-        paths = [f"{self.subdir}/{name}" for name, _ in self.own.files]
-        results = []
-        for item in items:
-            table = tables.get(item.index.fqn)
-            if table is not None:
-                chunk = chunk_of(item)
-                once = stored_once(chunk, table.near(chunk), paths=paths)
-                info = _StorageInfo(NOTICE, 0, once.nbytes, encode_stored_once(once))
-                results.append(WriteResult(item.index, once.nbytes, info))
-        return results
+        return [*results, *left_out, report_result(report)]
 
     def _leave_out(self, indices: set[MetadataIndex]) -> None:
         kept = [item for item in self.plan.items if item.index not in indices]
@@ -310,7 +287,7 @@ class WritePhase:
                     files.keep(file)
                 else:
                     files.sync(file)
-            except _FATAL:
+            except FATAL:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
                 _log.warning("rank %d could not write %s: %s", self.attempt.rank, path, error)
@@ -324,6 +301,34 @@ class WritePhase:
     def _export_error(self, error: Exception, path: str) -> ExportError:
         nbytes = sum(size for _, size in self.own.files)
         return export_error(error, rank=self.attempt.rank, path=path, nbytes=nbytes)
+
+
+def stored_once_results(
+    own: RankPlan, items: Iterable[WriteItem], *, subdir: str
+) -> list[WriteResult]:
+    """Return a result for each item that only the export stores; it tells where they are.
+
+    Args:
+        own: This rank's part of the global plan.
+        items: Tensor items of its plan.
+        subdir: Directory of the export within the checkpoint.
+    """
+    tables = {fqn: TargetTable(parts) for fqn, parts in own.once.items()}
+    paths = [f"{subdir}/{name}" for name, _ in own.files]
+    results = []
+    for item in items:
+        table = tables.get(item.index.fqn)
+        if table is not None:
+            chunk = chunk_of(item)
+            once = stored_once(chunk, table.near(chunk), paths=paths)
+            info = _StorageInfo(NOTICE, 0, once.nbytes, encode_stored_once(once))
+            results.append(WriteResult(item.index, once.nbytes, info))
+    return results
+
+
+def report_result(report: RankReport) -> WriteResult:
+    """Return the extra result that carries a rank's report; `take_reports` takes it out again."""
+    return WriteResult(MetadataIndex(_REPORT_FQN), 0, report)
 
 
 def take_reports(

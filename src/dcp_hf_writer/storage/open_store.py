@@ -6,7 +6,9 @@ import importlib.util
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import ConfigError
+from dcp_hf_writer.storage.fsspec_store import FsspecStore
 from dcp_hf_writer.storage.s3_store import S3Store
+from dcp_hf_writer.storage.store_urls import check_scheme
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -17,21 +19,21 @@ if TYPE_CHECKING:
 def open_store(url: str, storage_options: Mapping[str, Any] | None = None) -> ObjectStore:
     """Open the object store below a URL. Sends no request.
 
+    Choose a new backend for one protocol here, before the one for every file system of fsspec.
+
     Args:
         url: Such as `s3://bucket/run/step-100`.
         storage_options: What fsspec takes for this protocol: credentials, endpoint.
 
     Raises:
-        ConfigError: If the URL names no bucket, or no backend serves its protocol.
+        ConfigError: If the URL names no bucket, if no file system is known for its protocol, or if
+            a package for it is missing.
     """
     protocol, separator, rest = url.partition("://")
     if separator and protocol in {"s3", "s3a"}:
         return _open_s3(rest, storage_options)
-    raise ConfigError(
-        "no object store serves this URL",
-        path=f"{protocol}://..." if separator else url,
-        expected="a URL such as s3://bucket/prefix",
-    )
+    check_scheme(url)
+    return FsspecStore(url, storage_options)
 
 
 def _open_s3(rest: str, storage_options: Mapping[str, Any] | None) -> S3Store:

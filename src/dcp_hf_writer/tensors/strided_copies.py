@@ -250,7 +250,7 @@ def clip(copy: Copy, box: Box) -> list[Copy]:
             return []
         ranges.append(found)
     return [
-        _narrowed(copy, box.offsets, itertools.chain.from_iterable(chosen))
+        narrowed(copy, box.offsets, itertools.chain.from_iterable(chosen))
         for chosen in itertools.product(*ranges)
     ]
 
@@ -278,8 +278,14 @@ def _steps_within(
             yield ((number, i, 1), *nest)
 
 
-def _narrowed(copy: Copy, origin: Shape, chosen: Iterable[tuple[int, int, int]]) -> Copy:
-    """Keep some steps of the chosen loops, and count `start` from `origin`."""
+def narrowed(copy: Copy, origin: Shape, chosen: Iterable[tuple[int, int, int]]) -> Copy:
+    """Keep some steps of the chosen loops, and count `start` from `origin`.
+
+    Args:
+        copy: The copy.
+        origin: First index of the new runtime tensor within the old one.
+        chosen: `(number of the loop, first step, number of steps)` of each loop to shorten.
+    """
     hf_start, start = list(copy.hf_start), [s - o for s, o in zip(copy.start, origin, strict=True)]
     loops: list[Loop | None] = list(copy.loops)
     for number, first, count in chosen:
@@ -303,7 +309,7 @@ def split(copy: Copy, max_elements: int) -> Iterator[Copy]:
     step = max(1, max_elements // inner)
     origin = (0,) * len(copy.start)
     for first in range(0, outer.extent, step):
-        part = _narrowed(copy, origin, [(0, first, min(step, outer.extent - first))])
+        part = narrowed(copy, origin, [(0, first, min(step, outer.extent - first))])
         yield from split(part, max_elements)
 
 

@@ -1,0 +1,153 @@
+"""A save to a directory of a file system: written aside, published by one rename."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.save import coordinator
+from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
+from dcp_hf_writer.save.checksums import add_checksums
+from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
+from dcp_hf_writer.save.replace_target import saved_id
+from dcp_hf_writer.save.save_target import SaveTarget
+from dcp_hf_writer.save.write_phase import WritePhase
+from dcp_hf_writer.storage.posix_outputs import write_errors
+from dcp_hf_writer.storage.write_slots import WriteSlots
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+
+    from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.plan.global_plan import GlobalPlan
+    from dcp_hf_writer.save.attempt import Attempt
+    from dcp_hf_writer.save.commit import StagingDirectory
+    from dcp_hf_writer.save.export_assets import Assets
+    from dcp_hf_writer.save.save_target import Publication, RankWrites
+
+
+@dataclass(frozen=True, slots=True)
+class LocalOptions:
+    """Options that only saves to a file system have."""
+
+    dcp_writer: StorageWriter | None = None
+    """The user's writer for the DCP half; `None` for ours."""
+    slots: WriteSlots = field(default_factory=WriteSlots)
+    """Limit on the number of processes of a node that write at the same time."""
+    share: Literal["auto", "off"] = "auto"
+    """Whether the halves may share disk blocks."""
+    strategy: str = "auto"
+    """Whether several hosts may write parts of one file on any file system."""
+
+
+class PosixTarget(SaveTarget):
+    """A directory of a file system."""
+
+    def __init__(self, directory: StagingDirectory, options: LocalOptions) -> None:
+        """Make the target on one rank; touches nothing."""
+        self.directory, self.options = directory, options
+        self.target, self.save_id = directory.target, directory.save_id
+
+    @property
+    def path(self) -> str:
+        """The directory that the save writes into."""
+        return self.directory.path
+
+    def make(self, attempt: Attempt, *, overwrite: bool, new_files: Collection[str]) -> None:
+        """Make the directory; see `SaveTarget.make`."""
+        files = attempt.open_files()
+        record = files.keep(
+            self.directory.create(
+                overwrite=overwrite, new_files=new_files, world_size=attempt.member.world_size
+            )
+        )
+        attempt.work_in(self)
+        reach("directory made")
+        files.sync(files.take(record.path) or record)
+
+    def make_export(
+        self, plan: GlobalPlan, assets: Assets | None, attempt: Attempt, *, subdir: str
+    ) -> bool:
+        """Make the files with headers, sizes and assets; see `SaveTarget.make_export`."""
+        return coordinator.make_export(
+            self.directory,
+            plan,
+            assets,
+            attempt,
+            strategy=self.options.strategy,
+            subdir=subdir,
+        )
+
+    def check_visible(self, attempt: Attempt) -> None:
+        """Look for the coordinator's directory; see `SaveTarget.check_visible`."""
+        self.directory.check_visible(rank=attempt.rank)
+
+    def write(self, attempt: Attempt, writes: RankWrites) -> list[WriteResult]:
+        """Write into the files, under slots; see `SaveTarget.write`."""
+        return WritePhase(
+            attempt=attempt,
+            directory=self.directory,
+            plan=writes.plan,
+            own=writes.own,
+            planner=writes.planner,
+            dcp_writer=self.options.dcp_writer,
+            slots=self.options.slots,
+            subdir=writes.subdir,
+            bounce_nbytes=bounce_nbytes_of(writes.host_budget_bytes),
+            share=self.options.share,
+        ).run()
+
+    def drop_export(self, subdir: str, attempt: Attempt) -> None:
+        """Remove the directory of the export; see `SaveTarget.drop_export`."""
+        del attempt
+        coordinator.drop_export(self.directory, subdir)
+
+    def add_checksums(self, export: HFExport, attempt: Attempt, *, subdir: str) -> None:
+        """Read the files once more; see `SaveTarget.add_checksums`."""
+        if export.checksums is not None:
+            with attempt.timed("checksums"):
+                file = add_checksums(self.path, subdir, check=attempt.check)
+            attempt.add_whole_files(file)
+
+    def finish_dcp(
+        self,
+        metadata: Metadata,
+        results: list[list[WriteResult]],
+        attempt: Attempt,
+        *,
+        save_id: str,
+    ) -> None:
+        """Let torch's or the user's writer make it; see `SaveTarget.finish_dcp`."""
+        writer = self.options.dcp_writer
+        if writer is None:
+            writer = SlabFileSystemWriter(self.path, checkpoint_id=self.target)
+            writer.save_id = save_id
+            writer.set_up_storage_writer(True, rank=attempt.rank, use_collectives=True)
+        with write_errors(self.path):
+            writer.finish(metadata, results)
+
+    def publish(self, attempt: Attempt, what: Publication) -> None:
+        """Write the manifest, fsync, rename; see `SaveTarget.publish`."""
+        coordinator.publish(
+            self.directory,
+            what.plan,
+            what.reports,
+            attempt.whole_files,
+            subdir=what.subdir,
+            overwrite=what.overwrite,
+            attempt=attempt,
+            error=what.error,
+            extra=what.seconds,
+        )
+
+    def is_committed(self) -> bool:
+        """Whether the manifest at the target is this save's; see `SaveTarget.is_committed`."""
+        return saved_id(self.target) == self.save_id
+
+    def remove(self) -> None:
+        """Remove what is left of the directory; see `SaveTarget.remove`."""
+        self.directory.remove()
