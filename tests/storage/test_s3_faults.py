@@ -18,7 +18,7 @@ from dcp_hf_writer.errors import CheckpointError, SaveTimeoutError, WriteError
 from dcp_hf_writer.storage import object_retries, s3_probes, s3_store
 from dcp_hf_writer.storage.object_contract import Patience
 from dcp_hf_writer.storage.open_store import open_store
-from dcp_hf_writer.storage.s3_store import MIN_PART_NBYTES
+from dcp_hf_writer.storage.s3_store import MIN_PART_NBYTES, S3Store
 from support.fault_proxy import fault_proxy
 from support.object_conformance import OTHER_TOKEN, TOKEN, patience, send_all, views
 from support.s3_servers import ACCESS_KEY, SECRET_KEY, cached_session
@@ -302,8 +302,8 @@ def test_part_is_sent_again_when_a_bit_flips_on_the_way(
     # S10
     fault = s3_proxy.add("flip", "PUT", PUT_PART)
     if s3_bucket.kind == "rclone":
-        # It has passed a part on when it finds that the digest differs, and drops the upload.
-        with pytest.raises(WriteError, match="after a part that arrived damaged"):
+        # It has passed the part on already, and does not take it again: the save fails.
+        with pytest.raises(WriteError, match="cannot be replaced"):
             save_parts(store)
         assert fault.hits == 1
         assert s3_bucket.keys() == []
@@ -324,6 +324,38 @@ def test_object_is_sent_again_when_a_bit_flips_on_the_way(
     assert made is True
     assert fault.hits == 1
     assert s3_bucket.content("root/a") == PART
+
+
+def test_save_fails_when_the_server_drops_an_upload_for_a_damaged_part(
+    rclone: S3Server,
+) -> None:
+    # S10: rclone does so if the request has a Content-MD5, as requests over TLS do.
+    bucket = rclone.new_bucket()
+    with fault_proxy(rclone.endpoint) as proxy:
+        store = S3Store(bucket.name, "", storage_options=bucket.at(proxy.endpoint).storage_options)
+        store._sends_md5 = True
+        fault = proxy.add("flip", "PUT", PUT_PART)
+        with pytest.raises(WriteError, match="after a part that arrived damaged"):
+            save_parts(store)
+        assert fault.hits == 1
+        assert bucket.keys() == []
+        store.close()
+
+
+@pytest.mark.parametrize(
+    ("options", "sends"),
+    [
+        ({}, True),
+        ({"use_ssl": False}, False),
+        ({"endpoint_url": "https://host"}, True),
+        ({"endpoint_url": "http://host"}, False),
+        ({"client_kwargs": {"endpoint_url": "http://host"}}, False),
+    ],
+)
+def test_digest_goes_with_the_request_when_there_is_tls(
+    options: dict[str, object], *, sends: bool
+) -> None:
+    assert S3Store("bucket", "", storage_options=options)._sends_md5 is sends
 
 
 def test_upload_is_begun_with_a_checksum_when_the_store_encrypts(

@@ -67,6 +67,7 @@ class S3Store(ObjectStore):
         self._requests = S3Requests(storage_options or {})
         self._endpoint = str((storage_options or {}).get("endpoint_url"))
         self._sends_crc32 = False
+        self._sends_md5 = _is_encrypted(storage_options or {})
 
     def __reduce__(self) -> tuple[Any, ...]:
         msg = "an S3Store is not pickled: it holds credentials; open the store in each process"
@@ -378,8 +379,8 @@ class S3Store(ObjectStore):
             operation,
             retries.patience,
             Body=body if body.nbytes > _SMALL_NBYTES else body.read(),
-            ContentMD5=digest.md5_base64,
             **({} if crc32 is None else {"ChecksumCRC32": crc32}),
+            **({"ContentMD5": digest.md5_base64} if self._sends_md5 or crc32 else {}),
             **params,
         )
         if isinstance(answer, RequestFault):
@@ -454,6 +455,18 @@ class _Wanted:
     def describe(self, head: Answer) -> str:
         whose = "this" if _token_of(head) == self.token else "another"
         return f"{head['ContentLength']} bytes of {whose} save"
+
+
+def _is_encrypted(options: Mapping[str, Any]) -> bool:
+    """Whether connections use TLS. If so, `Content-MD5` goes with each body.
+
+    botocore then does not hash the body with SHA-256 for the signature. Without TLS it does so
+    anyway, and the server checks that: a second digest to check would only cost it time. The
+    returned ETag is compared in both cases.
+    """
+    given = {**options, **(options.get("client_kwargs") or {})}
+    endpoint = options.get("endpoint_url") or given.get("endpoint_url")
+    return not str(endpoint).startswith("http://") if endpoint else given.get("use_ssl", True)
 
 
 def _token_of(head: Answer) -> str | None:
