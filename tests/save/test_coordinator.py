@@ -85,6 +85,10 @@ def test_files_of_an_export_are_its_weights_and_assets() -> None:
         ("/run-3/last", None),
         ("/run/step-5-final", None),
         ("/run/42", 42),
+        ("/run/run2-step-30", 30),
+        ("/run/2024-05-06-step_9", 9),
+        ("/run/2024-05-06", None),
+        ("/step-1/v1.2", None),
     ],
 )
 def test_step_is_read_off_the_end_of_the_name(target: str, step: int | None) -> None:

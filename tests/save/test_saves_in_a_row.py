@@ -63,6 +63,31 @@ def in_turns(root: Path, rank: int, step: int) -> Any:
     return kind(root, rank, step)
 
 
+def without_waiting(rank: int, world_size: int, root: Path) -> list[str | None]:
+    """Save synchronously while an asynchronous save of the same group is in flight."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    def hook(point: str) -> None:
+        if point == "before report" and not go_on.is_set():
+            reached.set()
+            assert go_on.wait(LIMIT_S)
+
+    failpoints.set_hook(hook)
+    future = with_tensors(root, rank, 1)
+    assert reached.wait(LIMIT_S)
+    # The other save goes on only after this one has begun to wait for it.
+    threading.Timer(DELAY_S, go_on.set).start()
+    dcp.save(state_of(2), storage_writer=HFDualWriter(root / "row-2"))
+    failpoints.set_hook(None)
+    return [outcome_of(future)]
+
+
+def test_synchronous_save_waits_for_one_that_is_in_flight(tmp_path: Path) -> None:
+    assert run_ranks(without_waiting, 2, tmp_path, timeout_s=120) == [[None]] * 2
+    for step in (1, 2):
+        assert difference(tmp_path / f"row-{step}", step) is None
+
+
 def save_in_a_row(rank: int, world_size: int, root: Path) -> dict[str, list[str | None]]:
     kinds: tuple[Callable[[Path, int, int], Any], ...] = (
         *(with_tensors, without_tensors, that_cannot_be_staged, in_turns),

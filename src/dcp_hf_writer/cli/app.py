@@ -284,7 +284,9 @@ def unpin(
 def report(
     path: Checkpoint,
     plot: Annotated[Optional[str], typer.Option(metavar="PNG", help="Draw a picture.")] = None,
-    html: Annotated[Optional[str], typer.Option(metavar="HTML", help="Write a page.")] = None,
+    html: Annotated[
+        Optional[str], typer.Option("--html", metavar="HTML", help="Write a page.")
+    ] = None,
     trace: Annotated[
         Optional[str], typer.Option(metavar="JSON", help="Write a Chrome trace, for Perfetto.")
     ] = None,

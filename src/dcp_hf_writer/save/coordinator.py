@@ -62,7 +62,11 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-_STEP = re.compile(r"(\d+)$")
+# `step-100`, also after other numbers, or a name with one number at its end. The 6 of `2024-05-06`
+# is no step.
+_STEP = re.compile(
+    r".*?(?:step|checkpoint|ckpt|iteration|iter)[-_=]?(\d+)|\D*(\d+)", re.IGNORECASE | re.DOTALL
+)
 
 
 def export_files(
@@ -249,9 +253,9 @@ def _warn_without_config(names: Mapping[str, bytes], said: SaidOnce) -> None:
 
 
 def step_of(target: str) -> int | None:
-    """Return the training step in a path such as `run/step-100`; only the manifest uses it."""
-    found = _STEP.search(os.path.basename(target))
-    return int(found[1]) if found else None
+    """Return the training step in a path such as `run/step-100`; for the manifest and the log."""
+    found = _STEP.fullmatch(os.path.basename(target))
+    return int(found[1] or found[2]) if found else None
 
 
 def nbytes_on_disk(target: str, subdir: str) -> tuple[int, int]:

@@ -188,6 +188,15 @@ class Stager:
         lease.handover = Handover(deadline, StagedInfo(0, waited_s, waited_s), began, world)
         return lease
 
+    def wait_for_turn(self, *, what: str, deadline: float) -> None:
+        """Wait until the saves are over that this process has staged; takes nothing.
+
+        Raises:
+            StagingBusyError: If an earlier save is still running at the deadline.
+        """
+        lease, _ = self._pool.take_turn(what=what, deadline=deadline)
+        lease.release()
+
     def handover_of(self, state_dict: Mapping[str, Any]) -> tuple[Handover | None, Lease | None]:
         """Return what staging passed to the save of a state dict, and the lease on its memory.
 
