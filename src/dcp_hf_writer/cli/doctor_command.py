@@ -102,8 +102,8 @@ def _advice(kind: str, clone: int | None, free: int | None, *, renames: bool) ->
         found.append("direct: all ranks that see this directory write their parts of one file")
     elif kind in ONE_WRITER_A_FILE:
         found.append(
-            f"direct on one host; {kind} takes the writes of one host per file, so a save of several "
-            "hosts with an export is refused"
+            f"direct on one host; {kind} takes the writes of one host per file, so a save of "
+            "several hosts with an export is refused"
         )
     else:
         found.append(
