@@ -94,7 +94,7 @@ class CheckpointManager:
         optimizers: Sequence[torch.optim.Optimizer] = (),
         planner: SavePlanner | None = None,
         slots: WriteSlots = WriteSlots(),  # noqa: B008 - frozen
-        strategy: Literal["auto", "direct"] = "auto",
+        strategy: Literal["auto", "direct", "exchange"] = "auto",
         host_budget_bytes: int = 256 << 20,
         timeout_s: float = 1800,
         late_after_s: float = 60,

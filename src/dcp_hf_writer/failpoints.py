@@ -18,6 +18,7 @@ POINTS = (
     "before slot",  # every rank: before it waits for a write slot
     "mid dcp",  # every rank: before each tensor of the DCP file
     "mid hf",  # every rank: before each block of an output file
+    "mid exchange",  # every rank: before each round in which ranks send each other bytes
     "before clone",  # every rank: before a part of its DCP file shares disk blocks of the export
     "before fsync",  # every rank: all writes are done, no fsync yet
     "after fsync",  # every rank: its bytes are durable
@@ -34,6 +35,9 @@ POINTS = (
 
 TARGET_POINTS = ("files carried", "names exchanged", "files linked back", "place given back")
 """Those that only a save into a directory with files of others reaches."""
+
+EXCHANGE_POINTS = ("mid exchange",)
+"""Those that only a save whose ranks write cells for each other reaches."""
 
 SHARING_POINTS = ("before clone",)
 """Those that only a save on a file system that can clone reaches."""

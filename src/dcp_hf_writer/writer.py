@@ -91,7 +91,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         process_group: dist.ProcessGroup | None = None,
         on_export_error: Literal["raise", "warn"] = "raise",
         storage_options: dict[str, Any] | None = None,
-        strategy: Literal["auto", "direct"] = "auto",
+        strategy: Literal["auto", "direct", "exchange"] = "auto",
         timeout_s: float = 1800,
         host_budget_bytes: int = 256 << 20,
     ) -> None:
@@ -115,8 +115,9 @@ class HFDualWriter(StorageWriter, SlabStager):
             on_export_error: If only the export fails and the DCP half holds all weights, the DCP
                 half is committed. Then `"raise"` raises `ExportError`, `"warn"` logs a warning.
             storage_options: Options for a URL, as fsspec takes them, such as credentials.
-            strategy: `"direct"` lets several hosts write parts of one file on any file system.
-                `"auto"` allows this only if the file system is known to be coherent.
+            strategy: `"direct"`: each rank writes its own bytes, on any file system. `"exchange"`:
+                ranks send each other bytes, so that each aligned part of a file has one writer.
+                `"auto"` exchanges if several hosts write and the file system may not be coherent.
             timeout_s: Deadline of a save in seconds, from staging to commit.
             host_budget_bytes: Memory that a rank may use in addition to the staged copy.
 

@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.device_mesh import init_device_mesh
 
 from dcp_hf_writer import HFDualWriter, HFExport, failpoints
 from dcp_hf_writer.errors import (
     CommitError,
     CoverageError,
     ExportError,
-    IncoherentStorageError,
     LayoutError,
     TargetExistsError,
     WriteError,
@@ -29,12 +27,11 @@ from dcp_hf_writer.plan.assign_hf_keys import RuntimeTensor
 from dcp_hf_writer.plan.layout import Layout, plan_layout
 from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
 from dcp_hf_writer.said_once import SaidOnce
-from dcp_hf_writer.save import coordinator, owner_process
+from dcp_hf_writer.save import coordinator
 from dcp_hf_writer.save.attempt import Attempt
 from dcp_hf_writer.save.commit import StagingDirectory
 from dcp_hf_writer.save.coordinator import (
     check_files,
-    check_strategy,
     drop_export,
     export_files,
     prepare_export,
@@ -45,74 +42,15 @@ from dcp_hf_writer.save.owner_process import is_over_here, new_save_id
 from dcp_hf_writer.save.posix_target import LocalOptions, PosixTarget
 from dcp_hf_writer.save.replace_target import saved_id
 from dcp_hf_writer.save.save_context import SaveContext
-from dcp_hf_writer.storage.posix_outputs import COHERENT
 from dcp_hf_writer.tensors.boxes import whole
 from support.audit import faults
-from support.ranks import run_ranks
 from support.small_states import dcp_difference, difference, leftovers, state_of
 from support.unwilling import Unwilling
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 Written = tuple[StagingDirectory, Layout, list[RankReport]]
-NOT_COHERENT = ("nfs", "nfs4", "cifs", "smb3", "fuse", "fuse.s3fs", "beegfs", "9p", "")
-
-
-# Several hosts
-
-
-def strategy(hosts: Sequence[str], fs_type: str, chosen: str = "auto") -> None:
-    check_strategy(hosts=hosts, fs_type=fs_type, strategy=chosen, path="/run/step-1")
-
-
-@pytest.mark.parametrize("fs_type", NOT_COHERENT)
-def test_several_hosts_are_refused_where_page_caches_may_clash(fs_type: str) -> None:
-    with pytest.raises(IncoherentStorageError, match=r'strategy="direct"') as caught:
-        strategy(["a", "a", "b"], fs_type)
-    error = caught.value
-    assert error.path == "/run/step-1"
-    assert error.found == f"{fs_type or 'an unknown type'}, written from 2 hosts"
-
-
-@pytest.mark.parametrize("fs_type", NOT_COHERENT)
-def test_several_hosts_may_write_when_the_user_vouches_for_it(fs_type: str) -> None:
-    strategy(["a", "b"], fs_type, "direct")
-
-
-@pytest.mark.parametrize("fs_type", [*NOT_COHERENT, *sorted(COHERENT)])
-def test_one_host_may_write_anywhere(fs_type: str) -> None:
-    strategy(["a"] * 8, fs_type)
-
-
-@pytest.mark.parametrize("fs_type", sorted(COHERENT))
-def test_several_hosts_may_write_where_page_caches_are_coherent(fs_type: str) -> None:
-    strategy(["a", "b"], fs_type)
-
-
-def save_from_two_hosts(rank: int, world_size: int, root: Path) -> str:
-    """Save as if each rank were on a host of its own, on NFS; return what was raised."""
-    monkeypatch = pytest.MonkeyPatch()
-    monkeypatch.setattr(owner_process, "host_id", lambda: f"host {rank}")
-    monkeypatch.setattr(coordinator, "file_system_type", lambda _: "nfs4")
-    state = state_of(1, init_device_mesh("cpu", (world_size,)))
-    with pytest.raises(IncoherentStorageError) as caught:
-        dcp.async_save(state, storage_writer=HFDualWriter(root / "step-1")).result()
-    for options in ({"strategy": "direct"}, {"export": None}):
-        target = root / "-".join((*options, "1"))
-        dcp.async_save(state, storage_writer=HFDualWriter(target, **options)).result()
-    return str(caught.value)
-
-
-def test_save_from_several_hosts_is_refused_on_every_rank_and_names_the_way_out(
-    tmp_path: Path,
-) -> None:
-    for text in run_ranks(save_from_two_hosts, 2, tmp_path):
-        assert "nfs4, written from 2 hosts" in text
-        assert 'strategy="direct"' in text
-    assert {path.name for path in tmp_path.iterdir()} == {"strategy-1", "export-1"}
-    assert difference(tmp_path / "strategy-1", 1) is None
-    assert dcp_difference(tmp_path / "export-1", state_of(1)) is None
 
 
 # Names

@@ -106,7 +106,7 @@ def check_writer(options: Mapping[str, Any]) -> None:
     check_word("staging", options["staging"], ("blocking", "overlap"))
     check_word("on_export_error", options["on_export_error"], ("raise", "warn"))
     check_word("share", options["share"], ("auto", "off"))
-    check_word("strategy", options["strategy"], ("auto", "direct"))
+    check_word("strategy", options["strategy"], ("auto", "direct", "exchange"))
     check_flag("overwrite", options["overwrite"])
     check_seconds("timeout_s", options["timeout_s"])
     check_whole("host_budget_bytes", options["host_budget_bytes"], least=_MIN_HOST_BUDGET)

@@ -67,6 +67,8 @@ class Attempt:
         """Whether the coordinator compared the facts of all ranks in the planning step."""
         self.directory: PlaceOfSave | None = None
         """Where the save writes the checkpoint; the coordinator cleans it up at the end."""
+        self.cell_nbytes = 0
+        """Size of the cells that ranks write for each other; 0 if each writes its own bytes."""
         self.files: OpenFiles | None = None
         """Open files of the save."""
         self.whole_files: tuple[WholeFile, ...] = ()
@@ -134,6 +136,10 @@ class Attempt:
         self.directory = directory
         if count is not None:
             self.member = replace(self.member, count=count)
+
+    def exchange_cells(self, nbytes: int) -> None:
+        """Record the size of the cells that ranks write for each other; 0 for no exchange."""
+        self.cell_nbytes = nbytes
 
     def open_files(self) -> OpenFiles:
         """Return the files of the save; `end` abandons them unless `close_files` comes first."""

@@ -68,7 +68,10 @@ def choose_target(
         ConfigError: If the store cannot be opened.
     """
     if not is_url(attempt.target):
-        return PosixTarget(StagingDirectory.of(attempt.target, save_id), local)
+        attempt.exchange_cells(int((told or {}).get("cell_nbytes", 0)))
+        return PosixTarget(
+            StagingDirectory.of(attempt.target, save_id), local, host_budget_bytes=host_budget_bytes
+        )
     store = open_store(access.url_of(attempt.target), access.options)
     attempt.at_end(store.close)
     return ObjectTarget(

@@ -18,7 +18,6 @@ from dcp_hf_writer.errors import (
     CommitError,
     CoverageError,
     ExportError,
-    IncoherentStorageError,
     LayoutError,
     WriteError,
 )
@@ -33,8 +32,8 @@ from dcp_hf_writer.save.export_failures import export_error, nbytes_of
 from dcp_hf_writer.save.model_assets import CHECKSUMS_NAME
 from dcp_hf_writer.save.owner_process import Owner
 from dcp_hf_writer.save.tensor_bytes import digest_of
+from dcp_hf_writer.save.write_strategy import choose_strategy
 from dcp_hf_writer.storage.posix_outputs import (
-    COHERENT,
     OutputFile,
     file_system_type,
     free_bytes,
@@ -58,6 +57,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
     from dcp_hf_writer.save.export_assets import Assets
+    from dcp_hf_writer.save.write_strategy import Strategy
     from dcp_hf_writer.storage.output_fsync import OpenFiles
 
 _log = logging.getLogger(__name__)
@@ -67,36 +67,6 @@ _log = logging.getLogger(__name__)
 _STEP = re.compile(
     r".*?(?:step|checkpoint|ckpt|iteration|iter)[-_=]?(\d+)|\D*(\d+)", re.IGNORECASE | re.DOTALL
 )
-
-
-def check_strategy(*, hosts: Sequence[str], fs_type: str, strategy: str, path: str) -> None:
-    """Refuse that several hosts write parts of one file where their page caches may conflict.
-
-    Pure.
-
-    Args:
-        hosts: Page cache of each rank (`page_cache_id`); equal values mean one page cache.
-        fs_type: Type of the file system; empty if unknown. A node-local file system passes here;
-            `StagingDirectory.check_visible` finds it on the ranks.
-        strategy: `"direct"` skips the check.
-        path: Path of the checkpoint, for the message.
-
-    Raises:
-        IncoherentStorageError: If the file system is not known to be coherent.
-    """
-    count = len(set(hosts))
-    if count <= 1 or strategy == "direct" or fs_type in COHERENT:
-        return
-    msg = "several hosts may not write parts of one file on this file system"
-    raise IncoherentStorageError(
-        msg,
-        phase="plan",
-        path=path,
-        expected="a file system that keeps the page caches of its clients coherent",
-        found=f"{fs_type or 'an unknown type'}, written from {count} hosts",
-        hint='pass strategy="direct" if you know that the file system is coherent (an NFS mount '
-        "with noalignwrite, a parallel file system behind FUSE), or export=None",
-    )
 
 
 def export_files(
@@ -128,10 +98,11 @@ def make_export(
     assets: Assets | None,
     attempt: Attempt,
     *,
-    strategy: str,
+    strategy: Strategy,
     subdir: str,
+    host_budget_bytes: int,
 ) -> bool:
-    """Make the files of the export.
+    """Make the files of the export, and choose how the ranks write them.
 
     Returns:
         `False` if the files cannot be made: the checkpoint then has no export. `True` if they were
@@ -144,14 +115,21 @@ def make_export(
     if plan.layout is None or assets is None:
         return True
     files = attempt.open_files()
-    check_strategy(
+    chosen = choose_strategy(
         hosts=plan.hosts,
         fs_type=file_system_type(directory.path),
         strategy=strategy,
         path=attempt.target,
+        nbytes=nbytes_of(plan.layout),
+        host_budget_bytes=host_budget_bytes,
     )
+    is_exchange = chosen.name == "exchange"
+    level = logging.DEBUG if len(set(plan.hosts)) == 1 and not is_exchange else logging.INFO
+    _log.log(level, "strategy %s for %s: %s", chosen.name, attempt.target, chosen.why)
     try:
-        whole = prepare_export(directory, plan.layout, assets, files, subdir=subdir)
+        whole = prepare_export(
+            directory, plan.layout, assets, files, subdir=subdir, with_headers=not is_exchange
+        )
         attempt.add_whole_files(*whole)
     except WriteError as error:
         path = os.path.join(directory.path, subdir)
@@ -160,6 +138,7 @@ def make_export(
         nbytes = nbytes_of(plan.layout) + sum(map(len, assets.files.values()))
         attempt.leave_out_export(export_error(error, rank=attempt.rank, path=path, nbytes=nbytes))
         return False
+    attempt.exchange_cells(chosen.cell_nbytes)
     return True
 
 
@@ -170,9 +149,20 @@ def prepare_export(
     files: OpenFiles,
     *,
     subdir: str,
+    with_headers: bool = True,
     said: SaidOnce = SAID_ONCE,
 ) -> list[WholeFile]:
     """Make the output files with headers, the index and the assets; then the ranks may write.
+
+    Args:
+        directory: Directory of the save.
+        layout: The export.
+        assets: Its other files.
+        files: Keeps the output files open.
+        subdir: Directory of the export within the checkpoint.
+        with_headers: Whether to write the headers. In an exchange, the owner of the first cell
+            writes the header, because no other rank may write there.
+        said: What this process has said about exports.
 
     Returns:
         The index and the assets, which are complete.
@@ -188,7 +178,8 @@ def prepare_export(
     for file in layout.files:
         output = files.keep(OutputFile(os.path.join(export, file.name), create=True))
         output.set_size(file.nbytes, fs_type=fs_type)
-        output.write(memoryview(file.header), 0)
+        if with_headers:
+            output.write(memoryview(file.header), 0)
     whole = dict(assets.files)
     if layout.index is not None:
         whole[INDEX_NAME] = layout.index

@@ -5,8 +5,8 @@ their cells. An owner puts a cell together in a reused buffer and passes it to a
 in rounds of bounded memory. A rank never waits for another one inside a sink.
 
 After an error in its own tensors or its sink, a rank stays in all rounds, because the others wait
-for it; it raises the error at the end. What it sends after the error is of no use: the save then
-has no export.
+for it; it returns the error at the end. What it sends after the error is of no use: the save then
+has no export. Any error that is raised instead ends the save.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dcp_hf_writer.errors import CoverageError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.plan.cells import ExchangedFile, Grid, Shares, cell_owners
 from dcp_hf_writer.plan.exchange_rounds import ExchangeMemory, Travel, plan_rounds
@@ -54,11 +55,13 @@ class Exchanged:
     """What one rank did in an exchange."""
 
     blocks: list[WrittenBlock]
-    """Its own blocks, whoever wrote them, with their digests."""
+    """Its own blocks, whoever wrote them, with their digests; none after an error."""
     sent_nbytes: int
     """Bytes that it sent to other ranks."""
     received_nbytes: int
     """Bytes that it received from them."""
+    error: Exception | None = None
+    """What went wrong on this rank alone, or `CoverageError` on all ranks: there is no export."""
 
 
 class ExchangedWrites:
@@ -97,14 +100,17 @@ class ExchangedWrites:
                 should take at most a quarter of it.
             before_wait: Called before this rank waits for other ranks.
 
+        Returns:
+            What this rank did. The caller must look at `error`.
+
         Raises:
-            CoverageError: If the ranks do not hold each byte of a file once; on all ranks.
             RankLostError: If a rank was lost, or did not answer by the deadline.
-            SaveAbortedError: If another rank gave the save up.
-            CheckpointError: What went wrong on this rank, after all rounds.
+            SaveAbortedError: If this rank or another one gave the save up.
+            SaveTimeoutError: If the deadline has passed.
+            SlotTimeoutError: If the sink got no slot in time.
         """
-        largest = max((min(file.cell_nbytes, file.nbytes) for file in self._files), default=1)
-        memory = ExchangeMemory.within(host_budget_bytes, largest_cell=largest)
+        before_wait()
+        memory = self._memory(host_budget_bytes)
         bounce = BounceBuffer()
         bounce.resize(memory.bounce_nbytes)
         held: list[FileBytes] = [HeaderBytes(file, data) for file, data in headers.items()]
@@ -114,13 +120,21 @@ class ExchangedWrites:
             for item, region in of_file
         ]
         held += blocks
-        before_wait()
-        plan = _agree(self._group, Grid(self._files, slice_nbytes=memory.slice_nbytes), held)
+        try:
+            plan = _agree(self._group, Grid(self._files, slice_nbytes=memory.slice_nbytes), held)
+        except CoverageError as fault:
+            return Exchanged([], 0, 0, fault)
         rounds = _Rounds(self._group, plan, held, memory, _Calls(sink, check, before_wait))
-        rounds.run()
-        return Exchanged(
-            [block.written() for block in blocks], rounds.sent_nbytes, rounds.received_nbytes
-        )
+        written, error = rounds.run(blocks)
+        return Exchanged(written, rounds.sent_nbytes, rounds.received_nbytes, error)
+
+    def _memory(self, budget_nbytes: int) -> ExchangeMemory:
+        """Return how memory is divided; equal on all ranks, so the smallest budget counts."""
+        if self._group is not None:
+            told = self._group.gather(np.array([budget_nbytes], np.int64))
+            budget_nbytes = min(int(one[0]) for one in told)
+        largest = max((min(file.cell_nbytes, file.nbytes) for file in self._files), default=1)
+        return ExchangeMemory.within(budget_nbytes, largest_cell=largest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,17 +198,18 @@ class _Rounds:
         self.sent_nbytes = 0
         self.received_nbytes = 0
 
-    def run(self) -> None:
-        """Go through all rounds; then raise the first error of this rank."""
+    def run(self, blocks: Sequence[BlockBytes]) -> tuple[list[WrittenBlock], Exception | None]:
+        """Go through all rounds; return the reports of the blocks, and this rank's first error."""
         for number, slices in enumerate(
             plan_rounds(self._plan.grid, self._plan.travel, self._memory)
         ):
             self._check()
-            reach("mid exchange")
+            self._try(reach, "mid exchange")
             self._run_round(number, slices)
         self._try(self._cells.finish)
-        if self._error is not None:
-            raise self._error
+        written: list[WrittenBlock] = []
+        self._try(lambda: written.extend(block.written() for block in blocks))
+        return ([] if self._error else written), self._error
 
     def _run_round(self, number: int, slices: Sequence[int]) -> None:
         owner = self._plan.travel.owner
@@ -277,5 +292,5 @@ class _Rounds:
             step(*args)
         except FATAL:
             raise
-        except Exception as error:  # noqa: BLE001 - `run` raises it after all rounds
+        except Exception as error:  # noqa: BLE001 - `run` returns it after all rounds
             self._error = error

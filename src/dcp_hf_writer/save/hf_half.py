@@ -11,7 +11,7 @@ from dcp_hf_writer.plan.rank_report import WrittenBlock
 from dcp_hf_writer.plan.regions import Region, TargetTable, needs_cast
 from dcp_hf_writer.save.bounce_buffer import BounceBuffer
 from dcp_hf_writer.save.tensor_bytes import chunk_of, digest_of, host_bytes
-from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
+from dcp_hf_writer.tensors.dtypes import ITEMSIZE, TORCH_BY_NAME
 from dcp_hf_writer.tensors.strided_copies import hf_box, hf_loops, runtime_view, split
 
 if TYPE_CHECKING:
@@ -57,6 +57,11 @@ def regions_by_file(
 def is_interleaved(blocks: Iterable[tuple[WriteItem, Region]]) -> bool:
     """Whether a block has several runs, so that other ranks write between them (column shards)."""
     return any(region.hf_runs().count > 1 for _, region in blocks)
+
+
+def nbytes_of_blocks(blocks: Iterable[tuple[WriteItem, Region]]) -> int:
+    """Return the size of blocks in their output files."""
+    return sum(region.copy.numel * ITEMSIZE[region.target.dtype] for _, region in blocks)
 
 
 def way_of(tensor: torch.Tensor, region: Region) -> Literal["direct", "cast", "strided"]:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.save import coordinator
-from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
 from dcp_hf_writer.save.checksums import add_checksums
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
 from dcp_hf_writer.save.replace_target import saved_id
@@ -17,7 +16,7 @@ from dcp_hf_writer.storage.posix_outputs import write_errors
 from dcp_hf_writer.storage.write_slots import WriteSlots
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Collection, Mapping
 
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.save.commit import StagingDirectory
     from dcp_hf_writer.save.export_assets import Assets
     from dcp_hf_writer.save.save_target import Publication, RankWrites
+    from dcp_hf_writer.save.write_strategy import Strategy
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,16 +40,23 @@ class LocalOptions:
     """Limit on the number of processes of a node that write at the same time."""
     share: Literal["auto", "off"] = "auto"
     """Whether the halves may share disk blocks."""
-    strategy: str = "auto"
-    """Whether several hosts may write parts of one file on any file system."""
+    strategy: Strategy = "auto"
+    """How the ranks write files that they share."""
 
 
 class PosixTarget(SaveTarget):
     """A directory of a file system."""
 
-    def __init__(self, directory: StagingDirectory, options: LocalOptions) -> None:
+    def __init__(
+        self,
+        directory: StagingDirectory,
+        options: LocalOptions,
+        *,
+        host_budget_bytes: int = 256 << 20,
+    ) -> None:
         """Make the target on one rank; touches nothing."""
         self.directory, self.options = directory, options
+        self._host_budget_bytes, self._cell_nbytes = host_budget_bytes, 0
         self.target, self.save_id = directory.target, directory.save_id
 
     @property
@@ -73,14 +80,21 @@ class PosixTarget(SaveTarget):
         self, plan: GlobalPlan, assets: Assets | None, attempt: Attempt, *, subdir: str
     ) -> bool:
         """Make the files with headers, sizes and assets; see `SaveTarget.make_export`."""
-        return coordinator.make_export(
+        is_made = coordinator.make_export(
             self.directory,
             plan,
             assets,
             attempt,
             strategy=self.options.strategy,
             subdir=subdir,
+            host_budget_bytes=self._host_budget_bytes,
         )
+        self._cell_nbytes = attempt.cell_nbytes
+        return is_made
+
+    def told(self) -> Mapping[str, Any]:
+        """Return how the ranks write the export; see `SaveTarget.told`."""
+        return {"cell_nbytes": self._cell_nbytes}
 
     def check_visible(self, attempt: Attempt) -> None:
         """Look for the coordinator's directory; see `SaveTarget.check_visible`."""
@@ -97,7 +111,7 @@ class PosixTarget(SaveTarget):
             dcp_writer=self.options.dcp_writer,
             slots=self.options.slots,
             subdir=writes.subdir,
-            bounce_nbytes=bounce_nbytes_of(writes.host_budget_bytes),
+            host_budget_bytes=writes.host_budget_bytes,
             share=self.options.share,
         ).run()
 

@@ -13,7 +13,7 @@ import os
 import socket
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex
@@ -26,18 +26,24 @@ from dcp_hf_writer.formats.weights_once_places import NOTICE, encode_stored_once
 from dcp_hf_writer.plan.rank_report import RankReport
 from dcp_hf_writer.plan.regions import TargetTable
 from dcp_hf_writer.plan.weights_once import stored_once
+from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
 from dcp_hf_writer.save.dcp_half import (
     SlabFileSystemWriter,
     check_results,
     run_given_writer,
 )
+from dcp_hf_writer.save.exchanged_half import ExchangedHalf
 from dcp_hf_writer.save.export_failures import FATAL, export_error
-from dcp_hf_writer.save.hf_half import BlockWriter, is_interleaved, regions_by_file
+from dcp_hf_writer.save.hf_half import (
+    BlockWriter,
+    is_interleaved,
+    nbytes_of_blocks,
+    regions_by_file,
+)
 from dcp_hf_writer.save.share_blocks import BlockSharing
 from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
 from dcp_hf_writer.storage.block_clones import PROBE, CloneSource
 from dcp_hf_writer.storage.posix_outputs import OutputFile
-from dcp_hf_writer.tensors.dtypes import ITEMSIZE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -80,8 +86,8 @@ class WritePhase:
     """The user's writer for the DCP half; `None` for ours."""
     slots: WriteSlots
     subdir: str
-    bounce_nbytes: int
-    """Size in bytes of the buffer for casts and for blocks that are not contiguous."""
+    host_budget_bytes: int
+    """Memory that the rank may use in addition to the staged copy."""
     share: str = "auto"
     """`"auto"` lets the halves share disk blocks where the file system can; `"off"` does not."""
     block_nbytes: int | None = field(default=None, init=False)
@@ -123,6 +129,9 @@ class WritePhase:
         self.block_nbytes = self._shared_block_nbytes()
         shares = self.slots.is_shared_by_halves()
         reach("before slot")
+        if attempt.cell_nbytes:
+            self._exchange(work, files, source, report, half="dcp" if shares else "hf")
+            work = {}
         with ExitStack() as held:
             if shares:
                 self._hold(held, "dcp")
@@ -155,8 +164,34 @@ class WritePhase:
             "dcp": sum(result.size_in_bytes for result in results),
             "hf": report.nbytes.get("hf", 0),
             "shared": report.nbytes.get("shared", 0),
+            **{name: nbytes for name, nbytes in report.nbytes.items() if name == "hf sent"},
         }
         return [*results, *left_out, report_result(report)]
+
+    def _exchange(
+        self,
+        work: Mapping[int, Blocks],
+        files: OpenFiles,
+        source: TensorSource,
+        report: RankReport,
+        *,
+        half: Literal["dcp", "hf"],
+    ) -> None:
+        """Write the export cell by cell; without a slot whenever this rank waits for others."""
+        ExchangedHalf(
+            self.attempt,
+            self.directory,
+            self.own,
+            self.slots,
+            half,
+            self.subdir,
+            self.host_budget_bytes,
+        ).write(work, files, source, report)
+        if half == "hf":
+            with ExitStack() as held:
+                self._hold(held, half)
+                files.sync_kept()
+                self._join(files, report)
 
     def _leave_out(self, indices: set[MetadataIndex]) -> None:
         kept = [item for item in self.plan.items if item.index not in indices]
@@ -171,7 +206,12 @@ class WritePhase:
 
     def _shared_block_nbytes(self) -> int | None:
         """Return the size of the disk blocks that the halves share; `None` if they share none."""
-        if self.share == "off" or self.dcp_writer is not None or not self.own.targets:
+        if (
+            self.share == "off"
+            or self.attempt.cell_nbytes
+            or self.dcp_writer is not None
+            or not self.own.targets
+        ):
             return None
         return PROBE.block_nbytes(self.directory.path)
 
@@ -278,7 +318,7 @@ class WritePhase:
                         blocks,
                         source,
                         check=self.attempt.check,
-                        bounce_nbytes=self.bounce_nbytes,
+                        bounce_nbytes=bounce_nbytes_of(self.host_budget_bytes),
                     )
                 except BaseException:
                     file.discard()
@@ -294,9 +334,7 @@ class WritePhase:
                 report.export_error = self._export_error(error, path)
                 return
         report.blocks += written
-        report.nbytes["hf"] = report.nbytes.get("hf", 0) + sum(
-            region.copy.numel * ITEMSIZE[region.target.dtype] for _, region in blocks
-        )
+        report.nbytes["hf"] = report.nbytes.get("hf", 0) + nbytes_of_blocks(blocks)
 
     def _export_error(self, error: Exception, path: str) -> ExportError:
         nbytes = sum(size for _, size in self.own.files)
