@@ -95,6 +95,7 @@ class _Client:
     def __init__(self, options: Mapping[str, Any]) -> None:
         import s3fs  # noqa: PLC0415 - takes a second
 
+        _revive_loop()
         given = {**options, "config_kwargs": _config(options.get("config_kwargs") or {})}
         # No shared instance and no cached listing: fsspec hands its instances to everybody.
         given |= {"skip_instance_cache": True, "use_listings_cache": False}
@@ -152,6 +153,18 @@ class _Client:
         closing = asyncio.run_coroutine_threadsafe(_close(client), self._fs.loop)
         with suppress(concurrent.futures.TimeoutError):
             closing.result(_CANCEL_S)
+
+
+def _revive_loop() -> None:
+    """Let fsspec make a new event loop if a fork has left the thread of the old one behind.
+
+    Newer versions of fsspec do so themselves.
+    """
+    import fsspec.asyn  # noqa: PLC0415 - s3fs imports it
+
+    thread = fsspec.asyn.iothread[0]
+    if thread is not None and not thread.is_alive():
+        fsspec.asyn.reset_lock()
 
 
 async def _close(client: Any) -> None:
