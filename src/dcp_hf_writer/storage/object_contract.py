@@ -74,7 +74,7 @@ class Patience:
     deadline: float
     """`time.monotonic()` after which no request is begun, and waiting ends."""
     check: Callable[[], None] = lambda: None
-    """Called before each request, and about once a second while it waits; raises if the save was given
+    """Called before each request, and now and then while one waits; raises if the save was given
     up."""
 
 
