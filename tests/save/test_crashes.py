@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING
 import pytest
 
 from dcp_hf_writer.errors import RankLostError
-from dcp_hf_writer.failpoints import POINTS, SHARING_POINTS, TARGET_POINTS
+from dcp_hf_writer.failpoints import (
+    EXCHANGE_POINTS,
+    POINTS,
+    SHARING_POINTS,
+    TARGET_POINTS,
+)
 from support.faults import (
     TIMEOUT_S,
     Outcome,
@@ -50,7 +55,9 @@ OF_THE_COORDINATOR = (
 )
 COMMITTED = (*TARGET_POINTS[1:], "after rename", "before reply")
 # `test_shared_blocks` kills a save at each clone, on file systems that can clone.
-EVERY_SAVE = tuple(point for point in POINTS if point not in TARGET_POINTS + SHARING_POINTS)
+EVERY_SAVE = tuple(
+    point for point in POINTS if point not in TARGET_POINTS + SHARING_POINTS + EXCHANGE_POINTS
+)
 REPEATED = ("mid dcp", "mid hf")
 
 pytestmark = pytest.mark.timeout(300)
@@ -205,7 +212,10 @@ def test_one_whole_checkpoint_is_there_when_a_rank_dies(name: str, lives: dict[s
 
 
 def test_every_point_of_a_save_has_a_crash() -> None:
-    assert {crash.strike.point for crash in CRASHES.values()} == set(POINTS) - set(SHARING_POINTS)
+    assert {crash.strike.point for crash in CRASHES.values()} == set(POINTS) - {
+        *SHARING_POINTS,
+        *EXCHANGE_POINTS,
+    }
     assert set(OF_THE_COORDINATOR) <= set(POINTS)
 
 

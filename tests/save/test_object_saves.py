@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+import fsspec
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
+from transformers import AutoModelForCausalLM
 
-from dcp_hf_writer import HFDualReader, materialize, verify
+from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, materialize, verify
 from support import shared_store
+from support.compare import tensor_difference
 from support.rank_tensors import tensor
 from support.ranks import run_ranks
+from support.sharded_models import build_model
 from support.store_saves import MODEL, Store, save_kinds
 
 if TYPE_CHECKING:
@@ -108,6 +112,17 @@ def test_materialize_makes_a_plain_checkpoint_of_one_stored_once(
     state = empty()
     dcp.load(state, checkpoint_id=str(tmp_path / "plain"))
     check_loaded(state)
+
+
+def test_from_pretrained_reads_the_downloaded_export(tmp_path: Path) -> None:
+    model = build_model("llama_bf16")
+    url = f"memory://run{tmp_path}/step-1"
+    state = {"model": model.state_dict()}
+    writer = HFDualWriter(url, export=HFExport(assets=(model.config,)))
+    dcp.save(state, storage_writer=writer, no_dist=True)
+    fsspec.filesystem("memory").get(f"{url}/hf", str(tmp_path / "hf"), recursive=True)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")
+    assert tensor_difference(loaded.state_dict(), model.state_dict()) is None
 
 
 def test_metadata_names_the_url_without_credentials(saved: Store) -> None:

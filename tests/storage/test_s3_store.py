@@ -19,6 +19,7 @@ from support.object_conformance import (
     views,
 )
 from support.processes import status_of_fork
+from support.s3_servers import cached_session
 
 if TYPE_CHECKING:
     from dcp_hf_writer.storage.object_contract import ObjectStore
@@ -32,7 +33,8 @@ class RawS3(RawStore):
         self.bucket = bucket
 
     def store(self) -> ObjectStore:
-        return open_store(f"{self.bucket.url}/{ROOT}", self.bucket.storage_options)
+        options = cached_session(self.bucket.storage_options)
+        return open_store(f"{self.bucket.url}/{ROOT}", options)
 
     def content(self, key: str) -> bytes | None:
         return self.bucket.content(f"{ROOT}/{key}") if key in set(self.keys()) else None

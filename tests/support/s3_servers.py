@@ -121,6 +121,18 @@ def options_of(endpoint: str) -> dict[str, Any]:
     }
 
 
+def cached_session(options: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with a session that this process shares: s3fs then connects faster."""
+    return {**options, "session": _session_of(os.getpid())}
+
+
+@functools.lru_cache(maxsize=2)
+def _session_of(_pid: int) -> Any:
+    import aiobotocore.session
+
+    return aiobotocore.session.AioSession()
+
+
 def plain_client(endpoint: str) -> Any:
     """Return a synchronous botocore client. To make one takes long, so processes keep them."""
     return _client_of(endpoint, os.getpid())

@@ -13,6 +13,7 @@ from dcp_hf_writer.cli.plain_text import rate, size
 from dcp_hf_writer.cli.run_command import Outcome, line
 from dcp_hf_writer.formats.names_on_disk import INCOMPLETE
 from dcp_hf_writer.preflight import check_options
+from dcp_hf_writer.save.write_strategy import ONE_WRITER_A_FILE
 from dcp_hf_writer.storage.block_clones import PROBE
 from dcp_hf_writer.storage.output_place import check_output_place, existing_parent
 from dcp_hf_writer.storage.posix_outputs import (
@@ -99,10 +100,15 @@ def _advice(kind: str, clone: int | None, free: int | None, *, renames: bool) ->
         found.append("a directory cannot be renamed here, so no save can be published")
     if kind in COHERENT:
         found.append("direct: all ranks that see this directory write their parts of one file")
+    elif kind in ONE_WRITER_A_FILE:
+        found.append(
+            f"direct on one host; {kind} takes the writes of one host per file, so a save of "
+            "several hosts with an export is refused"
+        )
     else:
         found.append(
-            f"direct on one host; {kind or 'this file system'} is not known to be coherent, so a "
-            'save of several hosts with an export is refused unless you pass strategy="direct"'
+            f"direct on one host; {kind or 'this file system'} is not known to be coherent, so the "
+            "ranks of several hosts send each other bytes: each part of a file has one writer"
         )
     if clone is not None:
         found.append(f"both halves share disk blocks of {clone} bytes: weights take space once")

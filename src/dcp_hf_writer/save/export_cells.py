@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import CheckpointError
-from dcp_hf_writer.save.object_parts import IN_FLIGHT
+from dcp_hf_writer.save.object_parts import in_flight_of
 from dcp_hf_writer.storage.object_contract import SentPart, Upload
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from dcp_hf_writer.storage.object_contract import ObjectStore, Patience
+    from dcp_hf_writer.storage.object_contract import Abilities, ObjectStore, Patience
 
 _log = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ class ExportCells:
         store: ObjectStore,
         files: Sequence[ExportUpload],
         *,
+        abilities: Abilities,
         token: str,
         patience: Patience,
     ) -> None:
@@ -57,14 +58,15 @@ class ExportCells:
         Args:
             store: The store.
             files: All files of the export, in the order of the layout.
+            abilities: What the store can do, as the coordinator found out.
             token: Token of the save.
             patience: Limits each request.
         """
         self._store, self._files = store, files
         self._token, self._patience = token, patience
-        self._is_shared = store.abilities.shares_uploads
+        self._is_shared = abilities.shares_uploads
         # Without shared uploads, one thread keeps the parts in order.
-        threads = IN_FLIGHT if self._is_shared else 1
+        threads = in_flight_of(abilities)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dcp-hf-cells")
         self._sent: dict[int, list[Future[SentPart | None]]] = {}
         self._begun: dict[int, Upload] = {}

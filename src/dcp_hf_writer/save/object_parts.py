@@ -24,8 +24,8 @@ PART_NBYTES = 64 << 20
 # Parts grow in steps, so that their sizes stay readable.
 _STEP_NBYTES = 1 << 20
 
-# Requests of a rank at the same time: enough to hide the time that a store takes to answer.
-IN_FLIGHT = 4
+# Requests for one object at the same time: enough to hide the time that a store takes to answer.
+_IN_FLIGHT = 4
 
 
 def part_nbytes_of(nbytes: int, abilities: Abilities, *, usual_nbytes: int = PART_NBYTES) -> int:
@@ -43,6 +43,11 @@ def part_nbytes_of(nbytes: int, abilities: Abilities, *, usual_nbytes: int = PAR
     return least if needed <= least else -(-needed // _STEP_NBYTES) * _STEP_NBYTES
 
 
+def in_flight_of(abilities: Abilities) -> int:
+    """Return how many parts of an object a rank sends at the same time."""
+    return _IN_FLIGHT if abilities.shares_uploads else 1
+
+
 class SentObject:
     """One object that this rank sends alone: whole if it is small, else in parts on a grid.
 
@@ -58,6 +63,7 @@ class SentObject:
         token: str,
         patience: Patience,
         part_nbytes: int,
+        in_flight: int,
     ) -> None:
         """Begin without a request.
 
@@ -67,6 +73,7 @@ class SentObject:
             token: Token of the save.
             patience: Limits each request.
             part_nbytes: Size of each part but the last.
+            in_flight: Parts that are sent at the same time; 1 sends them in order.
         """
         self.key, self.nbytes = key, 0
         self.count: Callable[[int], object] = lambda _: None
@@ -77,9 +84,8 @@ class SentObject:
         self._gathered = 0
         self._upload: Upload | None = None
         self._sent: list[Future[SentPart]] = []
-        threads = IN_FLIGHT if store.abilities.shares_uploads else 1
-        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dcp-hf-parts")
-        self._threads = threads
+        self._pool = ThreadPoolExecutor(in_flight, thread_name_prefix="dcp-hf-parts")
+        self._in_flight = in_flight
 
     def write_many(self, buffers: Sequence[memoryview], offset: int) -> int:
         """Take buffers that follow one another from `offset` on; return the offset after them.
@@ -114,7 +120,7 @@ class SentObject:
                 self.key, token=self._token, patience=self._patience
             )
         running = [one for one in self._sent if not one.done()]
-        if len(running) >= 2 * self._threads:
+        if len(running) >= 2 * self._in_flight:
             wait(running, return_when=FIRST_COMPLETED)
         for one in self._sent:
             if one.done():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import (
@@ -38,7 +38,7 @@ from dcp_hf_writer.save.save_log import step_of
 from dcp_hf_writer.save.save_target import SaveTarget
 from dcp_hf_writer.save.store_record import StoreRecord, remove_leftovers, save_id_in
 from dcp_hf_writer.save.tensor_bytes import digest_of
-from dcp_hf_writer.storage.object_contract import Patience
+from dcp_hf_writer.storage.object_contract import Abilities, Patience
 from dcp_hf_writer.torch_seam.metadata_in_memory import metadata_bytes
 
 if TYPE_CHECKING:
@@ -90,11 +90,17 @@ class ObjectTarget(SaveTarget):
         self.target, self.save_id, self._store = target, save_id, store
         self._host_budget_bytes = host_budget_bytes
         self._files = tuple(ExportUpload(*one) for one in (told or {}).get("files", ()))
+        self._told_abilities = (told or {}).get("abilities")
         self._headers: dict[int, bytes] = {}
         self._late_files: dict[str, bytes] = {}
         """Small objects that are put when all data is there, by key."""
         self._record: StoreRecord | None = None
         """The record of this save, from the moment it is in the store until it is removed."""
+
+    def _abilities(self) -> Abilities:
+        # A store may have to write something to find out: one rank does, and tells the others.
+        told = self._told_abilities
+        return self._store.abilities if told is None else Abilities(**told)
 
     @property
     def path(self) -> str:
@@ -198,15 +204,15 @@ class ObjectTarget(SaveTarget):
         return True
 
     def _begin_export(self, layout: Layout, assets: Assets, attempt: Attempt, subdir: str) -> None:
-        store, patience = self._store, attempt.patience()
+        store, patience, abilities = self._store, attempt.patience(), self._abilities()
         usual = min(PART_NBYTES, self._host_budget_bytes // _CELLS_IN_BUDGET)
         for number, file in enumerate(layout.files):
             key = f"{subdir}/{file.name}"
             upload_id = ""
-            if store.abilities.shares_uploads:
+            if abilities.shares_uploads:
                 upload = store.begin_upload(key, token=self.save_id, patience=patience)
                 upload_id = upload.upload_id
-            nbytes = part_nbytes_of(file.nbytes, store.abilities, usual_nbytes=usual)
+            nbytes = part_nbytes_of(file.nbytes, abilities, usual_nbytes=usual)
             self._files += (ExportUpload(key, file.nbytes, nbytes, upload_id),)
             self._headers[number] = file.header
         self._log_strategy()
@@ -218,7 +224,7 @@ class ObjectTarget(SaveTarget):
             attempt.add_whole_files(self._put(f"{subdir}/{name}", data, patience))
 
     def _log_strategy(self) -> None:
-        is_shared = self._store.abilities.shares_uploads
+        is_shared = self._abilities().shares_uploads
         _log.info(
             "%s: %s; write slots and shared disk blocks do not apply to a store",
             self.target,
@@ -236,9 +242,10 @@ class ObjectTarget(SaveTarget):
     def told(self) -> Mapping[str, Any]:
         """Return the uploads; see `SaveTarget.told`."""
         return {
+            "abilities": asdict(self._abilities()),
             "files": [
                 (file.key, file.nbytes, file.part_nbytes, file.upload_id) for file in self._files
-            ]
+            ],
         }
 
     def check_visible(self, attempt: Attempt) -> None:
@@ -261,6 +268,7 @@ class ObjectTarget(SaveTarget):
         return ObjectWritePhase(
             attempt=attempt,
             store=self._store,
+            abilities=self._abilities(),
             url=self.target,
             save_id=self.save_id,
             files=self._files,

@@ -23,7 +23,7 @@ from dcp_hf_writer.save.exchange_writes import ExchangedWrites
 from dcp_hf_writer.save.export_cells import ExportCells
 from dcp_hf_writer.save.export_failures import FATAL, export_error
 from dcp_hf_writer.save.hf_half import regions_by_file
-from dcp_hf_writer.save.object_parts import SentObject, part_nbytes_of
+from dcp_hf_writer.save.object_parts import SentObject, in_flight_of, part_nbytes_of
 from dcp_hf_writer.save.tensor_bytes import TensorSource
 from dcp_hf_writer.save.write_phase import report_result, stored_once_results
 from dcp_hf_writer.tensors.dtype_names import ITEMSIZE
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.export_cells import ExportUpload
     from dcp_hf_writer.save.save_target import RankWrites
-    from dcp_hf_writer.storage.object_contract import ObjectStore
+    from dcp_hf_writer.storage.object_contract import Abilities, ObjectStore
 
 _log = logging.getLogger(__name__)
 
@@ -53,6 +53,8 @@ class ObjectWritePhase:
 
     attempt: Attempt
     store: ObjectStore
+    abilities: Abilities
+    """What the store can do, as the coordinator found out."""
     url: str
     """URL of the checkpoint, without credentials."""
     save_id: str
@@ -108,7 +110,7 @@ class ObjectWritePhase:
         sent: list[SentObject],
     ) -> list[WriteResult]:
         attempt = self.attempt
-        part_nbytes = part_nbytes_of(_nbytes_of(plan.items), self.store.abilities)
+        part_nbytes = part_nbytes_of(_nbytes_of(plan.items), self.abilities)
 
         def begin(name: str) -> SentObject:
             made = SentObject(
@@ -117,6 +119,7 @@ class ObjectWritePhase:
                 token=self.save_id,
                 patience=attempt.patience(),
                 part_nbytes=part_nbytes,
+                in_flight=in_flight_of(self.abilities),
             )
             sent.append(made)
             return made
@@ -139,12 +142,18 @@ class ObjectWritePhase:
         source: TensorSource,
         report: RankReport,
     ) -> None:
-        attempt, is_shared = self.attempt, self.store.abilities.shares_uploads
+        attempt, is_shared = self.attempt, self.abilities.shares_uploads
         files = [
             ExchangedFile(file.key, file.nbytes, file.part_nbytes, not is_shared)
             for file in self.files
         ]
-        cells = ExportCells(self.store, self.files, token=self.save_id, patience=attempt.patience())
+        cells = ExportCells(
+            self.store,
+            self.files,
+            abilities=self.abilities,
+            token=self.save_id,
+            patience=attempt.patience(),
+        )
         with attempt.timed("write hf"):
             try:
                 with joined_exchange(attempt, self.save_id) as group:

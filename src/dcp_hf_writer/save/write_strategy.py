@@ -28,10 +28,10 @@ _MOST_CELLS = 1 << 16
 # A rank puts one cell together while another one is written, and needs room for what travels.
 _CELLS_IN_BUDGET = 4
 
-# Object stores behind FUSE: they take the writes of one client per file, in order.
-_ONE_WRITER_A_FILE = frozenset(
+ONE_WRITER_A_FILE = frozenset(
     f"fuse.{name}" for name in ("gcsfuse", "goofys", "mountpoint-s3", "rclone", "s3fs")
 )
+"""Object stores behind FUSE: they take the writes of one client per file, in order."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,7 @@ def choose_strategy(
         return WriteStrategy(0, "all ranks write through one page cache")
     if fs_type in COHERENT:
         return WriteStrategy(0, f"{fs_type} keeps the page caches of {count} hosts coherent")
-    if fs_type in _ONE_WRITER_A_FILE:
+    if fs_type in ONE_WRITER_A_FILE:
         raise _one_writer_error(fs_type, count, path)
     why = f"{shown} is not known to keep the page caches of {count} hosts coherent"
     return WriteStrategy(cell_nbytes_for(nbytes, host_budget_bytes), why)

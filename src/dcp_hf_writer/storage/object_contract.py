@@ -74,7 +74,8 @@ class Patience:
     deadline: float
     """`time.monotonic()` after which no request is begun, and waiting ends."""
     check: Callable[[], None] = lambda: None
-    """Called before each request; raises if the save was given up."""
+    """Called before each request, and now and then while one waits; raises if the save was given
+    up."""
 
 
 class ObjectStore(ABC):

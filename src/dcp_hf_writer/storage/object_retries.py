@@ -64,6 +64,12 @@ class Retries:
         """
         self.patience, self.path, self.what = patience, path, what
         self.failures = 0
+        self._last_answer: RequestFault | None = None
+
+    @property
+    def last_code(self) -> str:
+        """The store's name of its last error; empty if it has not answered."""
+        return self._last_answer.code if self._last_answer else ""
 
     def wait_after(self, fault: RequestFault) -> None:
         """Wait until the request may be sent again.
@@ -75,6 +81,9 @@ class Retries:
         if not fault.passes:
             raise self.refused(fault)
         self.failures += 1
+        # At the deadline a last request goes unanswered; what the store said before tells more.
+        if fault.code or self._last_answer is None:
+            self._last_answer = fault
         if self.failures == _FAILURES_TO_LOG:
             _log.warning(
                 "%s of %s has failed %d times, last with: %s; it is tried again until the deadline",
@@ -84,7 +93,7 @@ class Retries:
         # Jitter: the ranks of a save meet the same error at the same moment.
         until = time.monotonic() + wait * random.uniform(0.5, 1)  # noqa: S311 - no secret
         if until >= self.patience.deadline:
-            raise self.timed_out(fault)
+            raise self._timed_out(self._last_answer)
         for _ in waits(self.patience, until):
             pass
 
@@ -98,13 +107,12 @@ class Retries:
             errno=fault.errno,
         )
 
-    def timed_out(self, fault: RequestFault | None = None) -> SaveTimeoutError:
-        """Return the error for the deadline."""
+    def _timed_out(self, fault: RequestFault) -> SaveTimeoutError:
         return SaveTimeoutError(
             f"the object store did not complete the request {self.what} in time",
             path=self.path,
             expected="success before the deadline of the save",
-            found=f"{self.failures} failed tries, the last with: {fault.text}" if fault else None,
+            found=f"{self.failures} failed tries; the last answer was: {fault.text}",
             hint="raise timeout_s if the store is only slow",
         )
 

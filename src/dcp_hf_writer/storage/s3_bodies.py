@@ -91,8 +91,13 @@ class Digest:
             crc = zlib.crc32(buffer, crc)
         return base64.b64encode(crc.to_bytes(4, "big")).decode()
 
+    def differs(self, head: Mapping[str, Any]) -> bool:
+        """Whether a HEAD request shows an object of other bytes, made in one request."""
+        etag = _etag(head)
+        return not is_encrypted(head) and bool(_MD5.fullmatch(etag)) and etag != self.md5_hex
+
     def compare(self, answer: Mapping[str, Any], *, crc32: str | None) -> Verdict:
-        """Compare with the answer to the request that sent the bytes, or to a HEAD of the object.
+        """Compare with the answer to the request that sent the bytes.
 
         Args:
             answer: The answer.
@@ -110,13 +115,17 @@ class Digest:
         returned = answer.get("ChecksumCRC32")
         if crc32 is not None and returned is not None:
             return "same" if returned == crc32 else "other"
-        etag = str(answer.get("ETag", "")).strip('"').lower()
-        if is_encrypted(answer) or not _MD5.fullmatch(etag) or etag in self._refuted:
-            return "unknown"
+        etag = _etag(answer)
         if etag == self.md5_hex:
             return "same"
+        if is_encrypted(answer) or not _MD5.fullmatch(etag) or etag in self._refuted:
+            return "unknown"
         self._refuted.add(etag)
         return "other"
+
+
+def _etag(answer: Mapping[str, Any]) -> str:
+    return str(answer.get("ETag", "")).strip('"').lower()
 
 
 def is_encrypted(answer: Mapping[str, Any]) -> bool:

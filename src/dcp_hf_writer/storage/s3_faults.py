@@ -9,9 +9,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.storage.object_retries import RequestFault
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
 
 _PASSING_STATUS = frozenset({408, 429, 500, 502, 503, 504})
 _PASSING_CODES = frozenset(
@@ -36,6 +39,9 @@ _TOO_MANY = frozenset({429, 503})
 _CREDENTIAL_STATUS = frozenset({401, 403})
 _CREDENTIAL_CODE = re.compile(r"Token|Credential|Auth|Signature|AccessKey")
 
+# Keys, tokens and signatures that are not in the options: those of the environment or a role.
+_LIKE_A_SECRET = re.compile(r"(?=[^\s\d]*\d)[\w/+=-]{16,}")
+
 UPLOAD_IS_GONE = "NoSuchUpload"
 """Code of a multipart upload that was completed, aborted or never begun."""
 NO_DIGEST_MATCH = "BadDigest"
@@ -53,21 +59,31 @@ _MAX_MESSAGE_CHARS = 200
 NO_ANSWER = RequestFault(passes=True, text="no answer in time")
 
 
-def fault_of(error: BaseException) -> RequestFault:
-    """Return what an error of s3fs, aiobotocore or aiohttp means."""
+def fault_of(error: BaseException, secrets: Collection[str] = ()) -> RequestFault:
+    """Return what an error of s3fs, aiobotocore or aiohttp means.
+
+    Args:
+        error: The error.
+        secrets: Values that no text may hold.
+    """
     import botocore.exceptions as known  # noqa: PLC0415 - takes long, and only S3 needs it
     from botocore.parsers import ResponseParserError  # noqa: PLC0415
 
     if isinstance(error, known.ClientError):
-        return _answered(error.response)
+        return _answered(error.response, secrets)
     # s3fs translates errors into builtin ones, and keeps the error of the client as the cause.
     cause = error.__cause__
     if cause is not None and not isinstance(error, known.BotoCoreError):
-        return fault_of(cause)
-    transport = (known.HTTPClientError, known.IncompleteReadError, ResponseParserError)
-    if isinstance(error, (*transport, OSError, EOFError, asyncio.TimeoutError)) or _is_aiohttp(
-        error
-    ):
+        return fault_of(cause, secrets)
+    if isinstance(error, known.SSLError):
+        return RequestFault(
+            passes=False,
+            text="SSLError",
+            hint="check the certificate of the endpoint, and the option verify",
+        )
+    lost = (known.HTTPClientError, known.ConnectionError, known.IncompleteReadError)
+    broken = (ResponseParserError, OSError, EOFError, asyncio.TimeoutError)
+    if isinstance(error, (*lost, *broken)) or _is_aiohttp(error):
         return RequestFault(passes=True, text=f"no answer ({type(error).__name__})")
     return RequestFault(
         passes=False,
@@ -76,11 +92,17 @@ def fault_of(error: BaseException) -> RequestFault:
     )
 
 
+def _masked(message: str, secrets: Collection[str]) -> str:
+    for secret in secrets:
+        message = message.replace(secret, "***")
+    return _LIKE_A_SECRET.sub("***", message)
+
+
 def _is_aiohttp(error: BaseException) -> bool:
     return type(error).__module__.partition(".")[0] == "aiohttp"
 
 
-def _answered(response: dict[str, Any]) -> RequestFault:
+def _answered(response: dict[str, Any], secrets: Collection[str]) -> RequestFault:
     details = response.get("Error", {})
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
     code = re.sub(r"\W", "", str(details.get("Code", "")))[:60]
@@ -88,7 +110,7 @@ def _answered(response: dict[str, Any]) -> RequestFault:
     message = str(details.get("Message", "")).strip()
     is_about_credentials = status in _CREDENTIAL_STATUS or _CREDENTIAL_CODE.search(code)
     if message and message != code and not is_about_credentials:
-        text += f": {message[:_MAX_MESSAGE_CHARS]}"
+        text += f": {_masked(message, secrets)[:_MAX_MESSAGE_CHARS]}"
     return RequestFault(
         passes=status in _PASSING_STATUS or code in _PASSING_CODES,
         text=text,

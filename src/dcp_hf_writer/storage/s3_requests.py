@@ -1,8 +1,9 @@
 """Single requests to S3 through the client inside s3fs, without its retries.
 
 s3fs makes the client, so credentials, endpoints and options work as users of fsspec pass them. This
-module sends each request once. It returns a fault as a value: the errors of the client may quote
-URLs and headers, so no error of this package has one as its cause or context.
+module sends each request once (aiohttp sends a `PUT` once more when the connection breaks). It
+returns a fault as a value: the errors of the client may quote URLs and headers, so no error of this
+package has one as its cause or context.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import os
+import re
 import threading
 import time
 from contextlib import suppress
@@ -20,7 +22,7 @@ from dcp_hf_writer.storage.object_retries import MOST_REQUESTS, RequestFault, Re
 from dcp_hf_writer.storage.s3_faults import NO_ANSWER, fault_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from dcp_hf_writer.storage.object_contract import Patience
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 _READ_TIMEOUT_S = 60
 # How long a cancelled request may hold the caller's buffers.
 _CANCEL_S = 5.0
+
+_SECRET_NAME = re.compile("key|secret|token|user|pass", re.IGNORECASE)
 
 Answer = dict[str, Any]
 
@@ -91,9 +95,11 @@ class _Client:
     def __init__(self, options: Mapping[str, Any]) -> None:
         import s3fs  # noqa: PLC0415 - takes a second
 
+        _revive_loop()
         given = {**options, "config_kwargs": _config(options.get("config_kwargs") or {})}
         # No shared instance and no cached listing: fsspec hands its instances to everybody.
         given |= {"skip_instance_cache": True, "use_listings_cache": False}
+        self._secrets = frozenset(_secrets(options))
         fault = None
         try:
             self._fs = s3fs.S3FileSystem(**given)
@@ -134,7 +140,7 @@ class _Client:
                     fits = answer["ContentLength"] <= max_nbytes
                     answer["Body"] = await stream.read() if fits else None
         except Exception as error:  # noqa: BLE001 - classified by type in `s3_faults`
-            return fault_of(error)
+            return fault_of(error, self._secrets)
         else:
             return answer
         finally:
@@ -149,8 +155,29 @@ class _Client:
             closing.result(_CANCEL_S)
 
 
+def _revive_loop() -> None:
+    """Let fsspec make a new event loop if a fork has left the thread of the old one behind.
+
+    Newer versions of fsspec do so themselves.
+    """
+    import fsspec.asyn  # noqa: PLC0415 - s3fs imports it
+
+    thread = fsspec.asyn.iothread[0]
+    if thread is not None and not thread.is_alive():
+        fsspec.asyn.reset_lock()
+
+
 async def _close(client: Any) -> None:
     await client.__aexit__(None, None, None)
+
+
+def _secrets(options: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the values of options that hold credentials."""
+    for name, value in options.items():
+        if isinstance(value, dict):
+            yield from _secrets(value)
+        elif isinstance(value, str) and value and _SECRET_NAME.search(name):
+            yield value
 
 
 def _config(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,8 @@ _log = logging.getLogger(__name__)
 # Limits of Amazon S3; other servers have the same or looser ones.
 MIN_PART_NBYTES = 5 << 20
 MAX_PARTS = 10_000
-_MAX_DELETED = 1000
+# Largest number of entries in one listing, and of keys in one deletion.
+_PAGE = 1000
 
 _TOKEN = "dcp-hf-token"  # noqa: S105 - a name in the metadata of objects
 _EXISTS = frozenset({"PreconditionFailed", "412"})
@@ -66,6 +67,7 @@ class S3Store(ObjectStore):
         self._requests = S3Requests(storage_options or {})
         self._endpoint = str((storage_options or {}).get("endpoint_url"))
         self._sends_crc32 = False
+        self._sends_md5 = _is_encrypted(storage_options or {})
 
     def __reduce__(self) -> tuple[Any, ...]:
         msg = "an S3Store is not pickled: it holds credentials; open the store in each process"
@@ -185,7 +187,7 @@ class S3Store(ObjectStore):
                 receipt = " ".join(filter(None, (answer["ETag"], answer.get("ChecksumCRC32"))))
                 return SentPart(number, sum(one.nbytes for one in data), receipt)
             if self._is_gone(upload, answer, retries):
-                raise self._gone(upload)
+                raise self._gone(upload, retries)
             retries.wait_after(answer)
 
     def _is_gone(self, upload: Upload, fault: RequestFault, retries: Retries) -> bool:
@@ -196,7 +198,13 @@ class S3Store(ObjectStore):
             return isinstance(listed, RequestFault) and listed.code == UPLOAD_IS_GONE
         return fault.code == UPLOAD_IS_GONE
 
-    def _gone(self, upload: Upload) -> WriteError:
+    def _gone(self, upload: Upload, retries: Retries) -> WriteError:
+        if retries.last_code == NO_DIGEST_MATCH:
+            return WriteError(
+                "the server dropped a multipart upload after a part that arrived damaged",
+                path=self._url(upload.key),
+                hint="save again; if this comes back, check the network and its proxies",
+            )
         return WriteError(
             "a multipart upload of this save is gone: another party has aborted or completed it",
             path=self._url(upload.key),
@@ -237,7 +245,7 @@ class S3Store(ObjectStore):
                     hint="check whether two jobs save to one place",
                 )
             if self._is_gone(upload, answer, retries):
-                raise self._gone(upload)
+                raise self._gone(upload, retries)
             retries.wait_after(answer)
 
     def _check_grid(self, key: str, parts: Sequence[SentPart]) -> None:
@@ -292,10 +300,10 @@ class S3Store(ObjectStore):
 
     def objects(self, prefix: str, *, patience: Patience) -> Iterator[ObjectFacts]:
         """Yield the objects below a prefix; see `ObjectStore.objects`."""
-        more: dict[str, str] = {}
+        more: dict[str, Any] = {}
         while True:
             retries = self._retries("list_objects_v2", prefix, patience)
-            params = {"Prefix": self._key(prefix), **more}
+            params = {"Prefix": self._key(prefix), "MaxKeys": _PAGE, **more}
             page = self._until_done("list_objects_v2", retries, frozenset(), **params) or {}
             for entry in page.get("Contents", ()):
                 yield ObjectFacts(self._inner(entry["Key"]), int(entry["Size"]))
@@ -305,10 +313,10 @@ class S3Store(ObjectStore):
 
     def uploads(self, prefix: str, *, patience: Patience) -> Iterator[Upload]:
         """Yield the open uploads below a prefix; see `ObjectStore.uploads`."""
-        more: dict[str, str] = {}
+        more: dict[str, Any] = {}
         while True:
             retries = self._retries("list_multipart_uploads", prefix, patience)
-            params = {"Prefix": self._key(prefix), **more}
+            params = {"Prefix": self._key(prefix), "MaxUploads": _PAGE, **more}
             # rclone answers this until a bucket has had its first upload.
             none = {UPLOAD_IS_GONE}
             page = self._until_done("list_multipart_uploads", retries, none, **params) or {}
@@ -323,8 +331,8 @@ class S3Store(ObjectStore):
 
     def delete(self, keys: Sequence[str], *, patience: Patience) -> None:
         """Delete objects; see `ObjectStore.delete`."""
-        for start in range(0, len(keys), _MAX_DELETED):
-            self._delete_batch(list(keys[start : start + _MAX_DELETED]), patience)
+        for start in range(0, len(keys), _PAGE):
+            self._delete_batch(list(keys[start : start + _PAGE]), patience)
 
     def _delete_batch(self, keys: list[str], patience: Patience) -> None:
         retries = self._retries("delete_objects", keys[0], patience)
@@ -371,8 +379,8 @@ class S3Store(ObjectStore):
             operation,
             retries.patience,
             Body=body if body.nbytes > _SMALL_NBYTES else body.read(),
-            ContentMD5=digest.md5_base64,
             **({} if crc32 is None else {"ChecksumCRC32": crc32}),
+            **({"ContentMD5": digest.md5_base64} if self._sends_md5 or crc32 else {}),
             **params,
         )
         if isinstance(answer, RequestFault):
@@ -442,12 +450,23 @@ class _Wanted:
         """Return `ours`, `foreign`, or `damaged` if it is ours and holds other bytes."""
         if _token_of(head) != self.token or int(head["ContentLength"]) != self.nbytes:
             return "foreign"
-        is_damaged = self.digest and self.digest.compare(head, crc32=None) == "other"
-        return "damaged" if is_damaged else "ours"
+        return "damaged" if self.digest and self.digest.differs(head) else "ours"
 
     def describe(self, head: Answer) -> str:
         whose = "this" if _token_of(head) == self.token else "another"
         return f"{head['ContentLength']} bytes of {whose} save"
+
+
+def _is_encrypted(options: Mapping[str, Any]) -> bool:
+    """Whether connections use TLS. If so, `Content-MD5` goes with each body.
+
+    botocore then does not hash the body with SHA-256 for the signature. Without TLS it does so
+    anyway, and the server checks that: a second digest to check would only cost it time. The
+    returned ETag is compared in both cases.
+    """
+    given = {**options, **(options.get("client_kwargs") or {})}
+    endpoint = options.get("endpoint_url") or given.get("endpoint_url")
+    return not str(endpoint).startswith("http://") if endpoint else given.get("use_ssl", True)
 
 
 def _token_of(head: Answer) -> str | None:

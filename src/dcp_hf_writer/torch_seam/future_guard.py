@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.errors import CheckpointError, SaveAbortedError
 from dcp_hf_writer.torch_seam.caller_frames import frames_from
 from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
@@ -197,11 +197,16 @@ def _outcome_of(explain: Callable[[], BaseException]) -> BaseException:
 
 
 def own_error(error: BaseException) -> CheckpointError | None:
-    """Return the `CheckpointError` in what a save raised; DCP wraps it in its own exception."""
+    """Return the `CheckpointError` in what a save raised; DCP wraps it in its own exception.
+
+    If some ranks only gave the save up because another one failed, their errors do not count.
+    """
     if isinstance(error, CheckpointError):
         return error
     if isinstance(error, CheckpointException):
-        for rank, (inner, _) in sorted(error.failures.items()):
+        failures = [(rank, inner) for rank, (inner, _) in sorted(error.failures.items())]
+        causes = [one for one in failures if not isinstance(one[1], SaveAbortedError)]
+        for rank, inner in causes or failures:
             if isinstance(inner, CheckpointError):
                 if inner.rank is None:
                     inner.rank = rank
