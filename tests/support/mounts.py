@@ -63,7 +63,7 @@ def make_image(path: Path, fs_type: str, *, mib: int = 512) -> Path:
 
 def mount_image(image: Path, path: Path) -> None:
     """Mount a file with a file system for the calling thread and those that it starts."""
-    _leave_mounts()
+    leave_mounts()
     subprocess.run(["mount", "-o", "loop", str(image), str(path)], check=True)
 
 
@@ -80,7 +80,8 @@ def join_mounts(pid: int) -> None:
         os.close(fd)
 
 
-def _leave_mounts() -> None:
+def leave_mounts() -> None:
+    """Keep later mounts to the calling thread and those that it starts."""
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(_CLONE_NEWNS) != 0:
         number = ctypes.get_errno()
@@ -90,7 +91,7 @@ def _leave_mounts() -> None:
 
 def mount_tmpfs(path: Path, *options: str) -> None:
     """Mount a tmpfs for the calling thread and for those that it starts from now on."""
-    _leave_mounts()
+    leave_mounts()
     given = ",".join(("mode=755", *options))
     subprocess.run(["mount", "-t", "tmpfs", "-o", given, "tmpfs", str(path)], check=True)
 

@@ -91,10 +91,10 @@ class CellAssembly:
             grid: The cells.
             sink: Takes complete cells.
             check: Called during waits; raises if the save was given up.
-            buffers: Largest number of buffers of one cell each.
+            buffers: Largest number of buffers of one cell each, and of cells that the sink writes.
         """
         self._grid, self._sink, self._check = grid, sink, check
-        self._left = buffers
+        self._most_writing = self._left = buffers
         self._free: list[torch.Tensor] = []
         self._open: dict[int, _Cell] = {}
         self._writing: deque[tuple[Future[None], torch.Tensor | None]] = deque()
@@ -165,6 +165,9 @@ class CellAssembly:
             cell = self._open[index]
             if cell.left:
                 continue
+            # Cells that lie in this rank's own tensors take no buffer, but the sink has limits too.
+            while len(self._writing) >= self._most_writing:
+                self._await_one()
             del self._open[index]
             number = cell.start // self._grid.files[cell.file].cell_nbytes
             future = self._sink.put(cell.file, number, cell.data.numpy().data)
