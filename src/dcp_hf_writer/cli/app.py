@@ -14,12 +14,14 @@ from dcp_hf_writer.cli import (
     inspect_command,
     keep_house_command,
     print_schema,
+    push_command,
     report_command,
     run_listing,
     verify_command,
     watch_command,
 )
 from dcp_hf_writer.cli.run_command import run, run_updates
+from dcp_hf_writer.integrations.hub_upload import HubTarget
 from dcp_hf_writer.manager.retention import Retention
 
 app = typer.Typer(
@@ -325,6 +327,32 @@ def watch(
         lambda: watch_command.watch(
             path, is_following=follow, every_s=every, late_s=late, as_json=json
         ),
+        as_json=json,
+        debug=debug,
+    )
+
+
+@app.command()
+def push(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a local path.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Repository: owner/name.")],
+    revision: Annotated[str, typer.Option(help="Branch; made if it is missing.")] = "main",
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private.")
+    ] = False,
+    message: Annotated[Optional[str], typer.Option(help="Title of the commit.")] = None,
+    endpoint: Annotated[
+        Optional[str], typer.Option(metavar="URL", help="Hub; default: HF_ENDPOINT.")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Verify a checkpoint, and upload its HuggingFace half to the hub in one commit."""
+    target = HubTarget(repo, revision, private, endpoint)
+    run(
+        "push",
+        lambda: push_command.push(path, target, message=message, as_json=json),
+        push_command.show_push,
         as_json=json,
         debug=debug,
     )
