@@ -53,7 +53,8 @@ class Hub:
             ConfigError: If huggingface_hub is missing, or refuses the name of the repository.
         """
         try:
-            import huggingface_hub  # noqa: PLC0415 - optional
+            # The module gets its attribute `utils` only by an import of it.
+            import huggingface_hub.utils  # noqa: PLC0415 - optional
         except ModuleNotFoundError as error:
             raise ConfigError(
                 "push needs huggingface_hub",
