@@ -371,6 +371,35 @@ def watch(
 
 
 @app.command()
+def push(
+    path: Annotated[str, typer.Argument(metavar="PATH", help="Checkpoint: a local path.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="Repository: owner/name.")],
+    revision: Annotated[str, typer.Option(help="Branch; made if it is missing.")] = "main",
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private.")
+    ] = False,
+    message: Annotated[Optional[str], typer.Option(help="Title of the commit.")] = None,
+    endpoint: Annotated[
+        Optional[str], typer.Option(metavar="URL", help="Hub; default: HF_ENDPOINT.")
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Verify a checkpoint, and upload its HuggingFace half to the hub in one commit."""
+    from dcp_hf_writer.cli import push_command
+    from dcp_hf_writer.integrations.hub_upload import HubTarget
+
+    target = HubTarget(repo, revision, private, endpoint)
+    run(
+        "push",
+        lambda: push_command.push(path, target, message=message, as_json=json),
+        push_command.show_push,
+        as_json=json,
+        debug=debug,
+    )
+
+
+@app.command()
 def doctor(
     path: Annotated[str, typer.Argument(metavar="PATH", help="Where a checkpoint would be made.")],
     mib: Annotated[int, typer.Option(min=1, help="Size of the speed test, in MiB.")] = 256,

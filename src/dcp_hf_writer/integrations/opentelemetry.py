@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import ConfigError
@@ -31,7 +32,7 @@ class SaveSpans:
             ConfigError: If OpenTelemetry is not installed.
         """
         try:
-            from opentelemetry import trace  # noqa: PLC0415 - optional
+            trace: Any = import_module("opentelemetry.trace")
         except ModuleNotFoundError as error:
             raise ConfigError(
                 "SaveSpans needs OpenTelemetry",
