@@ -16,8 +16,8 @@ from dcp_hf_writer.errors import CorruptCheckpointError
 from dcp_hf_writer.integrations.hub_upload import CARD_NAME, Hub
 from dcp_hf_writer.integrations.model_card import model_card
 from dcp_hf_writer.load.choose_half import find_place
-from dcp_hf_writer.load.read_manifest import manifest_of
 from dcp_hf_writer.load.hf_directory import open_hf_directory
+from dcp_hf_writer.load.read_manifest import manifest_of
 from dcp_hf_writer.preflight import check_options
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs
