@@ -46,12 +46,13 @@ def tree_of(name: str) -> ast.Module:
     return ast.parse(file.read_text())
 
 
-def module_names() -> list[str]:
+@functools.cache
+def module_names() -> tuple[str, ...]:
     found = []
     for path in sorted(SOURCE.rglob("*.py")):
         parts = path.relative_to(SOURCE).with_suffix("").parts
         found.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
-    return found
+    return tuple(found)
 
 
 def modules_within(folders: tuple[str, ...]) -> list[str]:
@@ -89,16 +90,17 @@ def is_within(name: str, modules: frozenset[str]) -> bool:
 
 def late_imports_of(name: str) -> set[str]:
     """Return the modules of the package whose names a module holds as text."""
-    return {
+    texts = {
         node.value.removeprefix(f"{PACKAGE}.")
         for node in ast.walk(tree_of(name))
         if isinstance(node, ast.Constant)
         and isinstance(node.value, str)
-        and node.value.removeprefix(f"{PACKAGE}.") in set(module_names()) - {""}
         and node.value.startswith(f"{PACKAGE}.")
     }
+    return texts & (set(module_names()) - {""})
 
 
+@functools.cache
 def own_imports_of(name: str) -> set[str]:
     """Return the modules of the package that a module imports, also for its types alone."""
     known = set(module_names())

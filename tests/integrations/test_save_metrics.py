@@ -89,7 +89,7 @@ def test_spans_of_saves_have_times_attributes_and_status() -> None:
     hook(SAVE)
     hook(FAILED)
     good, bad = exporter.get_finished_spans()
-    assert good.name == "dcp_hf_writer.save"
+    assert good.name == "save checkpoint"
     assert (good.start_time, good.end_time) == (998_500_000_000, 1_000_500_000_000)
     assert good.attributes == {
         "checkpoint.path": "/run/step-7",

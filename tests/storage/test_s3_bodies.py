@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from dcp_hf_writer.storage.s3_bodies import BufferBody, Digest
+from dcp_hf_writer.storage.s3_bodies import BodyDigest, BufferBody
 
 DATA = random.Random(0).randbytes(3_000_000)
 PIECES = [memoryview(DATA)[:10], memoryview(b""), memoryview(DATA)[10:2_000_000]]
@@ -57,19 +57,19 @@ def test_body_reads_and_seeks_as_a_file_does() -> None:
     ],
 )
 def test_digest_compares_with_the_etag(answer: dict[str, str], verdict: str) -> None:
-    assert Digest(PIECES).compare(answer, crc32=None) == verdict
+    assert BodyDigest(PIECES).compare(answer, crc32=None) == verdict
 
 
 def test_digest_prefers_the_crc_that_was_asked_for() -> None:
-    digest = Digest(PIECES)
+    digest = BodyDigest(PIECES)
     crc = digest.crc32_base64()
     encrypted = {"ETag": OTHER, "ServerSideEncryption": "aws:kms"}
     assert digest.compare({**encrypted, "ChecksumCRC32": crc}, crc32=crc) == "same"
     assert digest.compare({**encrypted, "ChecksumCRC32": "AAAAAA=="}, crc32=crc) == "other"
-    assert Digest([memoryview(b"123456789")]).crc32_base64() == "y/Q5Jg=="
+    assert BodyDigest([memoryview(b"123456789")]).crc32_base64() == "y/Q5Jg=="
 
 
 def test_etag_is_no_digest_when_it_comes_twice_for_the_same_bytes() -> None:
-    digest = Digest(PIECES)
+    digest = BodyDigest(PIECES)
     verdicts = [digest.compare({"ETag": OTHER}, crc32=None) for _ in range(2)]
     assert verdicts == ["other", "unknown"]

@@ -46,7 +46,7 @@ class SaveSpans:
         """Make the span of a save."""
         ended = int(finished.ended * _NS)
         span = self._tracer.start_span(
-            "dcp_hf_writer.save",
+            "save checkpoint",
             start_time=ended - int(finished.total_s * _NS),
             attributes=_attributes(finished),
         )

@@ -71,7 +71,7 @@ class BufferBody:
             yield piece
 
 
-class Digest:
+class BodyDigest:
     """Digests of the bytes of a request, to be compared with what the store returns."""
 
     def __init__(self, buffers: Sequence[memoryview]) -> None:

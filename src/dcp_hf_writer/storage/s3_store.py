@@ -15,7 +15,7 @@ from dcp_hf_writer.storage.object_contract import (
     Upload,
 )
 from dcp_hf_writer.storage.object_retries import RequestFault, Retries
-from dcp_hf_writer.storage.s3_bodies import BufferBody, Digest, is_encrypted
+from dcp_hf_writer.storage.s3_bodies import BodyDigest, BufferBody, is_encrypted
 from dcp_hf_writer.storage.s3_faults import NO_DIGEST_MATCH, UPLOAD_IS_GONE
 from dcp_hf_writer.storage.s3_probes import creates_if_absent, refuses_wrong_digest
 from dcp_hf_writer.storage.s3_requests import Answer, S3Requests
@@ -100,7 +100,7 @@ class S3Store(ObjectStore):
         same moment may both find the key free, and the last one wins.
         """
         retries = self._retries("put", key, patience)
-        digest = Digest(data)
+        digest = BodyDigest(data)
         wanted = _Wanted(token, sum(one.nbytes for one in data), digest)
         params = {"Key": self._key(key), "Metadata": {_TOKEN: token}}
         guarded = if_absent and self.abilities.creates_if_absent
@@ -179,7 +179,7 @@ class S3Store(ObjectStore):
     ) -> SentPart:
         """Send one part; see `ObjectStore.send_part`."""
         retries = self._retries(f"upload_part {number}", upload.key, patience)
-        digest = Digest(data)
+        digest = BodyDigest(data)
         params = {**self._names(upload), "PartNumber": number}
         while True:
             answer = self._send_body("upload_part", retries, data, digest, **params)
@@ -369,7 +369,7 @@ class S3Store(ObjectStore):
         operation: str,
         retries: Retries,
         data: Sequence[memoryview],
-        digest: Digest,
+        digest: BodyDigest,
         **params: Any,
     ) -> Answer | RequestFault:
         """Send bytes once; success means that the store has confirmed their digest."""
@@ -443,7 +443,7 @@ class S3Store(ObjectStore):
 class _Wanted:
     """The object that a call makes, to be found again by a HEAD request."""
 
-    def __init__(self, token: str, nbytes: int, digest: Digest | None = None) -> None:
+    def __init__(self, token: str, nbytes: int, digest: BodyDigest | None = None) -> None:
         self.token, self.nbytes, self.digest = token, nbytes, digest
 
     def compare(self, head: Answer) -> str:
