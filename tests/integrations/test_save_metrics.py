@@ -106,6 +106,7 @@ def test_spans_of_saves_have_times_attributes_and_status() -> None:
 
 
 def test_spans_without_opentelemetry_name_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "opentelemetry", None)
+    for name in ("opentelemetry", "opentelemetry.trace"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ConfigError, match=r"pip install 'dcp-hf-writer\[otel\]'"):
         SaveSpans()
