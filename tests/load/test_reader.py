@@ -724,7 +724,8 @@ def test_writer_tells_the_save_id_that_the_metadata_has(tmp_path: Path) -> None:
         assert metadata.storage_meta.save_id == writer.save_id
     assert len(set(ids)) == 2
     assert not HFDualWriter.validate_checkpoint_id(None)  # type: ignore[arg-type]
-    assert not HFDualWriter.validate_checkpoint_id("s3://bucket/x")
+    assert HFDualWriter.validate_checkpoint_id("s3://bucket/x")
+    assert not HFDualWriter.validate_checkpoint_id("nowhere://bucket/x")
 
 
 def test_explanation_and_warm_up_see_the_states_of_objects(tmp_path: Path) -> None:

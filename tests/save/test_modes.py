@@ -435,7 +435,7 @@ def test_saves_that_cannot_be_made_are_refused_on_every_rank(tmp_path: Path) -> 
         ({"weights": "twice"}, "'both'"),
         ({"staging": "never"}, "'blocking' or 'overlap'"),
         ({"on_export_error": "ignore"}, "'raise' or 'warn'"),
-        ({"strategy": "exchange"}, "'auto' or 'direct'"),
+        ({"strategy": "gather"}, "'exchange'"),
         ({"timeout_s": 0}, "above zero"),
         ({"timeout_s": float("nan")}, "above zero"),
         ({"timeout_s": float("inf")}, "above zero"),

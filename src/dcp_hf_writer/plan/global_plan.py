@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import uuid
-from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -79,10 +78,6 @@ class RankPlan:
     """Index among the ranks of the same host."""
     host_size: int
     """Number of ranks of the same host."""
-    host: int
-    """Number of the host."""
-    holds_columns: bool
-    """Whether ranks of this host hold parts of rows of exported tensors; all of them agree."""
     files: tuple[tuple[str, int], ...]
     """`(name, bytes)` of each output file."""
     targets: Mapping[str, tuple[PartTarget, ...]]
@@ -220,8 +215,6 @@ def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
     files = () if plan.layout is None else tuple((f.name, f.nbytes) for f in plan.layout.files)
     targets = _by_rank({} if plan.layout is None else plan.layout.targets, plan)
     once = _by_rank(plan.once, plan)
-    numbers = {host: number for number, host in enumerate(dict.fromkeys(plan.hosts))}
-    with_columns = _hosts_with_columns(plan)
     result = []
     for rank, (host, prepared) in enumerate(zip(plan.hosts, dcp, strict=True)):
         host_rank = seen.get(host, 0)
@@ -231,8 +224,6 @@ def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
             plan_id=plan.plan_id,
             host_rank=host_rank,
             host_size=sizes[host],
-            host=numbers[host],
-            holds_columns=host in with_columns,
             files=files,
             targets=targets[rank],
             once=once[rank],
@@ -240,24 +231,6 @@ def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
         )
         result.append(replace(prepared, storage_data=data))
     return result
-
-
-def _hosts_with_columns(plan: GlobalPlan) -> set[str]:
-    """Return the hosts whose ranks hold parts of rows of exported tensors, several ranks each."""
-    ranks: set[int] = set()
-    for fqn, parts in ({} if plan.layout is None else plan.layout.targets).items():
-        tensor = plan.tensors[fqn]
-        if len(tensor.ranks) > 1:
-            rows = None if _is_turned(parts) else tuple(tensor.data.size[1:])
-            cut = zip(tensor.ranks, tensor.sizes, strict=True)
-            ranks.update(rank for rank, sizes in cut if tuple(sizes[1:]) != rows)
-    counts = Counter(plan.hosts[rank] for rank in ranks)
-    return {host for host, count in counts.items() if count > 1}
-
-
-def _is_turned(parts: Iterable[PartTarget]) -> bool:
-    """Whether the rows of a runtime tensor are no rows of a tensor on disk."""
-    return any(copy.loops and copy.loops[0].dim != 0 for part in parts for copy in part.copies)
 
 
 def _by_rank(

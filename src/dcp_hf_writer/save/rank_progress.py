@@ -94,8 +94,6 @@ class Rendezvous:
         """Find the members of a group; `None` stands for the default group."""
         self._store = own_store_client()
         self._me = dist.get_rank()
-        self._put: list[str] = []
-        """Keys of the texts that this rank has put."""
         self._members = list(
             dist.get_process_group_ranks(group)
             if group is not None
@@ -157,21 +155,6 @@ class Rendezvous:
         record = self.progress(self._members[:1]).get(self._members[0])
         if record is not None and record.target not in ("", target):
             raise other_path(record.target, f"rank {rank}: {target}", rank=rank)
-
-    def put(self, key: str, text: str) -> None:
-        """Keep a text for the other ranks, until `drop_texts`."""
-        self._store.set(f"{_PREFIX}/{key}", text)
-        self._put.append(f"{_PREFIX}/{key}")
-
-    def get(self, key: str) -> bytes | None:
-        """Return what a rank has put; `None` if no rank has, yet."""
-        full = f"{_PREFIX}/{key}"
-        return self._store.get(full) if self._store.check([full]) else None
-
-    def drop_texts(self) -> None:
-        """Drop what this rank has put; the other ranks must have read it."""
-        while self._put:
-            self._store.delete_key(self._put.pop())
 
     def post(self, progress: Progress) -> None:
         """Tell the other ranks how far this rank has come."""

@@ -43,7 +43,6 @@ from dcp_hf_writer.save.hf_half import (
 )
 from dcp_hf_writer.save.share_blocks import BlockSharing
 from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
-from dcp_hf_writer.save.whole_rows import WholeRows
 from dcp_hf_writer.storage.block_clones import PROBE, CloneSource
 from dcp_hf_writer.storage.posix_outputs import OutputFile
 
@@ -58,7 +57,6 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.regions import Region
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
-    from dcp_hf_writer.save.whole_rows import RowShare
     from dcp_hf_writer.storage.output_fsync import OpenFiles
     from dcp_hf_writer.storage.write_slots import WriteSlots
 
@@ -131,8 +129,6 @@ class WritePhase:
             self._leave_out({result.index for result in left_out})
         attempt.byte_count.plan(self._planned_nbytes(work))
         self.block_nbytes = self._shared_block_nbytes()
-        # An exchange puts columns together by itself.
-        rows = {} if attempt.cell_nbytes else self._whole_rows(work, source)
         shares = self.slots.is_shared_by_halves()
         reach("before slot")
         if attempt.cell_nbytes:
@@ -141,7 +137,7 @@ class WritePhase:
         with ExitStack() as held:
             if shares:
                 self._hold(held, "dcp")
-            jobs = self._jobs(sorted({*work, *rows}), is_dcp_last=self.block_nbytes is not None)
+            jobs = self._jobs(sorted(work), is_dcp_last=self.block_nbytes is not None)
             exports = [job for job in jobs if job is not None]
             settled = set(exports[len(exports) - len(exports) // max(self.own.host_size, 1) :])
             for job in jobs:
@@ -154,9 +150,8 @@ class WritePhase:
                         # Defer the fsync of a file whose pages other ranks fill too: otherwise the
                         # device writes such a page once for each rank. The other ranks have already
                         # written the last files of this rank's rotation, so these need no deferral.
-                        part = work.get(job, ()), rows.get(job, ())
-                        defer = job not in settled and is_interleaved(part[0])
-                        self._write_export(job, part, files, source, report, defer=defer)
+                        defer = job not in settled and is_interleaved(work[job])
+                        self._write_export(job, work[job], files, source, report, defer=defer)
                     if not shares:
                         files.sync_kept()
                         self._join(files, report)
@@ -205,24 +200,6 @@ class WritePhase:
         data = (item.tensor_data for item in self.plan.items)
         dcp = sum(math.prod(one.chunk.sizes) * one.properties.dtype.itemsize for one in data if one)
         return dcp + sum(nbytes_of_blocks(blocks) for blocks in work.values())
-
-    def _whole_rows(
-        self, work: dict[int, list[tuple[WriteItem, Region]]], source: TensorSource
-    ) -> dict[int, list[RowShare]]:
-        """Take out of `work` what the ranks of this host write as whole rows."""
-        rendezvous, directory = self.attempt.member.rendezvous, self.directory
-        if rendezvous is None or not self.own.holds_columns:
-            return {}
-        rows = WholeRows(
-            rendezvous,
-            save_id=directory.save_id,
-            host=self.own.host,
-            host_rank=self.own.host_rank,
-            host_size=self.own.host_size,
-            check=self.attempt.check,
-        )
-        with self.attempt.timed("row wait"):
-            return rows.take(work, source, bounce_nbytes=bounce_nbytes_of(self.host_budget_bytes))
 
     def _leave_out(self, indices: set[MetadataIndex]) -> None:
         kept = [item for item in self.plan.items if item.index not in indices]
@@ -334,7 +311,7 @@ class WritePhase:
     def _write_export(
         self,
         job: int,
-        part: tuple[Blocks, Sequence[RowShare]],
+        blocks: Sequence[tuple[WriteItem, Region]],
         files: OpenFiles,
         source: TensorSource,
         report: RankReport,
@@ -342,8 +319,6 @@ class WritePhase:
         defer: bool,
     ) -> None:
         name, _ = self.own.files[job]
-        blocks, shares = part
-        bounce_nbytes = bounce_nbytes_of(self.host_budget_bytes)
         path = os.path.join(self.directory.path, self.subdir, name)
         with self.attempt.timed("write hf"):
             try:
@@ -355,10 +330,7 @@ class WritePhase:
                         blocks,
                         source,
                         check=self.attempt.check,
-                        bounce_nbytes=bounce_nbytes,
-                    )
-                    written += self.blocks.write_rows(
-                        file, shares, check=self.attempt.check, bounce_nbytes=bounce_nbytes
+                        bounce_nbytes=bounce_nbytes_of(self.host_budget_bytes),
                     )
                 except BaseException:
                     file.discard()
@@ -374,8 +346,7 @@ class WritePhase:
                 report.export_error = self._export_error(error, path)
                 return
         report.blocks += written
-        nbytes = nbytes_of_blocks(blocks) + sum(share.nbytes for share in shares)
-        report.nbytes["hf"] = report.nbytes.get("hf", 0) + nbytes
+        report.nbytes["hf"] = report.nbytes.get("hf", 0) + nbytes_of_blocks(blocks)
 
     def _export_error(self, error: Exception, path: str) -> ExportError:
         nbytes = sum(size for _, size in self.own.files)

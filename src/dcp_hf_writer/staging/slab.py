@@ -165,10 +165,6 @@ class Slab:
         """Whether an address in the memory of this process lies in the slab."""
         return 0 <= address - self._address < self.nbytes
 
-    def offset_of(self, address: int) -> int:
-        """Return the byte of the slab at an address that the slab holds."""
-        return address - self._address
-
     def __reduce__(self) -> tuple[Any, ...]:
         return _attach, (self.slab_id, self.nbytes, reduction.DupFd(self._fd))
 
@@ -331,13 +327,6 @@ class SlabPool:
                     raise _given_back("unknown")
                 return self._lease.handover, self._lease
         return None, None
-
-    def slab_at(self, address: int) -> Slab | None:
-        """Return the slab, of this process or of its parent, that holds an address."""
-        for slab in (self._attached, self._slab):
-            if slab is not None and slab.holds(address):
-                return slab
-        return None
 
     def take_again(self, lease: Lease) -> Lease:
         """Take the slab for another try at the save that `lease` served, with the same content.
