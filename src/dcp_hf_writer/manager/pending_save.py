@@ -62,6 +62,8 @@ class SaveTools:
     """Called now and then while the save runs, with the seconds since it began."""
     on_end: Callable[[SaveRequest, Verdict, SaveReport | None, int], None]
     """Called on every rank with the outcome, the report if committed, and the number of tries."""
+    in_process: bool
+    """Whether torch's checkpointer process runs the saves."""
 
 
 class PendingSave:
@@ -163,7 +165,10 @@ class PendingSave:
         facts = self._look().facts
         if facts is None or facts.save_id is None or facts.save_id == self._before:
             return None
-        if self._tools.messages.world.is_coordinator and not is_from_here(facts.save_id):
+        tools = self._tools
+        if tools.messages.world.is_coordinator and not is_from_here(
+            facts.save_id, with_children=tools.in_process
+        ):
             # Another job that shares the directory was faster.
             return None
         return Committed(facts.save_id, facts.nbytes)

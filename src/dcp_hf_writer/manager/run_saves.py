@@ -94,6 +94,7 @@ class RunSaves:
             pause=lambda error, n: options.rules.pause_before_retry(error, attempts=n),
             still_running=self._say_who_is_late,
             on_end=self._end,
+            in_process=options.in_process,
         )
         self._count = 0
         self._pending: PendingSave | None = None

@@ -151,15 +151,19 @@ def is_over_here(save_id: str) -> bool:
     return _started(pid)[0] in _GONE
 
 
-def is_from_here(save_id: str) -> bool:
+def is_from_here(save_id: str, *, with_children: bool) -> bool:
     """Whether this process made the id of a save, or its checkpointer process did.
 
-    `True` also if the process that made the id is gone: it may have been the checkpointer process.
+    Args:
+        save_id: The id.
+        with_children: Whether a checkpointer process runs the saves. If so, a process that is gone
+            counts as this one's: it may have been the checkpointer process.
     """
     pid = _pid_in(save_id)
     if pid is None:
         return False
-    return pid == os.getpid() or _parent_of(pid) in {None, os.getpid()}
+    is_mine = pid == os.getpid()
+    return is_mine or (with_children and _parent_of(pid) in {None, os.getpid()})
 
 
 _PID_FIELD = 2
