@@ -277,6 +277,17 @@ def test_failed_export_does_not_cost_the_dcp_half(
     assert state["step"] == 1
 
 
+def test_failure_of_own_tensors_does_not_cost_the_dcp_half(store: Store, tmp_path: Path) -> None:
+    """The rank stays in the exchange to its end, and then has no export."""
+    strike = Strike(rank=0, point="mid exchange", action="raise")
+    with strike.installed(0, tmp_path):
+        error = save_step(store, "step-1", 1)
+    assert error is not None
+    assert error.startswith(ExportError.__name__)
+    assert "injected at mid exchange" in error
+    assert sorted(store.files("step-1")) == [".metadata", "__0_0.distcp", MANIFEST]
+
+
 def test_failed_export_publishes_nothing_when_only_it_has_the_weights(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:

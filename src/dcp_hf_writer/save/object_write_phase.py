@@ -7,8 +7,7 @@ the objects of the export. Both come from the staged copy; nothing is written to
 from __future__ import annotations
 
 import logging
-import socket
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch.distributed.checkpoint.planner import WriteItemType
@@ -16,25 +15,29 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from dcp_hf_writer.errors import CheckpointError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.plan.cells import ExchangedFile
-from dcp_hf_writer.plan.rank_report import RankReport
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter, check_results
 from dcp_hf_writer.save.exchange_group import joined_exchange
-from dcp_hf_writer.save.exchange_writes import ExchangedWrites
+from dcp_hf_writer.save.exchange_writes import Exchanged, ExchangedWrites
 from dcp_hf_writer.save.export_cells import ExportCells
 from dcp_hf_writer.save.export_failures import FATAL, export_error
-from dcp_hf_writer.save.hf_half import regions_by_file
+from dcp_hf_writer.save.hf_half import nbytes_of_blocks, regions_by_file
 from dcp_hf_writer.save.object_parts import SentObject, in_flight_of, part_nbytes_of
 from dcp_hf_writer.save.tensor_bytes import TensorSource
-from dcp_hf_writer.save.write_phase import report_result, stored_once_results
-from dcp_hf_writer.tensors.dtype_names import ITEMSIZE
+from dcp_hf_writer.save.write_phase import (
+    begun_report,
+    nbytes_of_items,
+    report_result,
+    stored_once_results,
+    without_results,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from torch.distributed.checkpoint.metadata import MetadataIndex
     from torch.distributed.checkpoint.planner import SavePlan, WriteItem
     from torch.distributed.checkpoint.storage import WriteResult
 
+    from dcp_hf_writer.plan.rank_report import RankReport
     from dcp_hf_writer.plan.regions import Region
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.export_cells import ExportUpload
@@ -67,14 +70,12 @@ class ObjectWritePhase:
     def run(self) -> list[WriteResult]:
         """Send everything, and report; see `SaveTarget.write`."""
         attempt, writes = self.attempt, self.writes
-        report = RankReport(attempt.rank, socket.gethostname())
-        report.export_error = attempt.export_error
-        report.stamp, report.samples = attempt.sent.stamp, attempt.sent.withheld_samples
+        report = begun_report(attempt)
         source = TensorSource(writes.planner)
         tensors = [i for i in writes.plan.items if i.type != WriteItemType.BYTE_IO]
         work = regions_by_file(tensors, writes.own.targets)
         left_out = stored_once_results(writes.own, tensors, subdir=writes.subdir)
-        plan = _without(writes.plan, {result.index for result in left_out})
+        plan = without_results(writes.plan, left_out)
         sent: list[SentObject] = []
         try:
             results = self._write_dcp(plan, source, report, sent)
@@ -110,7 +111,9 @@ class ObjectWritePhase:
         sent: list[SentObject],
     ) -> list[WriteResult]:
         attempt = self.attempt
-        part_nbytes = part_nbytes_of(_nbytes_of(plan.items), self.abilities)
+        # A bit more than the file; objects are counted as small.
+        nbytes = nbytes_of_items(plan.items) + _ARCHIVE_NBYTES * len(plan.items)
+        part_nbytes = part_nbytes_of(nbytes, self.abilities)
 
         def begin(name: str) -> SentObject:
             made = SentObject(
@@ -142,11 +145,7 @@ class ObjectWritePhase:
         source: TensorSource,
         report: RankReport,
     ) -> None:
-        attempt, is_shared = self.attempt, self.abilities.shares_uploads
-        files = [
-            ExchangedFile(file.key, file.nbytes, file.part_nbytes, not is_shared)
-            for file in self.files
-        ]
+        attempt = self.attempt
         cells = ExportCells(
             self.store,
             self.files,
@@ -156,15 +155,7 @@ class ObjectWritePhase:
         )
         with attempt.timed("write hf"):
             try:
-                with joined_exchange(attempt, self.save_id) as group:
-                    exchanged = ExchangedWrites(group, files).run(
-                        work,
-                        source,
-                        headers=self.headers,
-                        sink=cells,
-                        check=attempt.check,
-                        host_budget_bytes=self.writes.host_budget_bytes,
-                    )
+                exchanged = self._exchange(work, source, cells)
                 report.parts = cells.finish()
             except FATAL:
                 raise
@@ -179,24 +170,34 @@ class ObjectWritePhase:
             finally:
                 cells.discard(attempt.last_patience())
         report.blocks = exchanged.blocks
-        report.nbytes["sent"] = exchanged.sent_nbytes
-        report.nbytes["hf"] = sum(
-            region.copy.numel * ITEMSIZE[region.target.dtype]
-            for blocks in work.values()
-            for _, region in blocks
-        )
+        report.nbytes["hf sent"] = exchanged.sent_nbytes
+        report.nbytes["hf"] = sum(map(nbytes_of_blocks, work.values()))
 
+    def _exchange(
+        self,
+        work: Mapping[int, Sequence[tuple[WriteItem, Region]]],
+        source: TensorSource,
+        cells: ExportCells,
+    ) -> Exchanged:
+        """Exchange the bytes of the export; raises an error of this rank when all rounds are over.
 
-def _without(plan: SavePlan, indices: set[MetadataIndex]) -> SavePlan:
-    return replace(plan, items=[item for item in plan.items if item.index not in indices])
-
-
-def _nbytes_of(items: Sequence[WriteItem]) -> int:
-    """Return the size of the DCP file, or a bit more; objects are counted as small."""
-    nbytes = 0
-    for item in items:
-        nbytes += _ARCHIVE_NBYTES
-        if item.tensor_data is not None:
-            chunk = item.tensor_data.chunk
-            nbytes += chunk.sizes.numel() * item.tensor_data.properties.dtype.itemsize
-    return nbytes
+        Raises:
+            Exception: What went wrong with this rank's tensors.
+        """
+        attempt, is_shared = self.attempt, self.abilities.shares_uploads
+        files = [
+            ExchangedFile(file.key, file.nbytes, file.part_nbytes, not is_shared)
+            for file in self.files
+        ]
+        with joined_exchange(attempt, self.save_id) as group:
+            done = ExchangedWrites(group, files).run(
+                work,
+                source,
+                headers=self.headers,
+                sink=cells,
+                check=attempt.check,
+                host_budget_bytes=self.writes.host_budget_bytes,
+            )
+        if done.error is not None:
+            raise done.error
+        return done

@@ -116,9 +116,7 @@ class WritePhase:
 
     def _run(self) -> list[WriteResult]:
         attempt = self.attempt
-        report = RankReport(attempt.rank, socket.gethostname())
-        report.export_error = attempt.export_error
-        report.stamp, report.samples = attempt.sent.stamp, attempt.sent.withheld_samples
+        report = begun_report(attempt)
         files = attempt.open_files()
         source = TensorSource(self.planner)
         results: list[WriteResult] = []
@@ -126,7 +124,7 @@ class WritePhase:
         work = regions_by_file(tensors, self.own.targets)
         left_out = stored_once_results(self.own, tensors, subdir=self.subdir)
         if left_out:
-            self._leave_out({result.index for result in left_out})
+            self.plan = without_results(self.plan, left_out)
         attempt.byte_count.plan(self._planned_nbytes(work))
         self.block_nbytes = self._shared_block_nbytes()
         shares = self.slots.is_shared_by_halves()
@@ -162,12 +160,8 @@ class WritePhase:
         reach("after fsync")
         attempt.close_files()
         report.seconds = dict(attempt.seconds)
-        report.nbytes = {
-            "dcp": sum(result.size_in_bytes for result in results),
-            "hf": report.nbytes.get("hf", 0),
-            "shared": report.nbytes.get("shared", 0),
-            **{name: nbytes for name, nbytes in report.nbytes.items() if name == "hf sent"},
-        }
+        dcp_nbytes = sum(result.size_in_bytes for result in results)
+        report.nbytes = {"hf": 0, "shared": 0, **report.nbytes, "dcp": dcp_nbytes}
         return [*results, *left_out, report_result(report)]
 
     def _exchange(
@@ -197,13 +191,7 @@ class WritePhase:
 
     def _planned_nbytes(self, work: Mapping[int, Blocks]) -> int:
         """Return the bytes of tensors that this rank will write to both halves."""
-        data = (item.tensor_data for item in self.plan.items)
-        dcp = sum(math.prod(one.chunk.sizes) * one.properties.dtype.itemsize for one in data if one)
-        return dcp + sum(nbytes_of_blocks(blocks) for blocks in work.values())
-
-    def _leave_out(self, indices: set[MetadataIndex]) -> None:
-        kept = [item for item in self.plan.items if item.index not in indices]
-        self.plan = replace(self.plan, items=kept)
+        return nbytes_of_items(self.plan.items) + sum(map(nbytes_of_blocks, work.values()))
 
     def _jobs(self, files: Sequence[int], *, is_dcp_last: bool) -> list[int | None]:
         """Return this rank's files in rotated order; `None` stands for its DCP file."""
@@ -374,6 +362,26 @@ def stored_once_results(
             info = _StorageInfo(NOTICE, 0, once.nbytes, encode_stored_once(once))
             results.append(WriteResult(item.index, once.nbytes, info))
     return results
+
+
+def begun_report(attempt: Attempt) -> RankReport:
+    """Return the report of a rank that has written nothing yet."""
+    report = RankReport(attempt.rank, socket.gethostname())
+    report.export_error = attempt.export_error
+    report.stamp, report.samples = attempt.sent.stamp, attempt.sent.withheld_samples
+    return report
+
+
+def without_results(plan: SavePlan, results: Iterable[WriteResult]) -> SavePlan:
+    """Return a plan without the items that have results already."""
+    there = {result.index for result in results}
+    return replace(plan, items=[item for item in plan.items if item.index not in there])
+
+
+def nbytes_of_items(items: Iterable[WriteItem]) -> int:
+    """Return the bytes of the tensors among the items of a plan."""
+    data = (item.tensor_data for item in items)
+    return sum(math.prod(one.chunk.sizes) * one.properties.dtype.itemsize for one in data if one)
 
 
 def report_result(report: RankReport) -> WriteResult:
