@@ -36,7 +36,7 @@ LAST = b"the last part"
 PUT_PART = r"partNumber="
 COMPLETE = r"uploadId="
 CREATE = r"\?uploads"
-OBJECT = r"/root/a$"
+OBJECT = r"/step/a$"
 
 
 @pytest.fixture(autouse=True)
@@ -50,7 +50,7 @@ def _short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
 def store(s3_bucket: S3Bucket, s3_proxy: FaultProxy) -> Iterator[ObjectStore]:
     """A store that reaches its server through the proxy."""
     options = cached_session(s3_bucket.at(s3_proxy.endpoint).storage_options)
-    store = open_store(f"{s3_bucket.url}/root", options)
+    store = open_store(f"{s3_bucket.url}/step", options)
     yield store
     store.close()
 
@@ -74,7 +74,7 @@ def test_request_is_sent_again_when_the_server_fails(
     code = {503: "SlowDown", 500: "InternalError"}[status]
     fault = s3_proxy.add("answer", "PUT", OBJECT, status=status, code=code, times=times)
     assert put(store) is True
-    assert s3_bucket.content("root/a") == b"data"
+    assert s3_bucket.content("step/a") == b"data"
     assert fault.hits == times
     # No client library sends it again on its own.
     assert s3_proxy.count("PUT") == times + 1
@@ -91,7 +91,7 @@ def test_call_ends_at_the_deadline_when_the_server_always_fails(
         put(store, seconds=1.5)
     assert time.monotonic() - begun < 10
     assert fault.hits > 1
-    assert f"{s3_bucket.url}/root/a" in str(raised.value)
+    assert f"{s3_bucket.url}/step/a" in str(raised.value)
     assert s3_bucket.keys() == []
 
 
@@ -116,7 +116,7 @@ def test_part_is_sent_again_when_the_connection_breaks_in_its_body(
     fault = s3_proxy.add("abort", "PUT", PUT_PART, after_nbytes=64 * 1024, times=2)
     save_parts(store)
     assert fault.hits == 2
-    assert s3_bucket.content("root/a") == PART + LAST
+    assert s3_bucket.content("step/a") == PART + LAST
     assert s3_bucket.open_uploads() == []
 
 
@@ -127,7 +127,7 @@ def test_part_is_sent_again_when_its_answer_is_lost(
     fault = s3_proxy.add("lose_answer", "PUT", PUT_PART, times=2)
     save_parts(store)
     assert fault.hits == 2
-    assert s3_bucket.content("root/a") == PART + LAST
+    assert s3_bucket.content("step/a") == PART + LAST
 
 
 def test_complete_succeeds_when_its_answer_is_lost(
@@ -137,7 +137,7 @@ def test_complete_succeeds_when_its_answer_is_lost(
     fault = s3_proxy.add("lose_answer", "POST", COMPLETE)
     save_parts(store)
     assert fault.hits == 1
-    assert s3_bucket.content("root/a") == PART + LAST
+    assert s3_bucket.content("step/a") == PART + LAST
     assert s3_bucket.open_uploads() == []
 
 
@@ -149,7 +149,7 @@ def test_complete_fails_when_its_answer_is_lost_and_another_object_came(
         client = s3_bucket.client()
         metadata = {"dcp-hf-token": OTHER_TOKEN}
         body = b"x" * (len(PART) + len(LAST))
-        client.put_object(Bucket=s3_bucket.name, Key="root/a", Body=body, Metadata=metadata)
+        client.put_object(Bucket=s3_bucket.name, Key="step/a", Body=body, Metadata=metadata)
 
     s3_proxy.add("lose_answer", "POST", COMPLETE)
     fault = s3_proxy.add("call", "HEAD", OBJECT, then=replace, times=math.inf)
@@ -165,7 +165,7 @@ def test_complete_is_repeated_when_its_answer_is_200_with_an_error(
     fault = s3_proxy.add("answer", "POST", COMPLETE, status=200, code="InternalError", times=2)
     save_parts(store)
     assert fault.hits == 2
-    assert s3_bucket.content("root/a") == PART + LAST
+    assert s3_bucket.content("step/a") == PART + LAST
 
 
 def test_complete_does_not_succeed_when_every_answer_is_200_with_an_error(
@@ -188,12 +188,12 @@ def test_no_orphan_stays_when_the_answer_of_create_is_lost(
     client = s3_bucket.client()
     foreign = {
         (key, client.create_multipart_upload(Bucket=s3_bucket.name, Key=key)["UploadId"])
-        for key in ("root/a", "root/ab")
+        for key in ("step/a", "step/ab")
     }
     fault = s3_proxy.add("lose_answer", "POST", CREATE, times=2)
     upload = store.begin_upload("a", token=TOKEN, patience=patience())
     assert fault.hits == 2
-    assert set(s3_bucket.open_uploads()) == foreign | {("root/a", upload.upload_id)}
+    assert set(s3_bucket.open_uploads()) == foreign | {("step/a", upload.upload_id)}
 
 
 def test_orphans_stay_when_it_is_unclear_whose_they_are(
@@ -204,7 +204,7 @@ def test_orphans_stay_when_it_is_unclear_whose_they_are(
 ) -> None:
     # S7: another party begins an upload of the same key at the same time.
     def begin() -> None:
-        s3_bucket.client().create_multipart_upload(Bucket=s3_bucket.name, Key="root/a")
+        s3_bucket.client().create_multipart_upload(Bucket=s3_bucket.name, Key="step/a")
 
     s3_proxy.add("lose_answer", "POST", CREATE)
     s3_proxy.add("call", "POST", CREATE, then=begin)
@@ -221,7 +221,7 @@ def test_create_if_absent_succeeds_when_its_answer_is_lost(
     made = store.put("a", views(b"mine"), token=TOKEN, patience=patience(), if_absent=True)
     assert made is True
     assert fault.hits == 1
-    assert s3_bucket.content("root/a") == b"mine"
+    assert s3_bucket.content("step/a") == b"mine"
 
 
 def test_create_if_absent_fails_when_another_came_first_and_the_answer_is_lost(
@@ -231,14 +231,14 @@ def test_create_if_absent_fails_when_another_came_first_and_the_answer_is_lost(
     def create() -> None:
         metadata = {"dcp-hf-token": OTHER_TOKEN}
         client = s3_bucket.client()
-        client.put_object(Bucket=s3_bucket.name, Key="root/a", Body=b"them", Metadata=metadata)
+        client.put_object(Bucket=s3_bucket.name, Key="step/a", Body=b"them", Metadata=metadata)
 
     # Twice: aiohttp sends a PUT once more on its own.
     s3_proxy.add("abort", "PUT", OBJECT, times=2)
     s3_proxy.add("call", "HEAD", OBJECT, then=create, skip=int(s3_bucket.kind == "rclone"))
     made = store.put("a", views(b"mine"), token=TOKEN, patience=patience(), if_absent=True)
     assert made is False
-    assert s3_bucket.content("root/a") == b"them"
+    assert s3_bucket.content("step/a") == b"them"
 
 
 @pytest.mark.parametrize("target", [OBJECT, PUT_PART, COMPLETE])
@@ -289,7 +289,7 @@ def test_waiting_ends_when_the_save_is_given_up(s3_proxy: FaultProxy, store: Obj
 def test_request_is_sent_again_when_one_hangs(s3_bucket: S3Bucket, s3_proxy: FaultProxy) -> None:
     # S9: a hang ends at the read timeout, which users may set.
     options = s3_bucket.at(s3_proxy.endpoint).storage_options
-    store = open_store(f"{s3_bucket.url}/root", {**options, "config_kwargs": {"read_timeout": 1}})
+    store = open_store(f"{s3_bucket.url}/step", {**options, "config_kwargs": {"read_timeout": 1}})
     fault = s3_proxy.add("hang", "PUT", OBJECT)
     assert put(store) is True
     assert fault.hits == 1
@@ -311,7 +311,7 @@ def test_part_is_sent_again_when_a_bit_flips_on_the_way(
     save_parts(store)
     assert fault.hits == 1
     assert s3_proxy.count("PUT", PUT_PART) == 3
-    assert s3_bucket.content("root/a") == PART + LAST
+    assert s3_bucket.content("step/a") == PART + LAST
 
 
 @pytest.mark.parametrize("if_absent", [False, True])
@@ -323,7 +323,7 @@ def test_object_is_sent_again_when_a_bit_flips_on_the_way(
     made = store.put("a", views(PART), token=TOKEN, patience=patience(), if_absent=if_absent)
     assert made is True
     assert fault.hits == 1
-    assert s3_bucket.content("root/a") == PART
+    assert s3_bucket.content("step/a") == PART
 
 
 def test_save_fails_when_the_server_drops_an_upload_for_a_damaged_part(
@@ -366,9 +366,9 @@ def test_upload_is_begun_with_a_checksum_when_the_store_encrypts(
     encrypted = {"s3_additional_kwargs": {"ServerSideEncryption": "aws:kms"}}
     with fault_proxy(moto.endpoint) as proxy:
         options = cached_session(bucket.at(proxy.endpoint).storage_options)
-        store = open_store(f"{bucket.url}/root", {**options, **encrypted})
+        store = open_store(f"{bucket.url}/step", {**options, **encrypted})
         save_parts(store)
-        assert bucket.content("root/a") == PART + LAST
+        assert bucket.content("step/a") == PART + LAST
         assert bucket.open_uploads() == []
         # The first upload was begun without a checksum, and begun again.
         assert proxy.count("POST", CREATE) == 2
@@ -400,8 +400,8 @@ def test_plain_client_stores_a_flipped_bit(s3_bucket: S3Bucket, s3_proxy: FaultP
     # S10, negative control: neither server notices on its own.
     s3_proxy.add("flip", "PUT", OBJECT)
     client = s3_bucket.at(s3_proxy.endpoint).client()
-    client.put_object(Bucket=s3_bucket.name, Key="root/a", Body=PART)
-    assert s3_bucket.content("root/a") != PART
+    client.put_object(Bucket=s3_bucket.name, Key="step/a", Body=PART)
+    assert s3_bucket.content("step/a") != PART
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def test_parts_fail_when_another_party_aborted_the_upload(
     upload = store.begin_upload("a", token=TOKEN, patience=patience())
     parts = send_all(store, upload, [LAST])
     s3_bucket.client().abort_multipart_upload(
-        Bucket=s3_bucket.name, Key="root/a", UploadId=upload.upload_id
+        Bucket=s3_bucket.name, Key="step/a", UploadId=upload.upload_id
     )
     with pytest.raises(WriteError, match="another party has aborted"):
         send_all(store, upload, [PART])
@@ -469,14 +469,14 @@ def test_listings_go_through_all_pages(
     assert s3_proxy.count("GET", "max-keys=2") == 3
     # moto lists all uploads at once.
     pages = 1 if s3_bucket.kind == "moto" else 3
-    assert s3_proxy.count("GET", r"prefix=root%2Fu%2F&max-uploads=2") == pages
+    assert s3_proxy.count("GET", r"prefix=step%2Fu%2F&max-uploads=2") == pages
     store.delete(keys, patience=patience())
     assert s3_bucket.keys() == []
     assert s3_proxy.count("POST", r"\?delete") == 3
 
 
 def deletion_error(code: str) -> bytes:
-    error = f"<Error><Key>root/b</Key><Code>{code}</Code><Message>no</Message></Error>"
+    error = f"<Error><Key>step/b</Key><Code>{code}</Code><Message>no</Message></Error>"
     return f"<DeleteResult>{error}</DeleteResult>".encode()
 
 
@@ -486,7 +486,7 @@ def test_delete_names_what_is_left_when_the_server_deletes_only_some(
     # S19
     body = deletion_error("AccessDenied")
     fault = s3_proxy.add("answer", "POST", r"\?delete", status=200, body=body)
-    with pytest.raises(WriteError, match=r"root/b\).*AccessDenied"):
+    with pytest.raises(WriteError, match=r"step/b\).*AccessDenied"):
         store.delete(["a", "b"], patience=patience())
     assert fault.hits == 1
 
@@ -560,7 +560,7 @@ def test_no_credential_is_shown_when_requests_fail(
         assert fault.hits
         errors.append(raised.value)
     lost = {**s3_bucket.storage_options, "endpoint_url": "http://hidden-user:hidden-pw@127.0.0.1:9"}
-    nowhere = open_store(f"{s3_bucket.url}/root", lost)
+    nowhere = open_store(f"{s3_bucket.url}/step", lost)
     with pytest.raises(CheckpointError) as raised:
         put(nowhere, seconds=0.5)
     errors.append(raised.value)

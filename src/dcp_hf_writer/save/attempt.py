@@ -39,9 +39,10 @@ _log = logging.getLogger(__name__)
 
 _POLL_S = 0.01
 
-# Seconds for cleaning up a store after a failure, if the deadline leaves less, and at most.
+# Seconds for cleaning up a store after a failure, if the deadline leaves less.
 _CLEAN_UP_S = 4.0
-_LONGEST_CLEAN_UP_S = 30.0
+LONGEST_CLEAN_UP_S = 30.0
+"""Most seconds for that."""
 
 
 class Attempt:
@@ -282,7 +283,7 @@ class Attempt:
 
     def last_patience(self) -> Patience:
         """Return the limits of requests that clean up after a failure, maybe at the deadline."""
-        left_s = min(max(self.context.left_s(), _CLEAN_UP_S), _LONGEST_CLEAN_UP_S)
+        left_s = min(max(self.context.left_s(), _CLEAN_UP_S), LONGEST_CLEAN_UP_S)
         return Patience(time.monotonic() + left_s)
 
     @contextmanager

@@ -58,10 +58,10 @@ def begin_save(
         if lease is not None:
             lease.take_up()
         refusal = failure_in(save.given)
-        is_sync = handover is None and lease is None and current_future() is None
-        if handover is None and not save.is_distributed and current_future() is not None:
+        is_sync = current_future() is None
+        if handover is None and not save.is_distributed and not is_sync:
             made_in.check_unstaged(target=target)
-        if is_sync and save.is_distributed:
+        if handover is None and lease is None and save.is_distributed and is_sync:
             # An asynchronous save that is in flight uses the collectives of the same group.
             STAGER.wait_for_turn(what=target, deadline=time.monotonic() + timeout_s)
         if handover is not None and handover.world is not None:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 import xxhash
 
-from dcp_hf_writer.save.hf_half import block_of, way_of
-from dcp_hf_writer.save.tensor_bytes import digest_of
+from dcp_hf_writer.save.hf_half import block_of, digest_in_place, way_of
 from dcp_hf_writer.tensors.boxes import ByteRuns
 from dcp_hf_writer.tensors.copy_cuts import elements_between
 from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
@@ -123,8 +122,5 @@ class BlockBytes:
         data = self.in_memory()
         if data is None:
             return block_of(self._region, str(self._digest.hexdigest()))
-        tensor = self._source.tensor(self._item)
-        is_item = tensor.is_contiguous() and data.nbytes == tensor.nbytes
-        memory = data.numpy().data
-        digest = self._source.digest(self._item, memory) if is_item else digest_of(memory)
-        return block_of(self._region, digest)
+        tensor, memory = self._source.tensor(self._item), data.numpy().data
+        return block_of(self._region, digest_in_place(self._item, tensor, memory, self._source))

@@ -8,7 +8,7 @@ import itertools
 import logging
 import os
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
@@ -57,6 +57,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
     from dcp_hf_writer.save.export_assets import Assets
+    from dcp_hf_writer.save.save_target import Publication
     from dcp_hf_writer.save.write_strategy import Strategy
     from dcp_hf_writer.storage.output_fsync import OpenFiles
 
@@ -336,18 +337,7 @@ def drop_export(directory: StagingDirectory, subdir: str) -> None:
         raise CommitError(msg, phase="finish", path=path)
 
 
-def publish(
-    directory: StagingDirectory,
-    plan: GlobalPlan,
-    reports: Sequence[RankReport],
-    whole_files: Sequence[WholeFile],
-    *,
-    subdir: str,
-    overwrite: bool,
-    attempt: Attempt,
-    error: ExportError | None,
-    extra: Mapping[str, Any],
-) -> None:
+def publish(directory: StagingDirectory, attempt: Attempt, what: Publication) -> None:
     """Write the manifest, make all names durable, and give the checkpoint its name.
 
     Raises:
@@ -357,38 +347,54 @@ def publish(
         SaveAbortedError: If the save was given up.
         SaveTimeoutError: If the deadline has passed.
     """
-    layout = plan.layout if error is None else None
     reach("before manifest")
-    if layout is not None:
-        check_coverage(layout, reports)
-    check_files(directory, layout, reports, subdir)
-    covered = {file.name for report in reports for file in report.dcp_files}
+    if what.layout is not None:
+        check_coverage(what.layout, what.reports)
+    check_files(directory, what.layout, what.reports, what.subdir)
+    covered = {file.name for report in what.reports for file in report.dcp_files}
     others = [
         WholeFile(name, *digest_file(os.path.join(directory.path, name)))
         for name in _plain_files(directory.path)
         if name not in covered
     ]
-    manifest = encode_manifest(
-        save_id=directory.save_id,
-        target=directory.target,
-        owner=Owner.me().to_json(),
-        step=step_of(directory.target),
-        subdir=subdir,
-        layout=layout,
-        once=sorted(plan.once),
-        reports=reports,
-        whole_files=[*(whole_files if error is None else ()), *others],
-        seconds={**attempt.seconds, "total": time.monotonic() - attempt.context.began, **extra},
-        export_error=None if error is None else str(error),
-    )
+    whole = [*(attempt.whole_files if what.error is None else ()), *others]
+    manifest = manifest_of(attempt, what, whole, save_id=directory.save_id, target=directory.target)
     write_file(os.path.join(directory.path, MANIFEST_NAME), manifest)
-    for path in (*_directories(os.path.join(directory.path, subdir)), directory.path):
+    for path in (*_directories(os.path.join(directory.path, what.subdir)), directory.path):
         sync_directory(path)
     reach("before rename")
     with attempt.committing():
         attempt.end_heartbeats()
-        directory.publish(overwrite=overwrite)
+        directory.publish(overwrite=what.overwrite)
         reach("after rename")
+
+
+def manifest_of(
+    attempt: Attempt, what: Publication, whole: Sequence[WholeFile], *, save_id: str, target: str
+) -> bytes:
+    """Return the manifest of what is published.
+
+    Args:
+        attempt: The save.
+        what: What is published.
+        whole: Files that the coordinator wrote whole.
+        save_id: Id of the save.
+        target: The checkpoint: a path, or a URL without credentials.
+    """
+    total_s = time.monotonic() - attempt.context.began
+    return encode_manifest(
+        save_id=save_id,
+        target=target,
+        owner=Owner.me().to_json(),
+        step=step_of(target),
+        subdir=what.subdir,
+        layout=what.layout,
+        once=sorted(what.plan.once),
+        reports=what.reports,
+        whole_files=whole,
+        seconds={**attempt.seconds, "total": total_s, **what.seconds},
+        export_error=None if what.error is None else str(what.error),
+    )
 
 
 def _plain_files(path: str) -> list[str]:

@@ -104,6 +104,23 @@ class SlabFileSystemWriter(FileSystemWriter):
         return future
 
 
+def metadata_writer(
+    path: str, checkpoint_id: str, *, rank: int, save_id: str
+) -> SlabFileSystemWriter:
+    """Return the writer with which the coordinator makes `.metadata`.
+
+    Args:
+        path: Where the writer writes.
+        checkpoint_id: The path or URL that the metadata names.
+        rank: Rank of the coordinator.
+        save_id: Id that the metadata names.
+    """
+    writer = SlabFileSystemWriter(path, checkpoint_id=checkpoint_id)
+    writer.save_id = save_id
+    writer.set_up_storage_writer(True, rank=rank, use_collectives=True)
+    return writer
+
+
 def _sync_and_close(file: OutputFile) -> None:
     with file:
         file.sync()

@@ -88,6 +88,23 @@ def block_of(region: Region, digest: str) -> WrittenBlock:
     return WrittenBlock(region.target.key, region.copy.hf_start, extent, digest)
 
 
+def digest_in_place(
+    item: WriteItem, tensor: torch.Tensor, data: memoryview, source: ItemTensors
+) -> str:
+    """Return the digest of a block that is written as it lies in memory.
+
+    If the block is the whole item, both halves share one computation.
+
+    Args:
+        item: Item of the block.
+        tensor: Its tensor.
+        data: The bytes of the block.
+        source: Knows the digests of whole items.
+    """
+    is_item = tensor.is_contiguous() and data.nbytes == tensor.nbytes
+    return source.digest(item, data) if is_item else digest_of(data)
+
+
 class ItemTensors(Protocol):
     """What resolves items: `TensorSource` in a save, and a stored checkpoint in a conversion."""
 
@@ -145,8 +162,7 @@ class BlockWriter:
         if way_of(tensor, region) == "direct":
             data = host_bytes(runtime_view(tensor, region.copy))
             _write_runs(file, data, region.hf_runs())
-            is_item = tensor.is_contiguous() and len(data) == tensor.nbytes
-            return source.digest(item, data) if is_item else digest_of(data)
+            return digest_in_place(item, tensor, data, source)
         digest = xxhash.xxh3_64()
         dtype = TORCH_BY_NAME[region.target.dtype]
         for part in split(region.copy, self._bounce.nbytes // dtype.itemsize):

@@ -23,21 +23,22 @@ from dcp_hf_writer.errors import (
 )
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.names_on_disk import INDEX_NAME, MANIFEST_NAME, METADATA_NAME
-from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
+from dcp_hf_writer.plan.encode_manifest import WholeFile
 from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES
 from dcp_hf_writer.plan.rank_report import check_coverage
 from dcp_hf_writer.save import coordinator
-from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
+from dcp_hf_writer.save.attempt import LONGEST_CLEAN_UP_S
+from dcp_hf_writer.save.dcp_half import metadata_writer
 from dcp_hf_writer.save.export_cells import ExportUpload
 from dcp_hf_writer.save.export_failures import export_error, nbytes_of
 from dcp_hf_writer.save.object_parts import PART_NBYTES, part_nbytes_of
 from dcp_hf_writer.save.object_write_phase import ObjectWritePhase
 from dcp_hf_writer.save.owner_process import Owner, mark_active, mark_ended
 from dcp_hf_writer.save.recover_targets import RECORD_NAME
-from dcp_hf_writer.save.save_log import step_of
 from dcp_hf_writer.save.save_target import SaveTarget
 from dcp_hf_writer.save.store_record import StoreRecord, remove_leftovers, save_id_in
 from dcp_hf_writer.save.tensor_bytes import digest_of
+from dcp_hf_writer.save.write_strategy import CELLS_IN_BUDGET
 from dcp_hf_writer.storage.object_contract import Abilities, Patience
 from dcp_hf_writer.torch_seam.metadata_in_memory import metadata_bytes
 
@@ -58,12 +59,8 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-# A cell takes at most this part of a rank's budget: the exchange holds several at a time.
-_CELLS_IN_BUDGET = 4
-
-# Seconds for one look, and for cleaning up after a failure.
+# Seconds for one look.
 _LOOK_S = 5.0
-_CLEAN_UP_S = 30.0
 
 
 class ObjectTarget(SaveTarget):
@@ -205,7 +202,7 @@ class ObjectTarget(SaveTarget):
 
     def _begin_export(self, layout: Layout, assets: Assets, attempt: Attempt, subdir: str) -> None:
         store, patience, abilities = self._store, attempt.patience(), self._abilities()
-        usual = min(PART_NBYTES, self._host_budget_bytes // _CELLS_IN_BUDGET)
+        usual = min(PART_NBYTES, self._host_budget_bytes // CELLS_IN_BUDGET)
         for number, file in enumerate(layout.files):
             key = f"{subdir}/{file.name}"
             upload_id = ""
@@ -309,24 +306,23 @@ class ObjectTarget(SaveTarget):
         save_id: str,
     ) -> None:
         """Make `.metadata` in memory; `publish` puts it. See `SaveTarget.finish_dcp`."""
-        writer = SlabFileSystemWriter(self.target, checkpoint_id=self.target)
-        writer.save_id = save_id
-        writer.set_up_storage_writer(True, rank=attempt.rank, use_collectives=True)
+        writer = metadata_writer(self.target, self.target, rank=attempt.rank, save_id=save_id)
         self._late_files[METADATA_NAME] = metadata_bytes(writer, metadata, results)
 
     def publish(self, attempt: Attempt, what: Publication) -> None:
         """Complete the export, then put the index, `.metadata`, and the manifest."""
-        layout = what.plan.layout if what.error is None else None
         patience = attempt.patience()
         reach("before manifest")
-        if layout is not None:
-            check_coverage(layout, what.reports)
+        if what.layout is not None:
+            check_coverage(what.layout, what.reports)
             self._complete(what.reports, patience)
         whole = list(attempt.whole_files) if what.error is None else []
         # In the order in which they were added: the index, then `.metadata`.
         whole += [self._put(key, data, patience) for key, data in self._late_files.items()]
-        self._check_sizes(layout, what, whole, patience)
-        manifest = self._manifest(attempt, what, layout, whole)
+        self._check_sizes(what, whole, patience)
+        manifest = coordinator.manifest_of(
+            attempt, what, whole, save_id=self.save_id, target=self.target
+        )
         self._check_record(attempt, patience)
         reach("before rename")
         with attempt.committing():
@@ -363,11 +359,7 @@ class ObjectTarget(SaveTarget):
                 self._store.complete(file.upload(self.save_id), own, patience=patience)
 
     def _check_sizes(
-        self,
-        layout: Layout | None,
-        what: Publication,
-        whole: Sequence[WholeFile],
-        patience: Patience,
+        self, what: Publication, whole: Sequence[WholeFile], patience: Patience
     ) -> None:
         """Check by a fresh listing that every object has the planned or reported size.
 
@@ -376,7 +368,7 @@ class ObjectTarget(SaveTarget):
         """
         sizes = {file.name: file.nbytes for report in what.reports for file in report.dcp_files}
         sizes |= {file.name: file.nbytes for file in whole}
-        for output in () if layout is None else layout.files:
+        for output in () if what.layout is None else what.layout.files:
             sizes[f"{what.subdir}/{output.name}"] = output.nbytes
         listed = {facts.key: facts.nbytes for facts in self._store.objects("", patience=patience)}
         for key, nbytes in sizes.items():
@@ -389,28 +381,6 @@ class ObjectTarget(SaveTarget):
                     expected=f"{nbytes} bytes",
                     found="no such object" if found is None else f"{found} bytes",
                 )
-
-    def _manifest(
-        self,
-        attempt: Attempt,
-        what: Publication,
-        layout: Layout | None,
-        whole: Sequence[WholeFile],
-    ) -> bytes:
-        total_s = time.monotonic() - attempt.context.began
-        return encode_manifest(
-            save_id=self.save_id,
-            target=self.target,
-            owner=Owner.me().to_json(),
-            step=step_of(self.target),
-            subdir=what.subdir,
-            layout=layout,
-            once=sorted(what.plan.once),
-            reports=what.reports,
-            whole_files=whole,
-            seconds={**attempt.seconds, "total": total_s, **what.seconds},
-            export_error=None if what.error is None else str(what.error),
-        )
 
     def _check_record(self, attempt: Attempt, patience: Patience) -> None:
         """Check that no newer save has taken the prefix over.
@@ -456,7 +426,7 @@ class ObjectTarget(SaveTarget):
         if record is None:
             return
         mark_ended(self.save_id)
-        patience = Patience(time.monotonic() + _CLEAN_UP_S)
+        patience = Patience(time.monotonic() + LONGEST_CLEAN_UP_S)
         try:
             if self.is_committed():
                 self._forget_record(patience)

@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from dcp_hf_writer.storage.store_urls import is_url
+
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 # States in /proc/<pid>/stat of a process that does not write any more.
@@ -92,7 +94,7 @@ def page_cache_id(target: str) -> str:
     If the path does not exist, its nearest existing parent tells the device. For a URL, the host's
     id alone: a store has no page cache.
     """
-    if "://" in target:
+    if is_url(target):
         return host_id()
     path = target
     while not os.path.exists(path) and path != os.path.dirname(path):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.save import coordinator
 from dcp_hf_writer.save.checksums import add_checksums
-from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
+from dcp_hf_writer.save.dcp_half import metadata_writer
 from dcp_hf_writer.save.replace_target import saved_id
 from dcp_hf_writer.save.save_target import SaveTarget
 from dcp_hf_writer.save.write_phase import WritePhase
@@ -142,25 +142,13 @@ class PosixTarget(SaveTarget):
         """Let torch's or the user's writer make it; see `SaveTarget.finish_dcp`."""
         writer = self.options.dcp_writer
         if writer is None:
-            writer = SlabFileSystemWriter(self.path, checkpoint_id=self.target)
-            writer.save_id = save_id
-            writer.set_up_storage_writer(True, rank=attempt.rank, use_collectives=True)
+            writer = metadata_writer(self.path, self.target, rank=attempt.rank, save_id=save_id)
         with write_errors(self.path):
             writer.finish(metadata, results)
 
     def publish(self, attempt: Attempt, what: Publication) -> None:
         """Write the manifest, fsync, rename; see `SaveTarget.publish`."""
-        coordinator.publish(
-            self.directory,
-            what.plan,
-            what.reports,
-            attempt.whole_files,
-            subdir=what.subdir,
-            overwrite=what.overwrite,
-            attempt=attempt,
-            error=what.error,
-            extra=what.seconds,
-        )
+        coordinator.publish(self.directory, attempt, what)
 
     def is_committed(self) -> bool:
         """Whether the manifest at the target is this save's; see `SaveTarget.is_committed`."""

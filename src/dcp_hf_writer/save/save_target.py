@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.errors import ExportError
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.plan.global_plan import GlobalPlan, RankPlan
+    from dcp_hf_writer.plan.layout import Layout
     from dcp_hf_writer.plan.rank_report import RankReport
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.export_assets import Assets
@@ -54,6 +55,11 @@ class Publication:
     """Why the checkpoint has no export."""
     seconds: Mapping[str, Any]
     """Seconds of phases that the attempt does not count."""
+
+    @property
+    def layout(self) -> Layout | None:
+        """The export, as planned; `None` without one."""
+        return self.plan.layout if self.error is None else None
 
 
 class SaveTarget(ABC):

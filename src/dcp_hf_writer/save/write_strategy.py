@@ -25,8 +25,9 @@ _LARGEST_CELL = 64 << 20
 # More cells than this would make the plan of the exchange slow.
 _MOST_CELLS = 1 << 16
 
-# A rank puts one cell together while another one is written, and needs room for what travels.
-_CELLS_IN_BUDGET = 4
+CELLS_IN_BUDGET = 4
+"""A cell takes at most this part of a rank's budget: the rank puts one cell together while another
+one is written, and needs room for what travels."""
 
 ONE_WRITER_A_FILE = frozenset(
     f"fuse.{name}" for name in ("gcsfuse", "goofys", "mountpoint-s3", "rclone", "s3fs")
@@ -98,7 +99,7 @@ def cell_nbytes_for(nbytes: int, host_budget_bytes: int) -> int:
     cell = _USUAL_CELL
     while cell * _MOST_CELLS < nbytes and cell < _LARGEST_CELL:
         cell *= 2
-    while cell * _CELLS_IN_BUDGET > host_budget_bytes and cell > _SMALLEST_CELL:
+    while cell * CELLS_IN_BUDGET > host_budget_bytes and cell > _SMALLEST_CELL:
         cell //= 2
     return cell
 

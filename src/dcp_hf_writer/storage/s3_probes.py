@@ -100,7 +100,7 @@ def _once(what: str, endpoint: str, bucket: str, probe: Callable[[], bool]) -> b
 
 
 def _remove(requests: S3Requests, bucket: str, key: str, patience: Patience) -> None:
-    """Delete a probe. A probe that stays does no harm: it is empty, and `gc` finds it."""
+    """Delete a probe. A probe that stays does no harm: it holds a few bytes at most."""
     answer = requests.send("delete_object", patience, Bucket=bucket, Key=key)
     if isinstance(answer, RequestFault):
         _log.warning("the probe s3://%s/%s is left: %s", bucket, key, answer.text)
