@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Any
 from dcp_hf_writer.cli.plain_text import count, size
 from dcp_hf_writer.cli.run_command import Outcome, line
 from dcp_hf_writer.cli.run_listing import leftovers, open_run
-from dcp_hf_writer.formats.names_on_disk import INCOMPLETE
+from dcp_hf_writer.formats.names_on_disk import INCOMPLETE, RECORD_NAME
 from dcp_hf_writer.manager.keep_house import Housekeeper
 from dcp_hf_writer.manager.step_names import DELETED_PREFIX
 from dcp_hf_writer.save.owner_process import Owner, is_abandoned
-from dcp_hf_writer.save.recover_targets import RECORD_NAME, recover_parent
+from dcp_hf_writer.save.recover_targets import recover_parent
 from dcp_hf_writer.save.replace_target import read_json
 from dcp_hf_writer.storage.open_directory import open_directory
 

@@ -15,6 +15,7 @@ from dcp_hf_writer.manager.run_directory import RunDirectory, StoredStep
 from dcp_hf_writer.manager.step_names import DELETED_PREFIX, StepNames
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.paths_as_written import plain_path
+from dcp_hf_writer.storage.store_urls import is_url
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ def open_run(root: str, prefix: str) -> RunDirectory:
         ConfigError: If `root` is no local directory, or the prefix cannot be used.
     """
     text = plain_path(root)
-    if "://" in text:
+    if is_url(text):
         raise ConfigError(
             "this command changes a run, so it does not work on URLs",
             path=text,
@@ -57,7 +58,7 @@ def read_run(root: str, prefix: str) -> RunDirectory | RemoteRun:
         ReadError: If the directory cannot be listed.
     """
     text = plain_path(root)
-    return RemoteRun(text, StepNames(prefix)) if "://" in text else open_run(root, prefix)
+    return RemoteRun(text, StepNames(prefix)) if is_url(text) else open_run(root, prefix)
 
 
 def list_steps(root: str, prefix: str) -> Outcome:

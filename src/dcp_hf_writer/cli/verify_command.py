@@ -16,6 +16,7 @@ from dcp_hf_writer.errors import ReadError
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME, is_hf_directory
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.paths_as_written import plain_path
+from dcp_hf_writer.storage.store_urls import is_url
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -68,7 +69,7 @@ def _extent(report: dict[str, Any]) -> str:
 def _checkpoints(path: str, prefix: str) -> list[str]:
     """Return the path itself, or the steps below it if only they are checkpoints."""
     text = plain_path(path)
-    is_remote = "://" in text
+    is_remote = is_url(text)
     if not is_remote and not os.path.isdir(text):
         return [text]
     try:

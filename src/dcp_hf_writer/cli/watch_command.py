@@ -19,6 +19,7 @@ from dcp_hf_writer.manager.saves_in_flight import saves_in_flight
 from dcp_hf_writer.manager.watch_saves import SaveWatch
 from dcp_hf_writer.preflight import check_options
 from dcp_hf_writer.storage.paths_as_written import plain_path
+from dcp_hf_writer.storage.store_urls import is_url
 from dcp_hf_writer.storage.wrong_paths import is_checkpoint
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ def watch(path: str, *, is_following: bool, every_s: float, late_s: float, as_js
 
 def _place_of(path: str) -> tuple[str, str | None]:
     """Return the directory to look into, and the checkpoint if `path` names one."""
-    if "://" in plain_path(path):
+    if is_url(plain_path(path)):
         raise ConfigError(
             "saves tell how far they have come only on file systems",
             path=path,

@@ -31,6 +31,8 @@ CONFIG_NAME = "config.json"
 
 INCOMPLETE = ".incomplete-"
 """Begins the name of the directory of a save; the id of the save follows."""
+RECORD_NAME = ".dcp-hf-save.json"
+"""The record in the directory of a save, or in its prefix on a store, until it is published."""
 REPLACED = ".replaced-"
 """Begins the name of a directory that was renamed aside; the id of the save follows."""
 

@@ -13,9 +13,15 @@ from typing import TYPE_CHECKING, Literal
 import xxhash
 
 from dcp_hf_writer.errors import CheckpointError
-from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME, is_hf_directory
+from dcp_hf_writer.formats.names_on_disk import (
+    MANIFEST_NAME,
+    METADATA_NAME,
+    RECORD_NAME,
+    is_hf_directory,
+)
 from dcp_hf_writer.load.read_manifest import manifest_of
 from dcp_hf_writer.storage.open_directory import open_directory
+from dcp_hf_writer.storage.store_urls import is_url
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -110,7 +116,7 @@ class QuickCheck:
         return listed.facts
 
     def _listed(self, files: InputFiles) -> _Listed | str:
-        if "://" in files.path:
+        if is_url(files.path):
             return _listed_now(files)
         try:
             stat = os.stat(os.path.join(files.path, MANIFEST_NAME))
@@ -161,6 +167,9 @@ def _other_bytes(files: InputFiles, listed: WholeFile) -> str | None:
 
 def _without_manifest(files: InputFiles, sizes: Mapping[str, int]) -> StoredFacts | str:
     nbytes = sum(sizes.values())
+    if RECORD_NAME in sizes:
+        # On a store, a save has the name of its target from the start.
+        return f"there is no {MANIFEST_NAME}, but the record of a save that did not publish it"
     if METADATA_NAME in sizes:
         problem = _dcp_problem(files, sizes)
         return problem or StoredFacts("dcp", nbytes=nbytes)

@@ -1,6 +1,7 @@
 """The steps of a run behind a URL, for reading only.
 
-A run is copied to an object store by other programs; the manager itself writes to POSIX only.
+Writers save to object stores, and other programs copy runs there; the manager itself writes to
+POSIX only.
 """
 
 from __future__ import annotations

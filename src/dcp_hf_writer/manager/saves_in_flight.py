@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from dcp_hf_writer.errors import ReadError
-from dcp_hf_writer.formats.names_on_disk import INCOMPLETE, MANIFEST_NAME
+from dcp_hf_writer.formats.names_on_disk import INCOMPLETE, MANIFEST_NAME, RECORD_NAME
 from dcp_hf_writer.save.heartbeat import HEARTBEATS_NAME, Heartbeat
 from dcp_hf_writer.save.owner_process import Owner, is_abandoned
-from dcp_hf_writer.save.recover_targets import RECORD_NAME
 from dcp_hf_writer.save.replace_target import read_json
 
 OwnerState = Literal["alive", "dead", "unknown"]

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.storage import StorageWriter
 
 from dcp_hf_writer.errors import ConfigError
-from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
+from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME, RECORD_NAME
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.mapping.option_values import (
     check_flag,
@@ -20,7 +20,6 @@ from dcp_hf_writer.mapping.option_values import (
     shown,
 )
 from dcp_hf_writer.save.export_assets import check_kinds
-from dcp_hf_writer.save.recover_targets import RECORD_NAME
 from dcp_hf_writer.storage.paths_as_written import plain_path
 from dcp_hf_writer.storage.store_urls import check_scheme, is_url, shown_url
 from dcp_hf_writer.storage.write_slots import WriteSlots

@@ -17,10 +17,10 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import CommitError, NodeLocalPathError, StorageError, WriteError
-from dcp_hf_writer.formats.names_on_disk import INCOMPLETE
+from dcp_hf_writer.formats.names_on_disk import INCOMPLETE, RECORD_NAME
 from dcp_hf_writer.save.heartbeat import HEARTBEATS_NAME, replace_file
 from dcp_hf_writer.save.owner_process import Owner, mark_active, mark_ended, new_save_id
-from dcp_hf_writer.save.recover_targets import RECORD_NAME, recover_parent
+from dcp_hf_writer.save.recover_targets import recover_parent
 from dcp_hf_writer.save.replace_target import (
     DISCARDED_SUFFIX,
     FRESH_SUFFIX,

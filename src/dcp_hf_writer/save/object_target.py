@@ -22,7 +22,12 @@ from dcp_hf_writer.errors import (
     TargetExistsError,
 )
 from dcp_hf_writer.failpoints import reach
-from dcp_hf_writer.formats.names_on_disk import INDEX_NAME, MANIFEST_NAME, METADATA_NAME
+from dcp_hf_writer.formats.names_on_disk import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    METADATA_NAME,
+    RECORD_NAME,
+)
 from dcp_hf_writer.plan.encode_manifest import WholeFile
 from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES
 from dcp_hf_writer.plan.rank_report import check_coverage
@@ -34,7 +39,6 @@ from dcp_hf_writer.save.export_failures import export_error, nbytes_of
 from dcp_hf_writer.save.object_parts import PART_NBYTES, part_nbytes_of
 from dcp_hf_writer.save.object_write_phase import ObjectWritePhase
 from dcp_hf_writer.save.owner_process import Owner, mark_active, mark_ended
-from dcp_hf_writer.save.recover_targets import RECORD_NAME
 from dcp_hf_writer.save.save_target import SaveTarget
 from dcp_hf_writer.save.store_record import StoreRecord, remove_leftovers, save_id_in
 from dcp_hf_writer.save.tensor_bytes import digest_of

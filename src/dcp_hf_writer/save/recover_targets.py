@@ -11,7 +11,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import StorageError
-from dcp_hf_writer.formats.names_on_disk import INCOMPLETE, MANIFEST_NAME, REPLACED
+from dcp_hf_writer.formats.names_on_disk import INCOMPLETE, MANIFEST_NAME, RECORD_NAME, REPLACED
 from dcp_hf_writer.save.carry_files import bring_changes
 from dcp_hf_writer.save.owner_process import Owner, is_abandoned, is_over_here
 from dcp_hf_writer.save.replace_target import (
@@ -40,9 +40,6 @@ if TYPE_CHECKING:
     from dcp_hf_writer.storage.posix_trees import Entry
 
 _log = logging.getLogger(__name__)
-
-RECORD_NAME = ".dcp-hf-save.json"
-"""Name of the record in the directory of a save that has not published it yet."""
 
 
 def recover_parent(parent: str, target: str) -> None:

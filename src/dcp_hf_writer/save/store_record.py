@@ -12,9 +12,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import TargetExistsError
-from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME, rank_of_dcp_file
+from dcp_hf_writer.formats.names_on_disk import (
+    MANIFEST_NAME,
+    METADATA_NAME,
+    RECORD_NAME,
+    rank_of_dcp_file,
+)
 from dcp_hf_writer.save.owner_process import Owner, is_abandoned
-from dcp_hf_writer.save.recover_targets import RECORD_NAME
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

@@ -9,6 +9,7 @@ from dcp_hf_writer.errors import ConfigError
 from dcp_hf_writer.storage.fsspec_inputs import FsspecFiles
 from dcp_hf_writer.storage.local_inputs import LocalFiles
 from dcp_hf_writer.storage.paths_as_written import plain_path
+from dcp_hf_writer.storage.store_urls import is_url
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -33,7 +34,7 @@ def open_directory(
     """
     # `LocalFiles` reads file:// URLs too, because fsspec does not report where links lead.
     text = plain_path(path)
-    if "://" in text:
+    if is_url(text):
         return FsspecFiles(text, storage_options)
     if storage_options:
         raise ConfigError(

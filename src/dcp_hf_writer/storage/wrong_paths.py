@@ -11,6 +11,7 @@ from dcp_hf_writer.errors import ReadError
 from dcp_hf_writer.excerpts import some_of
 from dcp_hf_writer.formats.names_on_disk import INDEX_SUFFIX, MANIFEST_NAME, METADATA_NAME, SUFFIX
 from dcp_hf_writer.storage.paths_as_written import hub_hint
+from dcp_hf_writer.storage.store_urls import is_url
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +38,7 @@ def wrong_path_errors(path: str, given: str, *, expected: str = EITHER_HALF) -> 
     try:
         yield
     except ReadError as error:
-        if error.errno not in _NOT_THERE or "://" in path:
+        if error.errno not in _NOT_THERE or is_url(path):
             raise
         msg = "there is no checkpoint at this path"
         raise ReadError(
@@ -66,7 +67,7 @@ def hint_for(path: str, given: str) -> str | None:
         path: Absolute local path, or a URL, about which there is nothing to say.
         given: The path as the user gave it.
     """
-    if "://" in path:
+    if is_url(path):
         return None
     if os.path.isdir(path):
         inside = [name for name in _names(path) if is_checkpoint(os.path.join(path, name))]
