@@ -44,7 +44,7 @@ class PublishedSave:
     """A save that is over, and whose checkpoint is visible."""
 
     nbytes: int
-    """Size of all files but the manifest."""
+    """Bytes of both halves."""
     seconds: float | None
     """Duration of the save, without staging; `None` if the manifest does not tell."""
     has_export: bool
@@ -111,7 +111,8 @@ def find_published(target: str, save_id: str) -> PublishedSave | None:
     nbytes, timings = _object(manifest, "nbytes"), _object(manifest, "timings")
     total = _object(timings, "coordinator").get("total")
     return PublishedSave(
-        sum(one for one in nbytes.values() if isinstance(one, int)),
+        # It also counts bytes that the halves share, and bytes that ranks sent each other.
+        sum(one for one in map(nbytes.get, ("dcp", "hf")) if isinstance(one, int)),
         float(total) if isinstance(total, (int, float)) else None,
         manifest.get("hf") is not None,
     )
