@@ -44,7 +44,7 @@ class PublishedSave:
     """A save that is over, and whose checkpoint is visible."""
 
     nbytes: int
-    """Bytes of both halves."""
+    """Size of all files but the manifest."""
     seconds: float | None
     """Duration of the save, without staging; `None` if the manifest does not tell."""
     has_export: bool
@@ -112,7 +112,7 @@ def find_published(target: str, save_id: str) -> PublishedSave | None:
     total = _object(timings, "coordinator").get("total")
     return PublishedSave(
         # It also counts bytes that the halves share, and bytes that ranks sent each other.
-        sum(one for one in map(nbytes.get, ("dcp", "hf")) if isinstance(one, int)),
+        sum(one for one in map(nbytes.get, ("dcp", "hf", "other")) if isinstance(one, int)),
         float(total) if isinstance(total, (int, float)) else None,
         manifest.get("hf") is not None,
     )
