@@ -74,8 +74,10 @@ def test_updates_tell_phase_bytes_and_the_late_rank_and_end_with_the_save(
     ):
         for update in updates(process):
             (save,) = update["saves"] or ({"ranks": []},)
-            late = [rank["rank"] for rank in save["ranks"] if rank["late"]]
-            if len(save["ranks"]) == 2 and late == [1] and save["ranks"][0]["phase"] == "written":
+            late = {rank["rank"]: rank["late"] for rank in save["ranks"] if rank["late"]}
+            # Between two heartbeats, which come once a second, it may be late for want of news.
+            is_stuck = list(late) == [1] and late[1].startswith("no progress")
+            if len(save["ranks"]) == 2 and is_stuck and save["ranks"][0]["phase"] == "written":
                 break
         assert save["path"] == f"{root}/step-7"
         assert (save["state"], save["phase"], save["world_size"]) == ("alive", "write", 2)
