@@ -351,7 +351,8 @@ def test_small_tensors_are_copied_by_few_calls(tmp_path: Path) -> None:
     layers = {f"layer.{i}": numbers(64 + i, seed=i) for i in range(300)}
     writer = HFDualWriter(tmp_path / "one")
     writer.warm_up({"model": layers})
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         staged = staged_by(writer, {"model": layers})
     copies = [event for event in profile.events() if "Memcpy" in event.name]
     assert len(copies) < len(layers) / 10

@@ -252,14 +252,19 @@ class Stager:
             return None
         events = self._copy_small([pair for pair in pairs if pair[2] < EAGER_NBYTES])
         large = [pair for pair in pairs if pair[2] >= EAGER_NBYTES]
-        events += self._enqueue_cuda([pair for pair in large if pair[1].is_cuda])
+        large_on_gpu = [pair for pair in large if pair[1].is_cuda]
+        events += self._enqueue_cuda(large_on_gpu)
+        for _, source, _ in large_on_gpu:
+            # The allocator must not reuse the source before the copy is done.
+            source.record_stream(self._streams[source.device.index])
         # Detach: the trainer may give a parameter other memory before the copy begins.
         on_host = [(to, tensor.detach(), n) for to, tensor, n in large if not tensor.is_cuda]
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="dcp-hf-staging")
         host_copied = threading.Event()
 
-        def finish() -> None:
+        def finish(_held: list[_Pair] = pairs) -> None:
+            # While the sources are held, the allocator does not reuse their memory.
             try:
                 self._copy_now(on_host)
             finally:
@@ -288,7 +293,10 @@ class Stager:
             event.synchronize()
 
     def _enqueue_cuda(self, pairs: list[_Pair]) -> list[Any]:
-        """Start device-to-host copies on side streams; return one event per device, after them."""
+        """Start device-to-host copies on side streams; return one event per device, after them.
+
+        The caller holds the sources until the events have happened.
+        """
         events = []
         for device in dict.fromkeys(pair[1].device for pair in pairs):
             stream = self._streams.get(device.index)
@@ -301,8 +309,6 @@ class Stager:
                 for target, source, _ in here:
                     if not target.is_cuda:
                         target.copy_(source, non_blocking=True)
-                    # The allocator must not reuse the source before the copy is done.
-                    source.record_stream(stream)
                 event = torch.cuda.Event()
                 event.record(stream)
             events.append(event)
