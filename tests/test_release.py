@@ -45,7 +45,9 @@ def test_version_is_written_in_one_place() -> None:
         if re.search(rf"[\"']{re.escape(version)}[\"']", path.read_text())
     ]
     assert holders == []
-    newest = re.search(r"^## \[(.+)\](?:: (.+)| - .+)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    newest = re.search(
+        r"^## \[(.+)\](?:: (.+)| - .+)$", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
     assert newest is not None
     assert version in newest.groups()
 
