@@ -37,8 +37,16 @@ class Drawn:
         return asdict(self)
 
 
-def draw(ways: dict[str, Drawn], nbytes: int, machine: str, path: str) -> None:
-    """Write one row for each way to save to `path`; all rows have the same axis."""
+def draw(ways: dict[str, Drawn], nbytes: int, machine: str, said: str, path: str) -> None:
+    """Write one row for each way to save to `path`; all rows have the same axis.
+
+    Args:
+        ways: What was measured, by the title of its row; one of them has no saves.
+        nbytes: Bytes of one save.
+        machine: Where it was measured.
+        said: How many rounds were measured, and how busy the machine was.
+        path: Picture to write.
+    """
     import matplotlib as mpl  # noqa: PLC0415 - a run without `--plot` does not need it
 
     mpl.use("Agg")
@@ -67,8 +75,7 @@ def draw(ways: dict[str, Drawn], nbytes: int, machine: str, path: str) -> None:
         color=_INK,
     )
     figure.supxlabel(
-        "Measured: two gloo ranks, the fastest round of each way. Dotted line: the loop without "
-        f"saves. {machine}",
+        f"Measured: two gloo ranks, {said}. Dotted line: the loop without saves. {machine}",
         fontsize=7,
         x=0.01,
         ha="left",

@@ -266,6 +266,7 @@ def main() -> None:
     args = parser.parse_args()
     setting = Setting(args.root, args.layers, args.steps, args.every, args.batch)
     found, nbytes = measure(setting, args.rounds)
+    load = os.getloadavg()[1]
     chosen = {way: fastest(rounds) for way, rounds in found.items()}
     machine = describe_machine(args.root)
     print(f"{machine}; {nbytes / 2**30:.2f} GiB of weights and moments, {args.rounds} rounds")
@@ -275,7 +276,8 @@ def main() -> None:
             facts = {way: [one.facts() for one in rounds] for way, rounds in found.items()}
             json.dump({"machine": machine, "nbytes": nbytes, "rounds": facts}, file, indent=1)
     if args.plot:
-        draw({WAYS[way]: one for way, one in chosen.items()}, nbytes, machine, args.plot)
+        said = f"the fastest of {args.rounds} rounds, load average {load:.0f}"
+        draw({WAYS[way]: one for way, one in chosen.items()}, nbytes, machine, said, args.plot)
 
 
 if __name__ == "__main__":
