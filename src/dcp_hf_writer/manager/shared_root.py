@@ -9,16 +9,16 @@ from dcp_hf_writer.errors import CheckpointError, NodeLocalPathError
 
 if TYPE_CHECKING:
     from dcp_hf_writer.manager.rank_messages import Messages
-    from dcp_hf_writer.manager.run_directory import RunDirectory
+    from dcp_hf_writer.manager.run_storage import RunStorage
 
 _KEY = "directory"
 
 
-def prepare_shared_root(directory: RunDirectory, messages: Messages, *, timeout_s: float) -> None:
+def prepare_shared_root(directory: RunStorage, messages: Messages, *, timeout_s: float) -> None:
     """Make the directory of the run, and check that all ranks share it. All ranks call it.
 
     Args:
-        directory: The directory of the run.
+        directory: The storage of the run.
         messages: Messages of the calling thread.
         timeout_s: How long the other ranks may take, in seconds.
 
@@ -52,7 +52,7 @@ def prepare_shared_root(directory: RunDirectory, messages: Messages, *, timeout_
         )
 
 
-def _left_token(directory: RunDirectory, messages: Messages) -> str:
+def _left_token(directory: RunStorage, messages: Messages) -> str:
     """Leave a token in the directory and tell the other ranks, or tell them what went wrong."""
     token = uuid.uuid4().hex
     try:
