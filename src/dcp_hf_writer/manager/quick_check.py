@@ -132,8 +132,6 @@ class QuickCheck:
         stamp: _Stamp
         if is_url(files.path):
             # A store tells no stamp in a listing. DCP's metadata, which is larger, is read once.
-            if not files.has(MANIFEST_NAME):
-                return f"{MANIFEST_NAME} is gone"
             data = files.read_whole(MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES)
             stamp = xxhash.xxh3_64_hexdigest(data)
         else:

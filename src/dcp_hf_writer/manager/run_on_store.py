@@ -209,7 +209,10 @@ class RunOnStore(RunStorage):
 
     def remove_token(self, token: str) -> None:
         """Delete the token; see `RunStorage.remove_token`."""
-        self._store.delete([_token_key(token)], patience=self._patience())
+        try:
+            self._store.delete([_token_key(token)], patience=self._patience())
+        except CheckpointError as error:
+            _log.warning("could not delete %s/%s: %s", self.root, _token_key(token), error)
 
     def free_nbytes(self) -> None:
         """Return `None`: stores have no limit that one could ask for."""
@@ -262,13 +265,16 @@ class RunOnStore(RunStorage):
         steps = {name: tree[name] for *_, name in self.named(list(tree))}
         self._deletions.remove_dead(steps)
         noted = tree.get(NOTES, {})
-        for stored in self.listing():
-            facts = stored.facts
-            if facts is None or f"{_name_of(stored.path)}.json" not in noted:
-                continue
-            notes = self.notes_of(stored)
-            if notes.export_leaves is not None and facts.save_id == notes.save_id:
-                self._take_away_export(stored, notes)
+        for step, is_step, name in self.named(list(tree)):
+            # Of few steps there are notes, so few are looked at.
+            if f"{name}.json" in noted:
+                self._finish_export(self.look_at(step, is_snapshot=not is_step))
+
+    def _finish_export(self, stored: StoredStep) -> None:
+        notes, facts = self.notes_of(stored), stored.facts
+        if notes.export_leaves is None or facts is None or facts.save_id != notes.save_id:
+            return
+        self._take_away_export(stored, notes)
 
     def remove_dead_saves(self) -> None:
         """Do nothing: `finish_deletions` does it; see `RunStorage.remove_dead_saves`."""

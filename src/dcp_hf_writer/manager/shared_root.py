@@ -35,7 +35,12 @@ def prepare_shared_root(directory: RunStorage, messages: Messages, *, timeout_s:
     answer = messages.take_from_coordinator(_KEY, timeout_s=timeout_s, doing="plan")
     if isinstance(answer, CheckpointError):
         raise answer
-    messages.put(f"{_KEY}/{world.rank}", directory.has_token(answer))
+    try:
+        sees = directory.has_token(answer)
+    except CheckpointError:
+        messages.put(f"{_KEY}/{world.rank}", False)
+        raise
+    messages.put(f"{_KEY}/{world.rank}", sees)
     found = messages.collect(_KEY, range(world.size), timeout_s=timeout_s)
     if world.is_coordinator:
         directory.remove_token(token)
@@ -46,9 +51,10 @@ def prepare_shared_root(directory: RunStorage, messages: Messages, *, timeout_s:
             rank=world.rank,
             phase="plan",
             path=directory.root,
-            expected="one directory that all ranks share",
+            expected="one directory or store that all ranks share",
             found=f"ranks {blind} do not see what rank 0 wrote there",
-            hint="pass the same path on every rank, on a shared file system",
+            hint="pass the same path on every rank, on a shared file system or store; memory:// "
+            "exists in one process only",
         )
 
 
