@@ -38,7 +38,7 @@ def prepare_shared_root(directory: RunStorage, messages: Messages, *, timeout_s:
     try:
         sees = directory.has_token(answer)
     except CheckpointError:
-        messages.put(f"{_KEY}/{world.rank}", False)
+        messages.put(f"{_KEY}/{world.rank}", False)  # noqa: FBT003 - a message
         raise
     messages.put(f"{_KEY}/{world.rank}", sees)
     found = messages.collect(_KEY, range(world.size), timeout_s=timeout_s)
