@@ -6,9 +6,7 @@ import contextlib
 import json
 import logging
 import os
-import threading
 import uuid
-from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import CheckpointError, ReadError, WriteError
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
@@ -24,7 +22,6 @@ from dcp_hf_writer.manager.run_storage import (
 )
 from dcp_hf_writer.manager.step_names import DELETED_PREFIX, HF_LATEST, LATEST, NOTES, StepNames
 from dcp_hf_writer.plan.encode_manifest import without_export
-from dcp_hf_writer.save.recover_targets import recover_parent
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.posix_outputs import (
     make_directories,
@@ -33,9 +30,6 @@ from dcp_hf_writer.storage.posix_outputs import (
     write_file,
 )
 from dcp_hf_writer.storage.posix_trees import remove_tree
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 _log = logging.getLogger(__name__)
 
@@ -47,10 +41,8 @@ class RunDirectory(RunStorage):
 
     def __init__(self, root: str, names: StepNames) -> None:
         """Work in `root`, an absolute path; touches nothing."""
-        self.root = root
-        self.names = names
+        super().__init__(root, names)
         self._check = QuickCheck()
-        self._lock = threading.RLock()
 
     def address(self, path: str) -> Address:
         """Return the path itself; see `RunStorage.address`."""
@@ -66,7 +58,7 @@ class RunDirectory(RunStorage):
             ReadError: If the directory of the run exists and cannot be listed.
         """
         found: list[StoredStep] = []
-        with self._lock:
+        with self.lock:
             named = self.named(self._list())
             self._check.forget_all_but({os.path.join(self.root, name) for *_, name in named})
             for step, is_step, name in reversed(named):
@@ -97,7 +89,7 @@ class RunDirectory(RunStorage):
     def look_at(self, step: int, *, is_snapshot: bool = False) -> StoredStep:
         """Look at one step directory; it need not exist."""
         path = self.path_of(step, is_snapshot=is_snapshot)
-        with self._lock:
+        with self.lock:
             return self._look(step, os.path.basename(path), is_snapshot=is_snapshot)
 
     def exists(self, path: str) -> bool:
@@ -186,7 +178,7 @@ class RunDirectory(RunStorage):
             leaving = StepNotes(
                 facts.save_id, notes.is_pinned, notes.metrics, export_leaves=facts.export_subdir
             )
-            self._write_notes(stored, leaving)
+            self.write_notes(stored, leaving)
             self._replace_manifest(stored.path)
             return self._take_away_export(stored, leaving)
         except (OSError, CheckpointError) as error:
@@ -206,7 +198,7 @@ class RunDirectory(RunStorage):
         if os.path.lexists(export):
             os.rename(export, aside)
             sync_directory(stored.path)
-        self._write_notes(stored, StepNotes(notes.save_id, notes.is_pinned, notes.metrics))
+        self.write_notes(stored, StepNotes(notes.save_id, notes.is_pinned, notes.metrics))
         return _is_removed(aside)
 
     def finish_deletions(self) -> None:
@@ -228,6 +220,9 @@ class RunDirectory(RunStorage):
 
     def remove_dead_saves(self) -> None:
         """Delete what dead saves left; see `RunStorage.remove_dead_saves`."""
+        # Not at the top: it imports torch, which takes seconds.
+        from dcp_hf_writer.save.recover_targets import recover_parent  # noqa: PLC0415
+
         recover_parent(self.root, "")
 
     def leftovers(self) -> list[Leftover]:
@@ -276,24 +271,8 @@ class RunDirectory(RunStorage):
             return StepNotes()
         return parse_notes(value, None if stored.facts is None else stored.facts.save_id)
 
-    def note(
-        self,
-        stored: StoredStep,
-        *,
-        is_pinned: bool | None = None,
-        metrics: Mapping[str, float] | None = None,
-    ) -> None:
-        """Note a pin or metrics of a checkpoint; what is not given stays as it is.
-
-        Raises:
-            StorageError: If the notes cannot be written.
-        """
-        with self._lock:
-            save_id = None if stored.facts is None else stored.facts.save_id
-            new = self.notes_of(stored).changed(save_id, is_pinned=is_pinned, metrics=metrics)
-            self._write_notes(stored, new)
-
-    def _write_notes(self, stored: StoredStep, notes: StepNotes) -> None:
+    def write_notes(self, stored: StoredStep, notes: StepNotes) -> None:
+        """Replace the notes; see `RunStorage.write_notes`."""
         self._replace_file(self._notes_path(stored), json.dumps(notes.to_json()).encode())
 
     def _replace_file(self, path: str, data: bytes) -> None:

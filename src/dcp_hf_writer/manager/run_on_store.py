@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-import threading
 import time
 import uuid
 from typing import TYPE_CHECKING, Any
@@ -83,12 +82,11 @@ class RunOnStore(RunStorage):
                 expected="scheme://place/prefix",
                 hint="pass options in storage_options",
             )
-        self.root, self.names = shown_url(url), names
+        super().__init__(shown_url(url), names)
         self._url, self._options = url.rstrip("/"), dict(storage_options or {})
         self._store = open_store(self._url, self._options)
         self._answer_s = answer_s
         self._check = QuickCheck()
-        self._lock = threading.RLock()
         self._deletions = StoreDeletions(self._store, self.root)
 
     def address(self, path: str) -> Address:
@@ -111,7 +109,7 @@ class RunOnStore(RunStorage):
         """Return the steps; see `RunStorage.listing`."""
         tree = self.tree()
         found: list[StoredStep] = []
-        with self._lock:
+        with self.lock:
             named = self.named(list(tree))
             self._check.forget_all_but({f"{self.root}/{name}" for *_, name in named})
             for step, is_step, name in reversed(named):
@@ -137,7 +135,7 @@ class RunOnStore(RunStorage):
         sizes = self._sizes(name)
         if not sizes:
             return StoredStep(step, path, is_snapshot, None, "there is nothing below this URL")
-        with self._lock:
+        with self.lock:
             return self._look(step, name, sizes, is_snapshot=is_snapshot)
 
     def _sizes(self, name: str) -> dict[str, int]:
@@ -234,12 +232,12 @@ class RunOnStore(RunStorage):
         if facts is None or not facts.export_subdir or facts.needs_export:
             return False
         try:
-            with self._lock:
+            with self.lock:
                 notes = self.notes_of(stored)
                 leaving = StepNotes(
                     facts.save_id, notes.is_pinned, notes.metrics, facts.export_subdir
                 )
-                self._write_notes(stored, leaving)
+                self.write_notes(stored, leaving)
             self._take_away_export(stored, leaving)
         except CheckpointError as error:
             _log.warning("could not delete the export of %s: %s", stored.path, error)
@@ -255,9 +253,9 @@ class RunOnStore(RunStorage):
         gone = [f"{name}/{one}" for one in self._sizes(name) if one.startswith(f"{subdir}/")]
         if gone:
             self._store.delete(gone, patience=self._patience())
-        with self._lock:
+        with self.lock:
             pinned, metrics = notes.is_pinned, notes.metrics
-            self._write_notes(stored, StepNotes(notes.save_id, pinned, metrics))
+            self.write_notes(stored, StepNotes(notes.save_id, pinned, metrics))
 
     def finish_deletions(self) -> None:
         """End deletions, and delete what dead saves left; see `RunStorage.finish_deletions`."""
@@ -317,20 +315,8 @@ class RunOnStore(RunStorage):
             return StepNotes()
         return parse_notes(value, None if stored.facts is None else stored.facts.save_id)
 
-    def note(
-        self,
-        stored: StoredStep,
-        *,
-        is_pinned: bool | None = None,
-        metrics: Mapping[str, float] | None = None,
-    ) -> None:
-        """Note a pin or metrics; see `RunStorage.note`."""
-        with self._lock:
-            save_id = None if stored.facts is None else stored.facts.save_id
-            new = self.notes_of(stored).changed(save_id, is_pinned=is_pinned, metrics=metrics)
-            self._write_notes(stored, new)
-
-    def _write_notes(self, stored: StoredStep, notes: StepNotes) -> None:
+    def write_notes(self, stored: StoredStep, notes: StepNotes) -> None:
+        """Replace the notes; see `RunStorage.write_notes`."""
         data = json.dumps(notes.to_json()).encode()
         self._put(_notes_key(stored), data, token=notes.save_id or "")
 

@@ -7,6 +7,7 @@ the latest. Methods that change something are for the coordinator alone.
 from __future__ import annotations
 
 import os
+import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -127,6 +128,12 @@ class RunStorage(ABC):
     names: StepNames
     overwrites: bool
     """Whether a save can replace a checkpoint in the step that publishes. If not, `make_way`."""
+
+    def __init__(self, root: str, names: StepNames) -> None:
+        """Keep where the run is and how its steps are named."""
+        self.root, self.names = root, names
+        self.lock = threading.RLock()
+        """Held while notes are changed, and while what was read before is looked up."""
 
     def path_of(self, step: int, *, is_snapshot: bool = False) -> str:
         """Return the path of the directory of a step, as it is shown."""
@@ -295,6 +302,13 @@ class RunStorage(ABC):
         """Return the notes about a checkpoint; empty if there are none."""
 
     @abstractmethod
+    def write_notes(self, stored: StoredStep, notes: StepNotes) -> None:
+        """Replace the notes about a checkpoint, whole or not at all.
+
+        Raises:
+            StorageError: If they cannot be written.
+        """
+
     def note(
         self,
         stored: StoredStep,
@@ -307,6 +321,10 @@ class RunStorage(ABC):
         Raises:
             StorageError: If the notes cannot be written.
         """
+        with self.lock:
+            save_id = None if stored.facts is None else stored.facts.save_id
+            old = self.notes_of(stored)
+            self.write_notes(stored, old.changed(save_id, is_pinned=is_pinned, metrics=metrics))
 
     def close(self) -> None:  # noqa: B027 - a directory holds nothing open
         """Give back connections; the next call connects again."""
