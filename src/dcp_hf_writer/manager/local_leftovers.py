@@ -9,7 +9,7 @@ import json
 import os
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.errors import CheckpointError, ReadError
 from dcp_hf_writer.formats.names_on_disk import INCOMPLETE, RECORD_NAME
 from dcp_hf_writer.manager.run_storage import Leftover
 from dcp_hf_writer.manager.step_names import DELETED_PREFIX
@@ -52,4 +52,8 @@ def _record(path: str) -> dict[str, Any]:
 
 
 def _nbytes(path: str) -> int:
-    return sum(open_directory(path).tree().values()) if os.path.isdir(path) else 0
+    try:
+        return sum(open_directory(path).tree().values())
+    except ReadError:
+        # The save was published or deleted at this moment, so nothing is left over.
+        return 0
