@@ -161,7 +161,7 @@ class StoreDeletions:
         return found
 
     def _state(self, name: str, record: StoreRecord) -> Literal["dead", "alive", "unknown"]:
-        if record.target != f"{self._root}/{name}" and not record.target.endswith(f"/{name}"):
+        if not record.target.endswith(f"/{name}"):
             # Someone copied it here: the saves elsewhere tell nothing about this prefix.
             return "unknown"
         if record.is_over:
