@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import logging
-import os
 from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_hf_writer.errors import CheckpointError, ConfigError
 from dcp_hf_writer.manager.failure_policy import rules_of
-from dcp_hf_writer.manager.free_space import refusal_for_space
 from dcp_hf_writer.manager.keep_house import Housekeeper
 from dcp_hf_writer.manager.on_signal import OnSignal, SignalHandlers
+from dcp_hf_writer.manager.open_run import open_run
 from dcp_hf_writer.manager.own_group import OwnGroup
 from dcp_hf_writer.manager.pending_save import SaveRequest
 from dcp_hf_writer.manager.rank_messages import Messages, World
+from dcp_hf_writer.manager.refuse_save import refusal_of
 from dcp_hf_writer.manager.restore_run import Restore, Restored, RestoreOptions, RestoreTools
 from dcp_hf_writer.manager.retention import KeepBest, Retention, as_keep_best
 from dcp_hf_writer.manager.run_content import RunContent
-from dcp_hf_writer.manager.run_directory import RunDirectory
 from dcp_hf_writer.manager.run_saves import RunSaves, SaveOptions
 from dcp_hf_writer.manager.save_calls import SaveCalls
 from dcp_hf_writer.manager.save_report import as_callbacks
@@ -28,12 +27,12 @@ from dcp_hf_writer.manager.shared_root import prepare_shared_root
 from dcp_hf_writer.manager.step_names import StepNames
 from dcp_hf_writer.manager.trainer_state import skipped_names
 from dcp_hf_writer.mapping.option_values import check_flag, check_seconds, check_whole, check_word
-from dcp_hf_writer.preflight import check_options
 from dcp_hf_writer.run_writers import RunWriters
 from dcp_hf_writer.staging.stager import wait_before_step
 from dcp_hf_writer.storage.write_slots import WriteSlots
 
 if TYPE_CHECKING:
+    import os
     from collections.abc import Callable, Mapping, Sequence
 
     import torch
@@ -105,7 +104,8 @@ class CheckpointManager:
         """Prepare a run: make its directory and its process group, and check that they work.
 
         Args:
-            root: Directory of the run. Each step gets a directory in it, such as `step-100`.
+            root: Directory of the run, or a URL such as `s3://bucket/run`. Each step gets a
+                directory in it, such as `step-100`.
             save_every: When to save: a number of steps, a `timedelta`, or cadences joined with `|`.
             export_every: When a save also writes the HuggingFace half; `None` means every save, if
                 `export` is given. A step that is due for an export is saved in any case.
@@ -145,18 +145,20 @@ class CheckpointManager:
             late_after_s: A save that runs longer gets a line in the log that names the late ranks.
             allow_pickled_objects: Let `restore` load objects of any class. This runs code that the
                 checkpoint names.
-            storage_options: Must be `None`: object stores are not supported yet.
+            storage_options: Options for a URL, as fsspec takes them, such as credentials.
 
         Raises:
             ConfigError: If an option cannot be used as given.
-            StorageError: If the directory cannot be made, or ranks do not share it.
+            StorageError: If the run cannot be written to, or ranks do not share it.
+            SaveTimeoutError: If a store does not answer.
             RankLostError: If a rank does not make its manager.
         """
         global _managers  # noqa: PLW0603 - one counter per process
         check_word("checkpointer", checkpointer, ("thread", "process"))
         check_seconds("late_after_s", late_after_s)
         check_flag("save_rng", save_rng)
-        check_options.check_no_storage_options(storage_options)
+        self._directory = open_run(root, names, storage_options)
+        self.root = self._directory.root
         if staging == "overlap" and not optimizers:
             msg = 'staging="overlap" copies while training goes on, so optimizers must wait for it'
             raise ConfigError(msg, expected="optimizers=[optimizer]", found="none")
@@ -167,6 +169,7 @@ class CheckpointManager:
         self._timeout_s, self._allow_pickled_objects = timeout_s, allow_pickled_objects
         self._writers = RunWriters(
             export,
+            address=self._directory.address,
             weights=weights,
             allow_pickled_objects=allow_pickled_objects,
             options={
@@ -190,8 +193,7 @@ class CheckpointManager:
             late_after_s,
             self._writers.subdir,
         )
-        self.root = check_options.local_path(root)
-        self._writers.writer(os.path.join(self.root, names.name_of(0)), has_export=True)
+        self._writers.writer(self._directory.path_of(0), has_export=True)
         _managers += 1
         self._world = World.current()
         self._content = RunContent(
@@ -199,7 +201,6 @@ class CheckpointManager:
         )
         connect = partial(Messages, self._world, f"dcp-hf-manager/{_managers}")
         self._messages = connect()
-        self._directory = RunDirectory(self.root, names)
         self._restores = 0
         self._restored: Restored | None = None
         self._first_step: int | None = None
@@ -210,11 +211,7 @@ class CheckpointManager:
         self._group = OwnGroup(self._world, timeout_s=timeout_s)
         self._house = Housekeeper(self._directory, retention)
         self._saves = RunSaves(
-            self._directory,
-            self._group,
-            self._house,
-            options,
-            (self._messages, connect()),
+            self._directory, self._group, self._house, options, (self._messages, connect())
         )
         self._hooks = [wait_before_step(one, lambda: self._saves.copies) for one in optimizers]
         self._calls = SaveCalls(
@@ -295,27 +292,29 @@ class CheckpointManager:
         self, step: int, state_dict: Any, due: DueSave, metrics: Mapping[str, float] | None
     ) -> None:
         check_whole("step", step, least=0)
-        path = self._directory.path_of(step, is_snapshot=due.is_snapshot)
-        overwrite = os.path.lexists(path) and self._may_replace(step)
+        run, has_export = self._directory, due.has_export
+        path = run.path_of(step, is_snapshot=due.is_snapshot)
+        may_replace = partial(self._may_replace, step, path, is_snapshot=due.is_snapshot)
         self._calls.note_save()
         self._saves.begin(
-            lambda number: SaveRequest(
-                number, step, path, due.is_snapshot, due.has_export, metrics
-            ),
+            lambda number: SaveRequest(number, step, path, due.is_snapshot, has_export, metrics),
             lambda: self._content.at(step, state_dict),
-            refuse=lambda content: refusal_for_space(
-                self._directory,
+            refuse=lambda request, content: refusal_of(
+                run,
                 self._house,
-                path=path,
-                needed=self._writers.planned_nbytes(content, has_export=due.has_export),
+                request,
+                may_replace=may_replace,
+                needed=self._writers.planned_nbytes(content, has_export=has_export),
                 timeout_s=self._timeout_s,
             ),
-            overwrite=overwrite or due.is_snapshot,
+            overwrite=run.overwrites and may_replace(),
         )
         self._saved_step = step
 
-    def _may_replace(self, step: int) -> bool:
-        """Whether a checkpoint of this step belongs to a future that the run has left."""
+    def _may_replace(self, step: int, path: str, *, is_snapshot: bool) -> bool:
+        """Whether what is there may go: a snapshot, or a future that the run has left."""
+        if is_snapshot or not self._directory.exists(path):
+            return is_snapshot
         is_after = self._restored is not None and step > self._restored.step
         return is_after or self._directory.look_at(step).facts is None
 
@@ -378,13 +377,12 @@ class CheckpointManager:
             self._group.current,
             lambda path, source: self._writers.reader(path, source, verify=verify),
             self._timeout_s,
+            self._directory.address,
         )
-        candidates = None
-        if self._world.is_coordinator:
-            listing = self._directory.listing()
-            candidates = [one for one in listing if step in {None, one.step}]
         run = Restore(f"restore/{self._restores}", tools, options)
-        self._restored = run.run(candidates, given, self._content.objects)
+        self._restored = run.run(
+            partial(self._directory.candidates, step), given, self._content.objects
+        )
         return None if self._restored is None else self._restored.step
 
     @property
@@ -462,6 +460,7 @@ class CheckpointManager:
         self._house.close()
         if not self._saves.is_busy:
             self._group.close()
+            self._directory.close()
 
     def __enter__(self) -> Self:
         return self

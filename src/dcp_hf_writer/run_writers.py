@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
 from dcp_hf_writer.manager.planned_size import planned_nbytes
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.reader import HFDualReader
+from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.tensors.dtypes import export_dtype
 from dcp_hf_writer.writer import HFDualWriter
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     import torch.distributed as dist
+
+    from dcp_hf_writer.manager.run_storage import Address
 
 
 class RunWriters:
@@ -25,6 +27,7 @@ class RunWriters:
         self,
         export: HFExport | None,
         *,
+        address: Callable[[str], Address],
         weights: str,
         allow_pickled_objects: bool,
         options: Mapping[str, Any],
@@ -33,11 +36,13 @@ class RunWriters:
 
         Args:
             export: Options of the HuggingFace half; `None` writes none.
+            address: Says how to reach a path of the run.
             weights: As in `HFDualWriter`, for saves with an export.
             allow_pickled_objects: As in `HFDualReader`.
             options: Other options of every writer.
         """
         self.export = export
+        self._address = address
         self._weights, self._allow_pickled_objects = weights, allow_pickled_objects
         self._options = dict(options)
 
@@ -66,8 +71,10 @@ class RunWriters:
             ConfigError: If an option cannot be used as given.
         """
         has_export = has_export and self.export is not None
+        place, storage_options = self._address(path)
         return HFDualWriter(
-            path,
+            place,
+            storage_options=storage_options,
             export=self.export if has_export else None,
             weights="once" if has_export and self._weights == "once" else "both",
             overwrite=overwrite,
@@ -83,9 +90,11 @@ class RunWriters:
             source: As in `HFDualReader`.
             verify: Compare what is read with the digests, if the checkpoint has any.
         """
-        has_digests = verify and os.path.exists(os.path.join(path, MANIFEST_NAME))
+        place, storage_options = self._address(path)
+        has_digests = verify and open_directory(place, storage_options).has(MANIFEST_NAME)
         return HFDualReader(
-            path,
+            place,
+            storage_options=storage_options,
             source=source,
             specs=None if self.export is None else self.export.specs,
             verify=has_digests,

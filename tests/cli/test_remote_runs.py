@@ -1,4 +1,4 @@
-"""`ls`, `latest` and `verify` read a run behind a URL; commands that change one refuse it."""
+"""Commands read a run behind a URL, and change it: `ls`, `latest`, `verify`, `gc`, `pin`."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import fsspec
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from typer.testing import CliRunner
 
+from dcp_hf_writer import HFDualWriter
 from dcp_hf_writer.cli.app import app
 from dcp_hf_writer.cli.json_schemas import SCHEMAS
+from dcp_hf_writer.save.owner_process import Owner
+from dcp_hf_writer.save.store_record import StoreRecord
 from support.json_schema import schema_fault
 
 if TYPE_CHECKING:
@@ -100,13 +105,41 @@ def test_verify_of_a_url_checks_every_step(copied: str, run: Path) -> None:
     assert found[0]["path"] == f"{ROOT}/step-1"
 
 
-@pytest.mark.parametrize("command", [("gc",), ("pin", "1"), ("unpin", "1")], ids=lambda c: c[0])
-def test_command_that_changes_a_run_refuses_a_url(copied: str, command: tuple[str, ...]) -> None:
-    name, *rest = command
-    code, printed = invoke(name, copied, *rest)
+def test_pin_and_unpin_work_on_a_url(copied: str) -> None:
+    assert answer("pin", copied, "3")["is_pinned"] is True
+    pinned = [one["step"] for one in answer("ls", copied)["steps"] if one["is_pinned"]]
+    assert pinned == [2, 3]
+    assert answer("unpin", copied, "3")["is_pinned"] is False
+    code, printed = invoke("pin", copied, "99")
     assert code == 2
-    assert "does not work on URLs" in printed
-    assert "ls, latest and verify read URLs" in printed
+    assert f"{ROOT}/step-99" in printed
+
+
+def test_gc_of_a_url_deletes_what_the_limits_give_up(tmp_path: Path) -> None:
+    root = f"memory://gc{tmp_path}/run"
+    memory = fsspec.filesystem("memory")
+    state = {"model": {"w": torch.ones(4)}}
+    for step in (1, 2, 3):
+        dcp.save(state, storage_writer=HFDualWriter(f"{root}/step-{step}"), no_dist=True)
+    dead = StoreRecord(
+        "20200101T000000-00000000-1-x", f"{root}/step-9", Owner.me(), 1, ("hf/a.safetensors",)
+    )
+    memory.pipe_file(f"{root}/step-9/.dcp-hf-save.json", dead.encode())
+    memory.pipe_file(f"{root}/step-9/hf/a.safetensors", b"left")
+    memory.pipe_file(f"{root}/step-9/mine.txt", b"another's")
+    planned = answer("gc", root, "--keep-last", "1", "--dry-run")
+    assert (planned["steps"], planned["remaining"]) == ([1, 2], [])
+    assert [(one["name"], one["state"]) for one in planned["leftovers"]] == [("step-9", "dead")]
+    assert [one["step"] for one in answer("ls", root)["steps"]] == [1, 2, 3, 9]
+    done = answer("gc", root, "--keep-last", "1")
+    assert (done["steps"], done["remaining"]) == ([1, 2], [])
+    assert done["nbytes"] == planned["nbytes"] > 0
+    assert answer("latest", root)["step"] == 3
+    below = root.partition("://")[2]
+    left = [name.partition(below)[2] for name in memory.find(f"/{below}")]
+    assert {name.split("/")[1] for name in left} == {"step-3", "step-9"}
+    assert "/step-9/mine.txt" in left
+    assert not [name for name in left if "step-9/hf" in name or name.endswith("save.json")]
 
 
 @pytest.mark.parametrize("url", ["memory://nothing/here", "nonsense://a/b"])

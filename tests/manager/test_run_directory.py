@@ -16,13 +16,15 @@ from dcp_hf_writer.errors import ConfigError
 from dcp_hf_writer.manager import run_directory
 from dcp_hf_writer.manager.keep_house import Housekeeper
 from dcp_hf_writer.manager.retention import Retention
-from dcp_hf_writer.manager.run_directory import RunDirectory, StoredStep
+from dcp_hf_writer.manager.run_directory import RunDirectory
 from dcp_hf_writer.manager.step_names import DELETED_PREFIX, StepNames
 from support.named_bytes import EXPORT, save_held_by, sharded_state
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
+
+    from dcp_hf_writer.manager.run_storage import StoredStep
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 

@@ -2,43 +2,37 @@
 
 from __future__ import annotations
 
-import os
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.cli.plain_text import count, size
 from dcp_hf_writer.cli.run_command import Outcome, line
-from dcp_hf_writer.cli.run_listing import leftovers, open_run
-from dcp_hf_writer.formats.names_on_disk import INCOMPLETE, RECORD_NAME
+from dcp_hf_writer.cli.run_listing import run_to_change
 from dcp_hf_writer.manager.keep_house import Housekeeper
-from dcp_hf_writer.manager.step_names import DELETED_PREFIX
-from dcp_hf_writer.save.owner_process import Owner, is_abandoned
-from dcp_hf_writer.save.recover_targets import recover_parent
-from dcp_hf_writer.save.replace_target import read_json
-from dcp_hf_writer.storage.open_directory import open_directory
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from dcp_hf_writer.manager.retention import Retention
-    from dcp_hf_writer.manager.run_directory import StoredStep
+    from dcp_hf_writer.manager.run_storage import RunStorage, StoredStep
 
 
 def collect_garbage(root: str, prefix: str, retention: Retention, *, is_dry: bool) -> Outcome:
     """Delete what dead saves left, replaced snapshots, and what the retention gives up.
 
     Raises:
-        ConfigError: As `open_run`.
+        ConfigError: As `run_to_change`.
         StorageError: If the directory cannot be listed.
     """
-    run = open_run(root, prefix)
+    run = run_to_change(root, prefix)
     house = Housekeeper(run, retention)
     plan = house.plan()
-    before = [_leftover(run.root, name) for name in leftovers(run.root)]
-    nbytes = sum(_nbytes(one.path) for one in (*plan.snapshots, *plan.steps))
-    nbytes += sum(_export_nbytes(one) for one in plan.exports)
-    nbytes += sum(one["nbytes"] for one in before if one["state"] == "dead")
+    before = run.leftovers()
+    nbytes = sum(sum(run.sizes_of(one).values()) for one in (*plan.snapshots, *plan.steps))
+    nbytes += sum(_export_nbytes(run, one) for one in plan.exports)
+    nbytes += sum(one.nbytes for one in before if one.state == "dead")
     if not is_dry:
-        recover_parent(run.root, "")
+        run.remove_dead_saves()
         house.run()
     value = {
         "root": run.root,
@@ -46,36 +40,17 @@ def collect_garbage(root: str, prefix: str, retention: Retention, *, is_dry: boo
         "steps": [one.step for one in plan.steps],
         "exports": [one.step for one in plan.exports],
         "snapshots": [one.step for one in plan.snapshots],
-        "leftovers": before,
-        "remaining": [] if is_dry else leftovers(run.root),
+        "leftovers": [asdict(one) for one in before],
+        "remaining": [] if is_dry else [one.name for one in run.leftovers()],
         "nbytes": nbytes,
     }
     return Outcome(value)
 
 
-def _leftover(root: str, name: str) -> dict[str, Any]:
-    return {"name": name, "state": _state(root, name), "nbytes": _nbytes(os.path.join(root, name))}
-
-
-def _state(root: str, name: str) -> str:
-    """Tell whether a process still works on a leftover: `dead`, `alive` or `unknown`."""
-    if name.startswith(DELETED_PREFIX):
-        return "dead"
-    record = read_json(os.path.join(root, name, RECORD_NAME)) or {}
-    owner = Owner.from_json(record.get("owner"))
-    if owner is None:
-        return "unknown"
-    abandoned = is_abandoned(name.removeprefix(INCOMPLETE), owner)
-    return "unknown" if abandoned is None else "dead" if abandoned else "alive"
-
-
-def _nbytes(path: str) -> int:
-    return sum(open_directory(path).tree().values()) if os.path.isdir(path) else 0
-
-
-def _export_nbytes(stored: StoredStep) -> int:
+def _export_nbytes(run: RunStorage, stored: StoredStep) -> int:
     subdir = None if stored.facts is None else stored.facts.export_subdir
-    return 0 if not subdir else _nbytes(os.path.join(stored.path, subdir))
+    sizes = run.sizes_of(stored) if subdir else {}
+    return sum(nbytes for name, nbytes in sizes.items() if name.startswith(f"{subdir}/"))
 
 
 def show_garbage(value: dict[str, Any], console: Console) -> None:
@@ -106,7 +81,7 @@ def pin(root: str, prefix: str, step: int, *, is_pinned: bool) -> Outcome:
         ConfigError: If there is no whole checkpoint of the step.
         StorageError: If the note cannot be written.
     """
-    run = open_run(root, prefix)
+    run = run_to_change(root, prefix)
     run.prepare()
     run.pin(step, is_pinned=is_pinned, may_write=True)
     return Outcome({"root": run.root, "step": step, "is_pinned": is_pinned})

@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any
 from dcp_hf_writer.cli import exit_codes, plain_text
 from dcp_hf_writer.cli.run_command import Outcome, line, row, table
 from dcp_hf_writer.errors import ConfigError
-from dcp_hf_writer.formats.names_on_disk import INCOMPLETE, MANIFEST_NAME, METADATA_NAME
+from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
+from dcp_hf_writer.manager.open_run import open_run
 from dcp_hf_writer.manager.remote_run import RemoteRun
-from dcp_hf_writer.manager.run_directory import RunDirectory, StoredStep
-from dcp_hf_writer.manager.step_names import DELETED_PREFIX, StepNames
-from dcp_hf_writer.storage.open_directory import open_directory
+from dcp_hf_writer.manager.step_names import StepNames
 from dcp_hf_writer.storage.paths_as_written import plain_path
 from dcp_hf_writer.storage.store_urls import is_url
 
@@ -22,35 +21,30 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
+    from dcp_hf_writer.manager.run_storage import RunStorage, StoredStep
+
 _STYLES = {"committed": "", "unverified": "yellow", "incomplete": "red"}
 
 
-def open_run(root: str, prefix: str) -> RunDirectory:
-    """Return the local directory of a run, for commands that change it.
+def run_to_change(root: str, prefix: str) -> RunStorage:
+    """Return the storage of a run, for commands that change it.
 
     Raises:
-        ConfigError: If `root` is no local directory, or the prefix cannot be used.
+        ConfigError: If there is no such directory, if the URL cannot be opened, or if the prefix
+            cannot be used.
     """
-    text = plain_path(root)
-    if is_url(text):
-        raise ConfigError(
-            "this command changes a run, so it does not work on URLs",
-            path=text,
-            expected="a path on a mounted file system",
-            hint="ls, latest and verify read URLs",
-        )
-    path = os.path.abspath(text)
-    if not os.path.isdir(path):
+    run = open_run(root, StepNames(prefix))
+    if not is_url(run.root) and not os.path.isdir(run.root):
         raise ConfigError(
             "there is no directory of a run here",
-            path=path,
+            path=run.root,
             expected=f"a directory with steps such as {StepNames(prefix).name_of(100)}",
-            found="a file" if os.path.exists(path) else "nothing",
+            found="a file" if os.path.exists(run.root) else "nothing",
         )
-    return RunDirectory(path, StepNames(prefix))
+    return run
 
 
-def read_run(root: str, prefix: str) -> RunDirectory | RemoteRun:
+def read_run(root: str, prefix: str) -> RunStorage | RemoteRun:
     """Return the directory of a run, local or behind a URL, for commands that only read.
 
     Raises:
@@ -58,7 +52,7 @@ def read_run(root: str, prefix: str) -> RunDirectory | RemoteRun:
         ReadError: If the directory cannot be listed.
     """
     text = plain_path(root)
-    return RemoteRun(text, StepNames(prefix)) if is_url(text) else open_run(root, prefix)
+    return RemoteRun(text, StepNames(prefix)) if is_url(text) else run_to_change(root, prefix)
 
 
 def list_steps(root: str, prefix: str) -> Outcome:
@@ -75,7 +69,7 @@ def list_steps(root: str, prefix: str) -> Outcome:
         "root": run.root,
         "latest": None if latest is None else latest.step,
         "steps": [_described(run, stored) for stored in listing],
-        "leftovers": run.leftovers() if isinstance(run, RemoteRun) else leftovers(run.root),
+        "leftovers": [one.name for one in run.leftovers()],
     }
     return Outcome(value)
 
@@ -157,9 +151,9 @@ def _show_table(steps: list[dict[str, Any]], latest: int | None, console: Consol
     console.print(made)
 
 
-def _described(run: RunDirectory | RemoteRun, stored: StoredStep) -> dict[str, Any]:
+def _described(run: RunStorage | RemoteRun, stored: StoredStep) -> dict[str, Any]:
     facts, notes = stored.facts, run.notes_of(stored)
-    sizes = run.sizes_of(stored) if isinstance(run, RemoteRun) else _sizes_of(stored)
+    sizes = run.sizes_of(stored)
     export, dcp = _nbytes_of_halves(stored, sizes)
     state = "incomplete"
     if facts is not None:
@@ -182,10 +176,6 @@ def _described(run: RunDirectory | RemoteRun, stored: StoredStep) -> dict[str, A
     }
 
 
-def _sizes_of(stored: StoredStep) -> dict[str, int]:
-    return open_directory(stored.path).tree()
-
-
 def _nbytes_of_halves(stored: StoredStep, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Return the bytes of the HuggingFace half, and of all other files."""
     subdir = "hf" if stored.facts is None else stored.facts.export_subdir
@@ -202,10 +192,3 @@ def _age_s(path: str) -> float:
         except OSError:
             continue
     return 0.0
-
-
-def leftovers(root: str) -> list[str]:
-    """Return the names of directories of saves in flight, dead saves and deletions."""
-    return sorted(
-        name for name in os.listdir(root) if name.startswith((INCOMPLETE, DELETED_PREFIX))
-    )

@@ -1,5 +1,5 @@
 """The life of a run: when to save, which steps to keep, how to resume, what to do on failure.
 
-Modules here reach the storage of a run through `run_directory` (`remote_run` for URLs) alone, and
-decide in pure functions.
+Modules here reach the storage of a run through `run_storage` (`remote_run` to list any URL) alone,
+and decide in pure functions.
 """

@@ -147,7 +147,7 @@ def agree(
             left = max(until - time.monotonic(), 0) + SETTLE_S + AFTER_DEADLINE_S
             verdict = messages.take_from_coordinator(verdict_key, timeout_s=left, doing="finish")
     except RankLostError as lost:
-        found = look()
+        found, _ = _looked(look)
         return Verdict(
             None if found is None else found.save_id,
             lost,
@@ -186,7 +186,8 @@ def _decide(
     others, silent = _results(messages, key)
     error = error or next((one for one in others if one is not None), None)
     is_lost = bool(silent) or any(breaks_group(one) for one in (error, *others))
-    found = look()
+    found, refusal = _looked(look)
+    error = error or refusal
     if found is not None and not isinstance(error, ExportError):
         if error is not None:
             _log.warning("the save is committed, although a rank reported: %s", error)
@@ -209,6 +210,14 @@ def _decide(
     assert error is not None
     error = _ours(error, None)
     return Verdict(None, error, pause_s=None if is_lost else pause(error), is_group_lost=is_lost)
+
+
+def _looked(look: Callable[[], Committed | None]) -> tuple[Committed | None, BaseException | None]:
+    """Ask the storage; return why it does not answer, if it does not."""
+    try:
+        return look(), None
+    except CheckpointError as error:
+        return None, error
 
 
 def _results(messages: Messages, key: str) -> tuple[list[BaseException | None], list[int]]:

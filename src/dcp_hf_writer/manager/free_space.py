@@ -9,29 +9,30 @@ from dcp_hf_writer.errors import CheckpointError, StorageError
 
 if TYPE_CHECKING:
     from dcp_hf_writer.manager.keep_house import Housekeeper
-    from dcp_hf_writer.manager.run_directory import RunDirectory
+    from dcp_hf_writer.manager.run_storage import RunStorage
 
 
 def refusal_for_space(
-    directory: RunDirectory, house: Housekeeper, *, path: str, needed: int, timeout_s: float
+    directory: RunStorage, house: Housekeeper, *, path: str, needed: int, timeout_s: float
 ) -> CheckpointError | None:
     """Return the error if a checkpoint does not fit on the device; `None` if it does.
 
     Args:
-        directory: The directory of the run.
+        directory: The storage of the run.
         house: Deletes what retention gives up, if the space is short.
         path: Path of the checkpoint.
         needed: Its size in bytes.
         timeout_s: How long deletions may take, in seconds.
     """
     try:
-        if directory.free_nbytes() < needed:
+        free = directory.free_nbytes()
+        if free is not None and free < needed:
             house.wait(timeout_s)
             house.run()
-        free = directory.free_nbytes()
+            free = directory.free_nbytes()
     except CheckpointError as error:
         return error
-    if free >= needed:
+    if free is None or free >= needed:
         return None
     return StorageError(
         "there is not enough free space for the checkpoint",

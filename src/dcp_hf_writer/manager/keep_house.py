@@ -8,13 +8,13 @@ from concurrent.futures import TimeoutError as NotDone
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer.errors import SaveTimeoutError
+from dcp_hf_writer.errors import CheckpointError, SaveTimeoutError
 from dcp_hf_writer.manager.retention import KnownStep, Retention, plan_retention
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
-    from dcp_hf_writer.manager.run_directory import RunDirectory, StoredStep
+    from dcp_hf_writer.manager.run_storage import RunStorage, StoredStep
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Removals:
 class Housekeeper:
     """Deletes what the retention of a run gives up (coordinator only), off the training thread."""
 
-    def __init__(self, directory: RunDirectory, retention: Retention) -> None:
+    def __init__(self, directory: RunStorage, retention: Retention) -> None:
         """Work in a directory of a run; nothing begins."""
         self._directory = directory
         self._retention = retention
@@ -85,7 +85,7 @@ class Housekeeper:
         try:
             self._directory.finish_deletions()
             self._delete(self.plan(protected=protected))
-        except OSError as error:
+        except (CheckpointError, OSError) as error:
             _log.warning("retention could not run (%s); the next save tries again", error)
 
     def plan(self, *, protected: frozenset[int] = frozenset()) -> Removals:

@@ -10,7 +10,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer.errors import ExportError
+from dcp_hf_writer.errors import CheckpointError, ExportError
 from dcp_hf_writer.manager.agree_on_outcome import Committed, Verdict, agree
 from dcp_hf_writer.manager.save_report import SaveReport
 from dcp_hf_writer.save.owner_process import is_from_here
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dcp_hf_writer.manager.rank_messages import Messages
-    from dcp_hf_writer.manager.run_directory import RunDirectory, StoredStep
+    from dcp_hf_writer.manager.run_storage import RunStorage, StoredStep
 
 _log = logging.getLogger(__name__)
 
@@ -50,8 +50,8 @@ Launch = Callable[[], Future[Any]]
 class SaveTools:
     """What a save needs from the manager."""
 
-    directory: RunDirectory
-    """The directory of the run."""
+    directory: RunStorage
+    """The storage of the run."""
     messages: Messages
     """Messages of the thread that follows the save."""
     timeout_s: float
@@ -158,7 +158,12 @@ class PendingSave:
         return self._tools.directory.look_at(request.step, is_snapshot=request.is_snapshot)
 
     def _save_id(self) -> str | None:
-        facts = self._look().facts
+        try:
+            facts = self._look().facts
+        except CheckpointError as error:
+            # A store does not answer. There, a save never replaces a checkpoint in place.
+            _log.warning("could not look for a checkpoint before the save: %s", error)
+            return None
         return None if facts is None else facts.save_id
 
     def _committed(self) -> Committed | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 import xxhash
 
-from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.errors import CheckpointError, SaveTimeoutError, WriteError
 from dcp_hf_writer.formats.names_on_disk import (
     MANIFEST_NAME,
     METADATA_NAME,
@@ -20,6 +20,7 @@ from dcp_hf_writer.formats.names_on_disk import (
     is_hf_directory,
 )
 from dcp_hf_writer.load.read_manifest import manifest_of
+from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.store_urls import is_url
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dcp_hf_writer.plan.encode_manifest import WholeFile
+    from dcp_hf_writer.plan.parse_manifest import Manifest
     from dcp_hf_writer.storage.input_contract import InputFiles
 
 StoredKind = Literal["manifest", "dcp", "parts", "hf"]
@@ -64,12 +66,16 @@ class _Listed:
     sizes: Mapping[str, int]
 
 
+_Stamp = tuple[int, int, int] | str
+"""Tells whether a manifest was replaced: inode, time and size, or the digest of its bytes."""
+
+
 class QuickCheck:
     """Checks directories, and remembers the manifests that it has read. One thread at a time."""
 
     def __init__(self) -> None:
         """Remember nothing."""
-        self._known: dict[str, tuple[tuple[int, int, int], _Listed]] = {}
+        self._known: dict[str, tuple[_Stamp, _Listed]] = {}
 
     def run(self, path: str) -> StoredFacts | str:
         """Look at a directory.
@@ -92,11 +98,17 @@ class QuickCheck:
 
         Returns:
             As `run`.
+
+        Raises:
+            WriteError: If an object store refuses, which tells nothing about the checkpoint.
+            SaveTimeoutError: If an object store does not answer.
         """
         try:
             if MANIFEST_NAME in sizes:
                 return self._by_manifest(files, sizes)
             return _without_manifest(files, sizes)
+        except (WriteError, SaveTimeoutError):
+            raise
         except CheckpointError as error:
             return str(error)
 
@@ -116,26 +128,33 @@ class QuickCheck:
         return listed.facts
 
     def _listed(self, files: InputFiles) -> _Listed | str:
+        data = None
+        stamp: _Stamp
         if is_url(files.path):
-            return _listed_now(files)
-        try:
-            stat = os.stat(os.path.join(files.path, MANIFEST_NAME))
-        except OSError as error:
-            return f"{MANIFEST_NAME}: {error.strerror}"
-        stamp = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
+            # A store tells no stamp in a listing. DCP's metadata, which is larger, is read once.
+            data = files.read_whole(MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES)
+            stamp = xxhash.xxh3_64_hexdigest(data)
+        else:
+            try:
+                stat = os.stat(os.path.join(files.path, MANIFEST_NAME))
+            except OSError as error:
+                return f"{MANIFEST_NAME}: {error.strerror}"
+            stamp = (stat.st_ino, stat.st_mtime_ns, stat.st_size)
         known = self._known.get(files.path)
         if known is not None and known[0] == stamp:
             return known[1]
-        listed = _listed_now(files)
+        manifest = manifest_of(files) if data is None else _parsed(files, data)
+        listed = f"{MANIFEST_NAME} is gone" if manifest is None else _listed_in(files, manifest)
         if not isinstance(listed, str):
             self._known[files.path] = (stamp, listed)
         return listed
 
 
-def _listed_now(files: InputFiles) -> _Listed | str:
-    manifest = manifest_of(files)
-    if manifest is None:
-        return f"{MANIFEST_NAME} is gone"
+def _parsed(files: InputFiles, data: bytes) -> Manifest:
+    return parse_manifest(data, path=f"{files.path}/{MANIFEST_NAME}")
+
+
+def _listed_in(files: InputFiles, manifest: Manifest) -> _Listed | str:
     sizes = manifest.sizes()
     metadata = manifest.files.get(METADATA_NAME)
     problem = None if metadata is None else _other_bytes(files, metadata)

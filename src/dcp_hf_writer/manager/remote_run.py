@@ -1,7 +1,6 @@
 """The steps of a run behind a URL, for reading only.
 
-Writers save to object stores, and other programs copy runs there; the manager itself writes to
-POSIX only.
+It reads whatever fsspec reads, also chains of file systems; `run_on_store` is for runs that change.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING
 from dcp_hf_writer.errors import CheckpointError
 from dcp_hf_writer.formats.names_on_disk import INCOMPLETE
 from dcp_hf_writer.manager.quick_check import QuickCheck
-from dcp_hf_writer.manager.run_directory import StepNotes, StoredStep, parse_notes
+from dcp_hf_writer.manager.run_storage import Leftover, StepNotes, StoredStep, parse_notes
 from dcp_hf_writer.manager.step_names import DELETED_PREFIX, NOTES
 from dcp_hf_writer.storage.open_directory import open_directory
 
@@ -92,6 +91,7 @@ class RemoteRun:
             return StepNotes()
         return parse_notes(value, None if stored.facts is None else stored.facts.save_id)
 
-    def leftovers(self) -> list[str]:
-        """Return the names of directories of saves in flight, dead saves and deletions."""
-        return sorted(name for name in self._sizes if name.startswith((INCOMPLETE, DELETED_PREFIX)))
+    def leftovers(self) -> list[Leftover]:
+        """Return the directories of saves in flight, dead saves and deletions, by name."""
+        names = sorted(n for n in self._sizes if n.startswith((INCOMPLETE, DELETED_PREFIX)))
+        return [Leftover(name, "unknown", sum(self._sizes[name].values())) for name in names]

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.storage import StorageReader
 
     from dcp_hf_writer.manager.rank_messages import Messages, World
-    from dcp_hf_writer.manager.run_directory import StoredStep
+    from dcp_hf_writer.manager.run_storage import Address, StoredStep
+    from dcp_hf_writer.storage.input_contract import InputFiles
 
 _log = logging.getLogger(__name__)
 
@@ -88,11 +89,17 @@ class RestoreTools:
     reader: Callable[[str, str], StorageReader]
     """Makes the reader of a path and a source, `"dcp"`, `"hf"` or `"auto"`."""
     timeout_s: float
+    address: Callable[[str], Address]
+    """Says how to reach a path of the run."""
 
     @property
     def world(self) -> World:
         """The ranks."""
         return self.messages.world
+
+    def open(self, path: str) -> InputFiles:
+        """Return the files below a path of the run."""
+        return open_directory(*self.address(path))
 
 
 class Restore:
@@ -111,21 +118,22 @@ class Restore:
 
     def run(
         self,
-        candidates: Sequence[StoredStep] | None,
+        candidates: Callable[[], Sequence[StoredStep]],
         state_dict: dict[str, Any],
         objects: Mapping[str, Any],
     ) -> Restored | None:
         """Load the newest candidate that is good; returns `None` if there is no candidate.
 
         Args:
-            candidates: The whole checkpoints, oldest first, and the broken ones among them; only
-                the coordinator's count.
+            candidates: Finds the whole checkpoints, oldest first, and the broken ones among them;
+                called on the coordinator.
             state_dict: Loaded in place.
             objects: Objects of this rank, by name; each gets its state back.
 
         Raises:
             CorruptCheckpointError: If there are checkpoints, and none can be loaded.
-            CheckpointError: If the newest good one does not fit what is to be loaded.
+            CheckpointError: If the newest good one does not fit what is to be loaded, or the
+                storage cannot be listed.
         """
         number = 0
         for number, stored in enumerate(self._shared(candidates), 1):
@@ -150,16 +158,19 @@ class Restore:
         if self._tools.world.is_coordinator:
             _log.warning("not resuming from %s: %s", path, problem)
 
-    def _shared(self, candidates: Sequence[StoredStep] | None) -> list[StoredStep]:
+    def _shared(self, candidates: Callable[[], Sequence[StoredStep]]) -> list[StoredStep]:
         """Return the coordinator's candidates on every rank, newest first."""
-        tools = self._tools
+        tools, key = self._tools, f"{self._key}/candidates"
         if tools.world.is_alone:
-            return list(candidates or ())[::-1]
+            return list(candidates())[::-1]
         if tools.world.is_coordinator:
-            tools.messages.put(f"{self._key}/candidates", list(candidates or ())[::-1])
-        found = tools.messages.take_from_coordinator(
-            f"{self._key}/candidates", timeout_s=tools.timeout_s, doing="read"
-        )
+            try:
+                tools.messages.put(key, list(candidates())[::-1])
+            except CheckpointError as error:
+                tools.messages.put(key, error)
+        found = tools.messages.take_from_coordinator(key, timeout_s=tools.timeout_s, doing="read")
+        if isinstance(found, CheckpointError):
+            raise found
         return list(found)
 
     def _tried(
@@ -217,7 +228,7 @@ class Restore:
         facts = stored.facts
         if facts is None or facts.kind in {"parts", "hf"}:
             return None
-        there = read_dcp_metadata(open_directory(stored.path)).state_dict_metadata
+        there = read_dcp_metadata(self._tools.open(stored.path)).state_dict_metadata
         return trainer_state.ranks_to_load(
             [name for name in objects if name not in self._options.skipped_objects],
             trainer_state.stored_objects(there),
@@ -231,7 +242,7 @@ class Restore:
         """Return the first error of any rank, so that all ranks go on alike."""
         tools = self._tools
         if tools.world.is_alone:
-            return _as_damage(error, path)
+            return _as_damage(error, tools.address(path))
         own = sendable_error(error, otherwise=CheckpointError)
         tools.messages.put(f"{key}/result/{tools.world.rank}", own)
         if tools.world.is_coordinator:
@@ -244,7 +255,9 @@ class Restore:
                     )
                 )
                 tools.messages.drop(name)
-            first = _as_damage(next((one for one in errors if one is not None), None), path)
+            first = _as_damage(
+                next((one for one in errors if one is not None), None), tools.address(path)
+            )
             tools.messages.put(f"{key}/verdict", first)
         verdict = tools.messages.take_from_coordinator(
             f"{key}/verdict", timeout_s=tools.timeout_s, doing="read"
@@ -265,7 +278,7 @@ class Restore:
         if facts.kind == "parts":
             self._load_parts(stored, wanted)
             state_dict.update(wanted)
-            return self._restored(stored, _train_state_beside(stored.path), ())
+            return self._restored(stored, _train_state_beside(self._tools.open(stored.path)), ())
         if facts.kind == "hf":
             self._load_export(stored, wanted)
             state_dict.update(wanted)
@@ -280,7 +293,7 @@ class Restore:
         objects: Mapping[str, Any],
         ranks: dict[str, list[int]],
     ) -> Restored:
-        there = read_dcp_metadata(open_directory(stored.path)).state_dict_metadata
+        there = read_dcp_metadata(self._tools.open(stored.path)).state_dict_metadata
         extra = trainer_state.template(ranks, with_run=trainer_state.run_key() in there)
         loaded = {**wanted, **extra}
         self._dcp_load(loaded, stored.path, "dcp")
@@ -345,7 +358,7 @@ class Restore:
         missing = set(wanted)
         for part in stored.facts.parts:
             path = os.path.join(stored.path, part)
-            there = read_dcp_metadata(open_directory(path)).state_dict_metadata
+            there = read_dcp_metadata(self._tools.open(path)).state_dict_metadata
             for name in sorted(missing):
                 if any(fqn == name or fqn.startswith(f"{name}.") for fqn in there):
                     one = {name: wanted[name]}
@@ -368,7 +381,7 @@ class Restore:
             )
 
 
-def _as_damage(error: BaseException | None, path: str) -> BaseException | None:
+def _as_damage(error: BaseException | None, address: Address) -> BaseException | None:
     """Return the damage that `verify` finds, if an error may come from damaged data.
 
     Zeros where an object should be look like an object that nobody knows.
@@ -377,7 +390,7 @@ def _as_damage(error: BaseException | None, path: str) -> BaseException | None:
         isinstance(error, CheckpointError) and not isinstance(error, PickledObjectError)
     ):
         return error
-    report = verify(path, progress=False)
+    report = verify(address.place, progress=False, storage_options=address.storage_options)
     if report.checked == "digests" and not report.ok:
         try:
             report.raise_if_bad()
@@ -393,15 +406,14 @@ def _is_bare(entry: Mapping[str, Any], there: Iterable[str]) -> bool:
     return bool(keys) and keys <= heads
 
 
-def _train_state_beside(path: str) -> dict[str, Any]:
-    files = open_directory(path)
+def _train_state_beside(files: InputFiles) -> dict[str, Any]:
     for name in _TRAIN_STATE_FILES:
         if files.has(name):
             try:
                 value = json.loads(files.read_whole(name, max_nbytes=64 << 20))
             except ValueError as error:
                 raise CorruptCheckpointError(
-                    "the trainer state is damaged", path=f"{path}/{name}", found=str(error)
+                    "the trainer state is damaged", path=f"{files.path}/{name}", found=str(error)
                 ) from error
             return value if isinstance(value, dict) else {}
     return {}

@@ -1,8 +1,4 @@
-"""The directory of a run: every access of the manager to storage goes through this module.
-
-POSIX only. Another kind of storage needs one more class with the methods of `RunDirectory`.
-The directory is listed anew for every answer; no file here says which step is the latest.
-"""
+"""The storage of a run in a directory of a POSIX file system."""
 
 from __future__ import annotations
 
@@ -10,16 +6,23 @@ import contextlib
 import json
 import logging
 import os
-import threading
 import uuid
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer.errors import CheckpointError, ConfigError, ReadError, WriteError
+from dcp_hf_writer.errors import CheckpointError, ReadError, WriteError
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
-from dcp_hf_writer.manager.quick_check import QuickCheck, StoredFacts
+from dcp_hf_writer.manager.local_leftovers import local_leftovers
+from dcp_hf_writer.manager.quick_check import QuickCheck
+from dcp_hf_writer.manager.run_storage import (
+    Address,
+    Leftover,
+    RunStorage,
+    StepNotes,
+    StoredStep,
+    parse_notes,
+)
 from dcp_hf_writer.manager.step_names import DELETED_PREFIX, HF_LATEST, LATEST, NOTES, StepNames
 from dcp_hf_writer.plan.encode_manifest import without_export
+from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.posix_outputs import (
     make_directories,
     sync_directory,
@@ -28,56 +31,22 @@ from dcp_hf_writer.storage.posix_outputs import (
 )
 from dcp_hf_writer.storage.posix_trees import remove_tree
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class StoredStep:
-    """A directory of a run that is named like a step or a snapshot."""
-
-    step: int
-    """Number of the step."""
-    path: str
-    """Absolute path of the directory."""
-    is_snapshot: bool
-    """Whether it is the snapshot slot."""
-    facts: StoredFacts | None
-    """What a quick look tells; `None` if there is no whole checkpoint."""
-    problem: str | None = None
-    """Why there is no whole checkpoint."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepNotes:
-    """What the manager notes about a step beside its checkpoint."""
-
-    save_id: str | None = None
-    """Save that the metrics belong to; notes of another save do not count."""
-    is_pinned: bool = False
-    """Whether the user asked to keep the step."""
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    """Metrics of the step."""
-    export_leaves: str | None = None
-    """Directory of an export that is being deleted."""
-
-
-class RunDirectory:
+class RunDirectory(RunStorage):
     """The directory of one run. Thread-safe."""
+
+    overwrites = True
 
     def __init__(self, root: str, names: StepNames) -> None:
         """Work in `root`, an absolute path; touches nothing."""
-        self.root = root
-        self.names = names
+        super().__init__(root, names)
         self._check = QuickCheck()
-        self._lock = threading.RLock()
 
-    def path_of(self, step: int, *, is_snapshot: bool = False) -> str:
-        """Return the path of the directory of a step."""
-        name = self.names.snapshot_name_of(step) if is_snapshot else self.names.name_of(step)
-        return os.path.join(self.root, name)
+    def address(self, path: str) -> Address:
+        """Return the path itself; see `RunStorage.address`."""
+        return Address(path, None)
 
     def listing(self, *, newest_only: bool = False) -> list[StoredStep]:
         """Return the step directories, by step; of one step, the snapshot comes first.
@@ -89,24 +58,14 @@ class RunDirectory:
             ReadError: If the directory of the run exists and cannot be listed.
         """
         found: list[StoredStep] = []
-        with self._lock:
-            named = self._named()
+        with self.lock:
+            named = self.named(self._list())
             self._check.forget_all_but({os.path.join(self.root, name) for *_, name in named})
             for step, is_step, name in reversed(named):
                 found.append(self._look(step, name, is_snapshot=not is_step))
                 if newest_only and found[-1].facts is not None:
                     break
         return found[::-1]
-
-    def _named(self) -> list[tuple[int, bool, str]]:
-        found = []
-        for name in self._list():
-            step, snapshot = self.names.step_of(name), self.names.snapshot_step_of(name)
-            if step is not None:
-                found.append((step, True, name))
-            elif snapshot is not None:
-                found.append((snapshot, False, name))
-        return sorted(found)
 
     def _list(self) -> list[str]:
         try:
@@ -130,41 +89,16 @@ class RunDirectory:
     def look_at(self, step: int, *, is_snapshot: bool = False) -> StoredStep:
         """Look at one step directory; it need not exist."""
         path = self.path_of(step, is_snapshot=is_snapshot)
-        with self._lock:
+        with self.lock:
             return self._look(step, os.path.basename(path), is_snapshot=is_snapshot)
 
-    def latest(self) -> int | None:
-        """Return the newest step with a whole checkpoint; `None` if there is none."""
-        whole = [one for one in self.listing(newest_only=True) if one.facts is not None]
-        return whole[-1].step if whole else None
+    def exists(self, path: str) -> bool:
+        """Whether anything is there; see `RunStorage.exists`."""
+        return os.path.lexists(path)
 
-    def steps(self) -> list[int]:
-        """Return the steps with a whole checkpoint, ascending."""
-        return sorted({one.step for one in self.listing() if one.facts is not None})
-
-    def find(self, step: int) -> str:
-        """Return the path of the checkpoint of a step: of the snapshot if there is no other."""
-        path, snapshot = self.path_of(step), self.path_of(step, is_snapshot=True)
-        return snapshot if not os.path.isdir(path) and os.path.isdir(snapshot) else path
-
-    def pin(self, step: int, *, is_pinned: bool, may_write: bool) -> None:
-        """Pin a step, or undo it.
-
-        Args:
-            step: The step.
-            is_pinned: Whether it is pinned from now on.
-            may_write: Whether this rank writes the note; the others only check the step.
-
-        Raises:
-            ConfigError: If there is no whole checkpoint of the step.
-            StorageError: If the note cannot be written.
-        """
-        stored = self.look_at(step)
-        if stored.facts is None:
-            msg = "there is no checkpoint of this step to pin"
-            raise ConfigError(msg, path=stored.path, found=stored.problem)
-        if may_write:
-            self.note(stored, is_pinned=is_pinned)
+    def make_way(self, step: int, *, is_snapshot: bool) -> None:
+        """Do nothing: the save replaces the directory; see `RunStorage.make_way`."""
+        del step, is_snapshot
 
     def prepare(self) -> None:
         """Create the directory of the run and its notes, and check that both can be written.
@@ -244,7 +178,7 @@ class RunDirectory:
             leaving = StepNotes(
                 facts.save_id, notes.is_pinned, notes.metrics, export_leaves=facts.export_subdir
             )
-            self._write_notes(stored, leaving)
+            self.write_notes(stored, leaving)
             self._replace_manifest(stored.path)
             return self._take_away_export(stored, leaving)
         except (OSError, CheckpointError) as error:
@@ -264,7 +198,7 @@ class RunDirectory:
         if os.path.lexists(export):
             os.rename(export, aside)
             sync_directory(stored.path)
-        self._write_notes(stored, StepNotes(notes.save_id, notes.is_pinned, notes.metrics))
+        self.write_notes(stored, StepNotes(notes.save_id, notes.is_pinned, notes.metrics))
         return _is_removed(aside)
 
     def finish_deletions(self) -> None:
@@ -283,6 +217,21 @@ class RunDirectory:
                 self._take_away_export(stored, notes)
             except (OSError, CheckpointError) as error:
                 _log.warning("could not delete the export of %s: %s", stored.path, error)
+
+    def remove_dead_saves(self) -> None:
+        """Delete what dead saves left; see `RunStorage.remove_dead_saves`."""
+        # Not at the top: it imports torch, which takes seconds.
+        from dcp_hf_writer.save.recover_targets import recover_parent  # noqa: PLC0415
+
+        recover_parent(self.root, "")
+
+    def leftovers(self) -> list[Leftover]:
+        """Return what saves and deletions have here; see `RunStorage.leftovers`."""
+        return local_leftovers(self.root)
+
+    def sizes_of(self, stored: StoredStep) -> dict[str, int]:
+        """Return the size of every file of a step; see `RunStorage.sizes_of`."""
+        return open_directory(stored.path).tree()
 
     def _aside(self) -> str:
         return os.path.join(self.root, DELETED_PREFIX + uuid.uuid4().hex)
@@ -322,36 +271,9 @@ class RunDirectory:
             return StepNotes()
         return parse_notes(value, None if stored.facts is None else stored.facts.save_id)
 
-    def note(
-        self,
-        stored: StoredStep,
-        *,
-        is_pinned: bool | None = None,
-        metrics: Mapping[str, float] | None = None,
-    ) -> None:
-        """Note a pin or metrics of a checkpoint; what is not given stays as it is.
-
-        Raises:
-            StorageError: If the notes cannot be written.
-        """
-        with self._lock:
-            old = self.notes_of(stored)
-            new = StepNotes(
-                None if stored.facts is None else stored.facts.save_id,
-                old.is_pinned if is_pinned is None else is_pinned,
-                old.metrics if metrics is None else metrics,
-                old.export_leaves,
-            )
-            self._write_notes(stored, new)
-
-    def _write_notes(self, stored: StoredStep, notes: StepNotes) -> None:
-        value = {
-            "save_id": notes.save_id,
-            "pinned": notes.is_pinned,
-            "metrics": dict(notes.metrics),
-            "export_leaves": notes.export_leaves,
-        }
-        self._replace_file(self._notes_path(stored), json.dumps(value).encode())
+    def write_notes(self, stored: StoredStep, notes: StepNotes) -> None:
+        """Replace the notes; see `RunStorage.write_notes`."""
+        self._replace_file(self._notes_path(stored), json.dumps(notes.to_json()).encode())
 
     def _replace_file(self, path: str, data: bytes) -> None:
         """Write a file whole or not at all. The draft lies outside of the checkpoint."""
@@ -374,27 +296,3 @@ def _is_removed(path: str) -> bool:
     remove_tree(path)
     # On NFS, a file that another client has open leaves a `.nfs*` file behind.
     return not os.path.lexists(path)
-
-
-def parse_notes(value: Any, save_id: str | None) -> StepNotes:
-    """Read notes. A pin counts for the step, metrics only for the save that they belong to.
-
-    Args:
-        value: What the file of the notes holds, as JSON.
-        save_id: Save of the checkpoint beside the notes.
-    """
-    if not isinstance(value, dict):
-        return StepNotes()
-    is_pinned = value.get("pinned") is True
-    if value.get("save_id") != save_id:
-        return StepNotes(save_id, is_pinned)
-    metrics = value.get("metrics")
-    leaves = value.get("export_leaves")
-    return StepNotes(
-        save_id,
-        is_pinned,
-        {str(k): float(v) for k, v in metrics.items() if isinstance(v, (int, float))}
-        if isinstance(metrics, dict)
-        else {},
-        leaves if isinstance(leaves, str) and "/" not in leaves and leaves[:1] != "." else None,
-    )

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.manager.keep_house import Housekeeper
     from dcp_hf_writer.manager.own_group import OwnGroup
     from dcp_hf_writer.manager.rank_messages import Messages
-    from dcp_hf_writer.manager.run_directory import RunDirectory
+    from dcp_hf_writer.manager.run_storage import RunStorage
     from dcp_hf_writer.manager.save_report import Callback, SaveReport
     from dcp_hf_writer.staging.stager import Copies
 
@@ -68,7 +68,7 @@ class RunSaves:
 
     def __init__(
         self,
-        directory: RunDirectory,
+        directory: RunStorage,
         group: OwnGroup,
         house: Housekeeper,
         options: SaveOptions,
@@ -77,7 +77,7 @@ class RunSaves:
         """Begin without a save.
 
         Args:
-            directory: The directory of the run.
+            directory: The storage of the run.
             group: The process group of the saves.
             house: Deletes what retention gives up.
             options: How to save.
@@ -122,7 +122,7 @@ class RunSaves:
         request: Callable[[int], SaveRequest],
         state_dict: Callable[[], dict[str, Any]],
         *,
-        refuse: Callable[[dict[str, Any]], CheckpointError | None],
+        refuse: Callable[[SaveRequest, dict[str, Any]], CheckpointError | None],
         overwrite: bool,
     ) -> None:
         """Begin a save: wait for the one before, stage, and return while it is written.
@@ -143,9 +143,8 @@ class RunSaves:
         try:
             self.renew_group(f"begin/{self._count}")
             content = _made(state_dict)
-            self._permit(
-                f"begin/{self._count}", refuse(content) if self._world.is_coordinator else None
-            )
+            refusal = refuse(wanted, content) if self._world.is_coordinator else None
+            self._permit(f"begin/{self._count}", refusal)
         except CheckpointError as error:
             self._fail(self._failure(wanted, error, is_committed=False, attempts=0))
             self.raise_errors()
@@ -282,13 +281,13 @@ class RunSaves:
             report.seconds,
         )
         if self._world.is_coordinator:
-            stored = self._directory.look_at(request.step, is_snapshot=request.is_snapshot)
             try:
+                stored = self._directory.look_at(request.step, is_snapshot=request.is_snapshot)
+                self._directory.point_latest_to(stored)
                 if request.metrics is not None:
                     self._directory.note(stored, metrics=request.metrics)
             except CheckpointError as error:
                 self._errors.append(error)
-            self._directory.point_latest_to(stored)
         self._call(self._options.on_saved, report, report.path)
         if report.has_export:
             self._call(

@@ -9,16 +9,16 @@ from dcp_hf_writer.errors import CheckpointError, NodeLocalPathError
 
 if TYPE_CHECKING:
     from dcp_hf_writer.manager.rank_messages import Messages
-    from dcp_hf_writer.manager.run_directory import RunDirectory
+    from dcp_hf_writer.manager.run_storage import RunStorage
 
 _KEY = "directory"
 
 
-def prepare_shared_root(directory: RunDirectory, messages: Messages, *, timeout_s: float) -> None:
+def prepare_shared_root(directory: RunStorage, messages: Messages, *, timeout_s: float) -> None:
     """Make the directory of the run, and check that all ranks share it. All ranks call it.
 
     Args:
-        directory: The directory of the run.
+        directory: The storage of the run.
         messages: Messages of the calling thread.
         timeout_s: How long the other ranks may take, in seconds.
 
@@ -35,7 +35,12 @@ def prepare_shared_root(directory: RunDirectory, messages: Messages, *, timeout_
     answer = messages.take_from_coordinator(_KEY, timeout_s=timeout_s, doing="plan")
     if isinstance(answer, CheckpointError):
         raise answer
-    messages.put(f"{_KEY}/{world.rank}", directory.has_token(answer))
+    try:
+        sees = directory.has_token(answer)
+    except CheckpointError:
+        messages.put(f"{_KEY}/{world.rank}", False)  # noqa: FBT003 - a message
+        raise
+    messages.put(f"{_KEY}/{world.rank}", sees)
     found = messages.collect(_KEY, range(world.size), timeout_s=timeout_s)
     if world.is_coordinator:
         directory.remove_token(token)
@@ -46,13 +51,14 @@ def prepare_shared_root(directory: RunDirectory, messages: Messages, *, timeout_
             rank=world.rank,
             phase="plan",
             path=directory.root,
-            expected="one directory that all ranks share",
+            expected="one directory or store that all ranks share",
             found=f"ranks {blind} do not see what rank 0 wrote there",
-            hint="pass the same path on every rank, on a shared file system",
+            hint="pass the same path on every rank, on a shared file system or store; memory:// "
+            "exists in one process only",
         )
 
 
-def _left_token(directory: RunDirectory, messages: Messages) -> str:
+def _left_token(directory: RunStorage, messages: Messages) -> str:
     """Leave a token in the directory and tell the other ranks, or tell them what went wrong."""
     token = uuid.uuid4().hex
     try:

@@ -45,7 +45,7 @@ def local_path(value: str | os.PathLike[str]) -> str:
             msg,
             path=shown_url(text),
             expected="a path on a mounted file system",
-            hint="only HFDualWriter writes to URLs",
+            hint="HFDualWriter and CheckpointManager write to URLs",
         )
     return text
 

@@ -123,26 +123,38 @@ class StoreRecord:
 
 
 def remove_leftovers(
-    store: ObjectStore, record: StoreRecord, existing: Iterable[str], patience: Patience
+    store: ObjectStore,
+    record: StoreRecord,
+    existing: Iterable[str],
+    patience: Patience,
+    *,
+    below: str = "",
 ) -> None:
     """Abort the uploads and delete the objects of a save that was not published.
+
+    A crash on the way leaves no checkpoint: the manifest goes first, then DCP's metadata.
 
     Args:
         store: The store.
         record: Record of the save.
-        existing: Keys of all objects there.
+        existing: Keys of all objects there, without `below`.
         patience: Limits the requests.
+        below: Prefix of the checkpoint within the store; empty, or ends with `/`.
 
     Raises:
         StorageError: If the store refuses.
     """
-    for upload in store.uploads("", patience=patience):
-        if record.makes(upload.key):
+    for upload in store.uploads(below, patience=patience):
+        if record.makes(upload.key[len(below) :]):
             store.abort(upload, patience=patience)
-    # The manifest first: without it, the rest is no checkpoint.
-    keys = sorted(filter(record.makes, existing), key=lambda key: (key != MANIFEST_NAME, key))
+    keys = sorted(filter(record.makes, existing))
+    # Each in a request of its own: one request may delete its keys in any order.
+    for first in (MANIFEST_NAME, METADATA_NAME):
+        if first in keys:
+            keys.remove(first)
+            store.delete([f"{below}{first}"], patience=patience)
     if keys:
-        store.delete(keys, patience=patience)
+        store.delete([f"{below}{key}" for key in keys], patience=patience)
 
 
 def save_id_in(manifest: bytes | None) -> str | None:

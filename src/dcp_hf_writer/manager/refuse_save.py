@@ -1,0 +1,47 @@
+"""Look whether a save may begin, on the coordinator, just before it does."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.manager.free_space import refusal_for_space
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from dcp_hf_writer.manager.keep_house import Housekeeper
+    from dcp_hf_writer.manager.pending_save import SaveRequest
+    from dcp_hf_writer.manager.run_storage import RunStorage
+
+
+def refusal_of(
+    run: RunStorage,
+    house: Housekeeper,
+    request: SaveRequest,
+    *,
+    may_replace: Callable[[], bool],
+    needed: int,
+    timeout_s: float,
+) -> CheckpointError | None:
+    """Return why a save must not begin; `None` if it may.
+
+    On a store, this deletes the checkpoint that the save replaces, if it may.
+
+    Args:
+        run: The storage of the run.
+        house: Deletes what retention gives up.
+        request: The save.
+        may_replace: Whether the save may replace a checkpoint of its step.
+        needed: Size of the checkpoint in bytes.
+        timeout_s: How long deletions may take, in seconds.
+    """
+    try:
+        if not run.overwrites:
+            # A deletion by the record of a dead save must not meet the save that takes its place.
+            house.wait(timeout_s)
+            if may_replace():
+                run.make_way(request.step, is_snapshot=request.is_snapshot)
+    except CheckpointError as error:
+        return error
+    return refusal_for_space(run, house, path=request.path, needed=needed, timeout_s=timeout_s)
