@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.save.commit import StagingDirectory
+from dcp_hf_writer.save.mirror_jobs import start_mirror
 from dcp_hf_writer.save.object_target import ObjectTarget
 from dcp_hf_writer.save.posix_target import LocalOptions, PosixTarget
 from dcp_hf_writer.storage.open_store import open_store
@@ -68,6 +70,11 @@ def choose_target(
         ConfigError: If the store cannot be opened.
     """
     if not is_url(attempt.target):
+        if local.mirror is not None:
+            begin = partial(
+                start_mirror, attempt, save_id, local.mirror, host_budget_bytes=host_budget_bytes
+            )
+            attempt.at_end(begin)
         attempt.exchange_cells(int((told or {}).get("cell_nbytes", 0)))
         return PosixTarget(
             StagingDirectory.of(attempt.target, save_id), local, host_budget_bytes=host_budget_bytes

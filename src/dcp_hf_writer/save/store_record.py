@@ -136,13 +136,22 @@ def remove_leftovers(
     Raises:
         StorageError: If the store refuses.
     """
-    for upload in store.uploads("", patience=patience):
-        if record.makes(upload.key):
-            store.abort(upload, patience=patience)
+    abort_uploads(store, record, patience)
     # The manifest first: without it, the rest is no checkpoint.
     keys = sorted(filter(record.makes, existing), key=lambda key: (key != MANIFEST_NAME, key))
     if keys:
         store.delete(keys, patience=patience)
+
+
+def abort_uploads(store: ObjectStore, record: StoreRecord, patience: Patience) -> None:
+    """Abort the open uploads of a save.
+
+    Raises:
+        StorageError: If the store refuses.
+    """
+    for upload in store.uploads("", patience=patience):
+        if record.makes(upload.key):
+            store.abort(upload, patience=patience)
 
 
 def save_id_in(manifest: bytes | None) -> str | None:
