@@ -27,7 +27,7 @@ from dcp_hf_writer.save import coordinator, export_assets
 from dcp_hf_writer.save.announced_save import own_part, planned_target
 from dcp_hf_writer.save.async_stager import SlabStager
 from dcp_hf_writer.save.begin_save import begin_save
-from dcp_hf_writer.save.choose_target import StoreAccess, choose_target
+from dcp_hf_writer.save.choose_target import choose_target
 from dcp_hf_writer.save.dcp_half import prepare_dcp
 from dcp_hf_writer.save.finish_phase import FinishPhase
 from dcp_hf_writer.save.finished_save import as_report_hooks
@@ -39,6 +39,7 @@ from dcp_hf_writer.save.posix_target import LocalOptions
 from dcp_hf_writer.save.rank_progress import MEETING, Announcement
 from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
 from dcp_hf_writer.save.save_target import RankWrites, SaveTarget
+from dcp_hf_writer.save.store_access import StoreAccess
 from dcp_hf_writer.save.writer_saves import WriterSaves, tells
 from dcp_hf_writer.staging.staged_state_dict import refuse_failed
 from dcp_hf_writer.storage.output_place import check_output_place
