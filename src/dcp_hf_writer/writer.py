@@ -439,7 +439,9 @@ class HFDualWriter(StorageWriter, SlabStager):
             CheckpointError: What kept the mirror from being published.
             SaveTimeoutError: If it is not published in time.
         """
-        wait_for_mirrors(self.path, timeout_s=timeout_s)
+        if self._mirror is not None:
+            wait_s = self._mirror.timeout_s if timeout_s is None else timeout_s
+            wait_for_mirrors(self.path, timeout_s=wait_s)
 
     def explain(
         self, state_dict: dict[str, Any], *, planner: SavePlanner | None = None

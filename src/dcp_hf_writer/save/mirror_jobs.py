@@ -250,6 +250,9 @@ def start_mirror(attempt: Attempt, save_id: str, to: MirrorTo, *, host_budget_by
             record.remove()
         return
     rank = 0 if attempt.member.is_coordinator else attempt.rank
+    if rank == 0 and not attempt.member.is_coordinator:
+        # Another rank coordinates, and acts as rank 0 of the mirror.
+        return
     MIRROR_JOBS.start(MirrorJob(record, to, host_budget_bytes, rank, attempt.member.world_size))
 
 
@@ -265,8 +268,10 @@ def unfinished_mirrors(parent: str) -> list[MirrorRecord]:
         _log.warning("cannot look for unfinished mirrors in %s: %s", parent, error.strerror)
         return []
     for record in records:
-        # A record with an error has an owner that has given up.
-        if record.error is None and record.has_dead_owner() is False:
+        # A record with an error has an owner that has given up. A record of this process without
+        # one belongs to a save that is not over, or to an upload that runs or waits for its turn.
+        is_mine = record.owner == Owner.me()
+        if record.error is None and (is_mine or record.has_dead_owner() is False):
             continue
         if record.is_committed():
             found.append(record)
@@ -315,35 +320,43 @@ def resume_mirrors(
     ]
 
 
-def wait_for_mirrors(path: str, *, timeout_s: float | None = None) -> None:
+def wait_for_mirrors(path: str, *, timeout_s: float) -> None:
     """Wait until the mirror of a checkpoint is published; returns at once if none is unfinished.
 
     Args:
         path: The local checkpoint, whose save is over.
-        timeout_s: How long to wait, in seconds; `None` for the deadline of the upload.
+        timeout_s: How long to wait, in seconds.
 
     Raises:
         CheckpointError: What kept the mirror from being published.
         SaveAbortedError: If the process that uploaded it is dead, or another process failed.
         SaveTimeoutError: If it is not published in time.
     """
-    until = None if timeout_s is None else time.monotonic() + timeout_s
+    until = time.monotonic() + timeout_s
     target = StagingDirectory.of(path, "").target
-    for job in MIRROR_JOBS.of(target):
-        if not job.over.wait(None if until is None else max(0.0, until - time.monotonic())):
-            raise _not_in_time(target)
-        if job.error is not None:
-            raise _explained(job)
-    while (record := _record_of(target)) is not None:
-        if record.error is not None or record.has_dead_owner():
+    while True:
+        for job in MIRROR_JOBS.of(target):
+            if not job.over.wait(max(0.0, until - time.monotonic())):
+                raise _not_in_time(target)
+            if job.error is not None:
+                raise _explained(job)
+        record = _record_of(target)
+        if record is None:
+            return
+        # This process may begin its upload a moment after the end of the save.
+        is_dead = record.owner != Owner.me() and record.has_dead_owner()
+        if record.error is not None or is_dead:
             raise _left(record)
-        if until is not None and time.monotonic() > until:
+        if time.monotonic() > until:
             raise _not_in_time(target)
         time.sleep(_LOOK_EVERY_S)
 
 
 def _record_of(target: str) -> MirrorRecord | None:
-    records = mirror_records(os.path.dirname(target))
+    try:
+        records = mirror_records(os.path.dirname(target))
+    except FileNotFoundError:
+        return None
     return next((one for one in records if one.target == target), None)
 
 
