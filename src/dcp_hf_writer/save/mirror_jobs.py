@@ -253,7 +253,12 @@ def start_mirror(attempt: Attempt, save_id: str, to: MirrorTo, *, host_budget_by
     if rank == 0 and not attempt.member.is_coordinator:
         # Another rank coordinates, and acts as rank 0 of the mirror.
         return
-    MIRROR_JOBS.start(MirrorJob(record, to, host_budget_bytes, rank, attempt.member.world_size))
+    job = MirrorJob(record, to, host_budget_bytes, rank, attempt.member.world_size)
+    try:
+        MIRROR_JOBS.start(job)
+    except RuntimeError as error:
+        # No thread can be started while the interpreter ends.
+        _log.warning("the mirror of %s is left to the next process: %s", target, error)
 
 
 def unfinished_mirrors(parent: str) -> list[MirrorRecord]:
