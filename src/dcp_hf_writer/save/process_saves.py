@@ -115,7 +115,7 @@ def _explain(target: str, error: BaseException) -> BaseException:
 
 
 @dataclass(frozen=True, slots=True)
-class _Found:
+class _PublishedFacts:
     """What a published checkpoint tells about itself."""
 
     nbytes: tuple[int, int] = (0, 0)
@@ -125,10 +125,13 @@ class _Found:
 
 
 def _finished(
-    handover: Handover, target: str, error: BaseException | None, found: _Found | None = None
+    handover: Handover,
+    target: str,
+    error: BaseException | None,
+    found: _PublishedFacts | None = None,
 ) -> FinishedSave:
     """Make the report of a save; the seconds of its phases are in the manifest."""
-    found = found or _Found()
+    found = found or _PublishedFacts()
     return FinishedSave(
         path=target,
         step=step_of(target),
@@ -142,20 +145,22 @@ def _finished(
     )
 
 
-def _log_published(handover: Handover, target: str, subdir: str, stores: StoreAccess) -> _Found:
+def _log_published(
+    handover: Handover, target: str, subdir: str, stores: StoreAccess
+) -> _PublishedFacts:
     """Log a published save here: nobody configures the log of the checkpointer process."""
     try:
         found = _look(target, subdir, stores)
     except (OSError, SaveTimeoutError) as error:
         _log.info("published %s; its size cannot be read: %s", target, error)
-        return _Found()
+        return _PublishedFacts()
     stall_s, total_s = handover.info.stall_s, time.monotonic() - handover.began
     step = step_of(target)
     save_log.log_published(save_log.Published(target, step, found.nbytes, stall_s, total_s))
     return found
 
 
-def _look(target: str, subdir: str, stores: StoreAccess) -> _Found:
+def _look(target: str, subdir: str, stores: StoreAccess) -> _PublishedFacts:
     """Look at a published checkpoint.
 
     Raises:
@@ -170,4 +175,4 @@ def _look(target: str, subdir: str, stores: StoreAccess) -> _Found:
     else:
         manifest = read_json(os.path.join(target, MANIFEST_NAME)) or {}
         nbytes = nbytes_on_disk(target, subdir)
-    return _Found(nbytes, manifest.get("timings", {}).get("coordinator", {}))
+    return _PublishedFacts(nbytes, manifest.get("timings", {}).get("coordinator", {}))
