@@ -2,10 +2,11 @@
 
     python benchmarks/convert.py --gib 1 --rounds 3 --markdown
 
-Stock torch saves a DCP checkpoint of Llama's shapes in bf16. Then the contenders take turns, each
-in a process of its own: first the exports to a HuggingFace directory, then the imports of one. All
-exports must write the same tensors. Times end when all bytes are durable: the benchmark fsyncs
-what a peer wrote.
+Stock torch saves a DCP checkpoint in bf16, in the layout of transformers' Llama, of torchtitan's
+llama3 or of a transformers model with experts (`--layout`). Then the contenders take turns, each in
+a process of its own: first the exports to a HuggingFace directory, then, for Llama, the imports of
+one. All exports must write the same tensors. Times end when all bytes are durable: the benchmark
+fsyncs what a peer wrote.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,87 +28,88 @@ import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
-from dcp_hf_writer import HFExport
+from convert_layouts import Layout, layout_of_size
 from dcp_hf_writer.convert.export_checkpoint import export_checkpoint
 from dcp_hf_writer.convert.import_directory import import_directory
-from llama import LLAMA_1B, Llama, build_on, shapes_of
 from machine import describe_machine, held, peak_rss_nbytes, reset_peak
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
 GIB, MIB = 1 << 30, 1 << 20
-FILES = 4
-"""Files of an export, so that two workers have work."""
+LAYOUTS = ("llama", "titan", "moe")
 
 
 @dataclass(frozen=True)
 class Work:
     """What is converted."""
 
-    model: Llama
+    layout: Layout
     has_moments: bool
     stock: Path
     hf: Path
 
-    @property
-    def nbytes(self) -> int:
-        """Size of the weights."""
-        return sum(2 * torch.Size(shape).numel() for shape in shapes_of(self.model).values())
 
-    @property
-    def file_nbytes(self) -> int:
-        """Largest size of a file of an export."""
-        return self.nbytes // FILES + MIB
+@dataclass(frozen=True)
+class Sample:
+    """What one conversion took."""
 
-    @property
-    def config(self) -> LlamaConfig:
-        """The config of the model."""
-        model = self.model
-        return LlamaConfig(
-            vocab_size=model.vocabulary,
-            hidden_size=model.hidden,
-            intermediate_size=model.inner,
-            num_hidden_layers=model.layers,
-            num_attention_heads=model.hidden // 64,
-            num_key_value_heads=model.kv // 64,
-            dtype="bfloat16",
-        )
+    seconds: float
+    """Until all bytes were durable."""
+    peak_nbytes: int
+    """Peak of the resident memory above what the process held before."""
+    resident_nbytes: int
+    """Peak of the resident memory, with Python, torch and transformers."""
 
 
 def export_ours(work: Work, target: Path, *, workers: int) -> None:
     """Export as `dcp-hf export --workers N` does."""
-    options = HFExport(max_shard_size=work.file_nbytes, assets=(work.config,))
-    export_checkpoint(str(work.stock), str(target), options, workers=workers)
+    export_checkpoint(str(work.stock), str(target), work.layout.export(), workers=workers)
 
 
-def export_by_torch_save(work: Work, target: Path) -> None:
+def export_by_save_pretrained(work: Work, target: Path) -> None:
     """Convert to one pickled file, load it, and call `save_pretrained`."""
-    whole = target.with_suffix(".pt")
-    dcp_to_torch_save(work.stock, whole)
-    state = torch.load(whole, weights_only=False)["model"]
+    state = _by_torch_save(work, target)
     with torch.device("meta"):
-        model = LlamaForCausalLM(work.config)
-    model.load_state_dict(state, assign=True)
-    model.save_pretrained(target, max_shard_size=work.file_nbytes)
-    whole.unlink()
+        model = LlamaForCausalLM(work.layout.config)
+    model.load_state_dict(work.layout.weights_in(state), assign=True)
+    model.save_pretrained(target, max_shard_size=work.layout.file_nbytes)
     sync(target)
 
 
+def export_by_save_file(work: Work, target: Path) -> None:
+    """Convert to one pickled file, load it, rearrange, and write with `save_file`."""
+    write_files(work, work.layout.weights_in(_by_torch_save(work, target)), target)
+
+
+def _by_torch_save(work: Work, target: Path) -> dict[str, Any]:
+    whole = target.with_suffix(".pt")
+    dcp_to_torch_save(work.stock, whole)
+    state: dict[str, Any] = torch.load(whole, weights_only=False)
+    whole.unlink()
+    return state
+
+
 def export_by_load(work: Work, target: Path) -> None:
-    """Load the weights with `dcp.load`, and write them with `save_file`, one file at a time."""
+    """Load the weights with `dcp.load`, rearrange, and write with `save_file`."""
     weights = {
-        name: torch.empty(shape, dtype=torch.bfloat16)
-        for name, shape in shapes_of(work.model).items()
+        name: torch.empty(shape, dtype=torch.bfloat16) for name, shape in work.layout.shapes.items()
     }
-    dcp.load({"model": weights}, checkpoint_id=work.stock, no_dist=True)
+    state = weights if work.layout.is_at_top else {"model": weights}
+    dcp.load(state, checkpoint_id=work.stock, no_dist=True)
+    write_files(work, weights, target)
+
+
+def write_files(work: Work, weights: dict[str, torch.Tensor], target: Path) -> None:
+    """Write the files of a HuggingFace directory one by one, without an index."""
+    tensors = work.layout.to_hf(weights)
     target.mkdir()
-    for number, names in enumerate(parts(weights, work.file_nbytes), 1):
-        some = {name: weights[name] for name in names}
+    for number, names in enumerate(parts(tensors, work.layout.file_nbytes), 1):
+        some = {name: tensors[name].contiguous() for name in names}
         save_file(some, target / f"model-{number:05d}.safetensors", metadata={"format": "pt"})
-    work.config.save_pretrained(target)
+    work.layout.config.save_pretrained(target)
     sync(target)
 
 
@@ -134,8 +136,10 @@ EXPORTS: dict[str, Callable[[Work, Path], None]] = {
     "dcp-hf export, 1 worker": lambda work, target: export_ours(work, target, workers=1),
     "dcp-hf export, 2 workers": lambda work, target: export_ours(work, target, workers=2),
     "dcp.load, then save_file": export_by_load,
-    "dcp_to_torch_save, torch.load, save_pretrained": export_by_torch_save,
+    "dcp_to_torch_save, torch.load, save_file": export_by_save_file,
 }
+# Only where the state dict of the trainer is that of the model.
+OF_MODEL = {"dcp_to_torch_save, torch.load, save_pretrained": export_by_save_pretrained}
 IMPORTS: dict[str, Callable[[Work, Path], None]] = {
     "dcp-hf import": import_ours,
     "load_file, then dcp.save": import_by_load,
@@ -164,14 +168,14 @@ def sync(directory: Path) -> None:
         os.close(descriptor)
 
 
-def measured(run: Callable[[Work, Path], None], work: Work, target: Path) -> tuple[float, int]:
-    """Convert in a process of its own; return the seconds, and the peak of its own memory."""
+def measured(run: Callable[[Work, Path], None], work: Work, target: Path) -> Sample:
+    """Convert in a process of its own."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(run, work, target, sender))
     process.start()
     sender.close()
-    found: tuple[float, int] = receiver.recv()
+    found: Sample = receiver.recv()
     process.join()
     return found
 
@@ -184,13 +188,14 @@ def _measure(run: Callable[[Work, Path], None], work: Work, target: Path, sender
     began = time.monotonic()
     run(work, target)
     seconds = time.monotonic() - began
-    sender.send((seconds, peak_rss_nbytes() - before))
+    peak = peak_rss_nbytes()
+    sender.send(Sample(seconds, peak - before, peak))
 
 
 def save_stock(work: Work, _: Path) -> None:
     """Save the checkpoint that the exports read, with Adam's moments if the work has them."""
     torch.set_num_threads(1)
-    state = build_on("cpu", work.model, adam=work.has_moments)
+    state = work.layout.state(adam=work.has_moments)
     writer = dcp.FileSystemWriter(work.stock, thread_count=2)
     dcp.save(state, storage_writer=writer, no_dist=True)
 
@@ -214,38 +219,49 @@ def check_equal(work: Work, target: Path) -> None:
 
 def take_turns(
     contenders: dict[str, Callable[[Work, Path], None]], work: Work, root: Path, rounds: int
-) -> dict[str, list[tuple[float, int]]]:
+) -> dict[str, list[Sample]]:
     """Run each contender once a round, in rotating order; the first round does not count."""
-    found: dict[str, list[tuple[float, int]]] = {name: [] for name in contenders}
+    found: dict[str, list[Sample]] = {name: [] for name in contenders}
     names = list(contenders)
     for turn in range(rounds + 1):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             target = root / "target"
             one = measured(contenders[name], work, target)
-            print(f"round {turn}: {name}: {one[0]:.2f} s, {one[1] / MIB:,.0f} MiB", file=sys.stderr)
+            peak = one.resident_nbytes / MIB
+            print(f"round {turn}: {name}: {one.seconds:.2f} s, {peak:,.0f} MiB", file=sys.stderr)
             if turn:
                 found[name].append(one)
-            elif contenders is EXPORTS:
+            elif contenders is not IMPORTS:
                 measured(check_equal, work, target)
             shutil.rmtree(target)
             os.sync()
     return found
 
 
-def row(name: str, found: list[tuple[float, int]], nbytes: int, *, is_markdown: bool) -> str:
+def row(name: str, found: list[Sample], nbytes: int, *, is_markdown: bool) -> str:
     """Return the line of a contender."""
-    seconds = statistics.median(one for one, _ in found)
-    peak = statistics.median(peak for _, peak in found)
-    spread = f"{min(s for s, _ in found):.2f} to {max(s for s, _ in found):.2f}"
-    cells = [name, f"{seconds:.2f}", spread, f"{nbytes / seconds / 1e9:.2f}", f"{peak / MIB:,.0f}"]
+    times = [one.seconds for one in found]
+    seconds = statistics.median(times)
+    cells = [
+        name,
+        f"{seconds:.2f}",
+        f"{min(times):.2f} to {max(times):.2f}",
+        f"{nbytes / seconds / 1e9:.2f}",
+        f"{statistics.median(one.peak_nbytes for one in found) / MIB:,.0f}",
+        f"{statistics.median(one.resident_nbytes for one in found) / MIB:,.0f}",
+    ]
     if is_markdown:
         return f"| {' | '.join(cells)} |"
-    return "{:48} {:>8} {:>16} {:>8} {:>10}".format(*cells)
+    return _LINE.format(*cells)
+
+
+_LINE = "{:48} {:>8} {:>16} {:>8} {:>10} {:>9}"
 
 
 def main() -> None:
     """Measure, and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layout", choices=LAYOUTS, default="llama")
     parser.add_argument("--gib", type=float, default=1.0, help="size of the weights")
     parser.add_argument("--optim", action="store_true", help="store Adam's moments too")
     parser.add_argument("--rounds", type=int, default=3)
@@ -254,33 +270,27 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.root) as directory:
         root = Path(directory)
-        work = Work(of_size(options.gib), options.optim, root / "stock", root / "hf")
+        layout = layout_of_size(options.layout, options.gib)
+        work = Work(layout, options.optim, root / "stock", root / "hf")
         measured(save_stock, work, root)
         measured(EXPORTS["dcp-hf export, 1 worker"], work, work.hf)
         stored = sum(path.stat().st_size for path in work.stock.iterdir())
         print(describe_machine(directory))
-        print(f"weights: {work.nbytes / GIB:.2f} GiB; stock checkpoint: {stored / GIB:.2f} GiB")
-        heads = ("contender", "seconds", "min to max", "GB/s", "peak MiB")
-        for contenders in (EXPORTS, IMPORTS):
+        load = os.getloadavg()[0]
+        print(
+            f"layout {options.layout}, {len(layout.shapes)} tensors; load of the machine {load:.1f}"
+        )
+        print(f"weights: {layout.nbytes / GIB:.2f} GiB; stock checkpoint: {stored / GIB:.2f} GiB")
+        heads = ("contender", "seconds", "min to max", "GB/s", "peak MiB", "RSS MiB")
+        is_llama = options.layout == "llama"
+        for contenders in (EXPORTS | OF_MODEL, IMPORTS) if is_llama else (EXPORTS,):
             found = take_turns(contenders, work, root, options.rounds)
             if options.markdown:
                 print(f"\n| {' | '.join(heads)} |\n|{'---|' * len(heads)}")
             else:
-                print("\n{:48} {:>8} {:>16} {:>8} {:>10}".format(*heads))
+                print("\n" + _LINE.format(*heads))
             for name, samples in found.items():
-                print(row(name, samples, work.nbytes, is_markdown=options.markdown))
-
-
-def of_size(gib: float) -> Llama:
-    """Return Llama's 1B shapes with untied embeddings and as many layers as make the size."""
-    one = replace(LLAMA_1B, vocabulary=32_000, is_tied=False, layers=1)
-    sizes = [
-        sum(torch.Size(s).numel() for s in shapes_of(m).values())
-        for m in (one, replace(one, layers=2))
-    ]
-    layer = sizes[1] - sizes[0]
-    wanted = gib * GIB / 2
-    return replace(one, layers=max(1, round((wanted - sizes[0] + layer) / layer)))
+                print(row(name, samples, layout.nbytes, is_markdown=options.markdown))
 
 
 if __name__ == "__main__":

@@ -62,6 +62,11 @@ def shapes_of(model: Llama) -> dict[str, tuple[int, ...]]:
 
 
 def build_on(device: str, model: Llama, *, adam: bool) -> dict[str, Any]:
+    """Make the state dict of a model, as `state_of` does."""
+    return state_of(device, shapes_of(model), adam=adam)
+
+
+def state_of(device: str, shapes: dict[str, tuple[int, ...]], *, adam: bool) -> dict[str, Any]:
     """Make the state dict with random bf16 weights, and with `adam` the two fp32 moments too.
 
     Adam's step counters are in host memory, where `torch.optim.Adam` has them.
@@ -71,7 +76,6 @@ def build_on(device: str, model: Llama, *, adam: bool) -> dict[str, Any]:
     def filled(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device).normal_(generator=generator)
 
-    shapes = shapes_of(model)
     weights = {name: filled(shape, DTYPE) for name, shape in shapes.items()}
     if not adam:
         return {"model": weights}

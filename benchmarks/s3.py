@@ -20,6 +20,8 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import importlib
+import importlib.util
 import json
 import os
 import statistics
@@ -180,17 +182,23 @@ class _Ours:
         return _timed(lambda: dcp.async_save(state_dict, storage_writer=writer))
 
 
+def _fsspec_writer() -> Any:
+    """Torch's own writer to fsspec stores; its module has another name since torch 2.15."""
+    package = "torch.distributed.checkpoint"
+    name = f"{package}.fsspec_filesystem"
+    if importlib.util.find_spec(name) is None:
+        name = f"{package}._fsspec_filesystem"
+    return importlib.import_module(name).FsspecWriter
+
+
 class _Torch:
     def __init__(self, bucket: S3Bucket) -> None:
         self._bucket = bucket
 
     def __call__(self, state_dict: dict[str, Any], name: str) -> tuple[float, float]:
-        from torch.distributed.checkpoint._fsspec_filesystem import (  # noqa: PLC0415 - as above
-            FsspecWriter,
-        )
-
+        writer_class = _fsspec_writer()
         url = f"{self._bucket.url}/{name}"
-        writer = FsspecWriter(url, **self._bucket.storage_options)
+        writer = writer_class(url, **self._bucket.storage_options)
         return _timed(lambda: dcp.async_save(state_dict, storage_writer=writer))
 
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from dcp_hf_writer import HFDualWriter, verify
+from support.page_scripts import PAGES
 from support.ranks import run_ranks
 from support.stock_readers import load_dcp
 
@@ -36,7 +37,6 @@ def blocks(name: str) -> dict[str, list[str]]:
 
 
 RECIPES = blocks("docs/how-to.md")
-RESUME = "Resume with the optimizer, on any number of ranks"
 
 
 def tiny_model() -> LlamaForCausalLM:
@@ -99,7 +99,8 @@ def run_first_block(rank: int, world_size: int, directory: str) -> None:
 def test_no_other_page_has_blocks_that_nothing_runs() -> None:
     pages = ["README.md", *(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
     assert {page for page in pages if blocks(page)} == {
-        *("README.md", "docs/how-to.md", "docs/index.md", "docs/manager.md", "docs/trainers.md")
+        *("README.md", "docs/how-to.md", "docs/index.md", "docs/manager.md", "docs/trainers.md"),
+        *(f"docs/{page}" for page in PAGES),
     }
     assert list(blocks("README.md")) == ["first", "Use it"]
 
@@ -150,13 +151,13 @@ def test_block_about_a_trainer_leaves_checkpoints(
         assert verify((tmp_path / path).parent).ok
 
 
-def torchrun(ranks: int, code: str, directory: Path) -> str:
+def torchrun(ranks: int, code: str, directory: Path, *arguments: str) -> str:
     """Run a script on a number of ranks in a directory; return what it prints."""
     script = directory / "train.py"
     script.write_text(code)
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
-        [sys.executable, *launcher, str(script)],
+        [sys.executable, *launcher, str(script), *arguments],
         cwd=directory,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -192,26 +193,23 @@ def test_readme_example_resumes_on_three_ranks_and_exports_bfloat16(
 ) -> None:
     directory, _ = trained
     (code,) = blocks("README.md")["Use it"]
-    _, resume = RECIPES[RESUME]
-    loop = "for step in range(1, 11):"
-    assert loop in code
-    grown = code.replace(loop, f"{resume}\nfor step in range(step + 1, 16):")
-    grown = grown.replace("saving = None", "saving, path = None, 'ckpt/step-10'")
-    grown = grown.replace(
+    in_bfloat16 = code.replace(
         "from_transformers(model)", "from_transformers(model, dtype=torch.bfloat16)"
     )
-    printed = torchrun(3, grown, directory)
-    assert re.findall(r"^step (\d+):", printed, re.MULTILINE) == ["11", "12", "13", "14", "15"]
-    check_served(directory / "ckpt" / "step-15", torch.bfloat16)
+    assert in_bfloat16 != code
+    printed = torchrun(3, in_bfloat16, directory, "ckpt/step-10")
+    steps = [str(step) for step in range(11, 21)]
+    assert re.findall(r"^step (\d+):", printed, re.MULTILINE) == steps
+    check_served(directory / "ckpt" / "step-20", torch.bfloat16)
     # The moments went on from where they were: Adam has counted all steps.
-    reader = dcp.FileSystemReader(directory / "ckpt" / "step-15")
+    reader = dcp.FileSystemReader(directory / "ckpt" / "step-20")
     entries = reader.read_metadata().state_dict_metadata
     steps = {
         key: torch.zeros(()) for key in entries if re.fullmatch(r"optim\.state\..*\.step", key)
     }
     assert steps
     dcp.load(steps, storage_reader=reader, no_dist=True)
-    assert {int(one) for one in steps.values()} == {15}
+    assert {int(one) for one in steps.values()} == {20}
 
 
 def check_served(checkpoint: Path, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""The example of the documentation: killed at random moments, it resumes to the same losses."""
+"""The example `fsdp2.py`: killed at random moments, it resumes to the same losses."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pytest
 
 from dcp_hf_writer import verify
 from dcp_hf_writer.manager.quick_check import QuickCheck, StoredFacts
+from support.examples import EXAMPLES
 from support.ranks import run_ranks, spawn_ranks
 
 PAGE = Path(__file__).parents[2] / "docs" / "manager.md"
@@ -20,9 +21,7 @@ MAX_LINES = 60
 
 
 def example() -> str:
-    found = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert found is not None
-    return found[1]
+    return (EXAMPLES / "fsdp2.py").read_text()
 
 
 def run_example(rank: int, world_size: int, directory: Path) -> None:
@@ -94,8 +93,13 @@ def run_and_kill(tmp_path: Path, *, kills: int, seed: int) -> None:
     assert not [name for name in names if name.startswith((".incomplete", ".deleted"))]
 
 
-def test_example_is_short() -> None:
-    assert len(example().splitlines()) < MAX_LINES
+def test_example_is_short_and_stands_on_the_page_of_the_manager() -> None:
+    lines = example().splitlines()
+    assert len(lines) < MAX_LINES
+    found = re.search(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    assert found is not None
+    # The first line names the script.
+    assert found[1].splitlines()[1:] == lines[1:]
 
 
 @pytest.mark.timeout(400)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
+import time
 import traceback
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +74,16 @@ def error_of(save: Any, state: Any, **options: Any) -> BaseException | None:
     return None
 
 
+def opened_since(before: list[str]) -> list[str]:
+    """Return what is open now and was not before; a heartbeat in the making may take a moment."""
+    deadline = time.monotonic() + 10
+    while after := [one for one in descriptors() if one not in before]:
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05)
+    return after
+
+
 def failed_saves(
     rank: int, world_size: int, root: Path, failing: int
 ) -> dict[str, tuple[bool, list[str], list[str]]]:
@@ -92,7 +103,7 @@ def failed_saves(
         writer = HFDualWriter(root / "second")
         held.append(error_of(dcp.save, state_of(2, mesh), storage_writer=writer))
         failpoints.set_hook(None)
-        after = [one for one in descriptors() if one not in before]
+        after = opened_since(before)
         left = sorted(os.listdir(root)) if rank == 0 else []
         mesh.get_group().barrier().wait()
         found[point] = (held[-1] is not None, after, left)

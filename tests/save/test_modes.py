@@ -13,11 +13,6 @@ from torch.distributed.checkpoint import DefaultSavePlanner, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, AsyncSaveResponse
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-try:
-    from torch.distributed.checkpoint.fsspec_filesystem import FsspecWriter
-except ImportError:  # torch before 2.15
-    from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
-
 from dcp_hf_writer import HFDualWriter, HFExport, WriteSlots
 from dcp_hf_writer.errors import CheckpointError, ConfigError
 from support.compare import tensor_difference
@@ -31,6 +26,7 @@ from support.small_states import (
     state_of,
     take_name,
 )
+from support.stock_fsspec import FsspecWriter
 from support.stock_readers import load_hf
 
 if TYPE_CHECKING:

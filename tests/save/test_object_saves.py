@@ -9,7 +9,6 @@ import fsspec
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 from transformers import AutoModelForCausalLM
 
 from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, materialize, verify
@@ -18,6 +17,7 @@ from support.compare import tensor_difference
 from support.rank_tensors import tensor
 from support.ranks import run_ranks
 from support.sharded_models import build_model
+from support.stock_fsspec import FsspecReader
 from support.store_saves import MODEL, Store, save_kinds
 
 if TYPE_CHECKING:

@@ -311,3 +311,49 @@ def test_stream_leaves_tensors_on_the_gpu(group: None) -> None:
         found |= {name: tensor.cpu() for name, tensor in bucket}
     assert tensor_difference(found, expected) is None
     assert torch.cuda.max_memory_allocated() - before < 4 * 50_000
+
+
+def small_state() -> dict[str, torch.Tensor]:
+    """Return small tensors of many dtypes and layouts, and one large one."""
+    dtypes = (torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.complex64)
+    state = {f"{dtype}": numbers(33, 17, seed=7, dtype=dtype) for dtype in dtypes}
+    whole = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+    state |= {f"{dtype}": (numbers(50, seed=8) * 9).abs().to(dtype) for dtype in whole}
+    return (
+        state
+        | {
+            "transposed": numbers(64, 48, seed=9).t(),
+            "every_second": numbers(40, 40, seed=10)[::2, ::2],
+            "expanded": numbers(1, 30, seed=11).expand(20, 30),
+            "negated": numbers(30, seed=12, dtype=torch.complex64).conj().imag,
+            "scalar": numbers(seed=13),
+            "empty": numbers(0, 5, seed=14),
+            "large": numbers(1024, 1024, seed=15),
+        }
+        | {f"layer.{i}": numbers(64 + i, seed=20 + i) for i in range(300)}
+    )
+
+
+@pytest.mark.parametrize("mode", ["blocking", "overlap"])
+def test_small_tensors_of_all_kinds_are_staged(tmp_path: Path, mode: Any) -> None:
+    state = small_state()
+    writer = HFDualWriter(tmp_path / "one", staging=mode)
+    writer.warm_up({"model": state})
+    for _ in range(2):
+        staged = staged_by(writer, {"model": state})
+        assert tensor_difference(staged, on_host(state)) is None
+        del staged
+        for name in ("scalar", "layer.7", "torch.int16", "every_second"):
+            state[name] = state[name] + 1
+
+
+def test_small_tensors_are_copied_by_few_calls(tmp_path: Path) -> None:
+    layers = {f"layer.{i}": numbers(64 + i, seed=i) for i in range(300)}
+    writer = HFDualWriter(tmp_path / "one")
+    writer.warm_up({"model": layers})
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
+        staged = staged_by(writer, {"model": layers})
+    copies = [event for event in profile.events() if "Memcpy" in event.name]
+    assert len(copies) < len(layers) / 10
+    assert tensor_difference(staged, on_host(layers)) is None

@@ -31,8 +31,12 @@ def text_of_error(action: Callable[[], object]) -> str | None:
 def read_with_torch_alone(path: Path, target: Path) -> dict[str, Any]:
     import torch
     import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    try:
+        from torch.distributed.checkpoint.fsspec_filesystem import FsspecReader
+    except ImportError:  # torch before 2.15
+        from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader
 
     metadata = dcp.FileSystemReader(path).read_metadata()
     blank = {

@@ -207,21 +207,31 @@ def _text(value: object) -> str:
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{title}</title>
 <link rel="icon" href="data:,">
+<meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-body {{ font: 14px system-ui, sans-serif; margin: 2em; color: #222; }}
-table {{ border-collapse: collapse; width: 100%; }}
+:root {{ color-scheme: light dark; --ground: #fff; --text: #222; --band: #f4f4f4; --line: #999; }}
+@media (prefers-color-scheme: dark) {{
+:root {{ --ground: #16181c; --text: #e8e8e8; --band: #202329; --line: #666; }}
+}}
+body {{ font: 14px system-ui, sans-serif; margin: 2em; }}
+body {{ color: var(--text); background: var(--ground); }}
+h1 {{ font-size: 1.4em; overflow-wrap: anywhere; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: 4px 10px; text-align: right; white-space: nowrap; }}
-th {{ border-bottom: 1px solid #999; }} tr:nth-child(even) {{ background: #f6f6f6; }}
-td.bar {{ width: 40%; }} svg {{ display: block; }}
-.legend span {{ margin-right: 1.5em; }}
+th {{ border-bottom: 1px solid var(--line); }}
+tbody tr:nth-child(even) {{ background: var(--band); }}
+.bar {{ width: 40%; min-width: 160px; text-align: left; }} svg {{ display: block; }}
+.legend span {{ margin-right: 1.5em; white-space: nowrap; }}
 .legend i {{ display: inline-block; width: 12px; height: 12px; margin-right: 5px; }}
+@media (max-width: 600px) {{ body {{ margin: 1em; }} }}
 </style></head><body>
 <h1>{title}</h1>
 <p>{summary}</p>
 <p class="legend">{legend}</p>
-<table><thead><tr><th>rank</th><th>host</th><th>seconds in each phase</th>{heads}
-<th>DCP</th><th>HF</th><th>rate</th></tr></thead>
+<div class="wide"><table><thead><tr><th>rank</th><th>host</th>
+<th class="bar">seconds in each phase</th>{heads}<th>DCP</th><th>HF</th><th>rate</th></tr></thead>
 <tbody>
-{rows}</tbody></table>
+{rows}</tbody></table></div>
 </body></html>
 """

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from dcp_hf_writer.errors import StagingBusyError, StagingError
+from dcp_hf_writer.staging.kernel_copies import view_on_device
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -111,6 +112,7 @@ class Slab:
         # needs no CUDA.
         self._is_mine = is_new
         self.is_pinned = False
+        self._device_view: torch.Tensor | None = None
         self.pin()
 
     def _fault_in(self) -> None:
@@ -138,6 +140,17 @@ class Slab:
         # Unregister before the memory is unmapped: another slab may get the same address later.
         weakref.finalize(self, torch.cuda.cudart().cudaHostUnregister, self._address)
         return True
+
+    def device_view(self) -> torch.Tensor | None:
+        """Return the slab as a GPU tensor that kernels can write to; `None` if it is not pinned.
+
+        Returns:
+            uint8 of shape `(nbytes,)`, over the same memory. Its device is the one that was current
+            when the slab was pinned.
+        """
+        if self._device_view is None and self.is_pinned:
+            self._device_view = view_on_device(self._address, self.nbytes, self._map)
+        return self._device_view
 
     @property
     def fd(self) -> int:

@@ -16,6 +16,7 @@ import torch
 
 from dcp_hf_writer.errors import StagingError
 from dcp_hf_writer.mapping.flattening import walk_tensors
+from dcp_hf_writer.staging.kernel_copies import KERNEL_DTYPES, copy_by_kernel, mapped_over
 from dcp_hf_writer.staging.same_memory import memory_identity
 from dcp_hf_writer.staging.slab import (
     ALIGN_NBYTES,
@@ -56,8 +57,12 @@ class _Program:
     nbytes: int
     offsets: dict[int, tuple[int, torch.Tensor]]
     """As `StagedStateDict.offsets`."""
+    slab_nbytes: int
+    """Bytes of the slab that the copies take, gaps included."""
     compounds: dict[int, tuple[object, torch.Tensor]] = field(default_factory=dict)
     """Copies of tensors with several leaves, as `put_together` keeps them."""
+    mapped: dict[int, torch.Tensor] = field(default_factory=dict)
+    """The slab tensors that a kernel can write to, by index of the leaf; made when needed."""
     meshes: list[Any] = field(default_factory=list)
     """The meshes whose ids are in the signature. While they live, no other mesh gets such an id."""
 
@@ -130,7 +135,7 @@ class Stager:
             leaves, compounds = take_apart(walk_tensors(state_dict, into_tuples=True))
         aliases = _aliases(leaves)
         signature = (tuple(leaf.signature for leaf in leaves), tuple(aliases))
-        nbytes = _slab_nbytes(leaves, aliases)
+        nbytes = self._slab_nbytes(leaves, aliases, signature)
         lease, waited_s = self._pool.acquire(
             nbytes, what=what, deadline=deadline, before_growth=self._forget
         )
@@ -140,7 +145,7 @@ class Stager:
                 built = put_together(compounds, program.staged, program.compounds)
                 staged = StagedStateDict(_replace(state_dict, built))
             staged.offsets = program.offsets
-            copies = self._copy(leaves, program, mode)
+            copies = self._copy(_pairs(leaves, program, lease.slab), mode)
         except BaseException:
             lease.release()
             raise
@@ -224,6 +229,14 @@ class Stager:
     def _forget(self) -> None:
         self._program = None
 
+    def _slab_nbytes(
+        self, leaves: list[Leaf], aliases: list[int], signature: tuple[Any, ...]
+    ) -> int:
+        program = self._program
+        if program is not None and program.signature[0] == signature:
+            return program.slab_nbytes
+        return sum(_aligned(leaf.local.nbytes) for i, leaf in enumerate(leaves) if aliases[i] == i)
+
     def _program_for(
         self, leaves: list[Leaf], aliases: list[int], signature: tuple[Any, ...], slab: Slab
     ) -> _Program:
@@ -233,21 +246,25 @@ class Stager:
             self._program = program
         return program
 
-    def _copy(self, leaves: list[Leaf], program: _Program, mode: StagingMode) -> Copies | None:
-        pairs = [(program.locals_[i], leaves[i].local, nbytes) for i, nbytes in program.copies]
+    def _copy(self, pairs: list[_Pair], mode: StagingMode) -> Copies | None:
         if mode == "blocking":
             self._copy_now(pairs)
             return None
         events = self._copy_small([pair for pair in pairs if pair[2] < EAGER_NBYTES])
         large = [pair for pair in pairs if pair[2] >= EAGER_NBYTES]
-        events += self._enqueue_cuda([pair for pair in large if pair[1].is_cuda])
+        large_on_gpu = [pair for pair in large if pair[1].is_cuda]
+        events += self._enqueue_cuda(large_on_gpu)
+        for _, source, _ in large_on_gpu:
+            # The allocator must not reuse the source before the copy is done.
+            source.record_stream(self._streams[source.device.index])
         # Detach: the trainer may give a parameter other memory before the copy begins.
         on_host = [(to, tensor.detach(), n) for to, tensor, n in large if not tensor.is_cuda]
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="dcp-hf-staging")
         host_copied = threading.Event()
 
-        def finish() -> None:
+        def finish(_held: list[_Pair] = pairs) -> None:
+            # While the sources are held, the allocator does not reuse their memory.
             try:
                 self._copy_now(on_host)
             finally:
@@ -276,19 +293,22 @@ class Stager:
             event.synchronize()
 
     def _enqueue_cuda(self, pairs: list[_Pair]) -> list[Any]:
-        """Start device-to-host copies on side streams; return one event per device, after them."""
+        """Start device-to-host copies on side streams; return one event per device, after them.
+
+        The caller holds the sources until the events have happened.
+        """
         events = []
         for device in dict.fromkeys(pair[1].device for pair in pairs):
             stream = self._streams.get(device.index)
             if stream is None:
                 stream = self._streams[device.index] = torch.cuda.Stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
+            here = [pair for pair in pairs if pair[1].device == device]
             with torch.cuda.stream(stream), torch.no_grad():
-                for target, source, _ in pairs:
-                    if source.device == device:
+                copy_by_kernel([pair for pair in here if pair[0].is_cuda])
+                for target, source, _ in here:
+                    if not target.is_cuda:
                         target.copy_(source, non_blocking=True)
-                        # The allocator must not reuse the source before the copy is done.
-                        source.record_stream(stream)
                 event = torch.cuda.Event()
                 event.record(stream)
             events.append(event)
@@ -299,7 +319,7 @@ STAGER = Stager(SLABS)
 """The stager that all writers of this process share, because a process has one slab."""
 
 _Pair = tuple[torch.Tensor, torch.Tensor, int]
-"""Target in the slab, source, bytes."""
+"""Target in the slab, source, bytes. The target is a GPU tensor if a kernel writes to the slab."""
 
 
 def _aliases(leaves: list[Leaf]) -> list[int]:
@@ -319,8 +339,20 @@ def _aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGN_NBYTES) * ALIGN_NBYTES
 
 
-def _slab_nbytes(leaves: list[Leaf], aliases: list[int]) -> int:
-    return sum(_aligned(leaf.local.nbytes) for i, leaf in enumerate(leaves) if aliases[i] == i)
+def _pairs(leaves: list[Leaf], program: _Program, slab: Slab) -> list[_Pair]:
+    pairs = [(program.locals_[i], leaves[i].local, nbytes) for i, nbytes in program.copies]
+    view = slab.device_view()
+    if view is None:
+        return pairs
+    for place, (i, nbytes) in enumerate(program.copies):
+        target, source, _ = pairs[place]
+        is_small = 0 < nbytes < EAGER_NBYTES
+        if is_small and source.device == view.device and source.dtype in KERNEL_DTYPES:
+            mapped = program.mapped.get(i)
+            if mapped is None:
+                mapped = program.mapped[i] = mapped_over(target, view)
+            pairs[place] = (mapped, source, nbytes)
+    return pairs
 
 
 def _build_program(
@@ -346,7 +378,7 @@ def _build_program(
             meshes.append(spec.mesh)
     nbytes = sum(n for _, n in copies)
     offsets = _offsets(staged, locals_, slab)
-    return _Program(signature, staged, locals_, copies, nbytes, offsets, meshes=meshes)
+    return _Program(signature, staged, locals_, copies, nbytes, offsets, position, meshes=meshes)
 
 
 def _offsets(
