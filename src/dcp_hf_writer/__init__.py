@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from dcp_hf_writer.mapping.specs_from_function import specs_from_function
     from dcp_hf_writer.reader import HFDualReader
     from dcp_hf_writer.save.finished_save import FinishedSave
+    from dcp_hf_writer.save.mirror_jobs import resume_mirrors
+    from dcp_hf_writer.save.mirror_to import FinishedMirror, MirrorTo
     from dcp_hf_writer.save.per_rank import PerRank
     from dcp_hf_writer.storage.write_slots import WriteSlots
     from dcp_hf_writer.stream.bucket_stream import iter_hf_buckets
@@ -33,6 +35,7 @@ __all__ = [
     "CheckpointManager",
     "EverySeconds",
     "EverySteps",
+    "FinishedMirror",
     "FinishedSave",
     "FirstStep",
     "HFDualReader",
@@ -44,6 +47,7 @@ __all__ = [
     "LastStep",
     "LoadSpec",
     "LoadedKeys",
+    "MirrorTo",
     "OnSignal",
     "PerRank",
     "Piece",
@@ -58,6 +62,7 @@ __all__ = [
     "iter_hf_buckets",
     "load_hf",
     "materialize",
+    "resume_mirrors",
     "specs_from_function",
     "specs_from_transformers",
     "verify",
@@ -69,6 +74,7 @@ _HOME = {
     "CheckpointManager": "checkpoint_manager",
     "EverySeconds": "manager.cadence",
     "EverySteps": "manager.cadence",
+    "FinishedMirror": "save.mirror_to",
     "FinishedSave": "save.finished_save",
     "FirstStep": "manager.cadence",
     "HFDualReader": "reader",
@@ -80,6 +86,7 @@ _HOME = {
     "LastStep": "manager.cadence",
     "LoadSpec": "mapping.load_spec",
     "LoadedKeys": "hf_loader",
+    "MirrorTo": "save.mirror_to",
     "OnSignal": "manager.on_signal",
     "PerRank": "save.per_rank",
     "Piece": "mapping.load_spec",
@@ -94,6 +101,7 @@ _HOME = {
     "iter_hf_buckets": "stream.bucket_stream",
     "load_hf": "hf_loader",
     "materialize": "check.materialize",
+    "resume_mirrors": "save.mirror_jobs",
     "specs_from_function": "mapping.specs_from_function",
     "specs_from_transformers": "integrations.transformers",
     "verify": "check.verify",

@@ -42,6 +42,15 @@ EXCHANGE_POINTS = ("mid exchange",)
 SHARING_POINTS = ("before clone",)
 """Those that only a save on a file system that can clone reaches."""
 
+MIRROR_POINTS = (
+    "mirror begun",  # each rank that uploads: rank 0 has taken the prefix
+    "mirror part sent",  # each rank: a file is read and maybe sent, its object is not visible
+    "mirror object sent",  # each rank: an object is visible
+    "before mirror manifest",  # rank 0: all objects are there
+    "after mirror manifest",  # rank 0: the mirror is published, its records are still there
+)
+"""Those of the upload of a mirror, after the save."""
+
 _hook: Callable[[str], None] | None = None
 
 

@@ -20,24 +20,26 @@ from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.mapping.flattening import with_states
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.plan import global_plan
-from dcp_hf_writer.plan.global_plan import RankPlan
 from dcp_hf_writer.preflight import check_options, rank_facts
 from dcp_hf_writer.preflight.check_placements import refuse_partial
 from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
 from dcp_hf_writer.save import coordinator, export_assets
-from dcp_hf_writer.save.announced_save import planned_target
+from dcp_hf_writer.save.announced_save import own_part, planned_target
 from dcp_hf_writer.save.async_stager import SlabStager
 from dcp_hf_writer.save.begin_save import begin_save
-from dcp_hf_writer.save.choose_target import StoreAccess, choose_target
-from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter
+from dcp_hf_writer.save.choose_target import choose_target
+from dcp_hf_writer.save.dcp_half import prepare_dcp
 from dcp_hf_writer.save.finish_phase import FinishPhase
 from dcp_hf_writer.save.finished_save import as_report_hooks
+from dcp_hf_writer.save.mirror_jobs import wait_for_mirrors
+from dcp_hf_writer.save.mirror_to import MirrorTo, as_mirror
 from dcp_hf_writer.save.owner_process import new_save_id
 from dcp_hf_writer.save.planned_export import export_of, plan_or_leave_out
 from dcp_hf_writer.save.posix_target import LocalOptions
 from dcp_hf_writer.save.rank_progress import MEETING, Announcement
 from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
 from dcp_hf_writer.save.save_target import RankWrites, SaveTarget
+from dcp_hf_writer.save.store_access import StoreAccess
 from dcp_hf_writer.save.writer_saves import WriterSaves, tells
 from dcp_hf_writer.staging.staged_state_dict import refuse_failed
 from dcp_hf_writer.storage.output_place import check_output_place
@@ -97,6 +99,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         timeout_s: float = 1800,
         host_budget_bytes: int = 256 << 20,
         report_to: ReportHook | Sequence[ReportHook] | None = None,
+        mirror: str | MirrorTo | None = None,
     ) -> None:
         """Set up a writer. Writes no file, and starts nothing.
 
@@ -125,6 +128,8 @@ class HFDualWriter(StorageWriter, SlabStager):
             host_budget_bytes: Memory that a rank may use in addition to the staged copy.
             report_to: Function, or list of functions, that rank 0 calls with a `FinishedSave` at
                 the end of each save, published or failed. An error of one is logged.
+            mirror: URL of a store, or `MirrorTo(url, ...)`: where to upload the checkpoint from its
+                local files, in the background, once it is committed.
 
         Raises:
             ConfigError: If an option cannot be used as given, or `like` is no model directory.
@@ -146,8 +151,12 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.strategy = strategy
         self.timeout_s = timeout_s
         self.host_budget_bytes = host_budget_bytes
-        self._stores = StoreAccess(storage_options)
-        self.path = self._path_of(path)
+        self._mirror: MirrorTo | None = None
+        has_mirror = isinstance(mirror, str)
+        # Of a local path with a mirror, they are the options of the mirror.
+        self._stores = StoreAccess(None if has_mirror else storage_options)
+        self.path = self._mirrored = self._path_of(path)
+        self._mirror = as_mirror(mirror, path=self.path, storage_options=storage_options)
         if not is_url(self.path):
             check_output_place(self.path)
         self.report_to = as_report_hooks(report_to)
@@ -178,6 +187,8 @@ class HFDualWriter(StorageWriter, SlabStager):
     def _path_of(self, given: str | os.PathLike[str]) -> str:
         path = check_options.target_path(given)
         check_options.check_for_target(path, self, self._stores.options)
+        if self._mirror is not None:
+            self._mirror.of_step(self._mirrored, path)
         return self._stores.note(path)
 
     @property
@@ -314,9 +325,12 @@ class HFDualWriter(StorageWriter, SlabStager):
         return plans if result is None else result
 
     def _target_of(self, save_id: str, told: Mapping[str, Any] | None = None) -> SaveTarget:
-        local = LocalOptions(self.dcp_writer, self.slots, self.share, self.strategy)
+        attempt, mirror = self._current(), self._mirror
+        if mirror is not None:
+            mirror = mirror.of_step(self._mirrored, attempt.target)
+        local = LocalOptions(self.dcp_writer, self.slots, self.share, self.strategy, mirror)
         return choose_target(
-            self._current(),
+            attempt,
             save_id,
             self._stores,
             local,
@@ -344,14 +358,8 @@ class HFDualWriter(StorageWriter, SlabStager):
                 architecture=architecture,
                 once=self._once,
             )
-            return known, global_plan.rank_plans(known, self._prepare_dcp(whole))
-
-    def _prepare_dcp(self, plans: list[SavePlan]) -> list[SavePlan]:
-        bare = [replace(plan, storage_data=None) for plan in plans]
-        if self.dcp_writer is not None:
-            return self.dcp_writer.prepare_global_plan(bare)
-        target = self._current().target
-        return SlabFileSystemWriter(target, checkpoint_id=target).prepare_global_plan(bare)
+            prepared = prepare_dcp(whole, self.dcp_writer, self._current().target)
+            return known, global_plan.rank_plans(known, prepared)
 
     @tells
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -364,16 +372,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         if attempt.view.planned.planner is not planner:
             raise other_planner("save", rank=attempt.rank)
         PLAN_CACHE.end_plan(planner)
-        own = plan.storage_data
-        if not isinstance(own, RankPlan):
-            msg = "DCP gave this rank a plan that HFDualWriter did not make"
-            raise PlanningError(
-                msg,
-                rank=attempt.rank,
-                phase="write",
-                found=type(own).__name__,
-                hint="with enable_plan_caching, use a planner that no other writer has used",
-            )
+        own = own_part(plan, rank=attempt.rank)
         attempt.check_world()
         attempt.seconds.setdefault("plan", time.monotonic() - attempt.context.began)
         try:
@@ -427,6 +426,22 @@ class HFDualWriter(StorageWriter, SlabStager):
             if self.on_export_error == "raise":
                 raise error
             _log.warning("a checkpoint has no export: %s", error)
+
+    def wait_for_mirror(self, timeout_s: float | None = None) -> None:
+        """Wait until the mirror of the writer's path is published, once its save is over.
+
+        Returns at once if no mirror is unfinished. Any rank may call it; the others need not.
+
+        Args:
+            timeout_s: How long to wait, in seconds; `None` for the deadline of the upload.
+
+        Raises:
+            CheckpointError: What kept the mirror from being published.
+            SaveTimeoutError: If it is not published in time.
+        """
+        if self._mirror is not None:
+            wait_s = self._mirror.timeout_s if timeout_s is None else timeout_s
+            wait_for_mirrors(self.path, timeout_s=wait_s)
 
     def explain(
         self, state_dict: dict[str, Any], *, planner: SavePlanner | None = None

@@ -15,9 +15,12 @@ from dcp_hf_writer.errors import ConfigError, ExportError
 from support.named_bytes import EXPORT, sharded_state
 from support.ranks import run_ranks
 from support.small_states import state_of
+from support.store_saves import Store
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from support.s3_servers import S3Server
 
 ALONE = {"no_dist": True}
 LIMIT_S = 60.0
@@ -138,11 +141,40 @@ def test_save_of_a_checkpointer_process_is_reported_by_its_parent(tmp_path: Path
     assert {"stage", "plan", "total"} <= one.seconds.keys()
 
 
-def save_in_process(rank: int, world_size: int, root: Path) -> list[FinishedSave]:
+def test_save_of_a_checkpointer_process_to_a_store_is_reported_with_its_size(
+    moto: S3Server,
+) -> None:
+    store = Store.of_bucket(moto.new_bucket())
+    (reports, text) = run_ranks(save_in_process_to, 1, store)[0]
+    (one,) = reports
+    files = store.files("step-3")
+    assert one.outcome == "published"
+    assert one.dcp_nbytes == len(files["__0_0.distcp"])
+    assert one.hf_nbytes == len(files["hf/model.safetensors"])
+    assert {"stage", "plan", "total"} <= one.seconds.keys()
+    assert "0 bytes" not in text
+    assert "published" in text
+
+
+def save_in_process_to(_rank: int, _world: int, store: Store) -> tuple[list[FinishedSave], str]:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("dcp_hf_writer")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    options = dict(store.storage_options)
+    return save_in_process(0, 1, store.at("step-3"), options), "\n".join(lines)
+
+
+def save_in_process(
+    rank: int, world_size: int, root: Path | str, options: Any = None
+) -> list[FinishedSave]:
     from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
     reports: list[FinishedSave] = []
-    writer = HFDualWriter(root / "step-3", export=EXPORT, report_to=reports.append)
+    path = root if isinstance(root, str) else root / "step-3"
+    writer = HFDualWriter(path, export=EXPORT, report_to=reports.append, storage_options=options)
     kind = AsyncCheckpointerType.PROCESS
     future = dcp.async_save(
         {"model": {"w": torch.ones(9)}}, storage_writer=writer, async_checkpointer_type=kind

@@ -12,7 +12,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.spec import AbstractBufferedFile, AbstractFileSystem
 
-from dcp_hf_writer.errors import ConfigError, WriteError
+from dcp_hf_writer.errors import ConfigError, SaveAbortedError, SaveTimeoutError, WriteError
 from dcp_hf_writer.storage.fsspec_store import FsspecStore
 from dcp_hf_writer.storage.object_contract import ObjectStore, Patience
 from dcp_hf_writer.storage.open_store import open_store
@@ -147,10 +147,26 @@ def test_call_is_not_repeated_when_the_store_refuses() -> None:
 
 
 def test_call_ends_at_the_deadline_when_the_error_stays() -> None:
-    store, _ = unsteady(*[TimeoutError()] * 100)
+    store, fs = unsteady(*[TimeoutError("not with hidden-secret")] * 100)
     began = time.monotonic()
-    with pytest.raises(WriteError):
-        store.facts_of("a", patience=Patience(began + 0.3))
+    with pytest.raises(SaveTimeoutError, match="request facts_of in time") as raised:
+        store.facts_of("a", patience=Patience(began + 0.5))
+    assert fs.calls > 1
+    assert "hidden-secret" not in str(raised.value)
+    assert raised.value.__context__ is None
+
+
+def test_waiting_ends_when_the_save_is_given_up() -> None:
+    store, fs = unsteady(*[TimeoutError()] * 100)
+
+    def check() -> None:
+        if fs.calls:
+            msg = "given up"
+            raise SaveAbortedError(msg)
+
+    with pytest.raises(SaveAbortedError):
+        store.facts_of("a", patience=Patience(time.monotonic() + 60, check))
+    assert fs.calls == 1
 
 
 def test_file_system_that_cannot_hold_a_file_back_is_refused() -> None:

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from dcp_hf_writer import specs_from_function
+from dcp_hf_writer import specs_from_function, verify
 from support.pictures import DOCS, EXAMPLES
 
 if TYPE_CHECKING:
@@ -115,6 +115,9 @@ def check_object_stores(names: Names) -> None:
     saved = names["model"].state_dict()
     assert same(saved, names["loaded"]["model"])
     assert same(saved, names["other"].state_dict())
+    mirror = f"{names['url']}/step-101"
+    found = verify(mirror, storage_options=names["options"])
+    assert found.ok, found.problems
 
 
 def check_shared_file_systems(names: Names) -> None:
@@ -172,7 +175,7 @@ PAGES = {
     "experts.md": Page(2, check_experts, ("ckpt/step-1",)),
     "weight-sync.md": Page(2, check_weight_sync, ("ckpt/step-1",)),
     "serving.md": Page(1, check_serving, ("runs/a/step-1", "runs/a/step-2", "runs/a/step-3")),
-    "object-stores.md": Page(2, check_object_stores),
+    "object-stores.md": Page(2, check_object_stores, ("ckpt/step-101",)),
     "shared-file-systems.md": Page(2, check_shared_file_systems, ("ckpt/direct", "ckpt/exchange")),
     "moving.md": Page(2, check_moving, ("ckpt/step-1",)),
     "converting.md": Page(1, check_converting, ("new/dcp", "new/plain", "old/once")),

@@ -33,6 +33,9 @@ INCOMPLETE = ".incomplete-"
 """Begins the name of the directory of a save; the id of the save follows."""
 RECORD_NAME = ".dcp-hf-save.json"
 """The record in the directory of a save, or in its prefix on a store, until it is published."""
+MIRROR = ".mirror-"
+"""Begins the name of the record of an unfinished mirror, beside its checkpoint; the id of the save
+follows."""
 REPLACED = ".replaced-"
 """Begins the name of a directory that was renamed aside; the id of the save follows."""
 

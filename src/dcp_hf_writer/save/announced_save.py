@@ -5,17 +5,38 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import PlanningError
+from dcp_hf_writer.plan.global_plan import RankPlan
 from dcp_hf_writer.save.rank_progress import MEETING
 from dcp_hf_writer.save.save_target import SaveTarget
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
-    from dcp_hf_writer.plan.global_plan import RankPlan
+    from torch.distributed.checkpoint.planner import SavePlan
+
     from dcp_hf_writer.save.attempt import Attempt
 
 _FIND_S = 60.0
 """Longest wait for the coordinator's record, which is stored before any rank gets its plan."""
+
+
+def own_part(plan: SavePlan, *, rank: int) -> RankPlan:
+    """Return this rank's part of the global plan, from the plan that torch passes on.
+
+    Raises:
+        PlanningError: If the plan was made by another writer.
+    """
+    own = plan.storage_data
+    if not isinstance(own, RankPlan):
+        msg = "DCP gave this rank a plan that HFDualWriter did not make"
+        raise PlanningError(
+            msg,
+            rank=rank,
+            phase="write",
+            found=type(own).__name__,
+            hint="with enable_plan_caching, use a planner that no other writer has used",
+        )
+    return own
 
 
 def planned_target(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 import weakref
@@ -22,6 +23,7 @@ from dcp_hf_writer.save.failure_explanations import check_world, watch_pending
 from dcp_hf_writer.save.owner_process import is_on_first_host
 from dcp_hf_writer.save.process_saves import guard_process_save
 from dcp_hf_writer.save.rank_progress import MEETING
+from dcp_hf_writer.save.store_access import StoreAccess
 from dcp_hf_writer.staging.staged_state_dict import (
     StagedStateDict,
     failed_state_dict,
@@ -53,6 +55,7 @@ class SlabStager(AsyncStager):
     process_group: dist.ProcessGroup | None
     on_export_error: str
     report_to: tuple[ReportHook, ...] = ()
+    _stores = StoreAccess(None)
     _copies: Copies | None = None
     """Copies of the latest overlapped staging. Its state dict is not kept: the lease ends when the
     state dict is freed."""
@@ -77,7 +80,8 @@ class SlabStager(AsyncStager):
         began = time.monotonic()
         call = find_async_save()
         target = self.path if call is None or call.checkpoint_id is None else call.checkpoint_id
-        place = _Place(target, self._subdir, self.report_to)
+        shown = self._stores.note(os.fspath(target))
+        place = _Place(shown, self._subdir, self.report_to, self._stores)
         deadline = began + self.timeout_s
         world = SaveWorld.at_staging(call, self.process_group)
         self._assets_error = self._read_assets(is_first=world.rank == 0)
@@ -113,7 +117,7 @@ class SlabStager(AsyncStager):
             StagingBusyError: If another save is still in flight at the deadline.
         """
         deadline, target = time.monotonic() + self.timeout_s, self.path
-        place = _Place(target, self._subdir, self.report_to)
+        place = _Place(target, self._subdir, self.report_to, self._stores)
         world = SaveWorld.at_staging(find_async_save(), self.process_group)
         try:
             again = STAGER.stage_again(staged, deadline=deadline, world=world)
@@ -247,15 +251,17 @@ class _Place(NamedTuple):
     """Directory of the export within it."""
     report_to: tuple[ReportHook, ...]
     """Functions of the user that get the report of the save."""
+    stores: StoreAccess
+    """How to reach the store of a URL."""
 
 
 def _attend(staged: StagedStateDict, lease: Lease, place: _Place) -> None:
     """Check the save of a staged state dict when it begins; guard it if a process runs it."""
     handover = lease.handover
     assert handover is not None
-    target, subdir, report_to = place
+    target, subdir, report_to, stores = place
     staged.on_send = lambda: guard_process_save(
-        lease, handover, target=target, subdir=subdir, report_to=report_to
+        lease, handover, target=target, subdir=subdir, stores=stores, report_to=report_to
     )
     world = handover.world
     if world is not None and world.size > 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 import xxhash
@@ -102,6 +103,21 @@ class SlabFileSystemWriter(FileSystemWriter):
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
+
+
+def prepare_dcp(
+    plans: Sequence[SavePlan], writer: StorageWriter | None, target: str
+) -> list[SavePlan]:
+    """Let the writer of the DCP half prepare the plans of all ranks.
+
+    Args:
+        plans: The plans, by rank; our facts in them are left out.
+        writer: The user's writer; `None` for ours.
+        target: The checkpoint.
+    """
+    bare = [replace(plan, storage_data=None) for plan in plans]
+    used = SlabFileSystemWriter(target, checkpoint_id=target) if writer is None else writer
+    return used.prepare_global_plan(bare)
 
 
 def metadata_writer(

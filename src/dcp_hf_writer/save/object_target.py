@@ -19,7 +19,6 @@ from dcp_hf_writer.errors import (
     SaveAbortedError,
     SaveTimeoutError,
     StorageError,
-    TargetExistsError,
 )
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.names_on_disk import (
@@ -38,9 +37,10 @@ from dcp_hf_writer.save.export_cells import ExportUpload
 from dcp_hf_writer.save.export_failures import export_error, nbytes_of
 from dcp_hf_writer.save.object_parts import PART_NBYTES, part_nbytes_of
 from dcp_hf_writer.save.object_write_phase import ObjectWritePhase
-from dcp_hf_writer.save.owner_process import Owner, mark_active, mark_ended
+from dcp_hf_writer.save.owner_process import Owner, mark_ended
 from dcp_hf_writer.save.save_target import SaveTarget
 from dcp_hf_writer.save.store_record import StoreRecord, remove_leftovers, save_id_in
+from dcp_hf_writer.save.take_prefix import take_prefix, taken
 from dcp_hf_writer.save.tensor_bytes import digest_of
 from dcp_hf_writer.save.write_strategy import CELLS_IN_BUDGET
 from dcp_hf_writer.storage.object_contract import Abilities, Patience
@@ -119,70 +119,10 @@ class ObjectTarget(SaveTarget):
             attempt.member.world_size,
             tuple(sorted(new_files)),
         )
-        existing = {facts.key for facts in store.objects("", patience=patience)}
-        earlier = StoreRecord.read(store, patience) if RECORD_NAME in existing else None
-        self._check_free(existing, earlier, record)
-        mark_active(self.save_id)
-        try:
-            if earlier is not None:
-                remove_leftovers(store, earlier, existing, patience)
-            self._put_record(record, patience, is_first=earlier is None)
-        except BaseException:
-            mark_ended(self.save_id)
-            raise
+        take_prefix(store, record, patience)
         self._record = record
         attempt.work_in(self)
         reach("directory made")
-
-    def _put_record(self, record: StoreRecord, patience: Patience, *, is_first: bool) -> None:
-        is_mine = self._store.put(
-            RECORD_NAME,
-            [memoryview(record.encode())],
-            token=self.save_id,
-            patience=patience,
-            if_absent=is_first,
-        )
-        if not is_mine:
-            raise self._taken("another save began at the same moment")
-
-    def _check_free(
-        self, existing: Collection[str], earlier: StoreRecord | None, new: StoreRecord
-    ) -> None:
-        """Check that this save may take the prefix.
-
-        Raises:
-            TargetExistsError: If it holds a checkpoint, a running save, or an object of others with
-                a key that this save needs.
-        """
-        if MANIFEST_NAME in existing:
-            raise self._taken("a checkpoint")
-        if earlier is not None:
-            earlier.check_takeover()
-        needed = {key for key in existing if new.makes(key)}
-        if RECORD_NAME in existing and earlier is None:
-            needed.add(RECORD_NAME)
-        others = sorted(key for key in needed if earlier is None or not earlier.makes(key))
-        if METADATA_NAME in others:
-            raise self._taken("a checkpoint of another writer")
-        if others:
-            raise TargetExistsError(
-                "the target holds an object with a key that the checkpoint needs",
-                phase="plan",
-                path=f"{self.target}/{others[0]}",
-                expected="a free key",
-                found="an object that no unfinished save of this package lists",
-                hint="it is not replaced: move it away, or save under another name",
-            )
-
-    def _taken(self, found: str) -> TargetExistsError:
-        return TargetExistsError(
-            "the target of the save already exists",
-            phase="plan",
-            path=self.target,
-            expected="a free prefix, or one without a checkpoint",
-            found=found,
-            hint="save under another name; a checkpoint on a store is not overwritten",
-        )
 
     def make_export(
         self, plan: GlobalPlan, assets: Assets | None, attempt: Attempt, *, subdir: str
@@ -338,7 +278,7 @@ class ObjectTarget(SaveTarget):
                 if_absent=True,
             )
             if not is_new:
-                raise self._taken("a checkpoint that appeared during the save")
+                raise taken(self.target, "a checkpoint that appeared during the save")
             reach("after rename")
         self._forget_record(attempt.last_patience())
 

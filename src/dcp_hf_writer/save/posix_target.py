@@ -9,6 +9,7 @@ from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.save import coordinator
 from dcp_hf_writer.save.checksums import add_checksums
 from dcp_hf_writer.save.dcp_half import metadata_writer
+from dcp_hf_writer.save.mirror_jobs import note_mirror
 from dcp_hf_writer.save.replace_target import saved_id
 from dcp_hf_writer.save.save_target import SaveTarget
 from dcp_hf_writer.save.write_phase import WritePhase
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
     from dcp_hf_writer.save.export_assets import Assets
+    from dcp_hf_writer.save.mirror_to import MirrorTo
     from dcp_hf_writer.save.save_target import Publication, RankWrites
     from dcp_hf_writer.save.write_strategy import Strategy
 
@@ -42,6 +44,8 @@ class LocalOptions:
     """Whether the halves may share disk blocks."""
     strategy: Strategy = "auto"
     """How the ranks write files that they share."""
+    mirror: MirrorTo | None = None
+    """Where the checkpoint is uploaded once it is committed."""
 
 
 class PosixTarget(SaveTarget):
@@ -148,6 +152,8 @@ class PosixTarget(SaveTarget):
 
     def publish(self, attempt: Attempt, what: Publication) -> None:
         """Write the manifest, fsync, rename; see `SaveTarget.publish`."""
+        if self.options.mirror is not None:
+            note_mirror(self.target, self.save_id, self.options.mirror)
         coordinator.publish(self.directory, attempt, what)
 
     def is_committed(self) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import ExportError, SaveAbortedError, SaveTimeoutError
@@ -15,10 +16,14 @@ from dcp_hf_writer.save.failure_explanations import OPEN
 from dcp_hf_writer.save.finished_save import FinishedSave, SaveReports, outcome_of
 from dcp_hf_writer.save.replace_target import read_json
 from dcp_hf_writer.save.save_log import step_of
+from dcp_hf_writer.storage.store_urls import is_url
 from dcp_hf_writer.torch_seam.future_guard import FutureGuard, find_future, own_error
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from dcp_hf_writer.save.finished_save import ReportHook
+    from dcp_hf_writer.save.store_access import StoreAccess
     from dcp_hf_writer.staging.slab import Handover, Lease
 
 _log = logging.getLogger(__name__)
@@ -30,6 +35,7 @@ def guard_process_save(
     *,
     target: str,
     subdir: str,
+    stores: StoreAccess,
     report_to: tuple[ReportHook, ...] = (),
 ) -> None:
     """Guard the future of a save that a checkpointer process runs; called as the save is sent.
@@ -39,6 +45,7 @@ def guard_process_save(
         handover: What staging passes to the save.
         target: Path of the checkpoint.
         subdir: Directory of the export within the checkpoint.
+        stores: How to reach the store of a checkpoint whose path is a URL.
         report_to: Functions of the user that get the report of the save, on rank 0.
 
     Raises:
@@ -54,13 +61,13 @@ def guard_process_save(
         if isinstance(error, ExportError) and rank == 0:
             published(error)
         save_log.log_failed(target, rank, error)
-        reports.note(_finished(handover, target, error, (0, 0)))
+        reports.note(_finished(handover, target, error))
         reports.tell()
         return error
 
     def published(error: BaseException | None = None) -> None:
-        nbytes = _log_published(handover, target, subdir)
-        reports.note(_finished(handover, target, error, nbytes))
+        found = _log_published(handover, target, subdir, stores)
+        reports.note(_finished(handover, target, error, found))
 
     def end() -> None:
         lease.release()
@@ -107,37 +114,65 @@ def _explain(target: str, error: BaseException) -> BaseException:
     return aborted
 
 
+@dataclass(frozen=True, slots=True)
+class _PublishedFacts:
+    """What a published checkpoint tells about itself."""
+
+    nbytes: tuple[int, int] = (0, 0)
+    """Bytes of both halves; 0 if they cannot be read."""
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Seconds that the coordinator spent in each phase."""
+
+
 def _finished(
-    handover: Handover, target: str, error: BaseException | None, nbytes: tuple[int, int]
+    handover: Handover,
+    target: str,
+    error: BaseException | None,
+    found: _PublishedFacts | None = None,
 ) -> FinishedSave:
     """Make the report of a save; the seconds of its phases are in the manifest."""
-    is_published = outcome_of(error) != "failed"
-    manifest = (read_json(os.path.join(target, MANIFEST_NAME)) or {}) if is_published else {}
-    seconds = manifest.get("timings", {}).get("coordinator", {})
+    found = found or _PublishedFacts()
     return FinishedSave(
         path=target,
         step=step_of(target),
         outcome=outcome_of(error),
         error=None if error is None else f"{type(error).__name__}: {error}",
-        dcp_nbytes=nbytes[0],
-        hf_nbytes=nbytes[1],
+        dcp_nbytes=found.nbytes[0],
+        hf_nbytes=found.nbytes[1],
         stall_s=handover.info.stall_s,
         total_s=time.monotonic() - handover.began,
-        seconds={"stage": handover.info.stall_s, **seconds},
+        seconds={"stage": handover.info.stall_s, **found.seconds},
     )
 
 
-def _log_published(handover: Handover, target: str, subdir: str) -> tuple[int, int]:
-    """Log a published save here: nobody configures the log of the checkpointer process.
-
-    Returns:
-        The bytes of both halves; 0 if they cannot be read.
-    """
+def _log_published(
+    handover: Handover, target: str, subdir: str, stores: StoreAccess
+) -> _PublishedFacts:
+    """Log a published save here: nobody configures the log of the checkpointer process."""
     try:
-        nbytes = nbytes_on_disk(target, subdir)
-    except OSError as error:
+        found = _look(target, subdir, stores)
+    except (OSError, SaveTimeoutError) as error:
         _log.info("published %s; its size cannot be read: %s", target, error)
-        return 0, 0
+        return _PublishedFacts()
     stall_s, total_s = handover.info.stall_s, time.monotonic() - handover.began
-    save_log.log_published(save_log.Published(target, step_of(target), nbytes, stall_s, total_s))
-    return nbytes
+    step = step_of(target)
+    save_log.log_published(save_log.Published(target, step, found.nbytes, stall_s, total_s))
+    return found
+
+
+def _look(target: str, subdir: str, stores: StoreAccess) -> _PublishedFacts:
+    """Look at a published checkpoint.
+
+    Raises:
+        OSError: If it cannot be listed or read.
+        SaveTimeoutError: If its store does not answer.
+    """
+    if is_url(target):
+        manifest = stores.manifest_of(target)
+        sizes = manifest.get("nbytes", {})
+        # The ranks count what they wrote of an export that failed later, too.
+        nbytes = sizes.get("dcp", 0), sizes.get("hf", 0) if manifest.get("hf") else 0
+    else:
+        manifest = read_json(os.path.join(target, MANIFEST_NAME)) or {}
+        nbytes = nbytes_on_disk(target, subdir)
+    return _PublishedFacts(nbytes, manifest.get("timings", {}).get("coordinator", {}))

@@ -61,7 +61,7 @@ class StoreRecord:
     @classmethod
     def parse(cls, data: bytes) -> StoreRecord | None:
         """Return the record in some bytes; `None` if they hold something else."""
-        value = _object_in(data)
+        value = object_in(data)
         if value is None:
             return None
         owner = Owner.from_json(value.get("owner"))
@@ -144,9 +144,7 @@ def remove_leftovers(
     Raises:
         StorageError: If the store refuses.
     """
-    for upload in store.uploads(below, patience=patience):
-        if record.makes(upload.key[len(below) :]):
-            store.abort(upload, patience=patience)
+    abort_uploads(store, record, patience, below=below)
     keys = sorted(filter(record.makes, existing))
     # Each in a request of its own: one request may delete its keys in any order.
     for first in (MANIFEST_NAME, METADATA_NAME):
@@ -157,14 +155,28 @@ def remove_leftovers(
         store.delete([f"{below}{key}" for key in keys], patience=patience)
 
 
+def abort_uploads(
+    store: ObjectStore, record: StoreRecord, patience: Patience, *, below: str = ""
+) -> None:
+    """Abort the open uploads of a save; the arguments are those of `remove_leftovers`.
+
+    Raises:
+        StorageError: If the store refuses.
+    """
+    for upload in store.uploads(below, patience=patience):
+        if record.makes(upload.key[len(below) :]):
+            store.abort(upload, patience=patience)
+
+
 def save_id_in(manifest: bytes | None) -> str | None:
     """Return the id of the save that a manifest names; `None` without one."""
-    value = None if manifest is None else _object_in(manifest)
+    value = None if manifest is None else object_in(manifest)
     found = None if value is None else value.get("save_id")
     return found if isinstance(found, str) else None
 
 
-def _object_in(data: bytes) -> dict[str, Any] | None:
+def object_in(data: bytes) -> dict[str, Any] | None:
+    """Return the JSON object in some bytes; `None` if they hold something else."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError):

@@ -24,6 +24,7 @@ from dcp_hf_writer.storage.object_contract import (
     SentPart,
     Upload,
 )
+from dcp_hf_writer.storage.object_retries import RequestFault, Retries
 from dcp_hf_writer.storage.posix_outputs import number_and_text
 from dcp_hf_writer.storage.store_urls import shown_url, without_secrets
 
@@ -39,8 +40,6 @@ _MAX_PARTS = 1 << 31
 # Errors that may be over soon. The second try may find that the first one worked: all calls that
 # are tried again give the same result twice.
 _PASSING = (TimeoutError, ConnectionError)
-_FIRST_WAIT_S = 0.1
-_LONGEST_WAIT_S = 5.0
 
 _HELD_BACK = ".dcp-hf-upload-"
 """Begins the last part of the name of a local file that is not published yet."""
@@ -105,7 +104,9 @@ class FsspecStore(ObjectStore):
             ConfigError: If the file system shows a file before it is complete.
         """
         upload = Upload(key, uuid.uuid4().hex, token)
-        held = self._run(key, patience, lambda: self._held_back(key, upload.upload_id))
+        held = self._run(
+            "begin_upload", key, patience, lambda: self._held_back(key, upload.upload_id)
+        )
         with self._lock:
             self._open[upload.upload_id] = held
         return upload
@@ -161,7 +162,7 @@ class FsspecStore(ObjectStore):
             return
         path = self._path(upload.key)
         discard = held.discard if held else functools.partial(_discard_left, path, upload.upload_id)
-        self._run(upload.key, patience, discard)
+        self._run("abort", upload.key, patience, discard)
 
     def facts_of(self, key: str, *, patience: Patience) -> ObjectFacts | None:
         """Ask for the size of an object; see `ObjectStore.facts_of`."""
@@ -175,7 +176,7 @@ class FsspecStore(ObjectStore):
             is_file = found.get("type") != "directory"
             return ObjectFacts(key, int(found["size"])) if is_file else None
 
-        return self._run(key, patience, look)
+        return self._run("facts_of", key, patience, look)
 
     def read(self, key: str, *, max_nbytes: int, patience: Patience) -> bytes | None:
         """Read a small object; see `ObjectStore.read`."""
@@ -194,7 +195,7 @@ class FsspecStore(ObjectStore):
             except FileNotFoundError:
                 return None
 
-        return self._run(key, patience, cat)
+        return self._run("read", key, patience, cat)
 
     def objects(self, prefix: str, *, patience: Patience) -> Iterator[ObjectFacts]:
         """List the objects below the root; see `ObjectStore.objects`."""
@@ -220,12 +221,12 @@ class FsspecStore(ObjectStore):
             found = self._fs.find(self._root, detail=True)
             return [(self._key(name), int(entry["size"])) for name, entry in found.items()]
 
-        return sorted(one for one in self._run("", patience, find) if one[0])
+        return sorted(one for one in self._run("list", "", patience, find) if one[0])
 
     def delete(self, keys: Sequence[str], *, patience: Patience) -> None:
         """Delete objects one by one; see `ObjectStore.delete`."""
         for key in keys:
-            self._run(key, patience, functools.partial(self._remove, self._path(key)))
+            self._run("delete", key, patience, functools.partial(self._remove, self._path(key)))
 
     def _remove(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -261,9 +262,9 @@ class FsspecStore(ObjectStore):
             msg = "the store did not answer by the deadline of the save"
             raise SaveTimeoutError(msg, path=self._shown(key))
 
-    def _run(self, key: str, patience: Patience, call: Callable[[], _T]) -> _T:
+    def _run(self, what: str, key: str, patience: Patience, call: Callable[[], _T]) -> _T:
         """Make a call, and repeat it after errors that pass."""
-        wait_s = _FIRST_WAIT_S
+        retries = Retries(patience, path=self._shown(key), what=what)
         while True:
             self._begin_call(key, patience)
             try:
@@ -271,12 +272,16 @@ class FsspecStore(ObjectStore):
             except CheckpointError:
                 raise
             except _PASSING as error:
-                if time.monotonic() + wait_s > patience.deadline:
-                    raise self._refused(error, key) from None
-                time.sleep(wait_s)
-                wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+                fault = self._passing_fault(error)
             except Exception as error:  # noqa: BLE001 - each file system has errors of its own
                 raise self._refused(error, key) from None
+            # Out of the `except` block: an error raised in it would carry the one of the file
+            # system, whose text may hold a credential.
+            retries.wait_after(fault)
+
+    def _passing_fault(self, error: Exception) -> RequestFault:
+        number = error.errno if isinstance(error, OSError) else None
+        return RequestFault(passes=True, text=self._text_of(error), errno=number)
 
     @contextlib.contextmanager
     def _errors(self, key: str) -> Iterator[None]:
