@@ -18,7 +18,7 @@ import xxhash
 from dcp_hf_writer.errors import CheckpointError, CoverageError, ReadError, SaveAbortedError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, RECORD_NAME
-from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, Manifest, parse_manifest
+from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
 from dcp_hf_writer.save.mirror_shares import shares_of
 from dcp_hf_writer.save.object_parts import PART_NBYTES, SentObject, in_flight_of, part_nbytes_of
 from dcp_hf_writer.save.owner_process import Owner, mark_ended
@@ -29,6 +29,7 @@ from dcp_hf_writer.storage.object_retries import waits
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from dcp_hf_writer.plan.manifest import Manifest
     from dcp_hf_writer.save.mirror_record import MirrorRecord
     from dcp_hf_writer.storage.object_contract import ObjectStore, Patience
 
