@@ -8,7 +8,12 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer.errors import ExportError, SaveAbortedError, SaveTimeoutError
+from dcp_hf_writer.errors import (
+    CorruptCheckpointError,
+    ExportError,
+    SaveAbortedError,
+    SaveTimeoutError,
+)
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
 from dcp_hf_writer.save import save_log
 from dcp_hf_writer.save.coordinator import nbytes_on_disk
@@ -151,7 +156,7 @@ def _log_published(
     """Log a published save here: nobody configures the log of the checkpointer process."""
     try:
         found = _look(target, subdir, stores)
-    except (OSError, SaveTimeoutError) as error:
+    except (OSError, SaveTimeoutError, CorruptCheckpointError) as error:
         _log.info("published %s; its size cannot be read: %s", target, error)
         return _PublishedFacts()
     stall_s, total_s = handover.info.stall_s, time.monotonic() - handover.began
@@ -166,13 +171,14 @@ def _look(target: str, subdir: str, stores: StoreAccess) -> _PublishedFacts:
     Raises:
         OSError: If it cannot be listed or read.
         SaveTimeoutError: If its store does not answer.
+        CorruptCheckpointError: If its manifest is not one.
     """
     if is_url(target):
-        manifest = stores.manifest_of(target)
-        sizes = manifest.get("nbytes", {})
-        # The ranks count what they wrote of an export that failed later, too.
-        nbytes = sizes.get("dcp", 0), sizes.get("hf", 0) if manifest.get("hf") else 0
-    else:
-        manifest = read_json(os.path.join(target, MANIFEST_NAME)) or {}
-        nbytes = nbytes_on_disk(target, subdir)
-    return _PublishedFacts(nbytes, manifest.get("timings", {}).get("coordinator", {}))
+        stored = stores.manifest_of(target)
+        files = {} if stored.hf is None else stored.hf.files
+        dcp_nbytes = sum(one.nbytes for one in stored.dcp.values())
+        hf_nbytes = sum(one.nbytes for one in files.values())
+        return _PublishedFacts((dcp_nbytes, hf_nbytes), stored.seconds)
+    manifest = read_json(os.path.join(target, MANIFEST_NAME)) or {}
+    seconds = manifest.get("timings", {}).get("coordinator", {})
+    return _PublishedFacts(nbytes_on_disk(target, subdir), seconds)

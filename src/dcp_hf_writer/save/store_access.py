@@ -6,8 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
-from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES
-from dcp_hf_writer.save.store_record import object_in
+from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
 from dcp_hf_writer.storage.object_contract import Patience
 from dcp_hf_writer.storage.open_store import open_store
 from dcp_hf_writer.storage.store_urls import is_url, shown_url
@@ -15,6 +14,7 @@ from dcp_hf_writer.storage.store_urls import is_url, shown_url
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from dcp_hf_writer.plan.parse_manifest import Manifest
     from dcp_hf_writer.storage.object_contract import ObjectStore
 
 # Seconds for one look.
@@ -59,8 +59,8 @@ class StoreAccess:
         """
         return open_store(self.url_of(path), self.options)
 
-    def manifest_of(self, path: str) -> dict[str, Any]:
-        """Read the manifest of a checkpoint on a store; empty if it has none.
+    def manifest_of(self, path: str) -> Manifest:
+        """Read the manifest of a checkpoint on a store.
 
         Args:
             path: URL of the checkpoint.
@@ -68,6 +68,7 @@ class StoreAccess:
         Raises:
             StorageError: If the store refuses.
             SaveTimeoutError: If it does not answer for a while.
+            CorruptCheckpointError: If there is no manifest, or it is damaged.
         """
         store = self.open(path)
         try:
@@ -75,4 +76,4 @@ class StoreAccess:
             data = store.read(MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, patience=patience)
         finally:
             store.close()
-        return (None if data is None else object_in(data)) or {}
+        return parse_manifest(data or b"", path=f"{path}/{MANIFEST_NAME}")
