@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from support.fault_proxy import FaultProxy, fault_proxy
@@ -15,6 +16,10 @@ if TYPE_CHECKING:
 
 # Before transformers is imported: no test may look for anything on the network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A busy machine may take long for one example, and that says nothing about the code.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 # Its assertions are those of the test classes that inherit it.
 pytest.register_assert_rewrite("support.input_conformance", "support.object_conformance")

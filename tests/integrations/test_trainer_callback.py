@@ -223,3 +223,8 @@ def test_wrong_use_is_refused(tmp_path: Path) -> None:
 def test_option_that_trainer_decides_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         HFDualCallback(**options)
+
+
+def test_url_as_root_is_refused_and_not_taken_for_a_local_path() -> None:
+    with pytest.raises(ConfigError, match="cannot write to an object store"):
+        HFDualCallback("s3://bucket/run")

@@ -18,6 +18,7 @@ import torch
 from dcp_hf_writer.errors import ConfigError, MismatchError, ReadError
 from dcp_hf_writer.integrations.new_manager import check_free, load_from, new_manager
 from dcp_hf_writer.mapping.hf_export import HFExport
+from dcp_hf_writer.preflight.check_options import local_path
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -103,7 +104,7 @@ class DualCheckpointer:
         if options.get("staging") == "overlap":
             options["optimizers"] = list(optimizers)
         self._manager = new_manager(
-            os.path.abspath(os.path.join(base_folder, config.folder)),
+            local_path(os.path.join(base_folder, config.folder)),
             options={"keep_last": config.keep_latest_k or None, **options, "export": self._export},
         )
 

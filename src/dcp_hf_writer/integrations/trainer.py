@@ -28,6 +28,7 @@ from dcp_hf_writer.manager.retention import KeepBest
 from dcp_hf_writer.manager.step_names import StepNames
 from dcp_hf_writer.manager.trainer_state import RNG_NAME
 from dcp_hf_writer.mapping.hf_export import HFExport
+from dcp_hf_writer.preflight.check_options import local_path
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -98,7 +99,8 @@ class HFDualCallback(TrainerCallback):
                 expected='"auto", an HFExport, or None',
                 found=repr(export),
             )
-        self._root, self._export, self._options = root, export, options
+        self._root = None if root is None else local_path(root)
+        self._export, self._options = export, options
         self._resumes, self._verifies = resume, verify
         # Typed loosely: Trainer declares attributes optional that are there while it trains.
         self._trainer: Any = None
@@ -243,8 +245,7 @@ class HFDualCallback(TrainerCallback):
 
     @property
     def _run_root(self) -> str:
-        root: str = os.path.abspath(self._root or self._attached.args.output_dir)
-        return root
+        return local_path(self._root or self._attached.args.output_dir)
 
     @property
     def _names(self) -> StepNames:
@@ -285,7 +286,7 @@ class HFDualCallback(TrainerCallback):
         """Return the directory that Trainer takes its own state from; `None` to start anew."""
         path: str | None = None
         if given is not None and not isinstance(given, bool):
-            path = os.path.abspath(given)
+            path = local_path(given)
         step = None if path is None else self._names.step_of(os.path.basename(path))
         if path is not None and (step is None or os.path.dirname(path) != self._run_root):
             return path
