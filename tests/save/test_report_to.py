@@ -12,6 +12,7 @@ import torch.distributed.checkpoint as dcp
 
 from dcp_hf_writer import CheckpointManager, FinishedSave, HFDualWriter, HFExport, failpoints
 from dcp_hf_writer.errors import ConfigError, ExportError
+from support.log_lines import log_lines
 from support.named_bytes import EXPORT, sharded_state
 from support.ranks import run_ranks
 from support.small_states import state_of
@@ -157,12 +158,7 @@ def test_save_of_a_checkpointer_process_to_a_store_is_reported_with_its_size(
 
 
 def save_in_process_to(_rank: int, _world: int, store: Store) -> tuple[list[FinishedSave], str]:
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("dcp_hf_writer")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    lines = log_lines()
     options = dict(store.storage_options)
     return save_in_process(0, 1, store.at("step-3"), options), "\n".join(lines)
 

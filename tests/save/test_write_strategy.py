@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -14,6 +13,7 @@ from dcp_hf_writer.errors import IncoherentStorageError
 from dcp_hf_writer.save import coordinator, owner_process
 from dcp_hf_writer.save.write_strategy import WriteStrategy, cell_nbytes_for, choose_strategy
 from dcp_hf_writer.storage.posix_outputs import COHERENT
+from support.log_lines import log_lines
 from support.ranks import run_ranks
 from support.small_states import dcp_difference, difference, state_of
 
@@ -97,12 +97,7 @@ def test_cells_grow_with_the_export_and_fit_the_budget(nbytes: int, budget: int,
 
 def save_from_two_hosts(rank: int, world_size: int, root: Path, fs_type: str) -> list[str]:
     """Save as if each rank were on a host of its own; return what was raised and logged."""
-    lines: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    log = logging.getLogger("dcp_hf_writer")
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    lines = log_lines()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(owner_process, "host_id", lambda: f"host {rank}")
         patch.setattr(coordinator, "file_system_type", lambda _: fs_type)

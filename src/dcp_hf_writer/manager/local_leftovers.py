@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import json
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from dcp_hf_writer.errors import CheckpointError, ReadError
 from dcp_hf_writer.formats.names_on_disk import INCOMPLETE, RECORD_NAME
 from dcp_hf_writer.manager.run_storage import Leftover
 from dcp_hf_writer.manager.step_names import DELETED_PREFIX
-from dcp_hf_writer.save.owner_process import Owner, is_abandoned
+from dcp_hf_writer.save.owner_process import Owner, OwnerState, owner_state
 from dcp_hf_writer.storage.open_directory import open_directory
-
-if TYPE_CHECKING:
-    from typing import Literal
 
 _MAX_NBYTES = 64 << 20
 
@@ -32,14 +29,11 @@ def local_leftovers(root: str) -> list[Leftover]:
     return [Leftover(name, _state(root, name), _nbytes(os.path.join(root, name))) for name in names]
 
 
-def _state(root: str, name: str) -> Literal["dead", "alive", "unknown"]:
+def _state(root: str, name: str) -> OwnerState:
     if name.startswith(DELETED_PREFIX):
         return "dead"
     owner = Owner.from_json(_record(os.path.join(root, name)).get("owner"))
-    if owner is None:
-        return "unknown"
-    abandoned = is_abandoned(name.removeprefix(INCOMPLETE), owner)
-    return "unknown" if abandoned is None else "dead" if abandoned else "alive"
+    return owner_state(name.removeprefix(INCOMPLETE), owner)
 
 
 def _record(path: str) -> dict[str, Any]:

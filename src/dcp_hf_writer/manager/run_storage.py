@@ -10,7 +10,7 @@ import os
 import threading
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dcp_hf_writer.errors import ConfigError
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.manager.quick_check import StoredFacts
     from dcp_hf_writer.manager.step_names import StepNames
+    from dcp_hf_writer.save.owner_process import OwnerState
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,7 @@ class Leftover:
 
     name: str
     """Name of its directory."""
-    state: Literal["dead", "alive", "unknown"]
+    state: OwnerState
     """Whether a process still works on it; `unknown` if it runs where this process cannot look."""
     nbytes: int
     """Size of its files."""

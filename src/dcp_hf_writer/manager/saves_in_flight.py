@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from dcp_hf_writer.errors import ReadError
 from dcp_hf_writer.formats.names_on_disk import INCOMPLETE, MANIFEST_NAME, RECORD_NAME
 from dcp_hf_writer.save.heartbeat import HEARTBEATS_NAME, Heartbeat
-from dcp_hf_writer.save.owner_process import Owner, is_abandoned
+from dcp_hf_writer.save.owner_process import Owner, OwnerState, owner_state
 from dcp_hf_writer.save.replace_target import read_json
-
-OwnerState = Literal["alive", "dead", "unknown"]
 
 _MAX_HEARTBEAT_NBYTES = 1 << 20
 
@@ -35,8 +33,7 @@ class SaveInFlight:
     @property
     def state(self) -> OwnerState:
         """Whether the coordinator lives; `unknown` if it runs where this process cannot look."""
-        abandoned = None if self.owner is None else is_abandoned(self.save_id, self.owner)
-        return "unknown" if abandoned is None else "dead" if abandoned else "alive"
+        return owner_state(self.save_id, self.owner)
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,13 +10,13 @@ from __future__ import annotations
 import logging
 import time
 from datetime import datetime, timedelta, timezone
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import CorruptCheckpointError, TargetExistsError
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, RECORD_NAME
 from dcp_hf_writer.manager.run_storage import Leftover
 from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
-from dcp_hf_writer.save.owner_process import Owner, is_abandoned
+from dcp_hf_writer.save.owner_process import Owner, OwnerState, owner_state
 from dcp_hf_writer.save.store_record import StoreRecord, remove_leftovers
 from dcp_hf_writer.storage.object_contract import Patience
 
@@ -30,7 +30,6 @@ _log = logging.getLogger(__name__)
 
 _DELETION_S = 600.0
 """Seconds for one deletion, all its requests together."""
-_MAX_RECORD_NBYTES = 64 << 20
 _OLD = timedelta(days=1)
 """A save whose process cannot be seen from here counts as dead after this time."""
 
@@ -77,12 +76,7 @@ class StoreDeletions:
             is_over=True,
         )
         self._begun.add(name)
-        self._store.put(
-            f"{name}/{RECORD_NAME}",
-            [memoryview(record.encode())],
-            token=record.save_id,
-            patience=patience,
-        )
+        record.put(self._store, patience, below=f"{name}/")
         self._remove_all_of(name, record, sizes, patience)
 
     def _manifest(self, name: str, patience: Patience) -> Manifest | None:
@@ -136,13 +130,12 @@ class StoreDeletions:
 
     def _may_send(self, name: str, record: StoreRecord) -> bool:
         """Whether a late rank may still send something: then the record stays."""
-        is_alive = is_abandoned(record.save_id, record.owner) is False or record.owner == Owner.me()
+        state = owner_state(record.save_id, record.owner)
+        is_alive = state == "alive" or record.owner == Owner.me()
         return record.world_size > 1 and is_alive and name not in self._begun
 
     def _record(self, name: str, patience: Patience) -> StoreRecord | None:
-        key = f"{name}/{RECORD_NAME}"
-        data = self._store.read(key, max_nbytes=_MAX_RECORD_NBYTES, patience=patience)
-        return None if data is None else StoreRecord.parse(data)
+        return StoreRecord.read(self._store, patience, below=f"{name}/")
 
     def leftovers(self, steps: Steps) -> list[Leftover]:
         """Return the steps with objects of saves in flight, of dead saves, and of deletions.
@@ -160,16 +153,14 @@ class StoreDeletions:
             found.append(Leftover(name, state, nbytes))
         return found
 
-    def _state(self, name: str, record: StoreRecord) -> Literal["dead", "alive", "unknown"]:
+    def _state(self, name: str, record: StoreRecord) -> OwnerState:
         if not record.target.endswith(f"/{name}"):
             # Someone copied it here: the saves elsewhere tell nothing about this prefix.
             return "unknown"
         if record.is_over:
             return "dead"
-        abandoned = is_abandoned(record.save_id, record.owner)
-        if abandoned is None:
-            return "dead" if _is_old(record.save_id) else "unknown"
-        return "dead" if abandoned else "alive"
+        state = owner_state(record.save_id, record.owner)
+        return "dead" if state == "unknown" and _is_old(record.save_id) else state
 
 
 def _is_old(save_id: str) -> bool:

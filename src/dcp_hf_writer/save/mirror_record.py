@@ -16,10 +16,10 @@ from dcp_hf_writer.formats.names_on_disk import MIRROR
 from dcp_hf_writer.save.owner_process import Owner, is_abandoned
 from dcp_hf_writer.save.replace_target import read_json, saved_id
 from dcp_hf_writer.storage.posix_outputs import (
-    OutputFile,
     number_and_text,
     sync_directory,
     write_errors,
+    write_file,
 )
 
 _log = logging.getLogger(__name__)
@@ -55,9 +55,7 @@ class MirrorRecord:
         """
         fresh = f"{self.path}.{os.getpid()}.new"
         with write_errors(self.path):
-            with OutputFile(fresh, create=True) as file:
-                file.write(memoryview(json.dumps(asdict(self)).encode()), 0)
-                file.sync()
+            write_file(fresh, json.dumps(asdict(self)).encode())
             os.replace(fresh, self.path)
         sync_directory(os.path.dirname(self.path))
 
@@ -69,10 +67,6 @@ class MirrorRecord:
             return
         except OSError as error:
             _log.warning("could not remove %s (%s)", self.path, number_and_text(error))
-
-    def is_there(self) -> bool:
-        """Whether the file is there: the mirror is not finished."""
-        return os.path.lexists(self.path)
 
     def is_committed(self) -> bool:
         """Whether the local checkpoint is the one of this save."""

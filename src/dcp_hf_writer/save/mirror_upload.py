@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
-from dcp_hf_writer.errors import CheckpointError, CoverageError, ReadError, SaveAbortedError
+from dcp_hf_writer.errors import CheckpointError, ReadError, SaveAbortedError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, RECORD_NAME
 from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
 from dcp_hf_writer.save.mirror_shares import shares_of
 from dcp_hf_writer.save.object_parts import PART_NBYTES, SentObject, in_flight_of, part_nbytes_of
+from dcp_hf_writer.save.object_sizes import check_sizes, listed_sizes
 from dcp_hf_writer.save.owner_process import Owner, mark_ended
 from dcp_hf_writer.save.store_record import StoreRecord, save_id_in
 from dcp_hf_writer.save.take_prefix import take_prefix, taken
@@ -140,7 +141,7 @@ class MirrorUpload:
     def _wait_for_others(self, sizes: dict[str, int], *, grace_s: float) -> None:
         until = time.monotonic() + grace_s
         while self.world_size > 1 and time.monotonic() < min(until, self.patience.deadline):
-            listed = {one.key: one.nbytes for one in self.store.objects("", patience=self.patience)}
+            listed = listed_sizes(self.store, self.patience)
             if all(listed.get(name) == nbytes for name, nbytes in sizes.items()):
                 return
             self._pause()
@@ -203,7 +204,7 @@ class MirrorUpload:
 
     def _publish(self, data: bytes, manifest: Manifest) -> None:
         """Check that everything is there and that the prefix is still ours; put the manifest."""
-        self._check_sizes(manifest.sizes())
+        check_sizes(self.store, manifest.sizes(), self.patience, target=self.store.url)
         found = StoreRecord.read(self.store, self.patience)
         if found is None or found.save_id != manifest.save_id:
             # Another process that went on with this mirror may have completed it.
@@ -224,17 +225,6 @@ class MirrorUpload:
         reach("after mirror manifest")
         self._forget_record()
 
-    def _check_sizes(self, sizes: dict[str, int]) -> None:
-        listed = {one.key: one.nbytes for one in self.store.objects("", patience=self.patience)}
-        for name, nbytes in sizes.items():
-            if listed.get(name) != nbytes:
-                raise CoverageError(
-                    "an object of the checkpoint is missing or has the wrong size",
-                    path=f"{self.store.url}/{name}",
-                    expected=f"{nbytes} bytes",
-                    found="no such object" if name not in listed else f"{listed[name]} bytes",
-                )
-
     def _forget_record(self) -> None:
         try:
             self.store.delete([RECORD_NAME], patience=self.patience)
@@ -252,8 +242,7 @@ class MirrorUpload:
         try:
             found = StoreRecord.read(self.store, patience)
             if found is not None and found.save_id == self.record.save_id and _is_mine(found):
-                over = memoryview(replace(found, is_over=True).encode())
-                self.store.put(RECORD_NAME, [over], token=found.save_id, patience=patience)
+                replace(found, is_over=True).put(self.store, patience)
         except CheckpointError as error:
             _log.info("%s does not say that its upload ended: %s", self.store.url, error)
         finally:

@@ -36,6 +36,7 @@ from dcp_hf_writer.save.dcp_half import metadata_writer
 from dcp_hf_writer.save.export_cells import ExportUpload
 from dcp_hf_writer.save.export_failures import export_error, nbytes_of
 from dcp_hf_writer.save.object_parts import PART_NBYTES, part_nbytes_of
+from dcp_hf_writer.save.object_sizes import check_sizes
 from dcp_hf_writer.save.object_write_phase import ObjectWritePhase
 from dcp_hf_writer.save.owner_process import Owner, mark_ended
 from dcp_hf_writer.save.save_target import SaveTarget
@@ -314,17 +315,7 @@ class ObjectTarget(SaveTarget):
         sizes |= {file.name: file.nbytes for file in whole}
         for output in () if what.layout is None else what.layout.files:
             sizes[f"{what.subdir}/{output.name}"] = output.nbytes
-        listed = {facts.key: facts.nbytes for facts in self._store.objects("", patience=patience)}
-        for key, nbytes in sizes.items():
-            found = listed.get(key)
-            if found != nbytes:
-                raise CoverageError(
-                    "an object of the checkpoint is missing or has the wrong size",
-                    phase="finish",
-                    path=f"{self.target}/{key}",
-                    expected=f"{nbytes} bytes",
-                    found="no such object" if found is None else f"{found} bytes",
-                )
+        check_sizes(self._store, sizes, patience, target=self.target, phase="finish")
 
     def _check_record(self, attempt: Attempt, patience: Patience) -> None:
         """Check that no newer save has taken the prefix over.
@@ -383,8 +374,7 @@ class ObjectTarget(SaveTarget):
             if record.world_size == 1:
                 self._store.delete([RECORD_NAME], patience=patience)
             else:
-                data = replace(record, is_over=True).encode()
-                self._put(RECORD_NAME, data, patience)
+                replace(record, is_over=True).put(self._store, patience)
         except CheckpointError as error:
             _log.warning(
                 "could not remove what the save left in %s (%s); the next save there tries again",

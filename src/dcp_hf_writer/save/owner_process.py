@@ -10,7 +10,7 @@ import time
 import uuid
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dcp_hf_writer.storage.store_urls import is_url
 
@@ -18,6 +18,8 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 # States in /proc/<pid>/stat of a process that does not write any more.
 _GONE = frozenset("ZXx")
+
+OwnerState = Literal["alive", "dead", "unknown"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,3 +204,9 @@ def is_abandoned(save_id: str, owner: Owner) -> bool | None:
         with _active_lock:
             return save_id not in _active
     return owner.is_dead()
+
+
+def owner_state(save_id: str, owner: Owner | None) -> OwnerState:
+    """Whether a process still works on a save; `unknown` if this process cannot tell."""
+    abandoned = None if owner is None else is_abandoned(save_id, owner)
+    return "unknown" if abandoned is None else "dead" if abandoned else "alive"

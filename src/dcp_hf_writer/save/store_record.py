@@ -80,10 +80,50 @@ class StoreRecord:
         return cls(save_id, target, owner, size, tuple(files), is_over)
 
     @classmethod
-    def read(cls, store: ObjectStore, patience: Patience) -> StoreRecord | None:
-        """Return the record in a store; `None` if there is none, or it is not readable."""
-        data = store.read(RECORD_NAME, max_nbytes=_MAX_NBYTES, patience=patience)
+    def read(cls, store: ObjectStore, patience: Patience, *, below: str = "") -> StoreRecord | None:
+        """Return the record in a store; `None` if there is none, or it is not readable.
+
+        Args:
+            store: The store.
+            patience: Limits the request.
+            below: Prefix of the checkpoint within the store; empty, or ends with `/`.
+
+        Raises:
+            StorageError: If the store refuses.
+        """
+        key = f"{below}{RECORD_NAME}"
+        data = store.read(key, max_nbytes=_MAX_NBYTES, patience=patience)
         return None if data is None else cls.parse(data)
+
+    def put(
+        self,
+        store: ObjectStore,
+        patience: Patience,
+        *,
+        below: str = "",
+        if_absent: bool = False,
+    ) -> bool:
+        """Put the record into a store.
+
+        Args:
+            store: The store.
+            patience: Limits the request.
+            below: Prefix of the checkpoint within the store; empty, or ends with `/`.
+            if_absent: Leave a record alone that is there already, if the store can do so.
+
+        Returns:
+            As `ObjectStore.put`.
+
+        Raises:
+            StorageError: If the store refuses.
+        """
+        return store.put(
+            f"{below}{RECORD_NAME}",
+            [memoryview(self.encode())],
+            token=self.save_id,
+            patience=patience,
+            if_absent=if_absent,
+        )
 
     def makes(self, key: str) -> bool:
         """Whether the save may make an object of this key, its record excepted."""

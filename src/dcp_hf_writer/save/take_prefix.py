@@ -49,14 +49,7 @@ def take_prefix(store: ObjectStore, record: StoreRecord, patience: Patience) -> 
 def _put_record(
     store: ObjectStore, record: StoreRecord, patience: Patience, *, is_first: bool
 ) -> None:
-    is_mine = store.put(
-        RECORD_NAME,
-        [memoryview(record.encode())],
-        token=record.save_id,
-        patience=patience,
-        if_absent=is_first,
-    )
-    if not is_mine:
+    if not record.put(store, patience, if_absent=is_first):
         raise taken(record.target, "another save began at the same moment")
 
 
