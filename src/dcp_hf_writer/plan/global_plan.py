@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import uuid
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -74,10 +75,12 @@ class RankPlan:
     """`storage_data` of the DCP writer."""
     plan_id: str
     """Id of the global plan. The coordinator announces the id of the plan that it uses."""
+    host_ranks: tuple[int, ...]
+    """The ranks of the same host, this one included, ascending."""
     host_rank: int
-    """Index among the ranks of the same host."""
-    host_size: int
-    """Number of ranks of the same host."""
+    """Index of this rank among them."""
+    shares_rows: bool
+    """Whether several ranks of the host may hold parts of the same rows; all of them agree."""
     files: tuple[tuple[str, int], ...]
     """`(name, bytes)` of each output file."""
     targets: Mapping[str, tuple[PartTarget, ...]]
@@ -86,6 +89,11 @@ class RankPlan:
     """By FQN, the targets of this rank's tensors that only the export stores; tied ones too."""
     tied: tuple[tuple[str, ...], ...]
     """Groups of FQNs that the plan treats as one tensor because a rank found one memory."""
+
+    @property
+    def host_size(self) -> int:
+        """Number of ranks of the same host."""
+        return len(self.host_ranks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,27 +218,59 @@ def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
         plan: The global plan.
         dcp: The same plans, after the DCP writer prepared them.
     """
-    seen: dict[str, int] = {}
-    sizes = {host: plan.hosts.count(host) for host in set(plan.hosts)}
+    of_host: dict[str, list[int]] = {}
+    for rank, host in enumerate(plan.hosts):
+        of_host.setdefault(host, []).append(rank)
+    ranks_of_host = {host: tuple(ranks) for host, ranks in of_host.items()}
+    seen: Counter[str] = Counter()
+    with_rows = hosts_that_share_rows(plan)
     files = () if plan.layout is None else tuple((f.name, f.nbytes) for f in plan.layout.files)
     targets = _by_rank({} if plan.layout is None else plan.layout.targets, plan)
     once = _by_rank(plan.once, plan)
     result = []
     for rank, (host, prepared) in enumerate(zip(plan.hosts, dcp, strict=True)):
-        host_rank = seen.get(host, 0)
-        seen[host] = host_rank + 1
         data = RankPlan(
             dcp=prepared.storage_data,
             plan_id=plan.plan_id,
-            host_rank=host_rank,
-            host_size=sizes[host],
+            host_ranks=ranks_of_host[host],
+            host_rank=seen[host],
+            shares_rows=host in with_rows,
             files=files,
             targets=targets[rank],
             once=once[rank],
             tied=plan.tied,
         )
+        seen[host] += 1
         result.append(replace(prepared, storage_data=data))
     return result
+
+
+def hosts_that_share_rows(plan: GlobalPlan) -> set[str]:
+    """Return the hosts with several ranks that may hold parts of the same rows of a file.
+
+    A rank does if its shard of a tensor is cut on another dimension than the first one, or if the
+    file does not store the tensor's dimensions in their order.
+    """
+    found: set[str] = set()
+    for fqn, parts in () if plan.layout is None else plan.layout.targets.items():
+        tensor = plan.tensors[fqn]
+        if len(tensor.ranks) == 1:
+            continue
+        inner, is_turned = tensor.data.size[1:], any(map(_is_turned, parts))
+        ranks = {
+            rank
+            for rank, sizes in zip(tensor.ranks, tensor.sizes, strict=True)
+            if is_turned or sizes[1:] != inner
+        }
+        hosts = Counter(plan.hosts[rank] for rank in ranks)
+        found.update(host for host, count in hosts.items() if count > 1)
+    return found
+
+
+def _is_turned(part: PartTarget) -> bool:
+    """Whether the rows of a file are not rows of the runtime tensor."""
+    dims = [[loop.dim for loop in copy.loops] for copy in part.copies]
+    return any(one != sorted(one) for one in dims)
 
 
 def _by_rank(

@@ -72,6 +72,8 @@ class Attempt:
         """Where the save writes the checkpoint; the coordinator cleans it up at the end."""
         self.cell_nbytes = 0
         """Size of the cells that ranks write for each other; 0 if each writes its own bytes."""
+        self.gathers_rows = False
+        """Whether the ranks of a host write whole rows of each other's column shards."""
         self.files: OpenFiles | None = None
         """Open files of the save."""
         self.whole_files: tuple[WholeFile, ...] = ()
@@ -168,6 +170,10 @@ class Attempt:
     def exchange_cells(self, nbytes: int) -> None:
         """Record the size of the cells that ranks write for each other; 0 for no exchange."""
         self.cell_nbytes = nbytes
+
+    def gather_rows(self, is_wanted: bool) -> None:  # noqa: FBT001 - one fact
+        """Record whether the ranks of a host write whole rows of each other's column shards."""
+        self.gathers_rows = is_wanted
 
     def open_files(self) -> OpenFiles:
         """Return the files of the save; `end` abandons them unless `close_files` comes first."""

@@ -48,6 +48,7 @@ def choose_target(
             )
             attempt.at_end(begin)
         attempt.exchange_cells(int((told or {}).get("cell_nbytes", 0)))
+        attempt.gather_rows(bool((told or {}).get("gathers_rows", False)))
         return PosixTarget(
             StagingDirectory.of(attempt.target, save_id), local, host_budget_bytes=host_budget_bytes
         )

@@ -10,6 +10,7 @@ from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.plan.rank_report import WrittenBlock
 from dcp_hf_writer.plan.regions import Region, TargetTable, needs_cast
 from dcp_hf_writer.save.bounce_buffer import BounceBuffer
+from dcp_hf_writer.save.row_writes import write_rows
 from dcp_hf_writer.save.tensor_bytes import chunk_of, digest_of, host_bytes
 from dcp_hf_writer.tensors.dtype_names import ITEMSIZE
 from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import WriteItem
 
     from dcp_hf_writer.plan.layout import PartTarget
+    from dcp_hf_writer.save.whole_rows import RowShare
+    from dcp_hf_writer.staging.neighbour_slabs import NeighbourSlabs
     from dcp_hf_writer.storage.posix_outputs import OutputFile
     from dcp_hf_writer.tensors.boxes import ByteRuns
 
@@ -154,6 +157,19 @@ class BlockWriter:
             digest = self._write_block(file, item, region, source)
             written.append(block_of(region, digest))
         return written
+
+    def write_rows(
+        self,
+        file: OutputFile,
+        shares: Iterable[RowShare],
+        slabs: NeighbourSlabs,
+        *,
+        check: Callable[[], None],
+        bounce_nbytes: int,
+    ) -> list[WrittenBlock]:
+        """Write this rank's whole rows of one output file; see `row_writes.write_rows`."""
+        self._bounce.resize(bounce_nbytes)
+        return write_rows(file, shares, slabs, self._bounce, check)
 
     def _write_block(
         self, file: OutputFile, item: WriteItem, region: Region, source: ItemTensors

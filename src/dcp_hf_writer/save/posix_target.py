@@ -60,7 +60,7 @@ class PosixTarget(SaveTarget):
     ) -> None:
         """Make the target on one rank; touches nothing."""
         self.directory, self.options = directory, options
-        self._host_budget_bytes, self._cell_nbytes = host_budget_bytes, 0
+        self._host_budget_bytes, self._told = host_budget_bytes, {"cell_nbytes": 0}
         self.target, self.save_id = directory.target, directory.save_id
 
     @property
@@ -97,12 +97,13 @@ class PosixTarget(SaveTarget):
             subdir=subdir,
             host_budget_bytes=self._host_budget_bytes,
         )
-        self._cell_nbytes = attempt.cell_nbytes
+        attempt.gather_rows(self.options.strategy == "auto" and not attempt.cell_nbytes)
+        self._told = {"cell_nbytes": attempt.cell_nbytes, "gathers_rows": attempt.gathers_rows}
         return is_made
 
     def told(self) -> Mapping[str, Any]:
         """Return how the ranks write the export; see `SaveTarget.told`."""
-        return {"cell_nbytes": self._cell_nbytes}
+        return self._told
 
     def check_visible(self, attempt: Attempt) -> None:
         """Look for the coordinator's directory; see `SaveTarget.check_visible`."""

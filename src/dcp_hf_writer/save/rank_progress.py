@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import socket
 import time
 import weakref
 from dataclasses import asdict, dataclass, field
@@ -21,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 
 from dcp_hf_writer.errors import ConfigError, RankLostError
+from dcp_hf_writer.save.owner_process import Owner
 from dcp_hf_writer.torch_seam.default_store import (
     default_store,
     has_default_group,
@@ -76,11 +75,14 @@ class Progress:
     """Its process id, for messages."""
     target: str = ""
     """Path that it saves to."""
+    process: Mapping[str, Any] = field(default_factory=dict)
+    """Record of its process, from which a process of the same host can tell whether it is gone."""
 
     @classmethod
     def mine(cls, count: int, phase: str, target: str = "") -> Progress:
         """Make the record of this process, which saves to `target`."""
-        return cls(count, phase, socket.gethostname(), os.getpid(), target)
+        me = Owner.me()
+        return cls(count, phase, me.host, me.pid, target, me.to_json())
 
 
 class Rendezvous:
@@ -205,6 +207,23 @@ class Rendezvous:
             for rank, one in self.progress().items()
             if rank != self._me and one is not None and one.count == count and one.phase == "failed"
         ]
+
+    def gone_ranks(self, count: int, ranks: Sequence[int]) -> list[str]:
+        """Return the ranks that have failed in a save, or whose process is gone, as text.
+
+        Args:
+            count: The save, as this rank counts saves.
+            ranks: Ranks within the process group of the save, all on this host.
+        """
+        found = []
+        for rank, one in self.progress([self._members[rank] for rank in ranks]).items():
+            if rank == self._me or one is None:
+                continue
+            process = Owner.from_json(one.process)
+            has_failed = one.count == count and one.phase == "failed"
+            if has_failed or (process is not None and process.is_dead()):
+                found.append(f"rank {rank} ({one.host}, pid {one.pid})")
+        return found
 
     def part_of_store(self, name: str) -> Any:
         """Return a part of the store for the keys of one purpose."""

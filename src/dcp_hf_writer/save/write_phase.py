@@ -8,6 +8,7 @@ files. The list includes the rank's DCP file, which no other rank writes.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import math
 import os
@@ -41,8 +42,11 @@ from dcp_hf_writer.save.hf_half import (
     nbytes_of_blocks,
     regions_by_file,
 )
+from dcp_hf_writer.save.host_meeting import HostMeeting
 from dcp_hf_writer.save.share_blocks import BlockSharing
 from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
+from dcp_hf_writer.save.whole_rows import take_rows
+from dcp_hf_writer.staging.neighbour_slabs import NeighbourSlabs
 from dcp_hf_writer.storage.block_clones import PROBE, CloneSource
 from dcp_hf_writer.storage.posix_outputs import OutputFile
 
@@ -57,6 +61,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.regions import Region
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
+    from dcp_hf_writer.save.whole_rows import RowShare
     from dcp_hf_writer.storage.output_fsync import OpenFiles
     from dcp_hf_writer.storage.write_slots import WriteSlots
 
@@ -95,6 +100,8 @@ class WritePhase:
     """Size of the disk blocks that the halves share; `None` if they share none."""
     blocks: BlockWriter = field(default_factory=BlockWriter, init=False)
     """Writes the blocks of this save; no other save uses it at the same time."""
+    slabs: NeighbourSlabs = field(default_factory=NeighbourSlabs, init=False)
+    """Slabs of other ranks of the host, mapped while this phase runs."""
 
     def run(self) -> list[WriteResult]:
         """Write everything, make it durable, and report.
@@ -111,6 +118,7 @@ class WritePhase:
         try:
             return self._run()
         finally:
+            self.slabs.close()
             # Also after a failure, or the next save would have to fault in a new buffer.
             _idle_blocks[:] = [self.blocks]
 
@@ -125,7 +133,8 @@ class WritePhase:
         left_out = stored_once_results(self.own, tensors, subdir=self.subdir)
         if left_out:
             self.plan = without_results(self.plan, left_out)
-        attempt.byte_count.plan(self._planned_nbytes(work))
+        rows = self._take_rows(work, source)
+        attempt.byte_count.plan(self._planned_nbytes(work, rows))
         self.block_nbytes = self._shared_block_nbytes()
         shares = self.slots.is_shared_by_halves()
         reach("before slot")
@@ -135,7 +144,7 @@ class WritePhase:
         with ExitStack() as held:
             if shares:
                 self._hold(held, "dcp")
-            jobs = self._jobs(sorted(work), is_dcp_last=self.block_nbytes is not None)
+            jobs = self._jobs(sorted({*work, *rows}), is_dcp_last=self.block_nbytes is not None)
             exports = [job for job in jobs if job is not None]
             settled = set(exports[len(exports) - len(exports) // max(self.own.host_size, 1) :])
             for job in jobs:
@@ -148,8 +157,10 @@ class WritePhase:
                         # Defer the fsync of a file whose pages other ranks fill too: otherwise the
                         # device writes such a page once for each rank. The other ranks have already
                         # written the last files of this rank's rotation, so these need no deferral.
-                        defer = job not in settled and is_interleaved(work[job])
-                        self._write_export(job, work[job], files, source, report, defer=defer)
+                        blocks = work.get(job, ())
+                        defer = job not in settled and is_interleaved(blocks)
+                        part = blocks, rows.get(job, ())
+                        self._write_export(job, part, files, source, report, defer=defer)
                     if not shares:
                         files.sync_kept()
                         self._join(files, report)
@@ -189,9 +200,37 @@ class WritePhase:
                 files.sync_kept()
                 self._join(files, report)
 
-    def _planned_nbytes(self, work: Mapping[int, Blocks]) -> int:
+    def _take_rows(
+        self, work: dict[int, list[tuple[WriteItem, Region]]], source: TensorSource
+    ) -> dict[int, list[RowShare]]:
+        """Take out of `work` what the ranks of this host write as whole rows.
+
+        Without a slot: this rank waits for the others.
+        """
+        attempt, own = self.attempt, self.own
+        records = attempt.member.rendezvous
+        if records is None or not (attempt.gathers_rows and own.shares_rows):
+            return {}
+        with attempt.timed("row wait"):
+            meeting = HostMeeting(
+                attempt,
+                records,
+                save_id=self.directory.save_id,
+                ranks=own.host_ranks,
+                me=own.host_rank,
+            )
+            bounce_nbytes = bounce_nbytes_of(self.host_budget_bytes)
+            return take_rows(
+                meeting, self.slabs, work, source, me=own.host_rank, bounce_nbytes=bounce_nbytes
+            )
+
+    def _planned_nbytes(
+        self, work: Mapping[int, Blocks], rows: Mapping[int, Sequence[RowShare]]
+    ) -> int:
         """Return the bytes of tensors that this rank will write to both halves."""
-        return nbytes_of_items(self.plan.items) + sum(map(nbytes_of_blocks, work.values()))
+        shares = itertools.chain.from_iterable(rows.values())
+        export = sum(map(nbytes_of_blocks, work.values())) + sum(one.nbytes for one in shares)
+        return nbytes_of_items(self.plan.items) + export
 
     def _jobs(self, files: Sequence[int], *, is_dcp_last: bool) -> list[int | None]:
         """Return this rank's files in rotated order; `None` stands for its DCP file."""
@@ -299,15 +338,16 @@ class WritePhase:
     def _write_export(
         self,
         job: int,
-        blocks: Sequence[tuple[WriteItem, Region]],
+        part: tuple[Blocks, Sequence[RowShare]],
         files: OpenFiles,
         source: TensorSource,
         report: RankReport,
         *,
         defer: bool,
     ) -> None:
-        name, _ = self.own.files[job]
+        (name, _), (blocks, shares) = self.own.files[job], part
         path = os.path.join(self.directory.path, self.subdir, name)
+        bounce_nbytes = bounce_nbytes_of(self.host_budget_bytes)
         with self.attempt.timed("write hf"):
             try:
                 file = files.take(path) or OutputFile(path, create=False)
@@ -318,7 +358,14 @@ class WritePhase:
                         blocks,
                         source,
                         check=self.attempt.check,
-                        bounce_nbytes=bounce_nbytes_of(self.host_budget_bytes),
+                        bounce_nbytes=bounce_nbytes,
+                    )
+                    written += self.blocks.write_rows(
+                        file,
+                        shares,
+                        self.slabs,
+                        check=self.attempt.check,
+                        bounce_nbytes=bounce_nbytes,
                     )
                 except BaseException:
                     file.discard()
@@ -334,7 +381,8 @@ class WritePhase:
                 report.export_error = self._export_error(error, path)
                 return
         report.blocks += written
-        report.nbytes["hf"] = report.nbytes.get("hf", 0) + nbytes_of_blocks(blocks)
+        nbytes = nbytes_of_blocks(blocks) + sum(one.nbytes for one in shares)
+        report.nbytes["hf"] = report.nbytes.get("hf", 0) + nbytes
 
     def _export_error(self, error: Exception, path: str) -> ExportError:
         nbytes = sum(size for _, size in self.own.files)

@@ -1,9 +1,10 @@
 """The slab: one reused block of host memory per process that holds the staged copy of a state dict.
 
 The slab is a memory file without a name, so it needs only one file descriptor. A checkpointer
-process maps the same file. The kernel frees it when the last process that maps it has ended, so a
-dead run leaves nothing behind. The slab faults in all its pages when it is made: a fault takes ten
-times as long as the copy into the page. If CUDA is in use, the slab is pinned.
+process maps the same file, and ranks of the host map it to read it (`neighbour_slabs`). The kernel
+frees it when the last process that maps it has ended, so a dead run leaves nothing behind. The slab
+faults in all its pages when it is made: a fault takes ten times as long as the copy into the page.
+If CUDA is in use, the slab is pinned.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ import torch
 
 from dcp_hf_writer.errors import StagingBusyError, StagingError
 from dcp_hf_writer.staging.kernel_copies import view_on_device
+from dcp_hf_writer.staging.slab_mark import file_nbytes, set_mark, turn_in
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -97,8 +99,8 @@ class Slab:
         try:
             if fd is None:
                 fd = os.memfd_create(f"dcp-hf-{self.slab_id[:8]}", os.MFD_CLOEXEC)
-                os.ftruncate(fd, nbytes)
-            self._map = mmap.mmap(fd, nbytes)
+                os.ftruncate(fd, file_nbytes(nbytes))
+            self._map = mmap.mmap(fd, file_nbytes(nbytes))
         except (OSError, ValueError, OverflowError, MemoryError) as error:
             if fd is not None:
                 os.close(fd)
@@ -108,6 +110,7 @@ class Slab:
         self._address = self.tensor(0, torch.uint8, (1,)).data_ptr()
         if is_new:
             self._fault_in()
+            set_mark(self._map, nbytes, self.slab_id, 0)
         # Only the process that stages pins the slab. A checkpointer process only reads from it, and
         # needs no CUDA.
         self._is_mine = is_new
@@ -177,6 +180,19 @@ class Slab:
     def holds(self, address: int) -> bool:
         """Whether an address in the memory of this process lies in the slab."""
         return 0 <= address - self._address < self.nbytes
+
+    def offset_of(self, address: int) -> int:
+        """Return the byte of the slab at an address that the slab holds."""
+        return address - self._address
+
+    @property
+    def turn(self) -> int:
+        """How often the slab was given to a save; every process that maps it sees the number."""
+        return turn_in(self._map, self.nbytes, self.slab_id) or 0
+
+    def begin_turn(self) -> None:
+        """Count that the slab is given to a save, which writes over its content."""
+        set_mark(self._map, self.nbytes, self.slab_id, self.turn + 1)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _attach, (self.slab_id, self.nbytes, reduction.DupFd(self._fd))
@@ -341,6 +357,13 @@ class SlabPool:
                 return self._lease.handover, self._lease
         return None, None
 
+    def slab_at(self, address: int) -> Slab | None:
+        """Return the slab, of this process or of its parent, that holds an address."""
+        for slab in (self._attached, self._slab):
+            if slab is not None and slab.holds(address):
+                return slab
+        return None
+
     def take_again(self, lease: Lease) -> Lease:
         """Take the slab for another try at the save that `lease` served, with the same content.
 
@@ -456,6 +479,7 @@ class SlabPool:
             size = nbytes + int(nbytes * _HEADROOM)
             slab = Slab(-(-max(size, 1) // mmap.PAGESIZE) * mmap.PAGESIZE)
         slab.pin()
+        slab.begin_turn()
         self._slab = slab
         return slab
 

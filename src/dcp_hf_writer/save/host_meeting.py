@@ -1,0 +1,113 @@
+"""Ranks of one host tell each other values during a save, through records in the store.
+
+No collective runs: a record waits for nobody, and a wait here names the rank that is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import TYPE_CHECKING, Any
+
+from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.save.failure_explanations import explain_broken_exchange
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dcp_hf_writer.save.attempt import Attempt
+    from dcp_hf_writer.save.rank_progress import Rendezvous
+
+_FIRST_POLL_S = 0.0005
+_LONGEST_POLL_S = 0.02
+
+# Seconds between two looks for ranks that are gone, for each rank of the host: a look takes one
+# request for each of them.
+_LOOK_S_OF_RANK = 0.005
+_SHORTEST_LOOK_S = 0.25
+
+
+class HostMeeting:
+    """One meeting of the ranks of a host in one save; all of them take part, in the same steps."""
+
+    def __init__(
+        self, attempt: Attempt, records: Rendezvous, *, save_id: str, ranks: Sequence[int], me: int
+    ) -> None:
+        """Join a meeting.
+
+        Args:
+            attempt: The save.
+            records: Records of the ranks of the save.
+            save_id: Id of the save.
+            ranks: Ranks of this host within the process group of the save, ascending.
+            me: Index of this rank among them.
+        """
+        self._attempt, self._records = attempt, records
+        self._ranks, self._me = ranks, me
+        self._store = records.part_of_store(f"host/{save_id}/{ranks[0]}")
+        self._told: list[str] = []
+
+    def gather(self, what: str, mine: Any) -> list[Any]:
+        """Tell the other ranks a value, wait for theirs, and return all of them by index.
+
+        Args:
+            what: Name of this step of the meeting.
+            mine: JSON value.
+
+        Raises:
+            RankLostError: If a rank of the host is gone, or tells nothing by the deadline.
+            SaveAbortedError: If a rank of the host failed before this step.
+        """
+        try:
+            return self._gather(what, mine)
+        except CheckpointError:
+            # Some of our own errors are RuntimeErrors too.
+            raise
+        except (RuntimeError, TimeoutError) as error:
+            raise explain_broken_exchange(self._attempt, error) from error
+
+    def _gather(self, what: str, mine: Any) -> list[Any]:
+        key = f"{what}/{self._me}"
+        self._store.set(key, json.dumps(mine))
+        self._told.append(key)
+        self._store.add(what, 1)
+        self._await_all(what)
+        return [
+            mine if index == self._me else json.loads(self._store.get(f"{what}/{index}"))
+            for index in range(len(self._ranks))
+        ]
+
+    def _await_all(self, what: str) -> None:
+        pause_s, every_s = _FIRST_POLL_S, max(_SHORTEST_LOOK_S, _LOOK_S_OF_RANK * len(self._ranks))
+        look_at = time.monotonic() + every_s
+        while self._store.add(what, 0) < len(self._ranks):
+            if not self._attempt.context.left_s():
+                msg = "a rank of this host did not say where its columns are"
+                raise TimeoutError(msg)
+            self._attempt.check()
+            if time.monotonic() > look_at:
+                self._look()
+                look_at = time.monotonic() + every_s
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_POLL_S)
+
+    def _look(self) -> None:
+        gone = self._records.gone_ranks(self._attempt.member.count, self._ranks)
+        if gone:
+            msg = f"{', '.join(gone)} failed before the ranks of the host met"
+            raise RuntimeError(msg)
+
+    def leave(self, *steps: str) -> None:
+        """Remove the records of this meeting; every rank must have read them.
+
+        Args:
+            steps: The steps of the meeting. The last rank to leave removes what is common.
+        """
+        try:
+            for key in self._told:
+                self._store.delete_key(key)
+            if self._store.add("left", 1) == len(self._ranks):
+                for key in (*steps, "left"):
+                    self._store.delete_key(key)
+        except RuntimeError as error:
+            raise explain_broken_exchange(self._attempt, error) from error

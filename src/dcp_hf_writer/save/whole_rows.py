@@ -1,0 +1,216 @@
+"""Column shards of a host's ranks, written as whole rows: which rank writes which.
+
+The ranks of a host tell each other where their column shards lie in staging memory. If each of them
+can read the memory of the others, each writes an equal part of the rows, in large pieces. Otherwise
+all of them write their own columns, as if there were no neighbours.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from dcp_hf_writer.plan.row_groups import ColumnShard, column_shard, row_groups
+from dcp_hf_writer.staging.neighbour_slabs import SlabPlace
+from dcp_hf_writer.staging.shared_table import TablePlace, read_table, shared_table
+from dcp_hf_writer.staging.slab import SLABS
+from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
+from dcp_hf_writer.tensors.strided_copies import runtime_view
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from torch.distributed.checkpoint.planner import WriteItem
+
+    from dcp_hf_writer.plan.layout import PartTarget
+    from dcp_hf_writer.plan.regions import Region
+    from dcp_hf_writer.plan.row_groups import RowGroup
+    from dcp_hf_writer.save.host_meeting import HostMeeting
+    from dcp_hf_writer.save.tensor_bytes import TensorSource
+    from dcp_hf_writer.staging.neighbour_slabs import NeighbourSlabs
+    from dcp_hf_writer.staging.slab import Slab
+
+    Blocks = list[tuple[WriteItem, Region]]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class RowShare:
+    """The rows of a group that this rank writes."""
+
+    group: RowGroup
+    units: range
+    """Units of the group; not empty."""
+    target: PartTarget
+    """The tensor on disk."""
+    places: tuple[SlabPlace, ...]
+    """The slab of each member of the group."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return len(self.units) * self.group.unit_nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class HeldColumns:
+    """The column shards that a rank holds in its slab."""
+
+    place: SlabPlace | None
+    """The slab; `None` if the rank has none, so that nobody else can read its shards."""
+    shards: tuple[ColumnShard, ...]
+    bounce_nbytes: int
+    """Size of the rank's bounce buffer, in bytes."""
+
+    def to_json(self) -> Any:
+        """Return the columns as plain values."""
+        place = None if self.place is None else asdict(self.place)
+        return [place, [list(asdict(one).values()) for one in self.shards], self.bounce_nbytes]
+
+    @classmethod
+    def from_json(cls, value: Any) -> HeldColumns:
+        """Read what `to_json` made."""
+        place, shards, bounce_nbytes = value
+        return cls(
+            None if place is None else SlabPlace(**place),
+            tuple(
+                ColumnShard(*(tuple(v) if isinstance(v, list) else v for v in one))
+                for one in shards
+            ),
+            bounce_nbytes,
+        )
+
+
+def take_rows(
+    meeting: HostMeeting,
+    slabs: NeighbourSlabs,
+    work: dict[int, Blocks],
+    source: TensorSource,
+    *,
+    me: int,
+    bounce_nbytes: int,
+) -> dict[int, list[RowShare]]:
+    """Agree with the other ranks of the host who writes which rows; all of them call it.
+
+    Args:
+        meeting: The meeting of these ranks.
+        slabs: Gets the slabs of the ranks whose columns this rank will read.
+        work: The blocks of this rank, by output file. Those that are written as rows are removed.
+        source: Resolves items to tensors.
+        me: Index of this rank among the ranks of the host.
+        bounce_nbytes: Size of the bounce buffer, in bytes.
+
+    Returns:
+        What this rank writes of each output file.
+
+    Raises:
+        RankLostError: If a rank of the host is gone, or does not answer by the deadline.
+        SaveAbortedError: If a rank of the host gave the save up.
+    """
+    mine, blocks = _held_columns(work, source, bounce_nbytes)
+    with shared_table(json.dumps(mine.to_json()).encode()) as table:
+        told = meeting.gather("told", None if table is None else asdict(table))
+        shares, why = _shares(told, slabs, mine, me)
+        refused = [one for one in meeting.gather("ready", why) if one is not None]
+    meeting.leave("told", "ready")
+    if refused:
+        _log.info("column shards are written apart: %s", refused[0])
+        return {}
+    found: dict[int, list[RowShare]] = {}
+    grouped = {shard for group, _, _ in shares for rank, shard in group.members if rank == me}
+    targets = {shard: blocks[shard][1].target for shard in grouped}
+    taken = {id(blocks[shard][1]) for shard in grouped}
+    for file in list(work):
+        work[file] = [block for block in work[file] if id(block[1]) not in taken]
+        if not work[file]:
+            del work[file]
+    for group, units, places in shares:
+        own = next(shard for rank, shard in group.members if rank == me)
+        if units:
+            share = RowShare(group, units, targets[own], places)
+            found.setdefault(group.first.file, []).append(share)
+    return found
+
+
+_Share = tuple["RowGroup", range, tuple[SlabPlace, ...]]
+
+
+def _shares(
+    told: Sequence[Any], slabs: NeighbourSlabs, mine: HeldColumns, me: int
+) -> tuple[list[_Share], str | None]:
+    """Return the groups that this rank is a member of, with its units, and why it cannot read one.
+
+    Returns:
+        `([], None)` if there is no group, which is so on all ranks.
+    """
+    try:
+        held = {
+            rank: mine
+            if rank == me
+            else HeldColumns.from_json(json.loads(read_table(TablePlace(**one))))
+            for rank, one in enumerate(told)
+            if one is not None
+        }
+        shares = _own_shares(held, me)
+        slabs.open({place for _, units, places in shares if units for place in places})
+    except OSError as error:
+        return [], f"a rank cannot read the staging memory of another one ({error})"
+    if len(held) != len(told):
+        return [], "a rank could not share a table of its columns"
+    return shares, None
+
+
+def _own_shares(held: Mapping[int, HeldColumns], me: int) -> list[_Share]:
+    places = {rank: one.place for rank, one in held.items() if one.place is not None}
+    groups = row_groups(
+        {rank: held[rank].shards for rank in places},
+        max_unit_nbytes=min(one.bounce_nbytes for one in held.values()),
+    )
+    return [
+        (group, group.share_of(me, turn=turn), tuple(places[rank] for rank, _ in group.members))
+        for turn, group in enumerate(groups)
+        if me in group.ranks
+    ]
+
+
+def _held_columns(
+    work: Mapping[int, Blocks], source: TensorSource, bounce_nbytes: int
+) -> tuple[HeldColumns, dict[ColumnShard, tuple[WriteItem, Region]]]:
+    """Return the column shards of this rank, and the block of each."""
+    blocks: dict[ColumnShard, tuple[WriteItem, Region]] = {}
+    slab: Slab | None = None
+    for file, of_file in work.items():
+        for block in of_file:
+            found = _shard_of(file, *block, source)
+            if found is not None and (slab is None or found[1] is slab):
+                blocks[found[0]], slab = block, found[1]
+    place = None if slab is None else SlabPlace.of(slab)
+    return HeldColumns(place, tuple(blocks), bounce_nbytes), blocks
+
+
+def _shard_of(
+    file: int, item: WriteItem, region: Region, source: TensorSource
+) -> tuple[ColumnShard, Slab] | None:
+    """Return a block as a column shard, and the slab that holds it; `None` if it is not one."""
+    runs = region.hf_runs()
+    if len(runs.loops) != 1:
+        return None
+    tensor = source.tensor(item)
+    slab = SLABS.slab_at(tensor.data_ptr()) if tensor.device.type == "cpu" else None
+    if slab is None or tensor.dtype not in NAME_BY_TORCH:
+        return None
+    view = runtime_view(tensor, region.copy)
+    shard = column_shard(
+        runs,
+        key=region.target.key,
+        file=file,
+        dtype=region.target.dtype,
+        held_dtype=NAME_BY_TORCH[tensor.dtype],
+        offset=slab.offset_of(view.data_ptr()),
+        extents=tuple(view.shape),
+        strides=tuple(view.stride()),
+    )
+    return None if shard is None else (shard, slab)
