@@ -15,6 +15,7 @@ POINTS = (
     "local plan",  # every rank: before it sends its plan
     "directory made",  # coordinator: the staging directory and its record exist
     "headers written",  # coordinator: the output files have their sizes and headers
+    "before rows",  # every rank: before it meets the ranks of its host that hold the same rows
     "before slot",  # every rank: before it waits for a write slot
     "mid dcp",  # every rank: before each tensor of the DCP file
     "mid hf",  # every rank: before each block of an output file

@@ -147,6 +147,7 @@ def stop(rank: int, point: str, **more: Any) -> Stop:
 
 STOPS = {
     "in its plan": stop(1, "local plan"),
+    "before it meets its host": stop(1, "before rows", world_size=3),
     "writing": stop(1, "mid dcp", world_size=3),
     "before its report": stop(1, "before report", world_size=3),
     "coordinator in its plan": stop(0, "directory made"),

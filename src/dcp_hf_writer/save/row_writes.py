@@ -67,7 +67,7 @@ def _write_share(
     bounce: BounceBuffer,
     check: Callable[[], None],
 ) -> list[WrittenBlock]:
-    group, units = share.group, share.units
+    group, units = share.part.group, share.part.units
     blocks = _BlockDigests(share)
     at_once = max(1, min(bounce.nbytes, _PIECE_NBYTES) // group.unit_nbytes)
     for begin in range(units.start, units.stop, at_once):
@@ -85,7 +85,7 @@ class _BlockDigests:
 
     def __init__(self, share: RowShare) -> None:
         self._key, dtype = share.target.key, share.target.dtype
-        first = share.group.start_of(share.units.start) - share.target.start
+        first = share.part.group.start_of(share.part.units.start) - share.target.start
         boxes = boxes_between(share.target.shape, dtype, first, first + share.nbytes)
         self._left = [(box, box.numel * ITEMSIZE[dtype]) for box in reversed(boxes)]
         self._digest = xxhash.xxh3_64()
@@ -117,10 +117,10 @@ def _rows(
 
     No view of a slab outlives the call: an error of a later write must not keep the slab mapped.
     """
-    group, first = share.group, share.group.first
+    group, first = share.part.group, share.part.group.first
     dtype = TORCH_BY_NAME[first.dtype]
     rows = bounce.take(dtype, (len(units) * group.unit_rows, first.stride // ITEMSIZE[first.dtype]))
-    for place, (_, shard) in zip(share.places, group.members, strict=True):
+    for place, (_, shard) in zip(share.part.places, group.members, strict=True):
         steps = group.unit_rows // shard.rows_per_step
         view = slabs.view(
             place,

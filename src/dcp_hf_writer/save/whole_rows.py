@@ -20,13 +20,14 @@ from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
 from dcp_hf_writer.tensors.strided_copies import runtime_view
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from torch.distributed.checkpoint.planner import WriteItem
 
     from dcp_hf_writer.plan.layout import PartTarget
     from dcp_hf_writer.plan.regions import Region
     from dcp_hf_writer.plan.row_groups import RowGroup
+    from dcp_hf_writer.save.hf_half import ItemTensors
     from dcp_hf_writer.save.host_meeting import HostMeeting
     from dcp_hf_writer.save.tensor_bytes import TensorSource
     from dcp_hf_writer.staging.neighbour_slabs import NeighbourSlabs
@@ -38,21 +39,29 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class RowShare:
-    """The rows of a group that this rank writes."""
+class RowPart:
+    """The part of a group that one of its members writes."""
 
     group: RowGroup
     units: range
-    """Units of the group; not empty."""
-    target: PartTarget
-    """The tensor on disk."""
+    """Units of the group; may be empty."""
     places: tuple[SlabPlace, ...]
     """The slab of each member of the group."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowShare:
+    """Rows of an output file that this rank writes."""
+
+    part: RowPart
+    """The rows; not empty."""
+    target: PartTarget
+    """The tensor on disk."""
 
     @property
     def nbytes(self) -> int:
         """Bytes on disk."""
-        return len(self.units) * self.group.unit_nbytes
+        return len(self.part.units) * self.part.group.unit_nbytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,81 +119,108 @@ def take_rows(
         RankLostError: If a rank of the host is gone, or does not answer by the deadline.
         SaveAbortedError: If a rank of the host gave the save up.
     """
-    mine, blocks = _held_columns(work, source, bounce_nbytes)
+    mine, blocks = held_columns(work, source, bounce_nbytes, slab_at=SLABS.slab_at)
     with shared_table(json.dumps(mine.to_json()).encode()) as table:
         told = meeting.gather("told", None if table is None else asdict(table))
-        shares, why = _shares(told, slabs, mine, me)
+        parts, why = _readable_parts(told, slabs, mine, me)
         refused = [one for one in meeting.gather("ready", why) if one is not None]
     meeting.leave("told", "ready")
     if refused:
         _log.info("column shards are written apart: %s", refused[0])
         return {}
-    found: dict[int, list[RowShare]] = {}
-    grouped = {shard for group, _, _ in shares for rank, shard in group.members if rank == me}
-    targets = {shard: blocks[shard][1].target for shard in grouped}
-    taken = {id(blocks[shard][1]) for shard in grouped}
-    for file in list(work):
-        work[file] = [block for block in work[file] if id(block[1]) not in taken]
-        if not work[file]:
-            del work[file]
-    for group, units, places in shares:
-        own = next(shard for rank, shard in group.members if rank == me)
-        if units:
-            share = RowShare(group, units, targets[own], places)
-            found.setdefault(group.first.file, []).append(share)
-    return found
+    return divide(work, blocks, parts, me)
 
 
-_Share = tuple["RowGroup", range, tuple[SlabPlace, ...]]
-
-
-def _shares(
+def _readable_parts(
     told: Sequence[Any], slabs: NeighbourSlabs, mine: HeldColumns, me: int
-) -> tuple[list[_Share], str | None]:
-    """Return the groups that this rank is a member of, with its units, and why it cannot read one.
-
-    Returns:
-        `([], None)` if there is no group, which is so on all ranks.
-    """
+) -> tuple[list[RowPart], str | None]:
+    """Return this rank's part of each group that it is in, and why it cannot read one."""
+    if None in told:
+        return [], "a rank could not make a memory file"
     try:
-        held = {
-            rank: mine
-            if rank == me
-            else HeldColumns.from_json(json.loads(read_table(TablePlace(**one))))
+        held = [
+            mine if rank == me else HeldColumns.from_json(json.loads(read_table(TablePlace(**one))))
             for rank, one in enumerate(told)
-            if one is not None
-        }
-        shares = _own_shares(held, me)
-        slabs.open({place for _, units, places in shares if units for place in places})
+        ]
+        parts = row_parts(held, me)
+        slabs.open({place for part in parts if part.units for place in part.places})
     except OSError as error:
         return [], f"a rank cannot read the staging memory of another one ({error})"
-    if len(held) != len(told):
-        return [], "a rank could not share a table of its columns"
-    return shares, None
+    return parts, None
 
 
-def _own_shares(held: Mapping[int, HeldColumns], me: int) -> list[_Share]:
-    places = {rank: one.place for rank, one in held.items() if one.place is not None}
+def row_parts(held: Sequence[HeldColumns], me: int) -> list[RowPart]:
+    """Return a rank's part of each group that it is a member of; every rank finds the same groups.
+
+    Args:
+        held: What each rank of the host holds.
+        me: Index of the rank.
+    """
+    places = {rank: one.place for rank, one in enumerate(held) if one.place is not None}
     groups = row_groups(
         {rank: held[rank].shards for rank in places},
-        max_unit_nbytes=min(one.bounce_nbytes for one in held.values()),
+        max_unit_nbytes=min(one.bounce_nbytes for one in held),
     )
     return [
-        (group, group.share_of(me, turn=turn), tuple(places[rank] for rank, _ in group.members))
+        RowPart(
+            group,
+            group.share_of(me, turn=turn),
+            tuple(places[rank] for rank, _ in group.members),
+        )
         for turn, group in enumerate(groups)
         if me in group.ranks
     ]
 
 
-def _held_columns(
-    work: Mapping[int, Blocks], source: TensorSource, bounce_nbytes: int
+def divide(
+    work: dict[int, Blocks],
+    blocks: Mapping[ColumnShard, tuple[WriteItem, Region]],
+    parts: Sequence[RowPart],
+    me: int,
+) -> dict[int, list[RowShare]]:
+    """Take the blocks that are written as rows out of `work`, and return what replaces them.
+
+    Args:
+        work: The blocks of this rank, by output file.
+        blocks: The block of each of its column shards.
+        parts: Its part of each group that it is a member of.
+        me: Index of this rank among the ranks of the host.
+    """
+    found: dict[int, list[RowShare]] = {}
+    taken: set[int] = set()
+    for part in parts:
+        own = [blocks[shard][1] for rank, shard in part.group.members if rank == me]
+        taken.update(map(id, own))
+        if part.units:
+            share = RowShare(part, own[0].target)
+            found.setdefault(part.group.first.file, []).append(share)
+    for file in list(work):
+        work[file] = [block for block in work[file] if id(block[1]) not in taken]
+        if not work[file]:
+            del work[file]
+    return found
+
+
+def held_columns(
+    work: Mapping[int, Blocks],
+    source: ItemTensors,
+    bounce_nbytes: int,
+    *,
+    slab_at: Callable[[int], Slab | None],
 ) -> tuple[HeldColumns, dict[ColumnShard, tuple[WriteItem, Region]]]:
-    """Return the column shards of this rank, and the block of each."""
+    """Return the column shards of this rank that lie in its slab, and the block of each.
+
+    Args:
+        work: The blocks of this rank, by output file.
+        source: Resolves items to tensors.
+        bounce_nbytes: Size of the rank's bounce buffer, in bytes.
+        slab_at: Returns the slab that holds an address.
+    """
     blocks: dict[ColumnShard, tuple[WriteItem, Region]] = {}
     slab: Slab | None = None
     for file, of_file in work.items():
         for block in of_file:
-            found = _shard_of(file, *block, source)
+            found = _shard_of(file, *block, source, slab_at)
             if found is not None and (slab is None or found[1] is slab):
                 blocks[found[0]], slab = block, found[1]
     place = None if slab is None else SlabPlace.of(slab)
@@ -192,14 +228,18 @@ def _held_columns(
 
 
 def _shard_of(
-    file: int, item: WriteItem, region: Region, source: TensorSource
+    file: int,
+    item: WriteItem,
+    region: Region,
+    source: ItemTensors,
+    slab_at: Callable[[int], Slab | None],
 ) -> tuple[ColumnShard, Slab] | None:
     """Return a block as a column shard, and the slab that holds it; `None` if it is not one."""
     runs = region.hf_runs()
     if len(runs.loops) != 1:
         return None
     tensor = source.tensor(item)
-    slab = SLABS.slab_at(tensor.data_ptr()) if tensor.device.type == "cpu" else None
+    slab = slab_at(tensor.data_ptr()) if tensor.device.type == "cpu" else None
     if slab is None or tensor.dtype not in NAME_BY_TORCH:
         return None
     view = runtime_view(tensor, region.copy)

@@ -211,6 +211,7 @@ class WritePhase:
         records = attempt.member.rendezvous
         if records is None or not (attempt.gathers_rows and own.shares_rows):
             return {}
+        reach("before rows")
         with attempt.timed("row wait"):
             meeting = HostMeeting(
                 attempt,
