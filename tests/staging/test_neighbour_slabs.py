@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from dcp_hf_writer.errors import SaveAbortedError
 from dcp_hf_writer.staging.neighbour_slabs import NeighbourSlabs, SlabPlace
-from dcp_hf_writer.staging.shared_table import TablePlace, read_table, shared_table
+from dcp_hf_writer.staging.shared_table import read_table, shared_table
 from dcp_hf_writer.staging.slab import Slab, SlabPool
 from support.ranks import run_ranks
 
@@ -153,9 +153,7 @@ def read_each_other(rank: int, world_size: int) -> list[int]:
         dist.all_gather_object(told, (SlabPlace.of(slab), table))
         slabs.open([place for place, _ in told])
         found = [int(view(slabs, place, 1).item()) for place, _ in told]
-        tables = [
-            read_table(TablePlace(one.pid, one.fd, one.nbytes, one.digest)) for _, one in told
-        ]
+        tables = [read_table(one) for _, one in told]
         dist.barrier()
     assert tables == [f"rank {other}".encode() for other in range(world_size)]
     return found
