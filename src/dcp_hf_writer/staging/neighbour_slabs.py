@@ -7,7 +7,6 @@ mark at the end of the slab tells whether it is the slab that was meant.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mmap
 import os
@@ -108,10 +107,8 @@ class NeighbourSlabs:
 
         A view that is left, in the frames of an error, keeps its slab mapped until it is freed.
         """
-        while self._maps:
-            _, memory = self._maps.popitem()
-            with contextlib.suppress(BufferError):
-                memory.close()
+        # Not `mmap.close`: torch's views hold the object, but do not keep it from being closed.
+        self._maps.clear()
 
     def __enter__(self) -> Self:
         return self
