@@ -45,7 +45,7 @@ class HostMeeting:
         self._attempt, self._records = attempt, records
         self._ranks, self._me = ranks, me
         self._store = records.part_of_store(f"host/{save_id}/{ranks[0]}")
-        self._told: list[str] = []
+        self._steps: list[str] = []
 
     def gather(self, what: str, mine: Any) -> list[Any]:
         """Tell the other ranks a value, wait for theirs, and return all of them by index.
@@ -67,10 +67,9 @@ class HostMeeting:
             raise explain_broken_exchange(self._attempt, error) from error
 
     def _gather(self, what: str, mine: Any) -> list[Any]:
-        key = f"{what}/{self._me}"
-        self._store.set(key, json.dumps(mine))
-        self._told.append(key)
+        self._store.set(f"{what}/{self._me}", json.dumps(mine))
         self._store.add(what, 1)
+        self._steps.append(what)
         self._await_all(what)
         return [
             mine if index == self._me else json.loads(self._store.get(f"{what}/{index}"))
@@ -97,17 +96,15 @@ class HostMeeting:
             msg = f"{', '.join(gone)} failed before the ranks of the host met"
             raise RuntimeError(msg)
 
-    def leave(self, *steps: str) -> None:
-        """Remove the records of this meeting; every rank must have read them.
-
-        Args:
-            steps: The steps of the meeting. The last rank to leave removes what is common.
-        """
+    def leave(self) -> None:
+        """Say that this rank has read all records; the last rank to leave removes them."""
         try:
-            for key in self._told:
+            if self._store.add("left", 1) < len(self._ranks):
+                return
+            for step in self._steps:
+                for index in range(len(self._ranks)):
+                    self._store.delete_key(f"{step}/{index}")
+            for key in (*self._steps, "left"):
                 self._store.delete_key(key)
-            if self._store.add("left", 1) == len(self._ranks):
-                for key in (*steps, "left"):
-                    self._store.delete_key(key)
         except RuntimeError as error:
             raise explain_broken_exchange(self._attempt, error) from error

@@ -124,7 +124,7 @@ def take_rows(
         told = meeting.gather("told", None if table is None else asdict(table))
         parts, why = _readable_parts(told, slabs, mine, me)
         refused = [one for one in meeting.gather("ready", why) if one is not None]
-    meeting.leave("told", "ready")
+    meeting.leave()
     if refused:
         _log.info("column shards are written apart: %s", refused[0])
         return {}
