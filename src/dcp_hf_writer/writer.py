@@ -124,6 +124,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             strategy: `"direct"`: each rank writes its own bytes, on any file system. `"exchange"`:
                 ranks send each other bytes, so that each aligned part of a file has one writer.
                 `"auto"` exchanges if several hosts write and the file system may not be coherent.
+                Else the ranks of a host write whole rows where they hold columns.
             timeout_s: Deadline of a save in seconds, from staging to commit.
             host_budget_bytes: Memory that a rank may use in addition to the staged copy.
             report_to: Function, or list of functions, that rank 0 calls with a `FinishedSave` at

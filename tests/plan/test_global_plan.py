@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from dcp_hf_writer import HFExport, LoadSpec
+from dcp_hf_writer import HFExport, LoadSpec, Piece
 from dcp_hf_writer.errors import CoverageError, LayoutError, ModelKeyError, PlanningError
 from dcp_hf_writer.plan.global_plan import (
     GlobalPlan,
@@ -263,6 +263,37 @@ def test_ranks_get_their_own_targets_and_their_place_on_their_host() -> None:
     assert {one.files for one in found} == {
         tuple((file.name, file.nbytes) for file in plan.layout.files)
     }
+
+
+COLUMNS = [Box((0, 0), (6, 2)), Box((0, 2), (6, 2))]
+ROWS = [Box((0, 0), (3, 4)), Box((3, 0), (3, 4))]
+TURNED = LoadSpec("w", ["t"], (6, 4), pieces=[Piece("t", (4, 6), ((6, 1, 4), (4, 6, 1)))])
+
+
+@pytest.mark.parametrize(
+    ("parts", "hosts", "specs", "expected"),
+    [
+        (COLUMNS, "xx", (), "xx"),
+        (COLUMNS, "xy", (), ""),
+        (ROWS, "xx", (), ""),
+        ([whole(SHAPE)], "x", (), ""),
+        (ROWS, "xx", (TURNED,), "xx"),
+    ],
+    ids=["columns", "of two hosts", "rows", "whole", "rows of a transposed tensor"],
+)
+def test_ranks_of_a_host_meet_when_they_may_hold_parts_of_the_same_rows(
+    parts: list[Box], hosts: str, specs: Sequence[LoadSpec], expected: str
+) -> None:
+    plans = [
+        plan_of([write_item("model.w", SHAPE, part)], host=host)
+        for part, host in zip(parts, hosts, strict=True)
+    ]
+    plans.append(plan_of([write_item("model.v", (2,))], host="z"))
+    plans.append(plan_of([write_item("optim.w", SHAPE, COLUMNS[0])], host="z"))
+    found = [one.storage_data for one in prepared(planned(plans, specs=specs or None))]
+    assert [one.shares_rows for one in found] == [host in expected for host in (*hosts, "z", "z")]
+    members = [i for i, host in enumerate((*hosts, "z", "z")) if host == "z"]
+    assert found[-1].host_ranks == tuple(members)
 
 
 def test_plan_of_a_rank_survives_the_way_to_it_and_names_no_save() -> None:

@@ -80,6 +80,8 @@ CASES: dict[str, Case] = {
             (1, "local plan"),
             (0, "directory made"),
             (0, "headers written"),
+            (0, "before rows"),
+            (1, "before rows"),
             (0, "before slot"),
             (1, "before slot"),
             (0, "mid dcp"),

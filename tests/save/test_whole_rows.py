@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +115,9 @@ def save(root: Path, name: str, state: dict[str, Any], **options: Any) -> int:
 def save_in_ways(rank: int, world_size: int, root: Path) -> dict[str, int]:
     state, _ = sharded_state(world_size)
     runs = {"together": save(root, "together", state)}
+    held = memory_held()
     runs["again"] = save(root, "again", state)
+    assert memory_held() == held, "a save leaves memory of other ranks mapped"
     runs["small buffer"] = save(root, "small buffer", state, host_budget_bytes=1 << 20)
     cast = HFExport(max_shard_size="60KB", assets={"config.json": b"{}"}, dtype=torch.bfloat16)
     runs["cast"] = save(root, "cast", state, export=cast)
@@ -131,6 +135,15 @@ def save_in_ways(rank: int, world_size: int, root: Path) -> dict[str, int]:
     with Counts() as counts:
         dcp.save(state, storage_writer=HFDualWriter(root / "sync", export=EXPORT))
     return runs | {"sync": counts.runs}
+
+
+def memory_held() -> tuple[int, int]:
+    """Count the memory files that this process maps, and those that it has open."""
+    gc.collect()
+    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    with open("/proc/self/maps") as maps:
+        mapped = sum("memfd:" in line for line in maps)
+    return mapped, sum("memfd:" in os.readlink(link) for link in links if os.path.lexists(link))
 
 
 def refuse(*_: Any) -> Any:
