@@ -32,13 +32,13 @@ from dcp_hf_writer.plan.global_plan import (
     plan_globally,
     rank_plans,
 )
-from dcp_hf_writer.tensors.boxes import whole
+from dcp_hf_writer.tensors.boxes import Box, whole
 from support.partitions import partitions_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from dcp_hf_writer.tensors.boxes import Box, Shape
+    from dcp_hf_writer.tensors.boxes import Shape
 
 
 def write_item(

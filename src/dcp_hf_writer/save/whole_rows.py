@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.plan.row_groups import ColumnShard, column_shard, row_groups
@@ -77,7 +77,7 @@ class HeldColumns:
     def to_json(self) -> Any:
         """Return the columns as plain values."""
         place = None if self.place is None else asdict(self.place)
-        return [place, [list(asdict(one).values()) for one in self.shards], self.bounce_nbytes]
+        return [place, [astuple(one) for one in self.shards], self.bounce_nbytes]
 
     @classmethod
     def from_json(cls, value: Any) -> HeldColumns:
