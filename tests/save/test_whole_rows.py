@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec, Piece, failpoints, verify
 from dcp_hf_writer.save import whole_rows
@@ -59,6 +60,8 @@ TWO_DIMS = {
     "columns of copies": Held((32, 48), (WHOLE, COLUMNS)),
     "both": Held((48, 64), (COLUMNS, COLUMNS)),
     "copies of rows": Held((32, 16), (WHOLE, ROWS)),
+    "strided": Held((32, 48), (_StridedShard(1, split_factor=2), COLUMNS)),
+    "strided rows": Held((48, 16), (_StridedShard(0, split_factor=2), ROWS)),
 }
 
 
