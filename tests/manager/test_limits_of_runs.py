@@ -1,0 +1,106 @@
+"""A run looks at the limits of its processes at the start and before each save."""
+
+from __future__ import annotations
+
+import os
+import resource
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dcp_hf_writer import CheckpointManager
+from dcp_hf_writer.errors import StagingError
+from support.managed_runs import Seen, managed, report_steps
+from support.mounts import mount_tmpfs, needs_mounts
+from support.processes import in_fresh_process
+from support.rank_process import Raised
+from support.ranks import run_ranks
+
+SHM = Path("/dev/shm")
+
+
+def leave_files(count: int) -> None:
+    """Leave this process some free descriptors."""
+    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    used = len(os.listdir("/proc/self/fd")) - 1
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + count, hard))
+
+
+def start_with_files(rank: int, world_size: int, root: Path) -> Raised | None:
+    if rank == world_size - 1:
+        leave_files(20)
+    try:
+        CheckpointManager(root, timeout_s=30).close()
+    except StagingError as error:
+        return Raised.of(error)
+    return None
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_every_rank_learns_at_the_start_that_one_may_open_too_few_files(
+    tmp_path: Path, world_size: int
+) -> None:
+    needed = 32 if world_size == 1 else 34
+    for raised in run_ranks(start_with_files, world_size, tmp_path / "run"):
+        assert raised is not None
+        assert f"rank {world_size - 1} stage: this process may open too few" in raised.text
+        assert f"expected {needed} free file descriptors for saves" in raised.text
+        assert "found 20: " in raised.text
+
+
+def save_with_files(rank: int, world_size: int, root: Path) -> tuple[Seen, str]:
+    """Save with enough descriptors, with too few on the last rank, and with enough again."""
+    seen = Seen()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with managed(root, seen, save_every=1) as manager:
+        report_steps(manager, seen, [1])
+        if rank == world_size - 1:
+            leave_files(20)
+        report_steps(manager, seen, [2])
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        report_steps(manager, seen, [3])
+    return seen, str(seen.raised[2].error)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_save_is_refused_on_every_rank_while_one_may_open_too_few_files(
+    tmp_path: Path, world_size: int
+) -> None:
+    for seen, text in run_ranks(save_with_files, world_size, tmp_path / "run"):
+        assert seen.errors() == {2: StagingError}
+        assert f"rank {world_size - 1} stage: this process may open too few files" in text
+        # The export of this state has one file.
+        assert "expected 33 free file descriptors for a save with 1 file" in text
+        assert (seen.saved, seen.steps) == ([1, 3], [1, 3])
+
+
+def start_with_shared_memory(root: Path, size: str, checkpointer: str) -> Any:
+    mount_tmpfs(SHM, size)
+    seen = Seen()
+    options: dict[str, Any] = {"checkpointer": checkpointer, "save_every": 1, "timeout_s": 60.0}
+    try:
+        with managed(root, seen, **options) as manager:
+            report_steps(manager, seen, [1])
+    except StagingError as error:
+        return str(error)
+    return seen.steps
+
+
+@needs_mounts
+@pytest.mark.parametrize(("size", "checkpointer"), [("size=64k", "thread"), ("size=1m", "process")])
+def test_run_needs_no_more_shared_memory_than_is_asked_for(
+    tmp_path: Path, size: str, checkpointer: str
+) -> None:
+    found = in_fresh_process(
+        start_with_shared_memory, tmp_path / "run", size, checkpointer, timeout_s=100
+    )
+    assert found == [1]
+
+
+@needs_mounts
+def test_run_with_a_process_is_refused_without_shared_memory(tmp_path: Path) -> None:
+    root = tmp_path / "run"
+    found = in_fresh_process(start_with_shared_memory, root, "size=64k", "process")
+    assert "there is too little shared memory for torch's checkpointer process (/dev/shm)" in found
+    assert 'pass checkpointer="thread"' in found
