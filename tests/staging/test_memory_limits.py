@@ -1,4 +1,4 @@
-"""A staged copy that does not fit into the memory of a container: an error, and no killed process."""
+"""A staged copy that exceeds the memory of a container: an error, and no killed process."""
 
 from __future__ import annotations
 
