@@ -15,7 +15,7 @@ from dcp_hf_writer.manager.on_signal import OnSignal, SignalHandlers
 from dcp_hf_writer.manager.open_run import open_run
 from dcp_hf_writer.manager.own_group import OwnGroup
 from dcp_hf_writer.manager.pending_save import SaveRequest
-from dcp_hf_writer.manager.rank_messages import Messages, World
+from dcp_hf_writer.manager.rank_messages import ANSWER_S, Messages, World
 from dcp_hf_writer.manager.refuse_save import may_replace, refusal_of
 from dcp_hf_writer.manager.restore_run import Restore, Restored, RestoreOptions, RestoreTools
 from dcp_hf_writer.manager.retention import KeepBest, Retention, as_keep_best
@@ -202,7 +202,8 @@ class CheckpointManager:
         self._content = RunContent(
             trainer_state, rank_state, save_rng=save_rng, rank=self._world.rank
         )
-        connect = partial(Messages, self._world, f"dcp-hf-manager/{_managers}")
+        key = f"dcp-hf-manager/{_managers}"
+        connect = partial(Messages, self._world, key, answer_s=min(timeout_s, ANSWER_S))
         self._messages = connect()
         self._restores = 0
         self._restored: Restored | None = None

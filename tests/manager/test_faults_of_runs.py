@@ -236,15 +236,22 @@ def test_live_save_and_foreign_directories_stay_when_a_run_cleans_up(tmp_path: P
     assert CheckpointManager(root).steps() == [3, 7]
 
 
-# N3: the host of the store dies
+# N2 and N3: the host of the store falls silent, or dies
+
+STORE_TIMEOUT_S = 6.0
+
+
+def told(root: Path) -> Path:
+    return root.parent / "told"
 
 
 def lose_the_store(rank: int, world_size: int, root: Path, strike: Strike) -> Seen:
     seen = Seen()
-    with managed(root, seen, save_every=1, timeout_s=6.0) as manager:
+    with managed(root, seen, save_every=1, timeout_s=STORE_TIMEOUT_S) as manager:
         report_steps(manager, seen, [1])
         with strike.installed(rank, root):
             report_steps(manager, seen, [2])
+        told(root).touch()
     return seen
 
 
@@ -253,6 +260,19 @@ def test_survivor_is_told_when_the_host_of_the_store_dies(tmp_path: Path) -> Non
     strike = Strike(rank=0, point="mid dcp", action="kill")
     with spawn_ranks(lose_the_store, 2, root, strike, store="rank0") as handle:
         survivor = handle.outcomes(80)[1].value
+    assert issubclass(survivor.errors()[2], RankLostError)
+    assert "rank 0" in str(survivor.raised[2].error)
+    assert survivor.steps == [1]
+
+
+def test_survivor_is_told_when_the_host_of_the_store_falls_silent(tmp_path: Path) -> None:
+    """N2: the connections stay open, and nothing answers."""
+    root = tmp_path / "run"
+    strike = Strike(rank=0, point="mid dcp", action="stop")
+    with spawn_ranks(lose_the_store, 2, root, strike, store="rank0") as handle:
+        wait_until(told(root).exists)
+        handle.kill(0)
+        survivor = handle.outcomes()[1].value
     assert issubclass(survivor.errors()[2], RankLostError)
     assert "rank 0" in str(survivor.raised[2].error)
     assert survivor.steps == [1]
