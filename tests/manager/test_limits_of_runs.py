@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import resource
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from dcp_hf_writer import CheckpointManager
 from dcp_hf_writer.errors import StagingError
 from support.managed_runs import Seen, managed, report_steps
 from support.mounts import mount_tmpfs, needs_mounts
+from support.open_files import free_files
 from support.processes import in_fresh_process
 from support.rank_process import Raised
 from support.ranks import run_ranks
@@ -20,20 +20,16 @@ from support.ranks import run_ranks
 SHM = Path("/dev/shm")
 
 
-def leave_files(count: int) -> None:
-    """Leave this process some free descriptors."""
-    hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-    used = len(os.listdir("/proc/self/fd")) - 1
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used + count, hard))
+def few_files(are_few: bool) -> contextlib.AbstractContextManager[object]:  # noqa: FBT001
+    return free_files(20) if are_few else contextlib.nullcontext()
 
 
 def start_with_files(rank: int, world_size: int, root: Path) -> Raised | None:
-    if rank == world_size - 1:
-        leave_files(20)
-    try:
-        CheckpointManager(root, timeout_s=30).close()
-    except StagingError as error:
-        return Raised.of(error)
+    with few_files(rank == world_size - 1):
+        try:
+            CheckpointManager(root, timeout_s=30).close()
+        except StagingError as error:
+            return Raised.of(error)
     return None
 
 
@@ -52,13 +48,10 @@ def test_every_rank_learns_at_the_start_that_one_may_open_too_few_files(
 def save_with_files(rank: int, world_size: int, root: Path) -> tuple[Seen, str]:
     """Save with enough descriptors, with too few on the last rank, and with enough again."""
     seen = Seen()
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     with managed(root, seen, save_every=1) as manager:
         report_steps(manager, seen, [1])
-        if rank == world_size - 1:
-            leave_files(20)
-        report_steps(manager, seen, [2])
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        with few_files(rank == world_size - 1):
+            report_steps(manager, seen, [2])
         report_steps(manager, seen, [3])
     return seen, str(seen.raised[2].error)
 
@@ -73,6 +66,26 @@ def test_save_is_refused_on_every_rank_while_one_may_open_too_few_files(
         # The export of this state has one file.
         assert "expected 33 free file descriptors for a save with 1 file" in text
         assert (seen.saved, seen.steps) == ([1, 3], [1, 3])
+
+
+def save_with_just_enough_files(
+    rank: int, world_size: int, root: Path, checkpointer: str
+) -> tuple[Seen, int]:
+    seen = Seen()
+    options: dict[str, Any] = {"checkpointer": checkpointer, "timeout_s": 150.0}
+    with managed(root, seen, save_every=1, **options) as manager, free_files(33) as limit:
+        report_steps(manager, seen, [1])
+    return seen, limit
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "checkpointer", ["thread", pytest.param("process", marks=pytest.mark.slow)]
+)
+def test_save_needs_no_more_files_than_are_asked_for(tmp_path: Path, checkpointer: str) -> None:
+    root = tmp_path / "run"
+    for seen, _ in run_ranks(save_with_just_enough_files, 2, root, checkpointer, timeout_s=200):
+        assert (seen.errors(), seen.steps) == ({}, [1])
 
 
 def start_with_shared_memory(root: Path, size: str, checkpointer: str) -> Any:

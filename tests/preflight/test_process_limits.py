@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
-import os
-import resource
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,25 +14,10 @@ from dcp_hf_writer.preflight.process_limits import (
     check_semaphores,
 )
 from support.mounts import mount_tmpfs, needs_mounts
+from support.open_files import free_files
 from support.processes import in_fresh_process
 
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
 SHM = Path("/dev/shm")
-
-
-@contextlib.contextmanager
-def free_files(count: int) -> Iterator[int]:
-    """Leave this process some free descriptors; yields the limit."""
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    # One of them lists the others, and the lowest free numbers come first.
-    used = len(os.listdir("/proc/self/fd")) - 1
-    resource.setrlimit(resource.RLIMIT_NOFILE, (used + count, limits[1]))
-    try:
-        yield used + count
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
 
 
 def errors_with(count: int) -> list[str]:
