@@ -157,7 +157,7 @@ def test_step_that_cannot_be_deleted_goes_later(
             assert manager.steps() == ([1, 2] if is_whole else [2])
             assert [verify(manager.path_of(step)).ok for step in manager.steps()].count(False) == 0
             assert len(list(root.glob(".deleted-*"))) == (0 if is_whole else 1)
-        assert ("tries again" in caplog.text) == is_whole
+        assert "tries again" in caplog.text
         report_steps(manager, seen, [3])
     assert (seen.errors(), seen.steps) == ({}, [3])
     assert not list(root.glob(".deleted-*"))
