@@ -43,7 +43,8 @@ def _limit_name() -> str:
     return "memory.limit_in_bytes" if _V1.is_dir() else "memory.max"
 
 
-needs_memory_cgroups = pytest.mark.skipif(_why_not() is not None, reason=_why_not() or "")
+_REASON = _why_not()
+needs_memory_cgroups = pytest.mark.skipif(_REASON is not None, reason=_REASON or "")
 
 
 @contextlib.contextmanager
