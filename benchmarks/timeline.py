@@ -54,6 +54,7 @@ class Setting:
     steps: int
     every: int
     batch: int
+    vocabulary: int = 8000
 
 
 @dataclass(slots=True)
@@ -83,7 +84,7 @@ class Loop:
             num_hidden_layers=setting.layers,
             num_attention_heads=16,
             num_key_value_heads=8,
-            vocab_size=8000,
+            vocab_size=setting.vocabulary,
         )
         self.model = LlamaForCausalLM(config)
         for layer in self.model.model.layers:
@@ -124,7 +125,7 @@ class Loop:
 
     def train(self) -> None:
         """One step of training."""
-        tokens = torch.randint(0, 8000, (self.setting.batch, 32))
+        tokens = torch.randint(0, self.setting.vocabulary, (self.setting.batch, 32))
         self.model(input_ids=tokens, labels=tokens).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -277,7 +278,11 @@ def main() -> None:
             json.dump({"machine": machine, "nbytes": nbytes, "rounds": facts}, file, indent=1)
     if args.plot:
         said = f"the fastest of {args.rounds} rounds, load average {load:.0f}"
-        draw({WAYS[way]: one for way, one in chosen.items()}, nbytes, machine, said, args.plot)
+        title = (
+            "The same training loop; "
+            f"a save has {nbytes / 1e9:.2f} GB of weights and Adam's moments"
+        )
+        draw({WAYS[way]: one for way, one in chosen.items()}, title, machine, said, args.plot)
 
 
 if __name__ == "__main__":

@@ -316,33 +316,6 @@ def check_results(items: Sequence[WriteItem], results: Sequence[WriteResult], ra
         )
 
 
-def run_given_writer(
-    writer: StorageWriter,
-    plan: SavePlan,
-    planner: SavePlanner,
-    *,
-    path: str,
-    is_coordinator: bool,
-    rank: int,
-) -> list[WriteResult]:
-    """Let the user's storage writer write the DCP half into the directory of the save.
-
-    The writer's `prepare_local_plan` runs here, because the directory is known only now. So its
-    `prepare_global_plan` does not see what `prepare_local_plan` attaches to the plan; torch's own
-    writers attach nothing.
-    """
-    storage_data = plan.storage_data
-    writer.reset(path)
-    writer.set_up_storage_writer(is_coordinator, rank=rank, use_collectives=True)
-    plan = writer.prepare_local_plan(plan)
-    if plan.storage_data is None:
-        plan = type(plan)(plan.items, storage_data, plan.planner_data, plan.usable)
-    future = writer.write_data(plan, planner)
-    future.wait()
-    results: list[WriteResult] = future.value()
-    return results
-
-
 def digest_file(path: str) -> tuple[int, str]:
     """Return the size of a file in bytes and its xxh3_64, in hex."""
     digest, nbytes = xxhash.xxh3_64(), 0

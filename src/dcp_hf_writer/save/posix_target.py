@@ -9,6 +9,7 @@ from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.save import coordinator
 from dcp_hf_writer.save.checksums import add_checksums
 from dcp_hf_writer.save.dcp_half import metadata_writer
+from dcp_hf_writer.save.given_writer import finish_given_writer
 from dcp_hf_writer.save.mirror_jobs import note_mirror
 from dcp_hf_writer.save.replace_target import saved_id
 from dcp_hf_writer.save.save_target import SaveTarget
@@ -144,11 +145,13 @@ class PosixTarget(SaveTarget):
         save_id: str,
     ) -> None:
         """Let torch's or the user's writer make it; see `SaveTarget.finish_dcp`."""
-        writer = self.options.dcp_writer
-        if writer is None:
-            writer = metadata_writer(self.path, self.target, rank=attempt.rank, save_id=save_id)
+        given, target = self.options.dcp_writer, self.target
         with write_errors(self.path):
-            writer.finish(metadata, results)
+            if given is None:
+                writer = metadata_writer(self.path, target, rank=attempt.rank, save_id=save_id)
+                writer.finish(metadata, results)
+            else:
+                finish_given_writer(given, metadata, results, target=target, save_id=save_id)
 
     def publish(self, attempt: Attempt, what: Publication) -> None:
         """Write the manifest, fsync, rename; see `SaveTarget.publish`."""

@@ -31,10 +31,10 @@ from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
 from dcp_hf_writer.save.dcp_half import (
     SlabFileSystemWriter,
     check_results,
-    run_given_writer,
 )
 from dcp_hf_writer.save.exchanged_half import ExchangedHalf
 from dcp_hf_writer.save.export_failures import FATAL, export_error
+from dcp_hf_writer.save.given_writer import run_given_writer
 from dcp_hf_writer.save.hf_half import (
     BlockWriter,
     is_interleaved,
