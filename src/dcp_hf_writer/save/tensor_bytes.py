@@ -25,6 +25,9 @@ _EMPTY = memoryview(b"")
 _ROW_NBYTES = 64 << 10
 _COPIED_NBYTES = 8 << 20
 
+_LARGE_NBYTES = 64 << 10
+"""Of more bytes, xxhash computes the digest without Python's lock, if it is asked to `update`."""
+
 
 def host_bytes(tensor: torch.Tensor) -> memoryview:
     """Return the bytes of a contiguous tensor, without a copy if it is in host memory."""
@@ -119,7 +122,12 @@ def _hint(is_new_dtype: bool) -> str:  # noqa: FBT001 - one fact
 
 def digest_of(data: memoryview | bytes) -> str:
     """Return the xxh3_64 of some bytes, in hex."""
-    return str(xxhash.xxh3_64_hexdigest(data))
+    if len(data) <= _LARGE_NBYTES:
+        return str(xxhash.xxh3_64_hexdigest(data))
+    # Only `update` lets other threads run meanwhile, in every release of xxhash.
+    digest = xxhash.xxh3_64()
+    digest.update(data)
+    return str(digest.hexdigest())
 
 
 def chunk_of(item: WriteItem) -> Box:
