@@ -2,10 +2,11 @@
 
     python benchmarks/overhead.py --plot docs/overhead.png
 
-Two gloo ranks with one thread each train a Llama by FSDP2 and AdamW, so training alone keeps two
-cores busy. The same processes run the same steps with each way to save in turns: with no saves, and
-with a save in flight all the time. The order rotates from round to round, and the first round does
-not count. Each way is compared with the loop without saves of the same round.
+Two gloo ranks with one thread each train a transformer by data parallelism, so training alone keeps
+two cores busy. They save weights that lie beside it. The same processes run the same steps with
+each way to save in turns: with no saves, and with a save in flight all the time. The order rotates
+from round to round, and the first round does not count. Each way is compared with the loop without
+saves of the same round.
 """
 
 from __future__ import annotations
@@ -24,13 +25,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 
-from dcp_hf_writer import HFDualWriter, WriteSlots
+from dcp_hf_writer import HFDualWriter, HFExport, WriteSlots
 from machine import describe_machine
-from plot_timeline import Drawn, draw
+from plot_timeline import Drawn, Timeline, draw, merged
 from ranks import Rank, run_ranks
-from timeline import Loop, Setting, Timeline, merged
+from states import Workload, build_state_dict, nbytes_by_key, split_into_files
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -45,14 +47,20 @@ WAYS = {
     "overlap": 'HFDualWriter, staging="overlap"\nwrites DCP + HuggingFace',
 }
 TIMEOUT_S = 600
+LAYERS, WIDTH, TOKENS = 4, 256, 64
+FILES = 4
+"""Number of weight files in each export."""
 
 
 @dataclass(frozen=True, slots=True)
-class Busy(Setting):
-    """What the loops train, and what they save."""
+class Setting:
+    """What each loop trains and saves."""
 
-    has_moments: bool = False
-    """Whether a checkpoint holds Adam's moments too."""
+    root: str
+    steps: int
+    batch: int
+    gib: float
+    """Size of the weights that are saved, over both ranks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,68 +100,103 @@ def seen(span: tuple[float, float], until: float) -> float:
     return 1.0 if end <= until else max(0.0, until - begin) / (end - begin)
 
 
-class BusyLoop(Loop):
-    """A training loop that begins a save whenever none is in flight."""
+class BusyLoop:
+    """A training loop that begins a save whenever none is in flight.
 
-    def __init__(self, setting: Busy, directory: str) -> None:
-        super().__init__("ours", setting, directory)
-        self.train()
-        weights, moments = get_state_dict(self.model, self.optimizer)
-        self.state = (
-            {"model": weights, "optim": moments} if setting.has_moments else {"model": weights}
-        )
-        options: dict[str, Any] = {"export": self.export, "process_group": self.group}
-        overlapping = HFDualWriter(directory, staging="overlap", **options)
+    It trains a small transformer by data parallelism, and saves weights that lie beside it: to
+    train as many on these cores would take longer than to save them.
+    """
+
+    def __init__(self, setting: Setting, directory: str) -> None:
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(WIDTH, 8, 4 * WIDTH, dropout=0.0, batch_first=True)
+        self.model = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), fused=True)
+        self.tokens = torch.randn(setting.batch, TOKENS, WIDTH)
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        workload = Workload(setting.gib, "bfloat16", "fsdp", optim=False)
+        self.state = build_state_dict(workload, mesh)
+        # Training uses gloo too, so the saves need a group of their own, whoever takes them.
+        self.group = dist.new_group(backend="gloo")
+        self.setting, self.directory = setting, directory
+        self.writers = self.writers_of_ways(workload)
+        self.running: Future[Any] | None = None
+
+    def writers_of_ways(self, workload: Workload) -> dict[str, HFDualWriter]:
+        """Return the writer of each way of this package; a writer saves every step."""
+        size, _ = split_into_files(nbytes_by_key(workload), FILES)
+        export = HFExport(max_shard_size=size, assets={"config.json": b"{}"})
+        options: dict[str, Any] = {"export": export, "process_group": self.group}
+        overlapping = HFDualWriter(self.directory, staging="overlap", **options)
         overlapping.guard(self.optimizer)
-        urgent = HFDualWriter(directory, slots=WriteSlots(nice=0), **options)
-        self.writers = {"overlap": overlapping, "urgent": urgent}
+        return {
+            "ours": HFDualWriter(self.directory, **options),
+            "urgent": HFDualWriter(self.directory, slots=WriteSlots(nice=0), **options),
+            "overlap": overlapping,
+        }
 
     def run_way(self, way: str, name: str) -> Timeline:
         """Run the loop with one way to save; all ranks call it together."""
-        self.way, self.name = way, name
-        self.ends.clear()
-        self.times = Timeline()
+        self.times, self.ends = Timeline(), list[float]()
         dist.barrier()
         self.start = time.perf_counter()
-        for _ in range(self.setting.steps):
+        for step in range(self.setting.steps):
             if way != "none" and self.is_idle():
-                self.save_again()
+                self.save(way, os.path.join(self.directory, f"{name}-{step}"))
             began = self.now()
             self.train()
             self.times.steps.append((began, self.now()))
         self.times.loop_s = self.now()
-        self.drain()
+        if self.running is not None:
+            self.running.result()
+            while len(self.ends) < len(self.times.stalls):
+                time.sleep(0.001)  # the save's thread notes the end after the result is there
+        self.running = None
+        begins = [begin for begin, _ in self.times.stalls]
+        self.times.saves = list(zip(begins, self.ends, strict=True))
         return self.times
+
+    def now(self) -> float:
+        """Seconds since the loop began."""
+        return time.perf_counter() - self.start
+
+    def train(self) -> None:
+        """One step: forward, backward, sum of the gradients over the ranks, optimizer."""
+        self.model(self.tokens).square().mean().backward()
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        summed = torch.cat([gradient.view(-1) for gradient in gradients])
+        dist.all_reduce(summed)
+        for gradient, part in zip(
+            gradients, summed.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(part.view_as(gradient))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
 
     def is_idle(self) -> bool:
         """Whether no rank has a save in flight; they must agree, as a save needs all of them."""
-        idle = torch.tensor(int(self.running is None or self.running[0].done()))
+        idle = torch.tensor(int(self.running is None or self.running.done()))
         dist.all_reduce(idle, op=dist.ReduceOp.MIN)
         return bool(idle)
 
-    def save_again(self) -> None:
-        """Begin the next save; note how long training waits for the call."""
-        self.drain()
+    def save(self, way: str, path: str) -> None:
+        """Begin a save; note how long training waits for the call, and when the save ends."""
+        if self.running is not None:
+            self.running.result()
         began = self.now()
-        path = os.path.join(self.directory, f"{self.name}-{len(self.times.stalls)}")
-        self.running = (self.begin(self.state, path), began)
-        self.times.stalls.append((began, self.now()))
-
-    def begin(self, state: dict[str, Any], path: str) -> Future[Any]:
-        """Call `async_save` the way that is measured."""
-        if self.way in ("torch", "ours"):
-            return super().begin(state, path)
-        writer = self.writers.get(self.way)
+        writer = dcp.FileSystemWriter(path) if way == "torch" else self.writers.get(way)
         saving: Any = dcp.async_save(
-            state, checkpoint_id=path, storage_writer=writer, process_group=self.group
+            self.state, checkpoint_id=path, storage_writer=writer, process_group=self.group
         )
-        return self.noted(getattr(saving, "upload_completion", saving))
+        self.running = getattr(saving, "upload_completion", saving)
+        self.times.stalls.append((began, self.now()))
+        self.running.add_done_callback(lambda _: self.ends.append(self.now()))
 
 
 def run_rounds(
     rank: Rank,
     ways: Sequence[str],
-    setting: Busy,
+    setting: Setting,
     rounds: int,
     directory: str,
 ) -> None:
@@ -184,7 +227,7 @@ def tree_nbytes(path: str) -> int:
     )
 
 
-def measure(ways: Sequence[str], setting: Busy, rounds: int) -> dict[str, list[Measured]]:
+def measure(ways: Sequence[str], setting: Setting, rounds: int) -> dict[str, list[Measured]]:
     """Run all ways in turns; return what was measured in each round that counts."""
     found: dict[str, list[Measured]] = {way: [] for way in ways}
 
@@ -259,10 +302,18 @@ def typical(rounds: list[Measured]) -> Measured:
     return sorted(rounds, key=lambda one: one.drawn.loop_s)[(len(rounds) - 1) // 2]
 
 
+def from_json(facts: dict[str, Any]) -> dict[str, list[Measured]]:
+    """Return what `--json` wrote."""
+    return {
+        way: [Measured(Drawn(**one["drawn"]), one["nbytes"]) for one in rounds]
+        for way, rounds in facts["ways"].items()
+    }
+
+
 def main() -> None:
     """Measure, print and draw."""
     args = _parse_options()
-    setting = Busy(args.root, args.layers, args.steps, 1, args.batch, args.vocabulary, args.optim)
+    setting = Setting(args.root, args.steps, args.batch, args.gib)
     machine = describe_machine(args.root)
     found = measure(args.only, setting, args.rounds)
     load = os.getloadavg()[1]
@@ -273,7 +324,7 @@ def main() -> None:
             print("|---" * len(cells) + "|")
     if args.json:
         facts = {
-            way: [one.drawn.facts() | {"nbytes": one.nbytes} for one in rounds]
+            way: [{"drawn": one.drawn.facts(), "nbytes": one.nbytes} for one in rounds]
             for way, rounds in found.items()
         }
         with open(args.json, "w", encoding="utf-8") as file:
@@ -289,11 +340,9 @@ def _parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--rounds", type=int, default=3, help="rounds that count [%(default)s]")
-    add("--steps", type=int, default=16, help="steps of each loop [%(default)s]")
-    add("--layers", type=int, default=2)
-    add("--batch", type=int, default=2)
-    add("--vocabulary", type=int, default=32000)
-    add("--optim", action="store_true", help="save Adam's moments too")
+    add("--steps", type=int, default=30, help="steps of each loop [%(default)s]")
+    add("--batch", type=int, default=16, help="sequences of a step, on each rank [%(default)s]")
+    add("--gib", type=float, default=0.5, help="size of the weights that are saved [%(default)s]")
     add("--root", default=tempfile.gettempdir(), help="where to save")
     add("--only", default=",".join(WAYS), help="ways to save, of [%(default)s]")
     add("--plot", metavar="FILE", help="draw a picture")

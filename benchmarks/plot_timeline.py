@@ -1,8 +1,8 @@
-"""The figures of `timeline.py` as a picture: one lane for training, one for the save behind it."""
+"""What happened when in a training loop, and its picture: a lane for training, one for saves."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -37,6 +37,32 @@ class Drawn:
     def facts(self) -> dict[str, Any]:
         """Return the figures as plain values."""
         return asdict(self)
+
+
+@dataclass(slots=True)
+class Timeline:
+    """What one rank did, in seconds since its loop began."""
+
+    steps: list[tuple[float, float]] = field(default_factory=list)
+    """Begin and end of each training step."""
+    stalls: list[tuple[float, float]] = field(default_factory=list)
+    """Begin and end of each time in which training waited for a save."""
+    saves: list[tuple[float, float]] = field(default_factory=list)
+    """From the first call of a save until all of its files were complete."""
+    loop_s: float = 0.0
+    """When the last step, or the stall after it, was over."""
+    nbytes: int = 0
+    """Bytes of the state dict on this rank."""
+
+
+def merged(timelines: list[Timeline]) -> Drawn:
+    """Take the steps of rank 0, and of each stall and each save the slowest rank."""
+    first = timelines[0]
+    slowest = [
+        [(min(a for a, _ in same), max(b for _, b in same)) for same in zip(*lists, strict=True)]
+        for lists in ([t.stalls for t in timelines], [t.saves for t in timelines])
+    ]
+    return Drawn(first.steps, *slowest, max(t.loop_s for t in timelines))
 
 
 def draw(ways: dict[str, Drawn], title: str, machine: str, said: str, path: str) -> None:

@@ -246,6 +246,17 @@ def draw(curves: Sequence[Curve], found: Samples, machine: str, path: str) -> No
     plt.close(figure)
 
 
+def from_json(facts: dict[str, Any]) -> tuple[list[Curve], Samples]:
+    """Return what `--json` wrote: the curves and the samples of their points."""
+    found = {
+        Point(**{name: one[name] for name in ("ranks", "tensors", "mib")}): {
+            way: one[way] for way in WAYS
+        }
+        for one in facts["points"]
+    }
+    return [CURVES[name] for name in facts["curves"]], found
+
+
 def main() -> None:
     """Measure, print and draw."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -256,11 +267,13 @@ def main() -> None:
     add("--plot", metavar="FILE", help="draw a picture")
     add("--json", metavar="FILE", help="write all samples")
     args = parser.parse_args()
-    curves = [CURVES[name] for name in args.only.split(",")]
+    names = args.only.split(",")
+    curves = [CURVES[name] for name in names]
     machine = describe_machine(args.root)
     with tempfile.TemporaryDirectory(prefix="scaling-", dir=args.root) as root:
         found = measure(curves, args.rounds, root)
-    print(f"{machine}; {args.rounds} rounds, load average {os.getloadavg()[1]:.1f}\n")
+    load = os.getloadavg()[1]
+    print(f"{machine}; {args.rounds} rounds, load average {load:.1f}\n")
     for number, cells in enumerate(rows(curves, found)):
         print("| " + " | ".join(cells) + " |")
         if number == 0:
@@ -268,7 +281,8 @@ def main() -> None:
     if args.json:
         samples = [asdict(point) | seconds for point, seconds in found.items()]
         with open(args.json, "w", encoding="utf-8") as file:
-            json.dump({"machine": machine, "points": samples}, file, indent=1)
+            facts = {"machine": machine, "load": load, "curves": names, "points": samples}
+            json.dump(facts, file, indent=1)
     if args.plot:
         draw(curves, found, machine, args.plot)
 

@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dcp_hf_writer import HFDualWriter, HFExport
 from machine import describe_machine
-from plot_timeline import Drawn, draw
+from plot_timeline import Drawn, Timeline, draw, merged
 from ranks import Rank, run_ranks
 
 if TYPE_CHECKING:
@@ -54,23 +54,6 @@ class Setting:
     steps: int
     every: int
     batch: int
-    vocabulary: int = 8000
-
-
-@dataclass(slots=True)
-class Timeline:
-    """What one rank did, in seconds since its loop began."""
-
-    steps: list[tuple[float, float]] = field(default_factory=list)
-    """Begin and end of each training step."""
-    stalls: list[tuple[float, float]] = field(default_factory=list)
-    """Begin and end of each time in which training waited for a save."""
-    saves: list[tuple[float, float]] = field(default_factory=list)
-    """From the first call of a save until all of its files were complete."""
-    loop_s: float = 0.0
-    """When the last step, or the stall after it, was over."""
-    nbytes: int = 0
-    """Bytes of the state dict on this rank."""
 
 
 class Loop:
@@ -84,7 +67,7 @@ class Loop:
             num_hidden_layers=setting.layers,
             num_attention_heads=16,
             num_key_value_heads=8,
-            vocab_size=setting.vocabulary,
+            vocab_size=8000,
         )
         self.model = LlamaForCausalLM(config)
         for layer in self.model.model.layers:
@@ -125,7 +108,7 @@ class Loop:
 
     def train(self) -> None:
         """One step of training."""
-        tokens = torch.randint(0, self.setting.vocabulary, (self.setting.batch, 32))
+        tokens = torch.randint(0, 8000, (self.setting.batch, 32))
         self.model(input_ids=tokens, labels=tokens).loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -209,16 +192,6 @@ def run_loop(rank: Rank, way: str, setting: Setting, directory: str) -> Timeline
     """Run the loop of one rank."""
     del rank
     return Loop(way, setting, directory).run()
-
-
-def merged(timelines: list[Timeline]) -> Drawn:
-    """Take the steps of rank 0, and of each stall and each save the slowest rank."""
-    first = timelines[0]
-    slowest = [
-        [(min(a for a, _ in same), max(b for _, b in same)) for same in zip(*lists, strict=True)]
-        for lists in ([t.stalls for t in timelines], [t.saves for t in timelines])
-    ]
-    return Drawn(first.steps, *slowest, max(t.loop_s for t in timelines))
 
 
 def measure(setting: Setting, rounds: int) -> tuple[dict[str, list[Drawn]], int]:

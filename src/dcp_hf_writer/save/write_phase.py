@@ -286,6 +286,7 @@ class WritePhase:
         writer.check = self.attempt.check
         writer.count = self.attempt.byte_count.add
         writer.sharing = sharing
+        writer.copied_nbytes = bounce_nbytes_of(self.host_budget_bytes)
         try:
             future = writer.write_data(self.plan, self.planner)
         finally:
