@@ -71,6 +71,7 @@ def parts(*, is_small: bool) -> list[Part]:
     """Return all runs; the small ones only show that everything works."""
     gib, rounds = (0.05, 1) if is_small else (0.5, 3)
     busy = "--rounds 1 --steps 4 --gib 0.05" if is_small else "--rounds 3"
+    on_disk = busy if is_small else "--rounds 2"
     growth = "--rounds 1 --only ranks" if is_small else "--rounds 2"
     saves = [
         save_part(place, ranks, gib, rounds)
@@ -80,7 +81,7 @@ def parts(*, is_small: bool) -> list[Part]:
     return [
         *saves,
         Part("overhead-tmpfs", "overhead.py", tuple(busy.split()), "tmpfs", is_drawn=True),
-        Part("overhead-disk", "overhead.py", tuple(busy.split()), "disk"),
+        Part("overhead-disk", "overhead.py", tuple(on_disk.split()), "disk"),
         Part("scaling", "scaling.py", tuple(growth.split()), "tmpfs", is_drawn=True),
     ]
 
