@@ -340,8 +340,8 @@ def _parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--rounds", type=int, default=3, help="rounds that count [%(default)s]")
-    add("--steps", type=int, default=30, help="steps of each loop [%(default)s]")
-    add("--batch", type=int, default=16, help="sequences of a step, on each rank [%(default)s]")
+    add("--steps", type=int, default=40, help="steps of each loop [%(default)s]")
+    add("--batch", type=int, default=4, help="sequences of a step, on each rank [%(default)s]")
     add("--gib", type=float, default=0.5, help="size of the weights that are saved [%(default)s]")
     add("--root", default=tempfile.gettempdir(), help="where to save")
     add("--only", default=",".join(WAYS), help="ways to save, of [%(default)s]")

@@ -125,10 +125,12 @@ def test_a_part_whose_output_is_there_is_not_measured_again(
 
 
 def test_a_part_that_fails_leaves_no_output(tmp_path: Path) -> None:
-    part = page.Part("broken", "save.py", ("--rounds", "none"))
+    script = tmp_path / "broken.py"
+    script.write_text("raise SystemExit(3)")
+    part = page.Part("broken", str(script), ())
     with pytest.raises(page.subprocess.CalledProcessError):
         page.measure(part, tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [script]
 
 
 @pytest.mark.slow
