@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import threading
 import weakref
 from typing import TYPE_CHECKING
@@ -38,6 +39,11 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(WritePhase, "run", watched)
     return found
+
+
+def never() -> None:
+    msg = "nobody interrupted the save"
+    raise AssertionError(msg)
 
 
 class FailingWrite:
@@ -97,7 +103,7 @@ def test_an_error_is_raised_in_the_calling_thread_and_keeps_nothing_alive() -> N
     gc.disable()
     try:
         with pytest.raises(OSError, match="disk full") as caught:
-            run_at_low_priority(held.run, nice=1)
+            run_at_low_priority(held.run, nice=1, stop=never)
         del held, caught
         assert alive() is None
     finally:
@@ -111,7 +117,7 @@ def test_a_save_that_linux_gives_no_lower_priority_goes_on(
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "setpriority", refuse)
-    assert run_at_low_priority(nice_of_thread, nice=5) == nice_of_thread()
+    assert run_at_low_priority(nice_of_thread, nice=5, stop=never) == nice_of_thread()
     assert "runs at the priority of training" in caplog.text
 
 
@@ -123,4 +129,20 @@ def test_an_interpreter_that_starts_no_threads_writes_in_the_calling_thread(
         raise RuntimeError(msg)
 
     monkeypatch.setattr(threading.Thread, "start", refuse)
-    assert run_at_low_priority(threading.current_thread, nice=5) is threading.current_thread()
+    assert (
+        run_at_low_priority(threading.current_thread, nice=5, stop=never)
+        is threading.current_thread()
+    )
+
+
+def test_an_interrupt_stops_the_write_before_it_is_raised() -> None:
+    stopped, ended = threading.Event(), threading.Event()
+
+    def write() -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        assert stopped.wait(60)
+        ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        run_at_low_priority(write, nice=1, stop=stopped.set)
+    assert ended.is_set()

@@ -15,7 +15,9 @@ _log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-def run_at_low_priority(act: Callable[[], Result], *, nice: int) -> Result:
+def run_at_low_priority(
+    act: Callable[[], Result], *, nice: int, stop: Callable[[], object]
+) -> Result:
     """Run `act` in a thread whose nice value is higher by `nice`; wait for it.
 
     The calling thread keeps its priority: it belongs to torch or to the user, and Linux does not
@@ -24,12 +26,15 @@ def run_at_low_priority(act: Callable[[], Result], *, nice: int) -> Result:
     Args:
         act: What to run.
         nice: Difference of nice values, 0 to 19; 0 runs `act` in the calling thread.
+        stop: Called if a signal interrupts the wait; must make `act` end soon.
 
     Returns:
         What `act` returns; what it raises is raised here.
     """
     results: list[Result] = []
     errors: list[BaseException] = []
+    # Not `join`: an interrupted `join` takes the thread for ended (Python 3.10 to 3.12).
+    is_over = threading.Event()
 
     def body() -> None:
         try:
@@ -37,6 +42,8 @@ def run_at_low_priority(act: Callable[[], Result], *, nice: int) -> Result:
             results.append(act())
         except BaseException as error:  # noqa: BLE001 - raised in the calling thread
             errors.append(error)
+        finally:
+            is_over.set()
 
     if nice == 0:
         return act()
@@ -46,6 +53,12 @@ def run_at_low_priority(act: Callable[[], Result], *, nice: int) -> Result:
     except RuntimeError:
         # The interpreter is exiting. It waits for saves in flight but starts no new threads.
         return act()
+    try:
+        is_over.wait()
+    except BaseException:
+        stop()
+        is_over.wait()
+        raise
     thread.join()
     if errors:
         # Popped: the error's traceback refers to the list, and would keep the save's objects alive.

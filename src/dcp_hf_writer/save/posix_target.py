@@ -124,7 +124,7 @@ class PosixTarget(SaveTarget):
             host_budget_bytes=writes.host_budget_bytes,
             share=self.options.share,
         )
-        return run_at_low_priority(phase.run, nice=self._nice(attempt))
+        return run_at_low_priority(phase.run, nice=self._nice(attempt), stop=attempt.give_up)
 
     def _nice(self, attempt: Attempt) -> int:
         """Return by how much to lower the priority of the thread that writes; 0 for not at all."""
