@@ -58,6 +58,7 @@ def run_at_low_priority(
     except BaseException:
         stop()
         is_over.wait()
+        errors.clear()
         raise
     thread.join()
     if errors:
