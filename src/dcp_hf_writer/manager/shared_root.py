@@ -56,9 +56,9 @@ def prepare_shared_root(
     found = messages.collect(_KEY, range(world.size), timeout_s=timeout_s)
     if world.is_coordinator:
         directory.remove_token(token)
-    for error in found.values():
-        if isinstance(error, CheckpointError):
-            raise error
+    for refusal in found.values():
+        if isinstance(refusal, CheckpointError):
+            raise refusal
     blind = [rank for rank in range(world.size) if not found.get(rank, False)]
     if blind:
         raise NodeLocalPathError(

@@ -89,7 +89,7 @@ def _memory_cgroups() -> Iterator[tuple[str, _Names]]:
 
 def _own_cgroups() -> dict[str, str]:
     """Return the path of this process in each hierarchy, by controller; `""` is that of v2."""
-    found = {}
+    found: dict[str, str] = {}
     for line in _text("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         found |= dict.fromkeys(controllers.split(","), path)
