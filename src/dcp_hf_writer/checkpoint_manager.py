@@ -8,14 +8,15 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_hf_writer.errors import CheckpointError, ConfigError
+from dcp_hf_writer.manager.check_host import check_save, check_start
 from dcp_hf_writer.manager.failure_policy import rules_of
 from dcp_hf_writer.manager.keep_house import Housekeeper
 from dcp_hf_writer.manager.on_signal import OnSignal, SignalHandlers
 from dcp_hf_writer.manager.open_run import open_run
 from dcp_hf_writer.manager.own_group import OwnGroup
 from dcp_hf_writer.manager.pending_save import SaveRequest
-from dcp_hf_writer.manager.rank_messages import Messages, World
-from dcp_hf_writer.manager.refuse_save import refusal_of
+from dcp_hf_writer.manager.rank_messages import ANSWER_S, Messages, World
+from dcp_hf_writer.manager.refuse_save import may_replace, refusal_of
 from dcp_hf_writer.manager.restore_run import Restore, Restored, RestoreOptions, RestoreTools
 from dcp_hf_writer.manager.retention import KeepBest, Retention, as_keep_best
 from dcp_hf_writer.manager.run_content import RunContent
@@ -25,7 +26,7 @@ from dcp_hf_writer.manager.save_report import as_callbacks
 from dcp_hf_writer.manager.save_schedule import DueSave, schedule_of
 from dcp_hf_writer.manager.shared_root import prepare_shared_root
 from dcp_hf_writer.manager.step_names import StepNames
-from dcp_hf_writer.manager.trainer_state import skipped_names
+from dcp_hf_writer.manager.trainer_state import checked_metrics, skipped_names
 from dcp_hf_writer.mapping.option_values import check_flag, check_seconds, check_whole, check_word
 from dcp_hf_writer.run_writers import RunWriters
 from dcp_hf_writer.staging.stager import wait_before_step
@@ -182,24 +183,27 @@ class CheckpointManager:
             },
         )
         retention = Retention(keep_last, keep_every, as_keep_best(keep_best), export_keep_last)
+        self._world = World.current()
+        in_process = checkpointer == "process"
         options = SaveOptions(
+            partial(check_save, self._world, self._writers.export_files),
             self._writers.writer,
             timeout_s,
             rules_of(on_failure),
             as_callbacks("on_saved", on_saved),
             as_callbacks("on_exported", on_exported),
-            checkpointer == "process",
+            in_process,
             planner,
             late_after_s,
             self._writers.subdir,
         )
         self._writers.writer(self._directory.path_of(0), has_export=True)
         _managers += 1
-        self._world = World.current()
         self._content = RunContent(
             trainer_state, rank_state, save_rng=save_rng, rank=self._world.rank
         )
-        connect = partial(Messages, self._world, f"dcp-hf-manager/{_managers}")
+        key = f"dcp-hf-manager/{_managers}"
+        connect = partial(Messages, self._world, key, answer_s=min(timeout_s, ANSWER_S))
         self._messages = connect()
         self._restores = 0
         self._restored: Restored | None = None
@@ -207,7 +211,8 @@ class CheckpointManager:
         self._last: tuple[int, Any, Mapping[str, float] | None] | None = None
         self._saved_step: int | None = None
         self._is_closed = False
-        prepare_shared_root(self._directory, self._messages, timeout_s=timeout_s)
+        look = partial(check_start, self._world, in_process=in_process)
+        prepare_shared_root(self._directory, self._messages, timeout_s=timeout_s, look=look)
         self._group = OwnGroup(self._world, timeout_s=timeout_s)
         self._house = Housekeeper(self._directory, retention)
         self._saves = RunSaves(
@@ -292,31 +297,25 @@ class CheckpointManager:
         self, step: int, state_dict: Any, due: DueSave, metrics: Mapping[str, float] | None
     ) -> None:
         check_whole("step", step, least=0)
-        run, has_export = self._directory, due.has_export
+        run, has_export, metrics = self._directory, due.has_export, checked_metrics(metrics)
         path = run.path_of(step, is_snapshot=due.is_snapshot)
-        may_replace = partial(self._may_replace, step, path, is_snapshot=due.is_snapshot)
+        resumed = None if self._restored is None else self._restored.step
+        replaces = partial(may_replace, run, step, is_snapshot=due.is_snapshot, resumed=resumed)
         self._calls.note_save()
         self._saves.begin(
             lambda number: SaveRequest(number, step, path, due.is_snapshot, has_export, metrics),
-            lambda: self._content.at(step, state_dict),
+            lambda: self._content.at(step, state_dict, metrics),
             refuse=lambda request, content: refusal_of(
                 run,
                 self._house,
                 request,
-                may_replace=may_replace,
+                may_replace=replaces,
                 needed=self._writers.planned_nbytes(content, has_export=has_export),
                 timeout_s=self._timeout_s,
             ),
-            overwrite=run.overwrites and may_replace(),
+            overwrite=run.overwrites and replaces(),
         )
         self._saved_step = step
-
-    def _may_replace(self, step: int, path: str, *, is_snapshot: bool) -> bool:
-        """Whether what is there may go: a snapshot, or a future that the run has left."""
-        if is_snapshot or not self._directory.exists(path):
-            return is_snapshot
-        is_after = self._restored is not None and step > self._restored.step
-        return is_after or self._directory.look_at(step).facts is None
 
     def restore(
         self,
@@ -459,6 +458,7 @@ class CheckpointManager:
             hook.remove()
         self._house.close()
         if not self._saves.is_busy:
+            self._saves.end_lost_process()
             self._group.close()
             self._directory.close()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
-from dcp_hf_writer.manager.planned_size import planned_nbytes
+from dcp_hf_writer.manager.planned_size import planned_export_files, planned_nbytes
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.reader import HFDualReader
 from dcp_hf_writer.storage.open_directory import open_directory
@@ -45,6 +45,7 @@ class RunWriters:
         self._address = address
         self._weights, self._allow_pickled_objects = weights, allow_pickled_objects
         self._options = dict(options)
+        self._export_files: int | None = None
 
     @property
     def subdir(self) -> str:
@@ -109,3 +110,16 @@ class RunWriters:
             export_dtype=None if export is None else export_dtype(export.dtype),
             has_second_copy=export is not None and self._weights == "both",
         )
+
+    def export_files(self, state_dict: Mapping[str, Any], *, has_export: bool) -> int:
+        """Return the number of files of an export, or a little less; 0 without an export."""
+        if self.export is None or not has_export:
+            return 0
+        if self._export_files is None:
+            # Counted once: the model of a run does not change, and walking a large one takes time.
+            self._export_files = planned_export_files(
+                state_dict,
+                export_dtype=export_dtype(self.export.dtype),
+                max_shard_nbytes=self.export.max_shard_nbytes,
+            )
+        return self._export_files

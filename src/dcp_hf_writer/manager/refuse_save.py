@@ -15,6 +15,21 @@ if TYPE_CHECKING:
     from dcp_hf_writer.manager.run_storage import RunStorage
 
 
+def may_replace(run: RunStorage, step: int, *, is_snapshot: bool, resumed: int | None) -> bool:
+    """Whether a save may replace what is there: a snapshot, or a future that the run has left.
+
+    Args:
+        run: The storage of the run.
+        step: The step that is saved.
+        is_snapshot: Whether it goes into the snapshot slot.
+        resumed: The step that the run resumed from; `None` if it began anew.
+    """
+    if is_snapshot or not run.exists(run.path_of(step)):
+        return is_snapshot
+    is_after = resumed is not None and step > resumed
+    return is_after or run.look_at(step).facts is None
+
+
 def refusal_of(
     run: RunStorage,
     house: Housekeeper,

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from dcp_hf_writer.errors import CheckpointError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.plan.cells import ExchangedFile
+from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter, check_results
 from dcp_hf_writer.save.exchange_group import joined_exchange
 from dcp_hf_writer.save.exchange_writes import Exchanged, ExchangedWrites
@@ -132,6 +133,7 @@ class ObjectWritePhase:
             attempt.member.is_coordinator, rank=attempt.rank, use_collectives=True
         )
         writer.source, writer.check = source, attempt.check
+        writer.copied_nbytes = bounce_nbytes_of(self.writes.host_budget_bytes)
         writer.send_to(begin)
         with attempt.timed("write dcp"):
             results: list[WriteResult] = writer.write_data(plan, self.writes.planner).value()

@@ -32,10 +32,10 @@ from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
 from dcp_hf_writer.save.dcp_half import (
     SlabFileSystemWriter,
     check_results,
-    run_given_writer,
 )
 from dcp_hf_writer.save.exchanged_half import ExchangedHalf
 from dcp_hf_writer.save.export_failures import FATAL, export_error
+from dcp_hf_writer.save.given_writer import run_given_writer
 from dcp_hf_writer.save.hf_half import (
     BlockWriter,
     is_interleaved,
@@ -326,6 +326,7 @@ class WritePhase:
         writer.check = self.attempt.check
         writer.count = self.attempt.byte_count.add
         writer.sharing = sharing
+        writer.copied_nbytes = bounce_nbytes_of(self.host_budget_bytes)
         try:
             future = writer.write_data(self.plan, self.planner)
         finally:

@@ -27,6 +27,7 @@ import torch
 
 from dcp_hf_writer.errors import StagingBusyError, StagingError
 from dcp_hf_writer.staging.kernel_copies import view_on_device
+from dcp_hf_writer.staging.memory_for_slabs import check_free_memory, no_memory
 from dcp_hf_writer.staging.slab_mark import file_nbytes, set_mark, turn_in
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Slab:
         """Make a slab, or map an existing one by its `fd`, which the new object then owns.
 
         Raises:
-            StagingError: If the memory cannot be allocated or mapped.
+            StagingError: If there is too little free memory, or it cannot be allocated or mapped.
         """
         self.slab_id = slab_id or uuid.uuid4().hex
         self.handover: Handover | None = None
@@ -96,6 +97,8 @@ class Slab:
         self.nbytes = nbytes
         self.pid = os.getpid()
         is_new = fd is None
+        if is_new:
+            check_free_memory(nbytes)
         try:
             if fd is None:
                 fd = os.memfd_create(f"dcp-hf-{self.slab_id[:8]}", os.MFD_CLOEXEC)
@@ -104,7 +107,7 @@ class Slab:
         except (OSError, ValueError, OverflowError, MemoryError) as error:
             if fd is not None:
                 os.close(fd)
-            raise _no_memory(nbytes, error) from error
+            raise no_memory(nbytes, error) from error
         self._fd = fd
         weakref.finalize(self, os.close, fd)
         self._address = self.tensor(0, torch.uint8, (1,)).data_ptr()
@@ -127,7 +130,7 @@ class Slab:
             except OSError as error:
                 if error.errno == errno.ENOMEM:
                     # Otherwise the first copy into the slab would kill the process.
-                    raise _no_memory(self.nbytes, error) from error
+                    raise no_memory(self.nbytes, error) from error
                 _log.debug("madvise(%d) on the slab: %s", advice, error)
 
     def pin(self) -> None:
@@ -196,16 +199,6 @@ class Slab:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _attach, (self.slab_id, self.nbytes, reduction.DupFd(self._fd))
-
-
-def _no_memory(nbytes: int, error: Exception) -> StagingError:
-    return StagingError(
-        "host memory for the staged copy could not be allocated",
-        phase="stage",
-        expected=f"{nbytes} bytes of shared memory",
-        found=str(error),
-        hint="free host memory, or save fewer tensors from this rank",
-    )
 
 
 def _attach(slab_id: str, nbytes: int, shared: Any) -> Slab:
