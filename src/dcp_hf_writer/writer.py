@@ -21,6 +21,7 @@ from dcp_hf_writer.mapping.flattening import with_states
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.plan import global_plan
 from dcp_hf_writer.preflight import check_options, rank_facts
+from dcp_hf_writer.preflight.check_export_place import export_place, own_storage_options
 from dcp_hf_writer.preflight.check_placements import refuse_partial
 from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
 from dcp_hf_writer.save import coordinator, export_assets
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.preflight.explanation import Explanation
     from dcp_hf_writer.save.attempt import Attempt
+    from dcp_hf_writer.save.export_place import ExportPlace
     from dcp_hf_writer.save.finished_save import ReportHook
     from dcp_hf_writer.staging.stager import StagingMode
 
@@ -120,7 +122,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             process_group: Process group of the save; pass the same group to `async_save`.
             on_export_error: If only the export fails and the DCP half holds all weights, the DCP
                 half is committed. Then `"raise"` raises `ExportError`, `"warn"` logs a warning.
-            storage_options: Options for a URL, as fsspec takes them, such as credentials.
+            storage_options: Options for the URLs, as fsspec takes them, such as credentials.
             strategy: `"direct"`: each rank writes its own bytes, on any file system. `"exchange"`:
                 ranks send each other bytes, so that each aligned part of a file has one writer.
                 `"auto"` exchanges if several hosts write and the file system may not be coherent.
@@ -138,7 +140,8 @@ class HFDualWriter(StorageWriter, SlabStager):
             StorageError: If the path or a parent of it is a file, or may not be written to.
         """
         super().__init__()
-        check_options.check_writer(locals())
+        options = locals()
+        check_options.check_writer(options)
         self.export = export
         self.weights = weights
         self.staging = staging
@@ -152,10 +155,11 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.timeout_s = timeout_s
         self.host_budget_bytes = host_budget_bytes
         self._mirror: MirrorTo | None = None
-        has_mirror = isinstance(mirror, str)
-        # Of a local path with a mirror, they are the options of the mirror.
-        self._stores = StoreAccess(None if has_mirror else storage_options)
-        self.path = self._mirrored = self._path_of(path)
+        self._export_at: ExportPlace | None = None
+        place = export_place(options)
+        self._stores = StoreAccess(own_storage_options(options, place))
+        self.path = self._first = self._path_of(path)
+        self._export_at = place
         self._mirror = as_mirror(mirror, path=self.path, storage_options=storage_options)
         if not is_url(self.path):
             check_output_place(self.path)
@@ -188,7 +192,9 @@ class HFDualWriter(StorageWriter, SlabStager):
         path = check_options.target_path(given)
         check_options.check_for_target(path, self, self._stores.options)
         if self._mirror is not None:
-            self._mirror.of_step(self._mirrored, path)
+            self._mirror.of_step(self._first, path)
+        if self._export_at is not None:
+            self._export_at.of_step(self._first, path)
         return self._stores.note(path)
 
     @property
@@ -327,7 +333,7 @@ class HFDualWriter(StorageWriter, SlabStager):
     def _target_of(self, save_id: str, told: Mapping[str, Any] | None = None) -> SaveTarget:
         attempt, mirror = self._current(), self._mirror
         if mirror is not None:
-            mirror = mirror.of_step(self._mirrored, attempt.target)
+            mirror = mirror.of_step(self._first, attempt.target)
         local = LocalOptions(self.dcp_writer, self.slots, self.share, self.strategy, mirror)
         return choose_target(
             attempt,
@@ -336,6 +342,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             local,
             told,
             host_budget_bytes=self.host_budget_bytes,
+            export_at=self._export_at and self._export_at.of_step(self._first, attempt.target),
         )
 
     def _plan(

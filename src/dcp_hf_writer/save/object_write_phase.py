@@ -78,7 +78,9 @@ class ObjectWritePhase:
         plan = without_results(writes.plan, left_out)
         sent: list[SentObject] = []
         try:
-            results = self._write_dcp(plan, source, report, sent)
+            results: list[WriteResult] = []
+            if writes.half != "hf":
+                results = self._write_dcp(plan, source, report, sent)
             if self.files:
                 self._write_export(work, source, report)
             reach("before fsync")
@@ -160,7 +162,7 @@ class ObjectWritePhase:
             except FATAL:
                 raise
             except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
-                path = f"{self.url}/{self.writes.subdir}"
+                path = f"{self.url}/{self.writes.subdir}".rstrip("/")
                 _log.warning("rank %d could not send the export: %s", attempt.rank, error)
                 nbytes = sum(file.nbytes for file in self.files)
                 report.export_error = report.export_error or export_error(

@@ -80,7 +80,7 @@ class PosixTarget(SaveTarget):
                 overwrite=overwrite, new_files=new_files, world_size=attempt.member.world_size
             )
         )
-        attempt.work_in(self)
+        self.register(attempt)
         reach("directory made")
         files.sync(files.take(record.path) or record)
 
@@ -121,6 +121,7 @@ class PosixTarget(SaveTarget):
             subdir=writes.subdir,
             host_budget_bytes=writes.host_budget_bytes,
             share=self.options.share,
+            half=writes.half,
         ).run()
 
     def drop_export(self, subdir: str, attempt: Attempt) -> None:
