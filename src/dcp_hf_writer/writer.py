@@ -35,6 +35,7 @@ from dcp_hf_writer.save.finished_save import as_report_hooks
 from dcp_hf_writer.save.mirror_jobs import wait_for_mirrors
 from dcp_hf_writer.save.mirror_to import MirrorTo, as_mirror
 from dcp_hf_writer.save.owner_process import new_save_id
+from dcp_hf_writer.save.places_of_steps import PlacesOfSteps
 from dcp_hf_writer.save.planned_export import export_of, plan_or_leave_out
 from dcp_hf_writer.save.posix_target import LocalOptions
 from dcp_hf_writer.save.rank_progress import MEETING, Announcement
@@ -60,7 +61,6 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.preflight.explanation import Explanation
     from dcp_hf_writer.save.attempt import Attempt
-    from dcp_hf_writer.save.export_place import ExportPlace
     from dcp_hf_writer.save.finished_save import ReportHook
     from dcp_hf_writer.staging.stager import StagingMode
 
@@ -154,13 +154,11 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.strategy = strategy
         self.timeout_s = timeout_s
         self.host_budget_bytes = host_budget_bytes
-        self._mirror: MirrorTo | None = None
-        self._export_at: ExportPlace | None = None
         place = export_place(options)
         self._stores = StoreAccess(own_storage_options(options, place))
-        self.path = self._first = self._path_of(path)
-        self._export_at = place
-        self._mirror = as_mirror(mirror, path=self.path, storage_options=storage_options)
+        self.path = self._path_of(path)
+        to = as_mirror(mirror, path=self.path, storage_options=storage_options)
+        self._places = PlacesOfSteps(self.path, to, place)
         if not is_url(self.path):
             check_output_place(self.path)
         self.report_to = as_report_hooks(report_to)
@@ -178,7 +176,9 @@ class HFDualWriter(StorageWriter, SlabStager):
         try:
             self._saves.wait_for_earlier()
             if checkpoint_id is not None:
-                self.path = self._path_of(checkpoint_id)
+                path = self._path_of(checkpoint_id)
+                self._places.of_step(path)
+                self.path = path
             self._saves.set_target(self.path)
             self._saves.renew_save_id()
         except CheckpointError:
@@ -191,10 +191,6 @@ class HFDualWriter(StorageWriter, SlabStager):
     def _path_of(self, given: str | os.PathLike[str]) -> str:
         path = check_options.target_path(given)
         check_options.check_for_target(path, self, self._stores.options)
-        if self._mirror is not None:
-            self._mirror.of_step(self._first, path)
-        if self._export_at is not None:
-            self._export_at.of_step(self._first, path)
         return self._stores.note(path)
 
     @property
@@ -331,10 +327,9 @@ class HFDualWriter(StorageWriter, SlabStager):
         return plans if result is None else result
 
     def _target_of(self, save_id: str, told: Mapping[str, Any] | None = None) -> SaveTarget:
-        attempt, mirror = self._current(), self._mirror
-        if mirror is not None:
-            mirror = mirror.of_step(self._first, attempt.target)
-        local = LocalOptions(self.dcp_writer, self.slots, self.share, self.strategy, mirror)
+        attempt = self._current()
+        places = self._places.of_step(attempt.target)
+        local = LocalOptions(self.dcp_writer, self.slots, self.share, self.strategy, places.mirror)
         return choose_target(
             attempt,
             save_id,
@@ -342,7 +337,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             local,
             told,
             host_budget_bytes=self.host_budget_bytes,
-            export_at=self._export_at and self._export_at.of_step(self._first, attempt.target),
+            export_at=places.export,
         )
 
     def _plan(
@@ -446,8 +441,9 @@ class HFDualWriter(StorageWriter, SlabStager):
             CheckpointError: What kept the mirror from being published.
             SaveTimeoutError: If it is not published in time.
         """
-        if self._mirror is not None:
-            wait_s = self._mirror.timeout_s if timeout_s is None else timeout_s
+        mirror = self._places.mirror
+        if mirror is not None:
+            wait_s = mirror.timeout_s if timeout_s is None else timeout_s
             wait_for_mirrors(self.path, timeout_s=wait_s)
 
     def explain(

@@ -160,8 +160,9 @@ def _listed_in(files: InputFiles, manifest: Manifest) -> _Listed | str:
     problem = None if metadata is None else _other_bytes(files, metadata)
     if problem is not None:
         return problem
+    other = manifest.other_half
     facts = StoredFacts(
-        "manifest",
+        "hf" if other is not None and other.holds == "dcp" else "manifest",
         manifest.save_id,
         manifest.world_size,
         None if manifest.hf is None else manifest.hf.subdir,
