@@ -20,7 +20,7 @@ from support.ranks import run_ranks, spawn_ranks
 from support.store_saves import MODEL, Store, save_step
 
 if TYPE_CHECKING:
-    from support.s3_servers import S3Bucket, S3Server
+    from support.s3_servers import S3Server
 
 MANIFEST, RECORD = "dcp-hf.json", ".dcp-hf-save.json"
 
@@ -60,10 +60,11 @@ def check_place_of_export(halves: Halves, name: str) -> None:
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize(("server", "world_size"), [("moto", 2), ("rclone", 1)])
 def test_halves_apart_equal_those_of_a_local_save(
-    tmp_path: Path, s3_bucket: S3Bucket, world_size: int
+    tmp_path: Path, request: pytest.FixtureRequest, server: str, world_size: int
 ) -> None:
+    s3_bucket = request.getfixturevalue(server).new_bucket()
     local = Store(str(tmp_path / "whole"))
     assert run_ranks(save_local, world_size, local) == [None] * world_size
     whole = Halves(local.url, "", {}, tmp_path).files(local.url, "step-1")
@@ -84,8 +85,9 @@ def test_halves_apart_equal_those_of_a_local_save(
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("kind", KINDS)
 def test_kill_between_the_halves_leaves_the_checkpoint_before_and_the_next_save_succeeds(
-    tmp_path: Path, s3_bucket: S3Bucket, kind: str
+    tmp_path: Path, moto: S3Server, rclone: S3Server, kind: str
 ) -> None:
+    s3_bucket = (rclone if kind == "local-s3" else moto).new_bucket()
     halves = Halves.of_kind(kind, tmp_path / "run", s3_bucket)
     assert run_one(halves, "step-1", 1) is None
     kill = Strike(rank=0, point="export published", action="kill")

@@ -134,15 +134,7 @@ def _holder(held: contextlib.ExitStack, work: Path, name: str) -> int:
     script = _HOLD.format(name=name, boot_id=boot_id)
     process = held.enter_context(
         subprocess.Popen(
-            [
-                "unshare",
-                "--net",
-                "--uts",
-                "--mount",
-                "sh",
-                "-c",
-                _HOLD.format(name=name, boot_id=boot_id),
-            ],
+            ["unshare", "--net", "--uts", "--mount", "sh", "-c", script],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
