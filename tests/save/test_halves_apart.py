@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ import torch.distributed.checkpoint as dcp
 
 from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, verify
 from dcp_hf_writer.errors import ConfigError, CorruptCheckpointError, ReadError
+from support.fault_proxy import fault_proxy
 from support.faults import Strike
 from support.halves_apart import KINDS, Halves, save_apart
 from support.rank_tensors import tensor
@@ -154,6 +156,24 @@ def test_missing_bucket_of_the_export_costs_no_dcp_half(tmp_path: Path, moto: S3
         assert "s3://no-" in error
     report = verify(f"{halves.dcp}/step-1")
     assert report.ok, str(report)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("target", ["partNumber", MANIFEST])
+def test_store_of_the_export_that_does_not_answer_costs_no_dcp_half(
+    tmp_path: Path, moto: S3Server, target: str
+) -> None:
+    bucket = moto.new_bucket()
+    with fault_proxy(moto.endpoint) as proxy:
+        hang = proxy.add("hang", "PUT", target, times=math.inf)
+        halves = Halves.of_kind("local-s3", tmp_path / "run", bucket.at(proxy.endpoint))
+        error = run_one(halves, "step-1", 1, timeout_s=12)
+    assert hang.hits > 0
+    assert error is not None
+    assert "ExportError" in error
+    report = verify(f"{halves.dcp}/step-1")
+    assert report.ok, str(report)
+    assert MANIFEST not in bucket.keys()
 
 
 def test_export_that_is_gone_or_replaced_is_found(tmp_path: Path) -> None:

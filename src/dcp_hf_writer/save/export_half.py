@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from dcp_hf_writer.storage.object_contract import Patience
 
 _log = logging.getLogger(__name__)
+
+# Part of the time of a save that an export on a store may not use.
+_LEFT_FOR_DCP = 0.25
+_LEAST_CLEAN_UP_S = 1.0
 
 
 def orphan_of(fields: dict[str, Any] | None, *, dcp: str, place: str) -> StoreRecord | None:
@@ -104,9 +109,24 @@ class ExportPrefix(ObjectTarget):
     dcp = ""
     """Place of the DCP half."""
 
+    _deadline = 0.0
+
+    def _patience(self, attempt: Attempt) -> Patience:
+        """Leave time to publish the DCP half if this store does not answer."""
+        whole, context = attempt.patience(), attempt.context
+        total_s = context.deadline - context.began
+        return replace(whole, deadline=whole.deadline - _LEFT_FOR_DCP * total_s)
+
+    def _clean_up_patience(self) -> Patience:
+        """Leave time to tell the other ranks how the save ended."""
+        now, usual = time.monotonic(), super()._clean_up_patience()
+        mine = now + max((self._deadline - now) / 2, _LEAST_CLEAN_UP_S)
+        return replace(usual, deadline=min(mine, usual.deadline))
+
     def make(self, attempt: Attempt, *, overwrite: bool, new_files: Collection[str]) -> None:
         """Remove an orphan, then take the prefix."""
-        self._remove_orphan(attempt.patience())
+        self._deadline = attempt.context.deadline
+        self._remove_orphan(self._patience(attempt))
         super().make(attempt, overwrite=overwrite, new_files=new_files)
 
     def _remove_orphan(self, patience: Patience) -> None:

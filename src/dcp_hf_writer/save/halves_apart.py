@@ -11,10 +11,16 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer.errors import CheckpointError, StorageError
+from dcp_hf_writer.errors import (
+    CheckpointError,
+    SaveAbortedError,
+    SaveTimeoutError,
+    StorageError,
+)
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.plan.encode_manifest import OtherHalf
-from dcp_hf_writer.save.export_failures import FATAL, export_error, nbytes_of
+from dcp_hf_writer.save.export_failures import export_error, nbytes_of
+from dcp_hf_writer.save.export_half import ExportDirectory, ExportPrefix
 from dcp_hf_writer.save.save_target import SaveTarget
 from dcp_hf_writer.save.write_phase import report_result, take_reports
 
@@ -30,7 +36,6 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.rank_report import RankReport
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.export_assets import Assets
-    from dcp_hf_writer.save.export_half import ExportDirectory, ExportPrefix
     from dcp_hf_writer.save.save_target import Publication, RankWrites
 
 _log = logging.getLogger(__name__)
@@ -57,6 +62,8 @@ class HalvesApart(SaveTarget):
         has_export = told is None or told["hf"] is not None
         self._export = export if has_export else None
         """`None` once it is known that there is no export."""
+        self._dropped: ExportDirectory | ExportPrefix | None = None
+        """An export that was given up, until it is removed."""
         dcp.part_of = export.part_of = self
         export.dcp = dcp.target
         self._new_files: Collection[str] = ()
@@ -89,9 +96,10 @@ class HalvesApart(SaveTarget):
             export.make(attempt, overwrite=False, new_files=self._new_files)
             if export.make_export(plan, assets, attempt, subdir=subdir):
                 return True
-        except FATAL:
+        except SaveAbortedError:
             raise
-        except StorageError as error:
+        except (StorageError, SaveTimeoutError) as error:
+            attempt.check()
             attempt.leave_out_export(self._error(error, attempt, nbytes_of(plan.layout)))
         self._drop()
         return False
@@ -100,9 +108,13 @@ class HalvesApart(SaveTarget):
         return export_error(error, rank=attempt.rank, path=self._place, nbytes=nbytes)
 
     def _drop(self) -> None:
-        export, self._export = self._export, None
-        if export is not None:
-            export.remove()
+        """Give the export up; what it left is removed at the end, because its store may hang."""
+        self._dropped, self._export = self._export or self._dropped, None
+
+    def _clean(self) -> None:
+        dropped, self._dropped = self._dropped, None
+        if dropped is not None:
+            dropped.remove()
 
     def told(self) -> Mapping[str, Any]:
         """Return what each half tells; see `SaveTarget.told`."""
@@ -116,19 +128,24 @@ class HalvesApart(SaveTarget):
             return
         try:
             self._export.check_visible(attempt)
-        except FATAL:
+        except SaveAbortedError:
             raise
-        except StorageError as error:
+        except (StorageError, SaveTimeoutError) as error:
+            attempt.check()
             # This rank still takes part in the exchange of the export: the others wait for it.
             attempt.leave_out_export(self._error(error, attempt, 0))
 
     def write(self, attempt: Attempt, writes: RankWrites) -> list[WriteResult]:
-        """Write the export, then the DCP half; see `SaveTarget.write`."""
-        exported: list[WriteResult] = []
-        if self._export is not None:
-            exported = self._export.write(attempt, replace(writes, half="hf"))
+        """Write both halves; see `SaveTarget.write`."""
+        export, exported = self._export, []
+        # A store may not answer for long. The files of an export in a directory are open already,
+        # and the DCP half closes all files.
+        is_last = isinstance(export, ExportPrefix)
+        written = self._write_dcp(attempt, writes) if is_last or export is None else []
+        if export is not None:
+            exported = export.write(attempt, replace(writes, half="hf"))
             attempt.exchange_cells(0)
-        written = self._dcp.write(attempt, replace(writes, half="dcp"))
+        written = written or self._write_dcp(attempt, writes)
         (results,), (report,) = take_reports([written])
         for of_export in take_reports([exported])[1]:
             report.blocks, report.parts = of_export.blocks, of_export.parts
@@ -136,8 +153,11 @@ class HalvesApart(SaveTarget):
             report.nbytes = {**of_export.nbytes, "dcp": report.nbytes["dcp"]}
         return [*results, report_result(report)]
 
+    def _write_dcp(self, attempt: Attempt, writes: RankWrites) -> list[WriteResult]:
+        return self._dcp.write(attempt, replace(writes, half="dcp"))
+
     def drop_export(self, subdir: str, attempt: Attempt) -> None:
-        """Remove the failed export; what cannot be removed keeps nobody from committing."""
+        """Give the failed export up; what cannot be removed keeps nobody from committing."""
         del subdir, attempt
         self._drop()
 
@@ -174,9 +194,10 @@ class HalvesApart(SaveTarget):
         )
         try:
             self._export.publish(attempt, part)
-        except FATAL:
+        except SaveAbortedError:
             raise
         except CheckpointError as error:
+            attempt.check()
             _log.warning("the export could not be published in %s: %s", self._place, error)
             found = self._error(error, attempt, nbytes_of(what.layout))
             self._drop()
@@ -206,6 +227,7 @@ class HalvesApart(SaveTarget):
         """Remove both halves, unless the DCP half is committed; see `SaveTarget.remove`."""
         if self._is_settled:
             self._dcp.remove()
+            self._clean()
             return
         try:
             is_committed = self._dcp.is_committed()
@@ -218,6 +240,7 @@ class HalvesApart(SaveTarget):
         self._dcp.remove()
         if not is_committed:
             self._drop()
+        self._clean()
 
 
 def _of_export(report: RankReport) -> RankReport:

@@ -102,6 +102,14 @@ class ObjectTarget(SaveTarget):
         self._record: StoreRecord | None = None
         """The record of this save, from the moment it is in the store until it is removed."""
 
+    def _patience(self, attempt: Attempt) -> Patience:
+        """Return the limits of the requests of the save here."""
+        return attempt.patience()
+
+    def _clean_up_patience(self) -> Patience:
+        """Return the limits of the requests that remove what a failed save made."""
+        return Patience(time.monotonic() + LONGEST_CLEAN_UP_S)
+
     def _abilities(self) -> Abilities:
         # A store may have to write something to find out: one rank does, and tells the others.
         told = self._told_abilities
@@ -115,7 +123,7 @@ class ObjectTarget(SaveTarget):
     def make(self, attempt: Attempt, *, overwrite: bool, new_files: Collection[str]) -> None:
         """Put the record, after a look at what is there; see `SaveTarget.make`."""
         del overwrite  # refused when the writer is made
-        patience, store = attempt.patience(), self.store
+        patience, store = self._patience(attempt), self.store
         record = StoreRecord(
             self.save_id,
             self.target,
@@ -149,7 +157,7 @@ class ObjectTarget(SaveTarget):
         return True
 
     def _begin_export(self, layout: Layout, assets: Assets, attempt: Attempt, subdir: str) -> None:
-        store, patience, abilities = self.store, attempt.patience(), self._abilities()
+        store, patience, abilities = self.store, self._patience(attempt), self._abilities()
         usual = min(PART_NBYTES, self._host_budget_bytes // CELLS_IN_BUDGET)
         for number, file in enumerate(layout.files):
             key = path_in_export(subdir, file.name)
@@ -195,7 +203,7 @@ class ObjectTarget(SaveTarget):
 
     def check_visible(self, attempt: Attempt) -> None:
         """Read the record; see `SaveTarget.check_visible`."""
-        found = StoreRecord.read(self.store, attempt.patience())
+        found = StoreRecord.read(self.store, self._patience(attempt))
         if found is None or found.save_id != self.save_id:
             msg = "this rank does not see the store that the coordinator writes to"
             raise NodeLocalPathError(
@@ -219,11 +227,12 @@ class ObjectTarget(SaveTarget):
             files=self._files,
             headers=self._headers,
             writes=writes,
+            patience=self._patience(attempt),
         ).run()
 
     def drop_export(self, subdir: str, attempt: Attempt) -> None:
         """Abort the uploads and delete the objects of the export; see `SaveTarget.drop_export`."""
-        patience, store = attempt.patience(), self.store
+        patience, store = self._patience(attempt), self.store
         self._headers, self._late_files = {}, {}
         files, self._files = self._files, ()
         try:
@@ -259,7 +268,7 @@ class ObjectTarget(SaveTarget):
 
     def publish(self, attempt: Attempt, what: Publication) -> None:
         """Complete the export, then put the index, `.metadata`, and the manifest."""
-        patience = attempt.patience()
+        patience = self._patience(attempt)
         reach("before manifest")
         if what.layout is not None:
             check_coverage(what.layout, what.reports)
@@ -372,7 +381,7 @@ class ObjectTarget(SaveTarget):
         if record is None:
             return
         mark_ended(self.save_id)
-        patience = Patience(time.monotonic() + LONGEST_CLEAN_UP_S)
+        patience = self._clean_up_patience()
         try:
             if self.is_committed():
                 self._forget_record(patience)
