@@ -46,15 +46,10 @@ class MirroredHousekeeper(Housekeeper):
         """Return what `run` would delete locally: nothing whose mirror is not published."""
         return super().plan(protected=protected | self._mirror.unfinished_steps())
 
-    def wait(self, timeout_s: float | None = None) -> None:
-        """Wait until the deletions in both places are over; see `Housekeeper.wait`."""
-        super().wait(timeout_s)
-        self._there.wait(timeout_s)
-
     def close(self) -> None:
-        """End both threads."""
+        """End both threads, without a wait for the mirror: its store may not answer."""
         super().close()
-        self._there.close()
+        self._there.stop()
 
 
 class _MirrorHousekeeper(Housekeeper):
@@ -63,6 +58,13 @@ class _MirrorHousekeeper(Housekeeper):
     def __init__(self, local: RunStorage, there: RunStorage, retention: Retention) -> None:
         super().__init__(there, retention)
         self._local, self._mirror = local, there
+
+    def stop(self) -> None:
+        """Begin no more deletions; what runs goes on, and the interpreter waits for it at exit."""
+        self._is_closed = True
+        if self._executor is not None:
+            self._executor.shutdown(wait=False, cancel_futures=True)
+            self._executor = None
 
     def run(self, *, protected: frozenset[int] = frozenset()) -> None:
         """Delete now; what a store refuses is logged and tried again."""
