@@ -44,6 +44,7 @@ class Housekeeper:
         self._latest: Future[None] | None = None
         self._metrics: dict[str, Mapping[str, float]] = {}
         """What checkpoints without noted metrics hold, by save id."""
+        self._is_closed = False
 
     def begin(self, *, protected: frozenset[int] = frozenset()) -> None:
         """Delete in the background. Call it when a new checkpoint is durable.
@@ -51,6 +52,8 @@ class Housekeeper:
         Args:
             protected: Steps that must stay, such as the one that was just saved.
         """
+        if self._is_closed:
+            return
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="dcp-hf-retention")
         try:
@@ -79,7 +82,8 @@ class Housekeeper:
             ) from error
 
     def close(self) -> None:
-        """End the thread, after the deletions that were begun."""
+        """End the thread, after the deletions that were begun; none begins after that."""
+        self._is_closed = True
         if self._executor is not None:
             self._executor.shutdown()
             self._executor = None

@@ -82,7 +82,7 @@ class PosixTarget(SaveTarget):
                 overwrite=overwrite, new_files=new_files, world_size=attempt.member.world_size
             )
         )
-        attempt.work_in(self)
+        self.register(attempt)
         reach("directory made")
         files.sync(files.take(record.path) or record)
 
@@ -124,6 +124,7 @@ class PosixTarget(SaveTarget):
             subdir=writes.subdir,
             host_budget_bytes=writes.host_budget_bytes,
             share=self.options.share,
+            half=writes.half,
         )
         return run_at_low_priority(phase.run, nice=self._nice(attempt), stop=attempt.give_up)
 

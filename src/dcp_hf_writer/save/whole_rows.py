@@ -85,12 +85,14 @@ class HeldColumns:
         place, shards, bounce_nbytes = value
         return cls(
             None if place is None else SlabPlace(**place),
-            tuple(
-                ColumnShard(*(tuple(v) if isinstance(v, list) else v for v in one))
-                for one in shards
-            ),
+            tuple(_shard_from_json(one) for one in shards),
             bounce_nbytes,
         )
+
+
+def _shard_from_json(values: Sequence[Any]) -> ColumnShard:
+    plain: Any = (tuple(one) if isinstance(one, list) else one for one in values)
+    return ColumnShard(*plain)
 
 
 def take_rows(

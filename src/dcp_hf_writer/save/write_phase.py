@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.regions import Region
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
+    from dcp_hf_writer.save.save_target import Half
     from dcp_hf_writer.save.whole_rows import RowShare
     from dcp_hf_writer.storage.output_fsync import OpenFiles
     from dcp_hf_writer.storage.write_slots import WriteSlots
@@ -96,6 +97,8 @@ class WritePhase:
     """Memory that the rank may use in addition to the staged copy."""
     share: str = "auto"
     """`"auto"` lets the halves share disk blocks where the file system can; `"off"` does not."""
+    half: Half = "both"
+    """Which half to write."""
     block_nbytes: int | None = field(default=None, init=False)
     """Size of the disk blocks that the halves share; `None` if they share none."""
     blocks: BlockWriter = field(default_factory=BlockWriter, init=False)
@@ -129,7 +132,7 @@ class WritePhase:
         source = TensorSource(self.planner)
         results: list[WriteResult] = []
         tensors = [i for i in self.plan.items if i.type != WriteItemType.BYTE_IO]
-        work = regions_by_file(tensors, self.own.targets)
+        work = regions_by_file(tensors, {} if self.half == "dcp" else self.own.targets)
         left_out = stored_once_results(self.own, tensors, subdir=self.subdir)
         if left_out:
             self.plan = without_results(self.plan, left_out)
@@ -138,7 +141,7 @@ class WritePhase:
         self.block_nbytes = self._shared_block_nbytes()
         shares = self.slots.is_shared_by_halves()
         reach("before slot")
-        if attempt.cell_nbytes:
+        if attempt.cell_nbytes and self.half != "dcp":
             self._exchange(work, files, source, report, half="dcp" if shares else "hf")
             work = {}
         with ExitStack() as held:
@@ -209,7 +212,8 @@ class WritePhase:
         """
         attempt, own = self.attempt, self.own
         records = attempt.member.rendezvous
-        if records is None or not (attempt.gathers_rows and own.shares_rows):
+        is_meant = attempt.gathers_rows and own.shares_rows and self.half != "dcp"
+        if records is None or not is_meant:
             return {}
         reach("before rows")
         with attempt.timed("row wait"):
@@ -229,12 +233,16 @@ class WritePhase:
         self, work: Mapping[int, Blocks], rows: Mapping[int, Sequence[RowShare]]
     ) -> int:
         """Return the bytes of tensors that this rank will write to both halves."""
+        dcp_nbytes = 0 if self.half == "hf" else nbytes_of_items(self.plan.items)
         shares = itertools.chain.from_iterable(rows.values())
-        export = sum(map(nbytes_of_blocks, work.values())) + sum(one.nbytes for one in shares)
-        return nbytes_of_items(self.plan.items) + export
+        hf_nbytes = sum(map(nbytes_of_blocks, work.values())) + sum(one.nbytes for one in shares)
+        return dcp_nbytes + hf_nbytes
 
     def _jobs(self, files: Sequence[int], *, is_dcp_last: bool) -> list[int | None]:
         """Return this rank's files in rotated order; `None` stands for its DCP file."""
+        if self.half == "hf":
+            start = self.own.host_rank * len(files) // max(self.own.host_size, 1)
+            return [*files[start:], *files[:start]]
         jobs: list[int | None] = [*files] if is_dcp_last else [None, *files]
         start = self.own.host_rank * len(jobs) // max(self.own.host_size, 1)
         rotated = jobs[start:] + jobs[:start]
@@ -244,6 +252,7 @@ class WritePhase:
         """Return the size of the disk blocks that the halves share; `None` if they share none."""
         if (
             self.share == "off"
+            or self.half != "both"
             or self.attempt.cell_nbytes
             or self.dcp_writer is not None
             or not self.own.targets
