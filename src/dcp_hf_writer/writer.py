@@ -395,6 +395,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 attempt.clean_up()
             raise
         attempt.post("written")
+        target.end_news(attempt)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
