@@ -195,7 +195,7 @@ class RunMirror:
         """
         here = self._local.candidates(step)
         try:
-            there = self.run.candidates(step)
+            there = self.run.listing()
         except CheckpointError as error:
             if not any(one.facts for one in here):
                 raise
@@ -204,7 +204,8 @@ class RunMirror:
         # What is broken on the mirror is an upload that is not over.
         whole = [one for one in there if one.facts is not None]
         self._listed = frozenset(one.step for one in whole)
-        return sorted([*whole, *here], key=lambda one: one.step)
+        wanted = [one for one in whole if step in {None, one.step}]
+        return sorted([*wanted, *here], key=lambda one: one.step)
 
     def address(self, path: str) -> Address:
         """Return how to reach a path of the run or of its mirror."""
