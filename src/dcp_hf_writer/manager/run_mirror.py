@@ -11,7 +11,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.errors import CheckpointError, ReadError
 from dcp_hf_writer.manager.keep_house import Housekeeper, Removals
 from dcp_hf_writer.manager.open_run import open_run
 from dcp_hf_writer.save.mirror_jobs import MIRROR_JOBS, job_for, unfinished_mirrors
@@ -174,10 +174,17 @@ class RunMirror:
         """Return the local steps whose mirror is not published: they must not be deleted.
 
         Raises:
-            OSError: If the run cannot be listed.
+            ReadError: If the run cannot be listed.
         """
         names = self._local.names
-        found = [names.step_of(os.path.basename(one.target)) for one in mirror_records(self._root)]
+        try:
+            records = mirror_records(self._root)
+        except OSError as error:
+            msg = "the directory of the run cannot be listed"
+            raise ReadError(
+                msg, phase="read", path=self._root, found=error.strerror, errno=error.errno
+            ) from error
+        found = [names.step_of(os.path.basename(one.target)) for one in records]
         return frozenset(step for step in found if step is not None)
 
     @property
