@@ -11,12 +11,7 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer.errors import (
-    CheckpointError,
-    SaveAbortedError,
-    SaveTimeoutError,
-    StorageError,
-)
+from dcp_hf_writer.errors import CheckpointError, SaveAbortedError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.plan.encode_manifest import OtherHalf
 from dcp_hf_writer.save.export_failures import export_error, nbytes_of
@@ -103,7 +98,7 @@ class HalvesApart(SaveTarget):
                 return True
         except SaveAbortedError:
             raise
-        except (StorageError, SaveTimeoutError) as error:
+        except CheckpointError as error:
             attempt.check()
             attempt.leave_out_export(self._error(error, attempt, nbytes_of(plan.layout)))
         self._drop()
@@ -135,7 +130,7 @@ class HalvesApart(SaveTarget):
             self._export.check_visible(attempt)
         except SaveAbortedError:
             raise
-        except (StorageError, SaveTimeoutError) as error:
+        except CheckpointError as error:
             attempt.check()
             # This rank still takes part in the exchange of the export: the others wait for it.
             attempt.leave_out_export(self._error(error, attempt, 0))
