@@ -90,6 +90,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         staging: StagingMode = "blocking",
         overwrite: bool = False,
         share: Literal["auto", "off"] = "auto",
+        reuse: str | os.PathLike[str] | None = None,
         slots: WriteSlots = WriteSlots(),  # noqa: B008 - frozen
         dcp_writer: StorageWriter | None = None,
         process_group: dist.ProcessGroup | None = None,
@@ -115,6 +116,8 @@ class HFDualWriter(StorageWriter, SlabStager):
                 not on object stores.
             share: `"auto"` lets both halves share disk blocks where the file system can (XFS,
                 btrfs, ZFS): the disk then holds the weights once. `"off"` writes them twice.
+            reuse: Path of an earlier checkpoint on the same file system. Bytes that it holds too
+                are linked or cloned instead of written; files have the same bytes either way.
             slots: Limit on the number of processes of a node that write at the same time.
             dcp_writer: Writes the DCP half. `None` uses torch's writer without its extra copies.
             process_group: Process group of the save; pass the same group to `async_save`.
@@ -144,6 +147,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.staging = staging
         self.overwrite = overwrite
         self.share = share
+        self.reuse = check_options.path_to_reuse(reuse)
         self.slots = slots
         self.dcp_writer = dcp_writer
         self.process_group = process_group
@@ -328,7 +332,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         attempt, mirror = self._current(), self._mirror
         if mirror is not None:
             mirror = mirror.of_step(self._mirrored, attempt.target)
-        local = LocalOptions(self.dcp_writer, self.slots, self.share, self.strategy, mirror)
+        local = LocalOptions.of(self, mirror)
         return choose_target(
             attempt,
             save_id,
