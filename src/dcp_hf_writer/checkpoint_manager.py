@@ -25,6 +25,7 @@ from dcp_hf_writer.manager.save_report import as_callbacks
 from dcp_hf_writer.manager.save_schedule import DueSave, schedule_of
 from dcp_hf_writer.manager.shared_root import prepare_shared_root
 from dcp_hf_writer.manager.step_names import StepNames
+from dcp_hf_writer.manager.step_to_reuse import check_reuse, step_to_reuse
 from dcp_hf_writer.manager.trainer_state import skipped_names
 from dcp_hf_writer.mapping.option_values import check_flag, check_seconds, check_whole, check_word
 from dcp_hf_writer.run_writers import RunWriters
@@ -90,6 +91,7 @@ class CheckpointManager:
         names: StepNames = StepNames(),  # noqa: B008 - frozen
         checkpointer: Literal["thread", "process"] = "thread",
         weights: Literal["both", "once"] = "both",
+        reuse: Literal["auto"] | None = None,
         staging: StagingMode = "blocking",
         optimizers: Sequence[torch.optim.Optimizer] = (),
         planner: SavePlanner | None = None,
@@ -134,6 +136,7 @@ class CheckpointManager:
             names: Names of the step directories.
             checkpointer: `"thread"` saves in a thread, `"process"` in torch's checkpointer process.
             weights: As in `HFDualWriter`; a save without an export always stores the weights.
+            reuse: `"auto"`: link or clone what the newest step holds too, instead of writing it.
             staging: As in `HFDualWriter`; `"overlap"` guards `optimizers`.
             optimizers: Optimizers that wait for overlapped copies before they step.
             planner: Planner of the saves.
@@ -159,6 +162,7 @@ class CheckpointManager:
         check_flag("save_rng", save_rng)
         self._directory = open_run(root, names, storage_options)
         self.root = self._directory.root
+        check_reuse(reuse, self.root)
         if staging == "overlap" and not optimizers:
             msg = 'staging="overlap" copies while training goes on, so optimizers must wait for it'
             raise ConfigError(msg, expected="optimizers=[optimizer]", found="none")
@@ -172,6 +176,7 @@ class CheckpointManager:
             address=self._directory.address,
             weights=weights,
             allow_pickled_objects=allow_pickled_objects,
+            step_to_reuse=partial(step_to_reuse, self._directory) if reuse else None,
             options={
                 "staging": staging,
                 "slots": slots,
@@ -294,7 +299,7 @@ class CheckpointManager:
         check_whole("step", step, least=0)
         run, has_export = self._directory, due.has_export
         path = run.path_of(step, is_snapshot=due.is_snapshot)
-        may_replace = partial(self._may_replace, step, path, is_snapshot=due.is_snapshot)
+        may_replace = partial(run.may_replace, step, path, self._restored_step, due.is_snapshot)
         self._calls.note_save()
         self._saves.begin(
             lambda number: SaveRequest(number, step, path, due.is_snapshot, has_export, metrics),
@@ -311,12 +316,9 @@ class CheckpointManager:
         )
         self._saved_step = step
 
-    def _may_replace(self, step: int, path: str, *, is_snapshot: bool) -> bool:
-        """Whether what is there may go: a snapshot, or a future that the run has left."""
-        if is_snapshot or not self._directory.exists(path):
-            return is_snapshot
-        is_after = self._restored is not None and step > self._restored.step
-        return is_after or self._directory.look_at(step).facts is None
+    @property
+    def _restored_step(self) -> int | None:
+        return None if self._restored is None else self._restored.step
 
     def restore(
         self,
@@ -383,7 +385,7 @@ class CheckpointManager:
         self._restored = run.run(
             partial(self._directory.candidates, step), given, self._content.objects
         )
-        return None if self._restored is None else self._restored.step
+        return self._restored_step
 
     @property
     def restored(self) -> Restored | None:
