@@ -16,6 +16,7 @@ import pytest
 
 from dcp_hf_writer.errors import RankLostError
 from dcp_hf_writer.failpoints import (
+    APART_POINTS,
     EXCHANGE_POINTS,
     POINTS,
     REUSE_POINTS,
@@ -56,8 +57,8 @@ OF_THE_COORDINATOR = (
 )
 COMMITTED = (*TARGET_POINTS[1:], "after rename", "before reply")
 # `test_shared_blocks` kills a save at each clone, on file systems that can clone.
-# `test_reuse` and `test_reuse_clones` do so at each link and clone of an earlier file.
-RARE = TARGET_POINTS + SHARING_POINTS + EXCHANGE_POINTS + REUSE_POINTS
+# `test_reuse_clones` does so at each link and clone of an earlier file.
+RARE = TARGET_POINTS + SHARING_POINTS + EXCHANGE_POINTS + APART_POINTS + REUSE_POINTS
 EVERY_SAVE = tuple(point for point in POINTS if point not in RARE)
 REPEATED = ("mid dcp", "mid hf")
 
@@ -217,6 +218,7 @@ def test_every_point_of_a_save_has_a_crash() -> None:
         *REUSE_POINTS,
         *SHARING_POINTS,
         *EXCHANGE_POINTS,
+        *APART_POINTS,
     }
     assert set(OF_THE_COORDINATOR) <= set(POINTS)
 

@@ -65,7 +65,7 @@ def jobs_of(manifest: Manifest) -> Iterator[Job]:
             yield Job(dcp.name, nbytes, partial(_ranges, ranges))
     if manifest.hf is not None:
         for file in manifest.hf.files.values():
-            name = f"{manifest.hf.subdir}/{file.name}"
+            name = manifest.hf.path_of(file.name)
             yield Job(name, file.header_nbytes, partial(_header, file))
             for tensors, nbytes in _grouped(file.tensors.values(), lambda one: one.nbytes):
                 yield Job(name, nbytes, partial(_tensors, tensors))

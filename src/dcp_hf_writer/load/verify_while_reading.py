@@ -121,7 +121,7 @@ def _hf_jobs(manifest: Manifest, wanted: Mapping[str, _Bytes]) -> Iterator[Job]:
     if manifest.hf is None:
         return
     for file in manifest.hf.files.values():
-        name = f"{manifest.hf.subdir}/{file.name}"
+        name = manifest.hf.path_of(file.name)
         if name not in wanted:
             continue
         yield _header_job(name, file)

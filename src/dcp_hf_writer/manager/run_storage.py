@@ -170,22 +170,6 @@ class RunStorage(ABC):
         path, snapshot = self.path_of(step), self.path_of(step, is_snapshot=True)
         return snapshot if not self.exists(path) and self.exists(snapshot) else path
 
-    def may_replace(
-        self, step: int, path: str, restored_step: int | None, is_snapshot: bool, /
-    ) -> bool:
-        """Whether a save may replace what is at its path.
-
-        Args:
-            step: Step of the save.
-            path: Its path.
-            restored_step: Step that the run resumed from; later ones are a future that it left.
-            is_snapshot: Whether the save goes to the snapshot slot.
-        """
-        if is_snapshot or not self.exists(path):
-            return is_snapshot
-        is_after = restored_step is not None and step > restored_step
-        return is_after or self.look_at(step).facts is None
-
     def pin(self, step: int, *, is_pinned: bool, may_write: bool) -> None:
         """Pin a step, or undo it.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import ConfigError, StorageError
@@ -10,25 +11,37 @@ from dcp_hf_writer.mapping.option_values import shown
 from dcp_hf_writer.storage.store_urls import is_url
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dcp_hf_writer.manager.run_storage import RunStorage, StoredStep
 
 _log = logging.getLogger(__name__)
 
 
-def check_reuse(value: Any, root: str) -> None:
-    """Check the option `reuse` of a manager.
+def reuse_of(value: Any, run: RunStorage) -> Callable[..., str | None] | None:
+    """Return what chooses the step that a save may reuse, from `has_export`.
+
+    Args:
+        value: The option `reuse` of a manager.
+        run: The storage of the run.
+
+    Returns:
+        `None` if nothing is to be reused.
 
     Raises:
-        ConfigError: If it is neither `"auto"` nor `None`, or the run is on an object store.
+        ConfigError: If the value is neither `"auto"` nor `None`, or the run is on a store.
     """
-    if value not in (None, "auto"):
+    if value is None:
+        return None
+    if value != "auto":
         msg = "reuse of a manager must be a known word"
         hint = "a path to reuse is an option of HFDualWriter"
         raise ConfigError(msg, expected='"auto" or None', found=shown(value), hint=hint)
-    if value is not None and is_url(root):
+    if is_url(run.root):
         msg = "reuse is for local paths, not for object stores"
         hint = "leave it out: stores can neither link nor clone"
-        raise ConfigError(msg, path=root, hint=hint)
+        raise ConfigError(msg, path=run.root, hint=hint)
+    return partial(step_to_reuse, run)
 
 
 def step_to_reuse(run: RunStorage, *, has_export: bool) -> str | None:

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import xxhash
 
 from dcp_hf_writer.errors import CorruptCheckpointError
-from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
+from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, path_in_export
 from dcp_hf_writer.formats.strict_json import is_count, is_text, parse_json, shortened
-from dcp_hf_writer.plan.encode_manifest import FORMAT_VERSION, WholeFile
+from dcp_hf_writer.plan.encode_manifest import FORMAT_VERSION, OtherHalf, WholeFile
 from dcp_hf_writer.plan.parse_manifest_blocks import Places
 from dcp_hf_writer.plan.rank_report import DIGEST_NAME, DCPFile
 from dcp_hf_writer.tensors.boxes import ByteRuns
@@ -107,11 +107,15 @@ class ManifestExport:
     """The HuggingFace half."""
 
     subdir: str
-    """Its directory within the checkpoint."""
+    """Its directory within the checkpoint; empty if the halves lie apart."""
     tied: Mapping[str, str]
     """Names that the export left out, each with the name that holds its bytes."""
     files: Mapping[str, ManifestFile]
     """Output files by name."""
+
+    def path_of(self, name: str) -> str:
+        """Return the path of a file of the export within the checkpoint."""
+        return path_in_export(self.subdir, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +144,15 @@ class Manifest:
     """Seconds that the coordinator spent in each phase."""
     ranks: tuple[tuple[int, str, Mapping[str, float]], ...] = ()
     """Rank, host, and seconds in each phase, of each rank."""
+    other_half: OtherHalf | None = None
+    """Where the other half lies, if the halves lie apart; `files` and `sizes` leave it out."""
 
     def sizes(self) -> dict[str, int]:
         """Return the size of every file but the manifest, by path within the checkpoint."""
         sizes = {name: file.nbytes for name, file in self.files.items()}
         sizes |= {name: file.nbytes for name, file in self.dcp.items()}
         if self.hf is not None:
-            sizes |= {f"{self.hf.subdir}/{n}": file.nbytes for n, file in self.hf.files.items()}
+            sizes |= {self.hf.path_of(n): file.nbytes for n, file in self.hf.files.items()}
         return sizes
 
 
@@ -219,6 +225,8 @@ class _Parser:
                 value.get("version"),
                 hint="another version of this package wrote it; read it with that version",
             )
+        # Only a checkpoint whose halves lie apart has it.
+        other = value.pop("other_half", None)
         fields = self._object(value, "the manifest", _FIELDS)
         if fields["digest"] != DIGEST_NAME:
             self._refuse("digest", f'"{DIGEST_NAME}"', fields["digest"])
@@ -235,11 +243,31 @@ class _Parser:
             export_error=self._optional(fields["export_error"], "export_error", self._text),
             seconds=self._seconds(fields["timings"]),
             ranks=tuple(self._rank_seconds(fields["timings"])),
+            other_half=self._optional(other, "other_half", self._other_half),
         )
+        self._check_halves(manifest)
         if manifest.once and manifest.hf is None:
             self._refuse("once", "empty without an export", fields["once"])
         self._check_names(manifest)
         return manifest
+
+    def _other_half(self, value: Any, where: str) -> OtherHalf:
+        fields = self._object(value, where, {"holds", "path"})
+        if fields["holds"] not in ("dcp", "hf"):
+            self._refuse("the other half", '"dcp" or "hf"', fields["holds"])
+        path = self._text(fields["path"], "the place of the other half")
+        if not path.startswith("/") and "://" not in path:
+            self._refuse("the place of the other half", "an absolute path or a URL", path)
+        return OtherHalf(fields["holds"], path)
+
+    def _check_halves(self, manifest: Manifest) -> None:
+        other = None if manifest.other_half is None else manifest.other_half.holds
+        if other == "hf" and manifest.hf is not None:
+            self._refuse("other_half", "null, as the export is here", other)
+        if other == "dcp" and (manifest.dcp or manifest.hf is None):
+            self._refuse("other_half", "null, as the DCP half is here", other)
+        if manifest.hf is not None and not manifest.hf.subdir and other != "dcp":
+            self._refuse("the directory of the export", "one plain name", "")
 
     def _whole_files(self, value: Any) -> dict[str, WholeFile]:
         found = {}
@@ -273,7 +301,7 @@ class _Parser:
     def _export(self, value: Any, where: str) -> ManifestExport:
         fields = self._object(value, where, {"subdir", "tied", "files"})
         subdir = self._text(fields["subdir"], "the directory of the export")
-        if not is_relative_name(subdir) or "/" in subdir:
+        if subdir and (not is_relative_name(subdir) or "/" in subdir):
             self._refuse("the directory of the export", "one plain name", subdir)
         tied = {
             self._text(drop, "a tied name"): self._text(keep, "what a name is tied to")
@@ -359,7 +387,7 @@ class _Parser:
     def _check_names(self, manifest: Manifest) -> None:
         names = [*manifest.files, *manifest.dcp]
         if manifest.hf is not None:
-            names += [f"{manifest.hf.subdir}/{name}" for name in manifest.hf.files]
+            names += map(manifest.hf.path_of, manifest.hf.files)
         seen = {MANIFEST_NAME}
         for name in names:
             if name in seen:

@@ -85,20 +85,25 @@ def path_to_reuse(value: str | os.PathLike[str] | None) -> str | None:
 
 
 def check_for_target(path: str, writer: Any, storage_options: Mapping[str, Any]) -> None:
-    """Check the options of a writer that depend on where it writes.
+    """Check the options of a writer that depend on where it writes its checkpoint.
 
     Args:
         path: A path as `target_path` returns it.
         writer: The writer; only its options are read.
-        storage_options: Its options for stores.
+        storage_options: Its options for the store of this path.
 
     Raises:
         ConfigError: If an option does not fit the target.
     """
+    export = writer.export
+    if writer.reuse is not None and export is not None and export.path is not None:
+        msg = "reuse is for checkpoints whose halves are in one directory"
+        hint = "leave out reuse, or HFExport(path=...)"
+        raise ConfigError(msg, path=shown_url(path), found=shown_url(export.path), hint=hint)
     if not is_url(path):
         check_no_storage_options(storage_options)
         return
-    checksums = None if writer.export is None else writer.export.checksums
+    checksums = None if export is None or export.path is not None else export.checksums
     refused = {
         "overwrite=True": (writer.overwrite, "save under another name, or delete the checkpoint"),
         "reuse": (writer.reuse is not None, "leave it out: stores can neither link nor clone"),

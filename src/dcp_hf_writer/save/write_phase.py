@@ -33,10 +33,10 @@ from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
 from dcp_hf_writer.save.dcp_half import (
     SlabFileSystemWriter,
     check_results,
-    run_given_writer,
 )
 from dcp_hf_writer.save.exchanged_half import ExchangedHalf
 from dcp_hf_writer.save.export_failures import FATAL, export_error
+from dcp_hf_writer.save.given_writer import run_given_writer
 from dcp_hf_writer.save.hf_half import (
     BlockWriter,
     is_interleaved,
@@ -61,6 +61,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
     from dcp_hf_writer.save.previous_files import PreviousFiles
+    from dcp_hf_writer.save.save_target import Half
     from dcp_hf_writer.storage.output_fsync import OpenFiles
     from dcp_hf_writer.storage.write_slots import WriteSlots
 
@@ -95,6 +96,8 @@ class WritePhase:
     """Memory that the rank may use in addition to the staged copy."""
     share: str = "auto"
     """`"auto"` lets the halves share disk blocks where the file system can; `"off"` does not."""
+    half: Half = "both"
+    """Which half to write."""
     previous: PreviousFiles | None = None
     """Files of an earlier checkpoint that may be used again; `None` for none."""
     block_nbytes: int | None = field(default=None, init=False)
@@ -131,7 +134,7 @@ class WritePhase:
         source = TensorSource(self.planner)
         results: list[WriteResult] = []
         tensors = [i for i in self.plan.items if i.type != WriteItemType.BYTE_IO]
-        work = regions_by_file(tensors, self.own.targets)
+        work = regions_by_file(tensors, {} if self.half == "dcp" else self.own.targets)
         left_out = stored_once_results(self.own, tensors, subdir=self.subdir)
         if left_out:
             self.plan = without_results(self.plan, left_out)
@@ -140,7 +143,7 @@ class WritePhase:
         self._reuse_files(work, source, report)
         shares = self.slots.is_shared_by_halves()
         reach("before slot")
-        if attempt.cell_nbytes:
+        if attempt.cell_nbytes and self.half != "dcp":
             self._exchange(work, files, source, report, half="dcp" if shares else "hf")
             work = {}
         with ExitStack() as held:
@@ -247,10 +250,14 @@ class WritePhase:
 
     def _planned_nbytes(self, work: Mapping[int, Blocks]) -> int:
         """Return the bytes of tensors that this rank will write to both halves."""
-        return nbytes_of_items(self.plan.items) + sum(map(nbytes_of_blocks, work.values()))
+        dcp_nbytes = 0 if self.half == "hf" else nbytes_of_items(self.plan.items)
+        return dcp_nbytes + sum(map(nbytes_of_blocks, work.values()))
 
     def _jobs(self, files: Sequence[int], *, is_dcp_last: bool) -> list[int | None]:
         """Return this rank's files in rotated order; `None` stands for its DCP file."""
+        if self.half == "hf":
+            start = self.own.host_rank * len(files) // max(self.own.host_size, 1)
+            return [*files[start:], *files[:start]]
         jobs: list[int | None] = [*files] if is_dcp_last else [None, *files]
         start = self.own.host_rank * len(jobs) // max(self.own.host_size, 1)
         rotated = jobs[start:] + jobs[:start]
@@ -260,6 +267,7 @@ class WritePhase:
         """Return the size of the disk blocks that the halves share; `None` if they share none."""
         if (
             self.share == "off"
+            or self.half != "both"
             or self.attempt.cell_nbytes
             or self.dcp_writer is not None
             or not self.own.targets
@@ -342,6 +350,7 @@ class WritePhase:
         writer.check = self.attempt.check
         writer.count = self.attempt.byte_count.add
         writer.sharing, writer.reuse = sharing, self.reuse
+        writer.copied_nbytes = bounce_nbytes_of(self.host_budget_bytes)
         try:
             future = writer.write_data(self.plan, self.planner)
         finally:

@@ -266,6 +266,26 @@ def write_file(path: str, data: bytes) -> None:
         file.sync()
 
 
+def replace_durably(path: str, data: bytes, *, draft: str) -> None:
+    """Create a file, or give it new content, in one step; durable on return.
+
+    Args:
+        path: The file. A crash leaves the old content or the new.
+        data: The new content.
+        draft: Another path on the same file system, which no other process uses. The content is
+            written there first; what an earlier process left there is removed.
+
+    Raises:
+        WriteError: If the file system refuses.
+    """
+    with write_errors(path):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
+        write_file(draft, data)
+        os.replace(draft, path)
+    sync_directory(os.path.dirname(path))
+
+
 def sync_directory(path: str) -> None:
     """Make the names in a directory durable.
 
