@@ -277,6 +277,12 @@ def test_nothing_is_reused_unless_asked_for(earlier: Path) -> None:
     assert reused_nbytes(step) is None
 
 
+def test_halves_that_lie_apart_are_not_reused(tmp_path: Path) -> None:
+    export = HFExport(path=str(tmp_path / "hf-2"))
+    with pytest.raises(ConfigError, match="reuse cannot be used with HFExport"):
+        HFDualWriter(tmp_path / "step-2", export=export, reuse=tmp_path / "step-1")
+
+
 @pytest.mark.parametrize(
     ("target", "reuse", "words"),
     [

@@ -74,8 +74,9 @@ def path_to_reuse(value: str | os.PathLike[str] | None) -> str | None:
     if value is None:
         return None
     if value in ("auto", "off"):
-        msg = f"reuse={value!r} is an option of CheckpointManager, which looks for the newest step"
-        raise ConfigError(msg, expected="the path of an earlier checkpoint, or None", found=value)
+        msg = "reuse of a writer must be the path of an earlier checkpoint, or None"
+        hint = 'reuse="auto" is an option of CheckpointManager, which looks for the newest step'
+        raise ConfigError(msg, expected="a path", found=repr(value), hint=hint)
     text = plain_path(value, option="reuse")
     if is_url(text):
         msg = "reuse must be a path on a mounted file system"
@@ -95,14 +96,10 @@ def check_for_target(path: str, writer: Any, storage_options: Mapping[str, Any])
     Raises:
         ConfigError: If an option does not fit the target.
     """
-    export = writer.export
-    if writer.reuse is not None and export is not None and export.path is not None:
-        msg = "reuse is for checkpoints whose halves are in one directory"
-        hint = "leave out reuse, or HFExport(path=...)"
-        raise ConfigError(msg, path=shown_url(path), found=shown_url(export.path), hint=hint)
     if not is_url(path):
         check_no_storage_options(storage_options)
         return
+    export = writer.export
     checksums = None if export is None or export.path is not None else export.checksums
     refused = {
         "overwrite=True": (writer.overwrite, "save under another name, or delete the checkpoint"),
