@@ -74,17 +74,17 @@ def check_as_written(path: Path, step: int, **options: Any) -> None:
     names = files_in(plain)
     assert files_in(path) == names
     # The manifest has times and ids, and so has the metadata.
-    data = [name for name in names if name not in {"dcp-hf.json", ".metadata"}]
+    data = [name for name in names if name not in {"dcp-hf.json", ".metadata", "hf"}]
     assert sorted(filecmp.cmpfiles(plain, path, data, shallow=False)[0]) == sorted(data)
     assert verify(path).ok
 
 
 def files_in(path: Path) -> list[str]:
-    """Return all files below a directory, by relative path."""
+    """Return all files and directories below a directory, by relative path."""
     return sorted(
         os.path.relpath(os.path.join(where, name), path)
-        for where, _, names in os.walk(path)
-        for name in names
+        for where, directories, names in os.walk(path)
+        for name in directories + names
     )
 
 

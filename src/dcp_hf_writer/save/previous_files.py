@@ -150,6 +150,7 @@ def link_previous(
         _log.warning(
             "%s cannot be reused, so everything is written: %s", checkpoint, number_and_text(error)
         )
+        remove_tree(os.path.join(staging, _LINKS_NAME))
         return None
     found = PreviousFiles(checkpoint, staging, frozenset())
     numbers = [

@@ -66,9 +66,9 @@ class BlockReuse:
         """Bytes that were used again so far."""
         self._previous, self._source, self._bounce = previous, source, bounce
         self._block_nbytes, self._check = block_nbytes, check
-        # What the comparison of a block found, by id of its region; a region lives as long as the
-        # save.
-        self._known: dict[int, WrittenBlock | None] = {}
+        # What the comparison of a block found, by id of its region. The region is kept: the id of
+        # one that is gone may be given to another.
+        self._known: dict[int, tuple[Region, WrittenBlock | None]] = {}
         self._open: tuple[str, StoredCopy] | None = None
         self._is_told = False
 
@@ -197,8 +197,8 @@ class BlockReuse:
             self._check()
             block = self._bytes_of(number, item, region)
             is_equal = self._holds_block(number, block, None)
-            self._known[id(region)] = block.written() if is_equal else None
-        return self._known[id(region)]
+            self._known[id(region)] = region, block.written() if is_equal else None
+        return self._known[id(region)][1]
 
     def _bytes_of(self, number: int, item: WriteItem, region: Region) -> BlockBytes:
         return BlockBytes(number, item, region, self._source, self._bounce)

@@ -140,6 +140,8 @@ class WritePhase:
             self.plan = without_results(self.plan, left_out)
         attempt.byte_count.plan(self._planned_nbytes(work))
         self.block_nbytes = self._shared_block_nbytes()
+        # The DCP half also shares the blocks of files that are not written.
+        of_export = dict(work)
         self._reuse_files(work, source, report)
         shares = self.slots.is_shared_by_halves()
         reach("before slot")
@@ -157,7 +159,7 @@ class WritePhase:
                     if not shares:
                         self._hold(held_by_half, "dcp" if job is None else "hf")
                     if job is None:
-                        results = self._write_dcp(files, source, report, work)
+                        results = self._write_dcp(files, source, report, of_export)
                     elif report.export_error is None:
                         # Defer the fsync of a file whose pages other ranks fill too: otherwise the
                         # device writes such a page once for each rank. The other ranks have already
