@@ -21,6 +21,7 @@ from dcp_hf_writer import HFDualWriter, HFExport, verify
 from dcp_hf_writer.errors import ConfigError, WriteError
 from dcp_hf_writer.storage.posix_outputs import OutputFile
 from support.faults import Strike
+from support.processes import FreshProcess
 from support.ranks import run_ranks
 from support.reused_steps import (
     EXPORT,
@@ -304,6 +305,21 @@ def test_an_output_file_with_a_second_name_is_never_written_to(tmp_path: Path) -
     with pytest.raises(WriteError, match="several names"):
         OutputFile(str(tmp_path / "link"), create=False)
     assert (tmp_path / "file").read_bytes() == b"earlier"
+
+
+def save_one(root: Path, step: int) -> None:
+    save_step(root / f"step-{step}", step, reuse=root / "step-1")
+
+
+def test_two_jobs_reuse_one_checkpoint_at_the_same_time(earlier: Path) -> None:
+    root = earlier.parent
+    with FreshProcess(save_one, root, 2) as one, FreshProcess(save_one, root, 3) as other:
+        one.result()
+        other.result()
+    for step in (2, 3):
+        assert is_linked(root / f"step-{step}", earlier) == [True, True, False]
+        check_as_written(root / f"step-{step}", step)
+    assert verify(earlier).ok
 
 
 def fail_in_the_round(rank: int, world_size: int, root: Path) -> str:
