@@ -110,7 +110,7 @@ class WriteSlots:
         check_whole("slots", self.slots, least=0)
         check_whole("nice", self.nice, least=0)
         if self.nice > _HIGHEST_NICE:
-            raise ConfigError(f"nice must be at most {_HIGHEST_NICE}", found=repr(self.nice))
+            raise ConfigError("nice must be at most 19", found=repr(self.nice))
         if self.per != "node":
             raise ConfigError("per must be 'node'", found=repr(self.per))
         if self.directory is not None:
