@@ -91,6 +91,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         staging: StagingMode = "blocking",
         overwrite: bool = False,
         share: Literal["auto", "off"] = "auto",
+        reuse: str | os.PathLike[str] | None = None,
         slots: WriteSlots = WriteSlots(),  # noqa: B008 - frozen
         dcp_writer: StorageWriter | None = None,
         process_group: dist.ProcessGroup | None = None,
@@ -112,10 +113,10 @@ class HFDualWriter(StorageWriter, SlabStager):
                 the export if its bytes are the same there; `HFDualReader` reads such a checkpoint.
             staging: `"blocking"` returns from `async_save` when everything is copied. `"overlap"`
                 copies during the next forward and backward, and needs `guard(optimizer)`.
-            overwrite: Replace the files of an existing checkpoint, in the step that publishes;
-                not on object stores.
+            overwrite: Replace an existing checkpoint when this one is published; not on stores.
             share: `"auto"` lets both halves share disk blocks where the file system can (XFS,
                 btrfs, ZFS): the disk then holds the weights once. `"off"` writes them twice.
+            reuse: Path of an earlier checkpoint; bytes that it holds too are linked or cloned.
             slots: Limit on the number of processes of a node that write at the same time.
             dcp_writer: Writes the DCP half. `None` uses torch's writer without its extra copies.
             process_group: Process group of the save; pass the same group to `async_save`.
@@ -146,6 +147,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.staging = staging
         self.overwrite = overwrite
         self.share = share
+        self.reuse = check_options.path_to_reuse(reuse)
         self.slots = slots
         self.dcp_writer = dcp_writer
         self.process_group = process_group
@@ -328,7 +330,7 @@ class HFDualWriter(StorageWriter, SlabStager):
     def _target_of(self, save_id: str, told: Mapping[str, Any] | None = None) -> SaveTarget:
         attempt = self._current()
         places = self._places.of_step(attempt.target)
-        local = LocalOptions(self.dcp_writer, self.slots, self.share, self.strategy, places.mirror)
+        local = LocalOptions.of(self, places.mirror)
         return choose_target(
             attempt,
             save_id,

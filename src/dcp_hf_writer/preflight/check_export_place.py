@@ -77,6 +77,7 @@ def _check_others(options: Mapping[str, Any], path: str) -> None:
             "leave it out: the DCP half must be whole without the export",
         ),
         "mirror": (options["mirror"] is not None, "leave one of them out"),
+        "reuse": (options["reuse"] is not None, "leave one of them out"),
     }
     for option, (is_given, hint) in refused.items():
         if is_given:
