@@ -70,7 +70,10 @@ def choose_target(
         attempt.exchange_cells(int((told or {}).get("cell_nbytes", 0)))
         attempt.gather_rows(bool((told or {}).get("gathers_rows", False)))
         return PosixTarget(
-            StagingDirectory.of(attempt.target, save_id), local, host_budget_bytes=host_budget_bytes
+            StagingDirectory.of(attempt.target, save_id),
+            local,
+            host_budget_bytes=host_budget_bytes,
+            told=told,
         )
     store = access.open(attempt.target)
     attempt.at_end(store.close)
@@ -95,6 +98,7 @@ def _export_half(
             place.path, save_id, store, host_budget_bytes=host_budget_bytes, told=told
         )
     attempt.exchange_cells(int((told or {}).get("cell_nbytes", 0)))
+    attempt.gather_rows(bool((told or {}).get("gathers_rows", False)))
     return ExportDirectory(
         StagingDirectory.of(place.path, save_id),
         replace(local, dcp_writer=None, mirror=None),

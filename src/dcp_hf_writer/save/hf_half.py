@@ -10,7 +10,6 @@ from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.plan.rank_report import WrittenBlock
 from dcp_hf_writer.plan.regions import Region, TargetTable, needs_cast
 from dcp_hf_writer.save.bounce_buffer import BounceBuffer
-from dcp_hf_writer.save.row_writes import write_rows
 from dcp_hf_writer.save.tensor_bytes import chunk_of, digest_of, host_bytes
 from dcp_hf_writer.tensors.dtype_names import ITEMSIZE
 from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import WriteItem
 
     from dcp_hf_writer.plan.layout import PartTarget
-    from dcp_hf_writer.save.whole_rows import RowShare
-    from dcp_hf_writer.staging.neighbour_slabs import NeighbourSlabs
     from dcp_hf_writer.storage.posix_outputs import OutputFile
     from dcp_hf_writer.tensors.boxes import ByteRuns
 
@@ -123,7 +120,8 @@ class BlockWriter:
 
     def __init__(self) -> None:
         """Start without a buffer."""
-        self._bounce = BounceBuffer()
+        self.bounce = BounceBuffer()
+        """The buffer; valid for one block at a time."""
 
     def write_file(
         self,
@@ -133,6 +131,7 @@ class BlockWriter:
         *,
         check: Callable[[], None],
         bounce_nbytes: int,
+        reuse: Callable[[WriteItem, Region], WrittenBlock | None] | None = None,
     ) -> list[WrittenBlock]:
         """Write this rank's blocks of one output file.
 
@@ -142,6 +141,8 @@ class BlockWriter:
             source: Resolves items to tensors.
             check: Called before each block; raises if the save was given up.
             bounce_nbytes: Size of the bounce buffer, in bytes.
+            reuse: Called before each block; returns what to report if the file has the block now
+                without a write.
 
         Returns:
             One reported block, with its digest, for each of `blocks`.
@@ -150,26 +151,15 @@ class BlockWriter:
             WriteError: If the file system refuses a write.
         """
         written = []
-        self._bounce.resize(bounce_nbytes)
+        self.bounce.resize(bounce_nbytes)
         for item, region in blocks:
             check()
             reach("mid hf")
-            digest = self._write_block(file, item, region, source)
-            written.append(block_of(region, digest))
+            there = None if reuse is None else reuse(item, region)
+            if there is None:
+                there = block_of(region, self._write_block(file, item, region, source))
+            written.append(there)
         return written
-
-    def write_rows(
-        self,
-        file: OutputFile,
-        shares: Iterable[RowShare],
-        slabs: NeighbourSlabs,
-        *,
-        check: Callable[[], None],
-        bounce_nbytes: int,
-    ) -> list[WrittenBlock]:
-        """Write this rank's whole rows of one output file; see `row_writes.write_rows`."""
-        self._bounce.resize(bounce_nbytes)
-        return write_rows(file, shares, slabs, self._bounce, check)
 
     def _write_block(
         self, file: OutputFile, item: WriteItem, region: Region, source: ItemTensors
@@ -181,9 +171,9 @@ class BlockWriter:
             return digest_in_place(item, tensor, data, source)
         digest = xxhash.xxh3_64()
         dtype = TORCH_BY_NAME[region.target.dtype]
-        for part in split(region.copy, self._bounce.nbytes // dtype.itemsize):
+        for part in split(region.copy, self.bounce.nbytes // dtype.itemsize):
             view = runtime_view(tensor, part)
-            buffer = self._bounce.take(dtype, view.shape)
+            buffer = self.bounce.take(dtype, view.shape)
             buffer.copy_(view)
             data = host_bytes(buffer)
             digest.update(data)

@@ -43,7 +43,9 @@ class HostMeeting:
             me: Index of this rank among them.
         """
         self._attempt, self._records = attempt, records
-        self._ranks, self._me = ranks, me
+        self._ranks = ranks
+        self.me = me
+        """Index of this rank among them."""
         self._store = records.part_of_store(f"host/{save_id}/{ranks[0]}")
         self._steps: list[str] = []
 
@@ -67,12 +69,12 @@ class HostMeeting:
             raise explain_broken_exchange(self._attempt, error) from error
 
     def _gather(self, what: str, mine: Any) -> list[Any]:
-        self._store.set(f"{what}/{self._me}", json.dumps(mine))
+        self._store.set(f"{what}/{self.me}", json.dumps(mine))
         self._store.add(what, 1)
         self._steps.append(what)
         self._await_all(what)
         return [
-            mine if index == self._me else json.loads(self._store.get(f"{what}/{index}"))
+            mine if index == self.me else json.loads(self._store.get(f"{what}/{index}"))
             for index in range(len(self._ranks))
         ]
 

@@ -20,7 +20,7 @@ from dcp_hf_writer.tensors.dtypes import NAME_BY_TORCH
 from dcp_hf_writer.tensors.strided_copies import runtime_view
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from torch.distributed.checkpoint.planner import WriteItem
 
@@ -95,13 +95,17 @@ def _shard_from_json(values: Sequence[Any]) -> ColumnShard:
     return ColumnShard(*plain)
 
 
+def nbytes_of_shares(of_files: Iterable[Sequence[RowShare]]) -> int:
+    """Return the size of some rows in their output files."""
+    return sum(share.nbytes for shares in of_files for share in shares)
+
+
 def take_rows(
     meeting: HostMeeting,
     slabs: NeighbourSlabs,
     work: dict[int, Blocks],
     source: TensorSource,
     *,
-    me: int,
     bounce_nbytes: int,
 ) -> dict[int, list[RowShare]]:
     """Agree with the other ranks of the host who writes which rows; all of them call it.
@@ -111,7 +115,6 @@ def take_rows(
         slabs: Gets the slabs of the ranks whose columns this rank will read.
         work: The blocks of this rank, by output file. Those that are written as rows are removed.
         source: Resolves items to tensors.
-        me: Index of this rank among the ranks of the host.
         bounce_nbytes: Size of the bounce buffer, in bytes.
 
     Returns:
@@ -121,6 +124,7 @@ def take_rows(
         RankLostError: If a rank of the host is gone, or does not answer by the deadline.
         SaveAbortedError: If a rank of the host gave the save up.
     """
+    me = meeting.me
     mine, blocks = held_columns(work, source, bounce_nbytes, slab_at=SLABS.slab_at)
     with shared_table(json.dumps(mine.to_json()).encode()) as table:
         told = meeting.gather("told", None if table is None else asdict(table))

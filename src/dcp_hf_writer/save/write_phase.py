@@ -8,26 +8,24 @@ files. The list includes the rank's DCP file, which no other rank writes.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
 import os
-import socket
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
 from dcp_hf_writer.errors import CheckpointError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.weights_once_places import NOTICE, encode_stored_once
-from dcp_hf_writer.plan.rank_report import RankReport
 from dcp_hf_writer.plan.regions import TargetTable
 from dcp_hf_writer.plan.weights_once import stored_once
+from dcp_hf_writer.save.agree_on_links import agree_on_links
 from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
 from dcp_hf_writer.save.dcp_half import (
     SlabFileSystemWriter,
@@ -43,9 +41,12 @@ from dcp_hf_writer.save.hf_half import (
     regions_by_file,
 )
 from dcp_hf_writer.save.host_meeting import HostMeeting
+from dcp_hf_writer.save.rank_results import begun_report, report_result
+from dcp_hf_writer.save.reuse_blocks import BlockReuse
+from dcp_hf_writer.save.row_writes import write_rows
 from dcp_hf_writer.save.share_blocks import BlockSharing
 from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
-from dcp_hf_writer.save.whole_rows import take_rows
+from dcp_hf_writer.save.whole_rows import nbytes_of_shares, take_rows
 from dcp_hf_writer.staging.neighbour_slabs import NeighbourSlabs
 from dcp_hf_writer.storage.block_clones import PROBE, CloneSource
 from dcp_hf_writer.storage.posix_outputs import OutputFile
@@ -58,9 +59,11 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.errors import ExportError
     from dcp_hf_writer.plan.global_plan import RankPlan
+    from dcp_hf_writer.plan.rank_report import RankReport
     from dcp_hf_writer.plan.regions import Region
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
+    from dcp_hf_writer.save.previous_files import PreviousFiles
     from dcp_hf_writer.save.save_target import Half
     from dcp_hf_writer.save.whole_rows import RowShare
     from dcp_hf_writer.storage.output_fsync import OpenFiles
@@ -69,10 +72,6 @@ if TYPE_CHECKING:
     Blocks = Sequence[tuple[WriteItem, Region]]
 
 _log = logging.getLogger(__name__)
-
-# FQN of the extra result that carries a rank's report. `take_reports` removes the result before DCP
-# sees it.
-_REPORT_FQN = "\0dcp-hf-report"
 
 # The block writer of the latest save, kept to reuse its buffer. A save that runs at the same time
 # as another one makes its own.
@@ -99,12 +98,16 @@ class WritePhase:
     """`"auto"` lets the halves share disk blocks where the file system can; `"off"` does not."""
     half: Half = "both"
     """Which half to write."""
+    previous: PreviousFiles | None = None
+    """Files of an earlier checkpoint that may be used again; `None` for none."""
     block_nbytes: int | None = field(default=None, init=False)
     """Size of the disk blocks that the halves share; `None` if they share none."""
     blocks: BlockWriter = field(default_factory=BlockWriter, init=False)
     """Writes the blocks of this save; no other save uses it at the same time."""
     slabs: NeighbourSlabs = field(default_factory=NeighbourSlabs, init=False)
     """Slabs of other ranks of the host, mapped while this phase runs."""
+    reuse: BlockReuse | None = field(default=None, init=False)
+    """Compares blocks with those files."""
 
     def run(self) -> list[WriteResult]:
         """Write everything, make it durable, and report.
@@ -122,6 +125,8 @@ class WritePhase:
             return self._run()
         finally:
             self.slabs.close()
+            if self.reuse is not None:
+                self.reuse.close()
             # Also after a failure, or the next save would have to fault in a new buffer.
             _idle_blocks[:] = [self.blocks]
 
@@ -136,9 +141,12 @@ class WritePhase:
         left_out = stored_once_results(self.own, tensors, subdir=self.subdir)
         if left_out:
             self.plan = without_results(self.plan, left_out)
-        rows = self._take_rows(work, source)
-        attempt.byte_count.plan(self._planned_nbytes(work, rows))
+        attempt.byte_count.plan(self._planned_nbytes(work))
         self.block_nbytes = self._shared_block_nbytes()
+        # The DCP half also shares the blocks of files that are not written.
+        of_export = dict(work)
+        self._reuse_files(work, source, report)
+        rows = self._take_rows(work, source)
         shares = self.slots.is_shared_by_halves()
         reach("before slot")
         if attempt.cell_nbytes and self.half != "dcp":
@@ -155,7 +163,7 @@ class WritePhase:
                     if not shares:
                         self._hold(held_by_half, "dcp" if job is None else "hf")
                     if job is None:
-                        results = self._write_dcp(files, source, report, work)
+                        results = self._write_dcp(files, source, report, of_export)
                     elif report.export_error is None:
                         # Defer the fsync of a file whose pages other ranks fill too: otherwise the
                         # device writes such a page once for each rank. The other ranks have already
@@ -173,10 +181,55 @@ class WritePhase:
                 self._join(files, report)
         reach("after fsync")
         attempt.close_files()
-        report.seconds = dict(attempt.seconds)
+        self._sum_up(report, results)
+        return [*results, *left_out, report_result(report)]
+
+    def _sum_up(self, report: RankReport, results: Iterable[WriteResult]) -> None:
+        report.seconds = dict(self.attempt.seconds)
         dcp_nbytes = sum(result.size_in_bytes for result in results)
         report.nbytes = {"hf": 0, "shared": 0, **report.nbytes, "dcp": dcp_nbytes}
-        return [*results, *left_out, report_result(report)]
+        if self.reuse is not None:
+            report.nbytes["reused"] = self.reuse.nbytes
+
+    def _reuse_files(
+        self,
+        work: dict[int, list[tuple[WriteItem, Region]]],
+        source: TensorSource,
+        report: RankReport,
+    ) -> None:
+        """Take the output files out of `work` that an earlier checkpoint holds with equal bytes."""
+        attempt, previous = self.attempt, self.previous
+        if previous is None:
+            return
+        self.blocks.bounce.resize(bounce_nbytes_of(self.host_budget_bytes))
+        self.reuse = reuse = BlockReuse(
+            previous,
+            source,
+            self.blocks.bounce,
+            block_nbytes=PROBE.block_nbytes(self.directory.path),
+            check=attempt.check,
+        )
+        if not previous.numbers:
+            return
+        reach("before comparison")
+        with attempt.timed("reuse"):
+            equal = reuse.equal_files(work)
+            linked = agree_on_links(
+                attempt, self.directory.save_id, equal.keys(), self._put_links_in_place
+            )
+        for number in linked:
+            nbytes = nbytes_of_blocks(work.pop(number, ()))
+            report.blocks += equal[number]
+            report.nbytes["hf"] = report.nbytes.get("hf", 0) + nbytes
+            reuse.nbytes += nbytes
+            attempt.byte_count.add(nbytes)
+
+    def _put_links_in_place(self, numbers: frozenset[int]) -> frozenset[int]:
+        plan = self.attempt.global_plan
+        if self.previous is None or plan is None or plan.layout is None:
+            return frozenset()
+        files = self.attempt.open_files()
+        return self.previous.take(numbers, plan.layout, files, subdir=self.subdir)
 
     def _exchange(
         self,
@@ -211,32 +264,34 @@ class WritePhase:
         Without a slot: this rank waits for the others.
         """
         attempt, own = self.attempt, self.own
-        records = attempt.member.rendezvous
         is_meant = attempt.gathers_rows and own.shares_rows and self.half != "dcp"
-        if records is None or not is_meant:
+        if attempt.member.rendezvous is None or not is_meant:
             return {}
         reach("before rows")
+        before = sum(map(nbytes_of_blocks, work.values()))
         with attempt.timed("row wait"):
             meeting = HostMeeting(
                 attempt,
-                records,
+                attempt.member.rendezvous,
                 save_id=self.directory.save_id,
                 ranks=own.host_ranks,
                 me=own.host_rank,
             )
-            bounce_nbytes = bounce_nbytes_of(self.host_budget_bytes)
-            return take_rows(
-                meeting, self.slabs, work, source, me=own.host_rank, bounce_nbytes=bounce_nbytes
+            rows = take_rows(
+                meeting,
+                self.slabs,
+                work,
+                source,
+                bounce_nbytes=bounce_nbytes_of(self.host_budget_bytes),
             )
+        after = sum(map(nbytes_of_blocks, work.values())) + nbytes_of_shares(rows.values())
+        attempt.byte_count.plan(after - before)
+        return rows
 
-    def _planned_nbytes(
-        self, work: Mapping[int, Blocks], rows: Mapping[int, Sequence[RowShare]]
-    ) -> int:
+    def _planned_nbytes(self, work: Mapping[int, Blocks]) -> int:
         """Return the bytes of tensors that this rank will write to both halves."""
         dcp_nbytes = 0 if self.half == "hf" else nbytes_of_items(self.plan.items)
-        shares = itertools.chain.from_iterable(rows.values())
-        hf_nbytes = sum(map(nbytes_of_blocks, work.values())) + sum(one.nbytes for one in shares)
-        return dcp_nbytes + hf_nbytes
+        return dcp_nbytes + sum(map(nbytes_of_blocks, work.values()))
 
     def _jobs(self, files: Sequence[int], *, is_dcp_last: bool) -> list[int | None]:
         """Return this rank's files in rotated order; `None` stands for its DCP file."""
@@ -334,7 +389,7 @@ class WritePhase:
         writer.finish_file = files.sync
         writer.check = self.attempt.check
         writer.count = self.attempt.byte_count.add
-        writer.sharing = sharing
+        writer.sharing, writer.reuse = sharing, self.reuse
         writer.copied_nbytes = bounce_nbytes_of(self.host_budget_bytes)
         try:
             future = writer.write_data(self.plan, self.planner)
@@ -358,7 +413,6 @@ class WritePhase:
     ) -> None:
         (name, _), (blocks, shares) = self.own.files[job], part
         path = os.path.join(self.directory.path, self.subdir, name)
-        bounce_nbytes = bounce_nbytes_of(self.host_budget_bytes)
         with self.attempt.timed("write hf"):
             try:
                 file = files.take(path) or OutputFile(path, create=False)
@@ -369,14 +423,12 @@ class WritePhase:
                         blocks,
                         source,
                         check=self.attempt.check,
-                        bounce_nbytes=bounce_nbytes,
+                        bounce_nbytes=bounce_nbytes_of(self.host_budget_bytes),
+                        reuse=None if self.reuse is None else partial(self.reuse.block, job, file),
                     )
-                    written += self.blocks.write_rows(
-                        file,
-                        shares,
-                        self.slabs,
-                        check=self.attempt.check,
-                        bounce_nbytes=bounce_nbytes,
+                    # The buffer has the size of this save by now.
+                    written += write_rows(
+                        file, shares, self.slabs, self.blocks.bounce, self.attempt.check
                     )
                 except BaseException:
                     file.discard()
@@ -392,7 +444,7 @@ class WritePhase:
                 report.export_error = self._export_error(error, path)
                 return
         report.blocks += written
-        nbytes = nbytes_of_blocks(blocks) + sum(one.nbytes for one in shares)
+        nbytes = nbytes_of_blocks(blocks) + nbytes_of_shares([shares])
         report.nbytes["hf"] = report.nbytes.get("hf", 0) + nbytes
 
     def _export_error(self, error: Exception, path: str) -> ExportError:
@@ -423,14 +475,6 @@ def stored_once_results(
     return results
 
 
-def begun_report(attempt: Attempt) -> RankReport:
-    """Return the report of a rank that has written nothing yet."""
-    report = RankReport(attempt.rank, socket.gethostname())
-    report.export_error = attempt.export_error
-    report.stamp, report.samples = attempt.sent.stamp, attempt.sent.withheld_samples
-    return report
-
-
 def without_results(plan: SavePlan, results: Iterable[WriteResult]) -> SavePlan:
     """Return a plan without the items that have results already."""
     there = {result.index for result in results}
@@ -441,24 +485,3 @@ def nbytes_of_items(items: Iterable[WriteItem]) -> int:
     """Return the bytes of the tensors among the items of a plan."""
     data = (item.tensor_data for item in items)
     return sum(math.prod(one.chunk.sizes) * one.properties.dtype.itemsize for one in data if one)
-
-
-def report_result(report: RankReport) -> WriteResult:
-    """Return the extra result that carries a rank's report; `take_reports` takes it out again."""
-    return WriteResult(MetadataIndex(_REPORT_FQN), 0, report)
-
-
-def take_reports(
-    results: Sequence[Sequence[WriteResult]],
-) -> tuple[list[list[WriteResult]], list[RankReport]]:
-    """Separate DCP's results from the ranks' reports.
-
-    Returns:
-        DCP's results of each rank, and the reports.
-    """
-    plain: list[list[WriteResult]] = []
-    reports: list[RankReport] = []
-    for rank_results in results:
-        plain.append([r for r in rank_results if r.index.fqn != _REPORT_FQN])
-        reports += [r.storage_data for r in rank_results if r.index.fqn == _REPORT_FQN]
-    return plain, reports
