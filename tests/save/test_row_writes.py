@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.plan.rank_report import WrittenBlock
 
-FEW = settings(max_examples=60, deadline=None)
+FEW = settings(max_examples=25, deadline=None)
 START = 24  # of the tensor in its file
 FLOATS = [torch.float32, torch.bfloat16, torch.float64]
 
