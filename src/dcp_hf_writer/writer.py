@@ -21,7 +21,7 @@ from dcp_hf_writer.mapping.flattening import with_states
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.plan import global_plan
 from dcp_hf_writer.preflight import check_options, rank_facts
-from dcp_hf_writer.preflight.check_export_place import export_place, own_storage_options
+from dcp_hf_writer.preflight.check_export_place import export_place, stores_of
 from dcp_hf_writer.preflight.check_placements import refuse_partial
 from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
 from dcp_hf_writer.save import coordinator, export_assets
@@ -41,7 +41,6 @@ from dcp_hf_writer.save.posix_target import LocalOptions
 from dcp_hf_writer.save.rank_progress import MEETING, Announcement
 from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
 from dcp_hf_writer.save.save_target import RankWrites, SaveTarget
-from dcp_hf_writer.save.store_access import StoreAccess
 from dcp_hf_writer.save.writer_saves import WriterSaves, tells
 from dcp_hf_writer.staging.staged_state_dict import refuse_failed
 from dcp_hf_writer.storage.output_place import check_output_place
@@ -157,7 +156,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.timeout_s = timeout_s
         self.host_budget_bytes = host_budget_bytes
         place = export_place(options)
-        self._stores = StoreAccess(own_storage_options(options, place))
+        self._stores = stores_of(options, place)
         self.path = self._path_of(path)
         to = as_mirror(mirror, path=self.path, storage_options=storage_options)
         self._places = PlacesOfSteps(self.path, to, place)
@@ -397,6 +396,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 attempt.clean_up()
             raise
         attempt.post("written")
+        target.end_news(attempt)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future

@@ -90,8 +90,10 @@ class SlabFileSystemWriter(FileSystemWriter):
         while not file_queue.empty():
             path, name, items = file_queue.get_nowait()
             if self._begin is not None:
-                sent = _FileWriter(self._begin(name), name, planner, source, self)
-                results += sent.write(items, self.files)
+                sent = self._begin(name)
+                sent.count = self.count
+                written = _FileWriter(sent, name, planner, source, self)
+                results += written.write(items, self.files)
                 continue
             if self.reuse is not None:
                 self.reuse.begin_dcp_file(name)

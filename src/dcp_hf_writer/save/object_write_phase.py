@@ -85,6 +85,8 @@ class ObjectWritePhase:
         left_out = stored_once_results(writes.own, tensors, subdir=writes.subdir)
         plan = without_results(writes.plan, left_out)
         sent: list[SentObject] = []
+        hf_nbytes = sum(map(nbytes_of_blocks, work.values())) if self.files else 0
+        attempt.byte_count.plan(hf_nbytes + self._dcp_nbytes(plan))
         try:
             results: list[WriteResult] = []
             if writes.half != "hf":
@@ -105,6 +107,9 @@ class ObjectWritePhase:
         report.nbytes["dcp"] = sum(result.size_in_bytes for result in results)
         report.nbytes.setdefault("hf", 0)
         return [*results, *left_out, report_result(report)]
+
+    def _dcp_nbytes(self, plan: SavePlan) -> int:
+        return 0 if self.writes.half == "hf" else nbytes_of_items(plan.items)
 
     def _give_up(self, sent: Sequence[SentObject]) -> None:
         for one in sent:
@@ -142,6 +147,7 @@ class ObjectWritePhase:
             attempt.member.is_coordinator, rank=attempt.rank, use_collectives=True
         )
         writer.source, writer.check = source, attempt.check
+        writer.count = attempt.byte_count.add
         writer.copied_nbytes = bounce_nbytes_of(self.writes.host_budget_bytes)
         writer.send_to(begin)
         with attempt.timed("write dcp"):
@@ -163,6 +169,7 @@ class ObjectWritePhase:
             abilities=self.abilities,
             token=self.save_id,
             patience=self.patience,
+            count=attempt.byte_count.add,
         )
         with attempt.timed("write hf"):
             try:

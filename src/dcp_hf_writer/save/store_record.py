@@ -17,6 +17,7 @@ from dcp_hf_writer.formats.names_on_disk import (
     METADATA_NAME,
     RECORD_NAME,
     rank_of_dcp_file,
+    rank_of_heartbeat,
 )
 from dcp_hf_writer.save.owner_process import Owner, is_abandoned
 
@@ -128,6 +129,7 @@ class StoreRecord:
     def makes(self, key: str) -> bool:
         """Whether the save may make an object of this key, its record excepted."""
         rank = rank_of_dcp_file(key)
+        rank = rank_of_heartbeat(key) if rank is None else rank
         if rank is not None:
             return rank < self.world_size
         return key in (METADATA_NAME, MANIFEST_NAME) or key in self.files
