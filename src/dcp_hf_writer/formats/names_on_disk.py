@@ -17,6 +17,8 @@ DCP_SUFFIX = ".distcp"
 """Suffix of the files of DCP; torch defines it."""
 MANIFEST_NAME = "dcp-hf.json"
 """The manifest of this package, published last."""
+DIGESTS_DIRECTORY = "dcp-hf"
+"""Directory of the digests files, one for each rank."""
 
 SUFFIX = ".safetensors"
 """Suffix of files that hold weights in the HuggingFace format."""
@@ -39,7 +41,7 @@ follows."""
 REPLACED = ".replaced-"
 """Begins the name of a directory that was renamed aside; the id of the save follows."""
 
-
+_DIGESTS_FILE = re.compile(r"digests-\d{5,}\.safetensors")
 _DCP_FILE = re.compile(r"__(\d+)_\d+\.distcp")
 
 
@@ -52,6 +54,16 @@ def rank_of_dcp_file(name: str) -> int | None:
 def is_hf_directory(names: Collection[str]) -> bool:
     """Whether a directory with these file names holds safetensors weights."""
     return any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in names)
+
+
+def digests_file_name(rank: int) -> str:
+    """Return the path within a checkpoint of the file with the digests of what a rank wrote."""
+    return f"{DIGESTS_DIRECTORY}/digests-{rank:05d}{SUFFIX}"
+
+
+def is_digests_file(name: str) -> bool:
+    """Whether a file in `DIGESTS_DIRECTORY` has the name of a digests file."""
+    return _DIGESTS_FILE.fullmatch(name) is not None
 
 
 def weight_file_names(count: int) -> list[str]:

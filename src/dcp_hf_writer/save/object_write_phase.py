@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.planner import WriteItemType
 from dcp_hf_writer.errors import CheckpointError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.plan.cells import ExchangedFile
+from dcp_hf_writer.plan.rank_digests import pack_report
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter, check_results
 from dcp_hf_writer.save.exchange_group import joined_exchange
 from dcp_hf_writer.save.exchange_writes import Exchanged, ExchangedWrites
@@ -81,6 +82,7 @@ class ObjectWritePhase:
             results = self._write_dcp(plan, source, report, sent)
             if self.files:
                 self._write_export(work, source, report)
+            self._send_digests(report)
             reach("before fsync")
             with attempt.timed("sync"):
                 for one in sent:
@@ -95,6 +97,16 @@ class ObjectWritePhase:
         report.nbytes["dcp"] = sum(result.size_in_bytes for result in results)
         report.nbytes.setdefault("hf", 0)
         return [*results, *left_out, report_result(report)]
+
+    def _send_digests(self, report: RankReport) -> None:
+        data = pack_report(report, self.writes.own.targets)
+        if report.digests is not None:
+            self.store.put(
+                report.digests.name,
+                [memoryview(data)],
+                token=self.save_id,
+                patience=self.attempt.patience(),
+            )
 
     def _give_up(self, sent: Sequence[SentObject]) -> None:
         for one in sent:

@@ -24,6 +24,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from dcp_hf_writer.errors import CheckpointError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.weights_once_places import NOTICE, encode_stored_once
+from dcp_hf_writer.plan.rank_digests import pack_report
 from dcp_hf_writer.plan.rank_report import RankReport
 from dcp_hf_writer.plan.regions import TargetTable
 from dcp_hf_writer.plan.weights_once import stored_once
@@ -153,6 +154,7 @@ class WritePhase:
                     if not shares:
                         files.sync_kept()
                         self._join(files, report)
+            self._write_digests(files, report)
             reach("before fsync")
             files.sync_kept()
             with attempt.timed("sync"):
@@ -192,6 +194,23 @@ class WritePhase:
     def _planned_nbytes(self, work: Mapping[int, Blocks]) -> int:
         """Return the bytes of tensors that this rank will write to both halves."""
         return nbytes_of_items(self.plan.items) + sum(map(nbytes_of_blocks, work.values()))
+
+    def _write_digests(self, files: OpenFiles, report: RankReport) -> None:
+        """Write the digests of this rank into a file; the report keeps what the coordinator needs.
+
+        Raises:
+            StorageError: If the file cannot be written.
+        """
+        data = pack_report(report, self.own.targets)
+        assert report.digests is not None
+        path = os.path.join(self.directory.path, report.digests.name)
+        file = OutputFile(path, create=True)
+        try:
+            file.write(memoryview(data), 0)
+        except BaseException:
+            file.discard()
+            raise
+        files.sync(file)
 
     def _jobs(self, files: Sequence[int], *, is_dcp_last: bool) -> list[int | None]:
         """Return this rank's files in rotated order; `None` stands for its DCP file."""
