@@ -30,7 +30,7 @@ from dcp_hf_writer.storage.object_retries import waits
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from dcp_hf_writer.plan.parse_manifest import Manifest
+    from dcp_hf_writer.plan.manifest import Manifest
     from dcp_hf_writer.save.mirror_record import MirrorRecord
     from dcp_hf_writer.storage.object_contract import ObjectStore, Patience
 
