@@ -52,8 +52,13 @@ def rank_of_dcp_file(name: str) -> int | None:
 
 
 def is_hf_directory(names: Collection[str]) -> bool:
-    """Whether a directory with these file names holds safetensors weights."""
-    return any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in names)
+    """Whether a directory with these file names holds safetensors weights.
+
+    Digests files have the same suffix and hold no weights.
+    """
+    return any(
+        name.endswith((SUFFIX, INDEX_SUFFIX)) and not is_digests_file(name) for name in names
+    )
 
 
 def digests_file_name(rank: int) -> str:
