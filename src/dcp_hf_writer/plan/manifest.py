@@ -157,3 +157,14 @@ class Manifest:
         if self.hf is not None:
             sizes |= {f"{self.hf.subdir}/{n}": file.nbytes for n, file in self.hf.files.items()}
         return sizes
+
+    def digest_of(self, name: str) -> str | None:
+        """Return the digest of a whole file; `None` if the manifest has digests of its parts only.
+
+        Args:
+            name: Path within the checkpoint.
+        """
+        whole = self.files.get(name)
+        if whole is not None:
+            return whole.digest
+        return next((file.digest for file in self.digests if file.name == name), None)
