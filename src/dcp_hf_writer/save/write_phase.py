@@ -139,7 +139,7 @@ class WritePhase:
             self.plan = without_results(self.plan, left_out)
         attempt.byte_count.plan(self._planned_nbytes(work))
         self.block_nbytes = self._shared_block_nbytes()
-        # The DCP half also shares the blocks of files that are not written; these have digests, too.
+        # The DCP half shares the blocks of files that are not written, and these have digests too.
         of_export = dict(work)
         self._reuse_files(work, source, report)
         shares = self.slots.is_shared_by_halves()
