@@ -279,7 +279,7 @@ class CheckpointManager:
             With `wait`, the report; `None` if the save failed and `on_failure` does not raise.
 
         Raises:
-            ConfigError: If an export is asked for and the manager has none, or a metric is no number.
+            ConfigError: If the manager has no export to write, or a metric is no number.
             CheckpointError: As `step`; with `wait`, also the failure of this save.
         """
         self._check_open()
