@@ -32,7 +32,7 @@ from support.partitions import partitions_of
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from dcp_hf_writer.plan.rank_report import WrittenBlock
+    from dcp_hf_writer.plan.written_block import WrittenBlock
 
 FEW = settings(max_examples=25, deadline=None)
 START = 24  # of the tensor in its file

@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.save.failure_explanations import explain_broken_exchange
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
+    from dcp_hf_writer.plan.global_plan import RankPlan
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.rank_progress import Rendezvous
+    from dcp_hf_writer.save.save_context import PlaceOfSave
 
 _FIRST_POLL_S = 0.0005
 _LONGEST_POLL_S = 0.02
@@ -48,6 +52,25 @@ class HostMeeting:
         """Index of this rank among them."""
         self._store = records.part_of_store(f"host/{save_id}/{ranks[0]}")
         self._steps: list[str] = []
+
+    @classmethod
+    @contextmanager
+    def of(cls, attempt: Attempt, own: RankPlan, place: PlaceOfSave) -> Iterator[HostMeeting]:
+        """Meet the ranks of this host, and leave the meeting after the last step.
+
+        Args:
+            attempt: The save; it has records of the ranks.
+            own: This rank's part of the global plan.
+            place: Where the save writes.
+        """
+        reach("before rows")
+        records = attempt.member.rendezvous
+        assert records is not None
+        meeting = cls(
+            attempt, records, save_id=place.save_id, ranks=own.host_ranks, me=own.host_rank
+        )
+        yield meeting
+        meeting.leave()
 
     def gather(self, what: str, mine: Any) -> list[Any]:
         """Tell the other ranks a value, wait for theirs, and return all of them by index.

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import xxhash
 
 from dcp_hf_writer.failpoints import reach
-from dcp_hf_writer.plan.rank_report import WrittenBlock
 from dcp_hf_writer.plan.row_groups import boxes_between
+from dcp_hf_writer.plan.written_block import WrittenBlock
 from dcp_hf_writer.save.tensor_bytes import host_bytes
 from dcp_hf_writer.tensors.dtype_names import ITEMSIZE
 from dcp_hf_writer.tensors.dtypes import TORCH_BY_NAME

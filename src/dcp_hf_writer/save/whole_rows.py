@@ -63,6 +63,16 @@ class RowShare:
         """Bytes on disk."""
         return len(self.part.units) * self.part.group.unit_nbytes
 
+    @property
+    def most_blocks(self) -> int:
+        """Most boxes that the rows consist of: one for each end of a cut dimension, and a middle."""
+        return 2 * len(self.target.shape)
+
+    @property
+    def most_loops(self) -> int:
+        """Most loops of these boxes together."""
+        return self.most_blocks * len(self.target.shape)
+
 
 @dataclass(frozen=True, slots=True)
 class HeldColumns:
@@ -130,7 +140,6 @@ def take_rows(
         told = meeting.gather("told", None if table is None else asdict(table))
         parts, why = _readable_parts(told, slabs, mine, me)
         refused = [one for one in meeting.gather("ready", why) if one is not None]
-    meeting.leave()
     if refused:
         _log.info("column shards are written apart: %s", refused[0])
         return {}
