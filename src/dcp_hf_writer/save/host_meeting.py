@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.global_plan import RankPlan
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.rank_progress import Rendezvous
-    from dcp_hf_writer.save.save_context import PlaceOfSave
 
 _FIRST_POLL_S = 0.0005
 _LONGEST_POLL_S = 0.02
@@ -55,20 +54,18 @@ class HostMeeting:
 
     @classmethod
     @contextmanager
-    def of(cls, attempt: Attempt, own: RankPlan, place: PlaceOfSave) -> Iterator[HostMeeting]:
+    def of(cls, attempt: Attempt, own: RankPlan, save_id: str) -> Iterator[HostMeeting]:
         """Meet the ranks of this host, and leave the meeting after the last step.
 
         Args:
             attempt: The save; it has records of the ranks.
             own: This rank's part of the global plan.
-            place: Where the save writes.
+            save_id: Id of the save.
         """
         reach("before rows")
         records = attempt.member.rendezvous
         assert records is not None
-        meeting = cls(
-            attempt, records, save_id=place.save_id, ranks=own.host_ranks, me=own.host_rank
-        )
+        meeting = cls(attempt, records, save_id=save_id, ranks=own.host_ranks, me=own.host_rank)
         yield meeting
         meeting.leave()
 

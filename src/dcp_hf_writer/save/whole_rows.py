@@ -65,7 +65,7 @@ class RowShare:
 
     @property
     def most_blocks(self) -> int:
-        """Most boxes that the rows consist of: one for each end of a cut dimension, and a middle."""
+        """Most boxes that the rows consist of: two for each dimension that is cut, and a middle."""
         return 2 * len(self.target.shape)
 
     @property

@@ -276,7 +276,10 @@ class WritePhase:
             return {}
         before = sum(map(nbytes_of_blocks, work.values()))
         bounce_nbytes = bounce_nbytes_of(self.host_budget_bytes)
-        with attempt.timed("row wait"), HostMeeting.of(attempt, own, self.directory) as meeting:
+        with (
+            attempt.timed("row wait"),
+            HostMeeting.of(attempt, own, self.directory.save_id) as meeting,
+        ):
             rows = take_rows(meeting, self.slabs, work, source, bounce_nbytes=bounce_nbytes)
         after = sum(map(nbytes_of_blocks, work.values())) + nbytes_of_shares(rows.values())
         attempt.byte_count.plan(after - before)
