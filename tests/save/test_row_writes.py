@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from dcp_hf_writer.errors import SaveAbortedError
 from dcp_hf_writer.plan.layout import PartTarget
-from dcp_hf_writer.plan.rank_report import is_solid
 from dcp_hf_writer.plan.regions import chunk_regions
 from dcp_hf_writer.save.bounce_buffer import BounceBuffer
 from dcp_hf_writer.save.hf_half import BlockWriter
@@ -37,6 +36,11 @@ if TYPE_CHECKING:
 FEW = settings(max_examples=25, deadline=None)
 START = 24  # of the tensor in its file
 FLOATS = [torch.float32, torch.bfloat16, torch.float64]
+
+
+def is_solid(extent: Any) -> bool:
+    """Whether a block has sizes instead of loops."""
+    return not (extent and isinstance(extent[0], tuple))
 
 
 @dataclass
