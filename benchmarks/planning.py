@@ -1,6 +1,7 @@
 """How much our part adds to torch's global planning, on simulated ranks.
 
     python benchmarks/planning.py --plot docs/planning.png
+    python benchmarks/planning.py --finish --fsdp 16 --layers 61
 
 Plans what DCP's default planner hands to a storage writer on the coordinator, for two models:
 
@@ -10,7 +11,8 @@ Plans what DCP's default planner hands to a storage writer on the coordinator, f
 
 Both sides are single-threaded Python in one process; times are of the CPU, collections of garbage
 included. Each plan goes through pickle, as it would from rank to rank, so that no objects are
-shared that ranks could not share.
+shared that ranks could not share. `--finish` measures what follows the writes instead
+(`finish_phase.py`).
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ from dcp_hf_writer.preflight.rank_facts import check_facts
 from dcp_hf_writer.save.hf_half import regions_by_file
 from dcp_hf_writer.tensors.boxes import _fault
 from dcp_hf_writer.tensors.strided_copies import _copies_of
+from finish_phase import print_finish
 from machine import describe_machine
 from simulated import rank_plan
 
@@ -222,6 +225,9 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=3, help="rounds of ours, medians shown [3]")
     parser.add_argument("--spec-layers", type=int, default=1000, help="layers to compile [1000]")
+    parser.add_argument(
+        "--finish", action="store_true", help="print only the finish phase of `deepseek` with Adam"
+    )
     parser.add_argument("--plot", metavar="FILE", help="draw the figures, for instance as .png")
     return parser.parse_args()
 
@@ -233,6 +239,10 @@ def main() -> None:
     logging.disable(logging.WARNING)
     machine = describe_machine(".")
     print(machine)
+    if options.finish:
+        for fsdp in _numbers(options.fsdp):
+            print_finish(options.layers, deepseek.Mesh(EXPERT_RANKS, fsdp))
+        return
     print_compiling(options.spec_layers)
     print(
         "\nmodel      ranks     items  HF ten.  torch s  validates  ours s   ratio  of the rest"

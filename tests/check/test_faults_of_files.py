@@ -111,7 +111,7 @@ def d1_files(directory: Path) -> list[str]:
 
 def is_read(name: str, source: Source) -> bool:
     """Whether a load from a source takes anything of a file."""
-    if name == MANIFEST_NAME:
+    if name == MANIFEST_NAME or name.startswith("dcp-hf/"):
         return True
     return name.startswith("hf/") == (source == "hf")
 
@@ -545,13 +545,14 @@ def test_d6_blocks_that_do_not_tile_a_tensor_are_found_and_not_loaded(
             "too little": lambda blocks: blocks.pop(),
             "too much": lambda blocks: blocks.append(blocks[-1]),
             "overlapping": lambda blocks: blocks.append([0, blocks[0][1], *blocks[0][2:]]),
-            "outside": lambda blocks: blocks[-1][1].__setitem__(0, 1000),
+            "outside": lambda blocks: blocks[-1].__setitem__(1, 1_000_000),
         }  # fmt: skip
         changes[kind](tensor[3])
         put_manifest(copy, fields)
         report = verify(copy)
         text = "\n".join(map(str, report.problems))
-        assert f"'{key}'" in text
+        # A block outside its file belongs to no tensor.
+        assert ("dcp-hf/digests-0000" if kind == "outside" else f"'{key}'") in text
         assert not report.ok
         error = load(copy, "hf")
         assert isinstance(error, CorruptCheckpointError), (key, kind)

@@ -114,17 +114,17 @@ def test_one_digest_is_fed_from_spans_that_lie_apart() -> None:
 @pytest.mark.parametrize(
     ("boxes", "fault"),
     [
-        ([Box((0, 0), (9, 10))], "hold 180 bytes, the tensor has 200"),
-        ([Box((0, 0), (10, 10)), Box((3, 3), (1, 1))], "hold 202 bytes, the tensor has 200"),
-        ([Box((0, 0), (10, 9)), Box((0, 0), (10, 1))], "overlap at byte 0 of the tensor"),
+        ([Box((0, 0), (9, 10))], "hold 180 of 200 bytes"),
+        ([Box((0, 0), (10, 10)), Box((3, 3), (1, 1))], "hold 202 of 200 bytes"),
+        ([Box((0, 0), (10, 9)), Box((0, 0), (10, 1))], "overlap at byte 50"),
         (
             [Box((0, 0), (5, 10)), Box((6, 0), (4, 10)), Box((8, 0), (1, 10))],
-            "gap at byte 100 of the tensor",
+            "gap at byte 150",
         ),
-        ([Box((0, 0), (5, 10)), Box((4, 0), (5, 10))], "overlap at byte 80 of the tensor"),
-        ([Box((0, 0), (10, 5)), Box((0, 4), (10, 5))], "overlap at byte 8 of the tensor"),
-        ([Box((0, 1), (10, 9)), *[Box((9, 1), (1, 2))] * 5], "gap at byte 0 of the tensor"),
-        ([], "hold 0 bytes"),
+        ([Box((0, 0), (5, 10)), Box((4, 0), (5, 10))], "overlap at byte 130"),
+        ([Box((0, 0), (10, 5)), Box((0, 4), (10, 5))], "overlap at byte 58"),
+        ([Box((0, 1), (10, 9)), *[Box((9, 1), (1, 2))] * 5], "gap at byte 50"),
+        ([], "hold 0 of 200 bytes"),
     ],
 )  # fmt: skip
 def test_gap_or_overlap_is_seen(window: int, boxes: list[Box], fault: str) -> None:
@@ -139,7 +139,7 @@ def test_gap_or_overlap_is_seen(window: int, boxes: list[Box], fault: str) -> No
 def test_byte_covered_257_times_is_seen() -> None:
     runs = [contiguous(0, 1)] * 257 + [contiguous(257, 1000)]
     parts = tuple((Digest("", "block"), one) for one in runs)
-    assert "gap at byte 1 of the tensor" in sweep([Span(0, 1000, parts)])[0][1]
+    assert "gap at byte 1" in sweep([Span(0, 1000, parts)])[0][1]
 
 
 @pytest.mark.parametrize("window", [64, 1000])

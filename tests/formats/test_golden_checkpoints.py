@@ -21,7 +21,7 @@ from support.golden_states import KINDS, PAIR, STEP, exported, whole
 from support.stock_readers import load_hf as load_safetensors
 
 TESTS = Path(__file__).parents[1]
-FORMATS = ("pickled-once", "plain-once")
+FORMATS = ("pickled-once", "plain-once", "rank-digests")
 GOLDEN = [(name, kind) for name in FORMATS for kind in KINDS]
 each_golden = pytest.mark.parametrize(("name", "kind"), GOLDEN)
 

@@ -14,6 +14,11 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
 from dcp_hf_writer.errors import ExportError
+from dcp_hf_writer.formats.names_on_disk import digests_file_name
+from dcp_hf_writer.plan.encode_manifest import encode_manifest
+from dcp_hf_writer.plan.layout import Layout, PlannedFile
+from dcp_hf_writer.plan.parse_manifest import parse_manifest
+from dcp_hf_writer.plan.rank_report import DCPFile, DigestsFile, RankReport
 from support.audit import MANIFEST_NAME, faults, file_fault, read_manifest
 from support.ranks import run_ranks
 from support.small_states import MODEL, state_of
@@ -98,6 +103,9 @@ def test_missing_and_additional_files_are_seen(root: Path, tmp_path: Path) -> No
     directory.mkdir()
     (directory / MANIFEST_NAME).write_bytes((root / "dcp-only" / MANIFEST_NAME).read_bytes())
     (directory / "stray").touch()
+    (directory / "dcp-hf").mkdir()
+    for path in (root / "dcp-only" / "dcp-hf").iterdir():
+        (directory / "dcp-hf" / path.name).write_bytes(path.read_bytes())
     assert faults(directory) == [
         ".metadata is missing",
         "__0_0.distcp is missing",
@@ -110,11 +118,13 @@ def test_totals_are_the_bytes_of_the_files(root: Path, manifest: dict[str, Any])
     directory = root / "step-100"
     size = {path: path.stat().st_size for path in directory.rglob("*") if path.is_file()}
     headers = sum(file["header_nbytes"] for file in manifest["hf"]["files"].values())
-    weights = sum(n for path, n in size.items() if path.suffix == ".safetensors")
+    digests = sum(n for path, n in size.items() if path.parent.name == "dcp-hf")
+    weights = sum(n for path, n in size.items() if path.suffix == ".safetensors") - digests
     dcp_half = sum(n for path, n in size.items() if path.suffix == ".distcp")
-    others = sum(size.values()) - weights - dcp_half - size[directory / MANIFEST_NAME]
+    others = sum(size.values()) - weights - dcp_half - digests - size[directory / MANIFEST_NAME]
     # On a file system that cannot clone, nothing is shared; these tensors are too small anyway.
     expected = {"dcp": dcp_half, "hf": weights - headers, "other": others, "shared": 0}
+    expected["digests"] = digests
     assert manifest["nbytes"] == expected
 
 
@@ -179,3 +189,35 @@ def test_manifest_tells_why_there_is_no_export(tmp_path: Path) -> None:
     assert manifest["hf"] is None
     assert "no space for a vocabulary" in manifest["export_error"]
     assert not (target / "hf").exists()
+
+
+def test_manifest_of_a_thousand_ranks_is_below_one_megabyte() -> None:
+    """The bar of the design; the files are those of DeepSeek-V3 in parts of 5 GB."""
+    seconds = dict.fromkeys(
+        ("stage", "plan", "slot wait", "write dcp", "write hf", "sync"), 12.34567
+    )
+    reports = []
+    for rank in range(1024):
+        file = DCPFile(f"__{rank}_0.distcp", 40 << 30, (), "f" * 16)
+        listed = DigestsFile(digests_file_name(rank), 99_999, "f" * 16, (0, 299), 1 << 30)
+        report = RankReport(rank, f"node-{rank // 8:05d}", dcp_files=[file], digests=listed)
+        report.seconds = seconds
+        reports.append(report)
+    files = tuple(
+        PlannedFile(f"model-{number:05d}-of-00300.safetensors", b"h" * 20_000, 5 << 30, ())
+        for number in range(300)
+    )
+    data = encode_manifest(
+        save_id="20260101T000000-00000000-1-000000000000",
+        target="/runs/deepseek/step-100",
+        owner={"host": "node-00000", "pid": 1},
+        step=100,
+        subdir="hf",
+        layout=Layout(files, {}, None, {}),
+        reports=reports,
+        whole_files=[],
+        seconds=seconds,
+        export_error=None,
+    )
+    assert len(data) < 1_000_000
+    assert len(parse_manifest(data, path="x").digests) == len(reports)

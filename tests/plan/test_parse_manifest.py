@@ -17,14 +17,12 @@ from hypothesis import strategies as st
 from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
 from dcp_hf_writer.errors import CorruptCheckpointError
 from dcp_hf_writer.plan.encode_manifest import WholeFile
+from dcp_hf_writer.plan.manifest import Manifest, ManifestDCPFile, ManifestDigests, StoredBlock
 from dcp_hf_writer.plan.parse_manifest import (
     MAX_MANIFEST_NBYTES,
-    Manifest,
-    StoredBlock,
     is_relative_name,
     parse_manifest,
 )
-from dcp_hf_writer.plan.rank_report import DCPFile
 from dcp_hf_writer.tensors.boxes import ByteRuns
 from support.small_states import MODEL, state_of
 
@@ -68,16 +66,22 @@ def test_what_is_written_is_read(written: bytes) -> None:
     assert (found.save_id, found.target) == (fields["save_id"], fields["target"])
     assert found.files == {n: WholeFile(n, *entry) for n, entry in fields["files"].items()}
     assert found.dcp == {
-        name: DCPFile(name, e["nbytes"], tuple(map(tuple, e["ranges"])), e["rest"])
+        name: ManifestDCPFile(name, e["nbytes"], e["rest"], e["rank"], None)
         for name, e in fields["dcp"].items()
     }
+    assert found.digests == tuple(
+        ManifestDigests(
+            n, e["rank"], e["nbytes"], e["digest"], (0, e["hf_files"][1]), e["hf_nbytes"]
+        )
+        for n, e in fields["digests"].items()
+    )
     assert found.hf is not None
     assert found.hf.tied == {"tied": "embed"}
     assert {
-        file.name: [file.nbytes, file.header_nbytes, file.header, list(file.tensors)]
+        file.name: [file.nbytes, file.header_nbytes, file.header, file.tensors]
         for file in found.hf.files.values()
     } == {
-        name: [e["nbytes"], e["header_nbytes"], e["header"], list(e["tensors"])]
+        name: [e["nbytes"], e["header_nbytes"], e["header"], None]
         for name, e in fields["hf"]["files"].items()
     }
     assert found.seconds == fields["timings"]["coordinator"]
@@ -139,21 +143,21 @@ def test_block_becomes_the_bytes_that_it_is(extent: list[Any], runs: ByteRuns | 
     found = parse(encode(tensor_with([[1, [0, 0], extent, DIGEST]], [4, 6])))
     assert found.hf is not None
     frozen = tuple(tuple(e) if isinstance(e, list) else e for e in extent)
-    blocks = found.hf.files["model.safetensors"].tensors["w"].blocks
+    blocks = (found.hf.files["model.safetensors"].tensors or {})["w"].blocks
     assert blocks == (StoredBlock(1, (0, 0), frozen, DIGEST, runs),)
 
 
 def test_block_starts_at_its_first_element() -> None:
     found = parse(encode(tensor_with([[0, [1, 2], [2, 3], DIGEST]], [4, 6])))
     assert found.hf is not None
-    (block,) = found.hf.files["model.safetensors"].tensors["w"].blocks
+    (block,) = (found.hf.files["model.safetensors"].tensors or {})["w"].blocks
     assert block.runs == ByteRuns(100 + 2 * 8, 6, ((2, 12),))
 
 
 def test_scalar_has_one_element() -> None:
     found = parse(encode(tensor_with([[0, [], [], DIGEST]], [])))
     assert found.hf is not None
-    (block,) = found.hf.files["model.safetensors"].tensors["w"].blocks
+    (block,) = (found.hf.files["model.safetensors"].tensors or {})["w"].blocks
     assert block.runs == ByteRuns(100, 2, ())
 
 
@@ -183,9 +187,55 @@ FILE = ("hf", "files", "model.safetensors")
 TENSOR = (*FILE, "tensors", "w")
 BLOCK = (*TENSOR, 3, 0)
 RANGES = ("dcp", "__0_0.distcp", "ranges")
+BASE_2: dict[str, Any] = BASE | {
+    "version": 2,
+    "dcp": {"__0_0.distcp": {"nbytes": 9, "rest": DIGEST, "rank": 1}},
+    "hf": BASE["hf"]
+    | {"files": {"model.safetensors": {"nbytes": 148, "header_nbytes": 100, "header": DIGEST}}},
+    "digests": {
+        "dcp-hf/digests-00001.safetensors": {
+            "rank": 1,
+            "nbytes": 500,
+            "digest": DIGEST,
+            "hf_files": [0, 0],
+            "hf_nbytes": 48,
+        }
+    },
+}
+
+
+def changed_2(*path: Any, to: Any) -> dict[str, Any]:
+    fields = json.loads(json.dumps(BASE_2))
+    inner = fields
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = to
+    return fields
+
+
+DIGESTS = ("digests", "dcp-hf/digests-00001.safetensors")
+ENTRY = BASE_2["digests"][DIGESTS[1]]
+HOSTILE_2: dict[str, tuple[dict[str, Any], str]] = {
+    "no digests": ({k: v for k, v in BASE_2.items() if k != "digests"}, "fields of the manifest"),
+    "ranges in version 2": (changed_2("dcp", "__0_0.distcp", "ranges", to=[]), "the fields of"),
+    "tensors in version 2": (changed_2(*FILE, "tensors", to={}), "the fields of"),
+    "digests elsewhere": (changed_2("digests", "../x", to=ENTRY), "relative"),
+    "rank twice": (changed_2("digests", "x", to=ENTRY), "listed once"),
+    "name twice": (changed_2("files", DIGESTS[1], to=[1, DIGEST]), "listed once"),
+    "rank too high": (changed_2(*DIGESTS, "rank", to=2), "rank in"),
+    "rank without digests": (changed_2("dcp", "__0_0.distcp", "rank", to=0), "with a digests file"),
+    "size below zero": (changed_2(*DIGESTS, "nbytes", to=-1), "size of"),
+    "no digest": (changed_2(*DIGESTS, "digest", to=1), "16 hexadecimal"),
+    "files beyond": (changed_2(*DIGESTS, "hf_files", to=[0, 1]), "below 1"),
+    "files reversed": (changed_2(*DIGESTS, "hf_files", to=[1, 0]), "first and a last"),
+    "three files": (changed_2(*DIGESTS, "hf_files", to=[0, 0, 0]), "first and a last"),
+    "files without an export": (changed_2("hf", to=None) | {"once": []}, "below 0"),
+    "bytes as text": (changed_2(*DIGESTS, "hf_nbytes", to="1"), "bytes of"),
+    "header beyond": (changed_2(*FILE, "header_nbytes", to=1000), "header of"),
+}  # fmt: skip
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "other format": (changed("format", to="zip"), "format"),
-    "newer version": (changed("version", to=2), "another version of this package"),
+    "newer version": (changed("version", to=3), "another version of this package"),
     "version no number": (changed("version", to="1"), "version"),
     "version is a bool": (changed("version", to=[True]), "version"),
     "other digest": (changed("digest", to="md5"), "xxh3_64"),
@@ -247,13 +297,14 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
     "once is text": (changed("once", to="w"), "a list"),
     "once of numbers": (changed("once", to=[1]), "text"),
     "hf is a list": (changed("hf", to=[]), "an object"),
+    "digests in version 1": ({**BASE, "digests": {}}, "fields of the manifest"),
     "tied to a number": (changed("hf", "tied", "a", to=1), "text"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_manifest_that_says_what_cannot_be_is_refused(name: str) -> None:
-    fields, message = HOSTILE[name]
+@pytest.mark.parametrize("case", [*HOSTILE.values(), *HOSTILE_2.values()])
+def test_manifest_that_says_what_cannot_be_is_refused(case: tuple[dict[str, Any], str]) -> None:
+    fields, message = case
     with pytest.raises(CorruptCheckpointError, match=message) as caught:
         parse(encode(fields))
     assert "run/dcp-hf.json" in str(caught.value)
@@ -262,6 +313,7 @@ def test_manifest_that_says_what_cannot_be_is_refused(name: str) -> None:
 
 def test_hostile_manifests_differ_from_one_that_is_read() -> None:
     assert parse(encode(BASE)).hf is not None
+    assert parse(encode(BASE_2)).digests
 
 
 @pytest.mark.parametrize("cut", [0, 1, 36, 37, 500])
@@ -342,7 +394,7 @@ def _remove(container: Any, key: Any, value: Any) -> None:
 @settings(deadline=None, max_examples=300)
 @given(st.data())
 def test_mutated_manifest_is_refused_or_read(data: st.DataObject) -> None:
-    fields = json.loads(json.dumps(BASE))
+    fields = json.loads(json.dumps(data.draw(st.sampled_from([BASE, BASE_2]))))
     for _ in range(data.draw(st.integers(1, 3))):
         container, key = data.draw(st.sampled_from(places(fields)))
         act: Callable[[Any, Any, Any], None] = data.draw(st.sampled_from([_replace, _remove]))

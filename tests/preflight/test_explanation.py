@@ -27,6 +27,7 @@ from dcp_hf_writer.preflight import explanation_tables
 from dcp_hf_writer.save import hf_half
 from dcp_hf_writer.tensors.strided_copies import covered
 from dcp_hf_writer.torch_seam.planners import HFSavePlanner
+from support.audit import read_manifest
 from support.plan_caches import is_cached
 from support.rank_tensors import tensor
 from support.ranks import run_ranks
@@ -98,14 +99,14 @@ def moe_export(**options: Any) -> HFExport:
 
 def check_against(explanation: Explanation, directory: Path) -> None:
     """Compare each block, file and sum with those of a checkpoint."""
-    manifest = json.loads((directory / "dcp-hf.json").read_text())
+    manifest = read_manifest(directory)
     written = {
-        (key, rank, tuple(offsets), tuple(extent) if is_solid(extent) else None): digest
+        (key, rank, start, 1 if not loops else math.prod(count for count, _ in loops)): digest
         for file in manifest["hf"]["files"].values()
         for key, (*_, blocks) in file["tensors"].items()
-        for rank, offsets, extent, digest in blocks
+        for rank, start, _, loops, digest in blocks
     }
-    rows = {(row.key, row.rank, row.hf_offsets, row.hf_sizes): row for row in explanation.rows}
+    rows = {(row.key, row.rank, row.start, row.runs): row for row in explanation.rows}
     assert rows.keys() == written.keys()
     assert len(rows) == len(explanation.rows)
     for block, row in rows.items():
@@ -132,10 +133,6 @@ def check_sums(explanation: Explanation, manifest: dict[str, Any]) -> None:
         assert one.dcp_nbytes == sum(nbytes for _, nbytes, _ in stored["ranges"])
     data = sum(file.nbytes - file.header_nbytes for file in explanation.files if file.tensors)
     assert sum(row.nbytes for row in explanation.rows) == data
-
-
-def is_solid(extent: list[Any]) -> bool:
-    return not (extent and isinstance(extent[0], list))
 
 
 # On ranks

@@ -133,6 +133,7 @@ def test_directory_holds_headers_index_and_assets_before_ranks_write(tmp_path: P
         assert sorted(entry.name for entry in path.iterdir()) == [
             ".dcp-hf-live",
             ".dcp-hf-save.json",
+            "dcp-hf",
         ]
         assert prepared(attempt, layout, {"config.json": b"{}", "sub/x.txt": b"x"}) == [
             "hf/config.json",

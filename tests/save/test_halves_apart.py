@@ -76,8 +76,12 @@ def test_halves_apart_equal_those_of_a_local_save(
         assert run_ranks(save_apart, world_size, halves, name, 1) == [None] * world_size
         found = halves.files(halves.dcp, name)
         found |= {f"hf/{key}": data for key, data in halves.files(halves.hf, name).items()}
-        assert found.keys() - {f"hf/{MANIFEST}"} == whole.keys()
-        for key in whole.keys() - {".metadata", MANIFEST}:
+        # Each place has the digests of its own half.
+        digests = {f"dcp-hf/digests-{rank:05d}.safetensors" for rank in range(world_size)}
+        of_export = {f"hf/{key}" for key in (MANIFEST, *digests)}
+        assert found.keys() - of_export == whole.keys()
+        assert of_export < found.keys()
+        for key in whole.keys() - {".metadata", MANIFEST, *digests}:
             assert found[key] == whole[key], (kind, key)
         check_place_of_export(halves, name)
         check_loaded(halves, name, 1)
@@ -125,7 +129,7 @@ def test_error_before_the_commit_removes_the_published_export(
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["local-s3", "s3-local"])
 def test_taken_place_of_the_export_costs_no_dcp_half(
     tmp_path: Path, moto: S3Server, kind: str
 ) -> None:

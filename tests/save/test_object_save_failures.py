@@ -262,7 +262,7 @@ def break_parts(monkeypatch: pytest.MonkeyPatch, suffix: str) -> None:
     monkeypatch.setattr(FsspecStore, "send_part", sent)
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", "config.json"])
+@pytest.mark.parametrize("suffix", ["model.safetensors", "config.json"])
 def test_failed_export_does_not_cost_the_dcp_half(
     store: Store, monkeypatch: pytest.MonkeyPatch, suffix: str
 ) -> None:
@@ -271,7 +271,12 @@ def test_failed_export_does_not_cost_the_dcp_half(
     assert error is not None
     assert error.startswith(ExportError.__name__)
     files = store.files("step-1")
-    assert sorted(files) == [".metadata", "__0_0.distcp", MANIFEST]
+    assert sorted(files) == [
+        ".metadata",
+        "__0_0.distcp",
+        MANIFEST,
+        "dcp-hf/digests-00000.safetensors",
+    ]
     state: dict[str, Any] = {"step": 0}
     dcp.load(state, checkpoint_id=str(store.at("step-1")).removeprefix("shareddir://"))
     assert state["step"] == 1
@@ -291,7 +296,7 @@ def test_failure_of_own_tensors_does_not_cost_the_dcp_half(store: Store, tmp_pat
 def test_failed_export_publishes_nothing_when_only_it_has_the_weights(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    break_parts(monkeypatch, ".safetensors")
+    break_parts(monkeypatch, "model.safetensors")
     error = save_step(store, "step-1", 1, weights="once")
     assert error is not None
     assert "stored nowhere else" in error

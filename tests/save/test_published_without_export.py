@@ -74,7 +74,7 @@ def test_export_error_names_the_published_half_and_what_is_missing(
     assert f"expected {path}/hf/" in text
     assert ".incomplete" not in text
     assert "nothing was published" not in text
-    assert files == [".metadata", "__0_0.distcp", "dcp-hf.json"]
+    assert files == [".metadata", "__0_0.distcp", "dcp-hf", "dcp-hf.json"]
     assert is_whole
     # The manifest keeps the reason, and a load of the missing half gives it.
     assert "the HuggingFace half is missing" in said

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dcp_hf_writer import HFDualWriter, HFExport, LoadSpec
 from dcp_hf_writer.mapping.load_spec import Piece
-from support.audit import MANIFEST_NAME
+from support.audit import MANIFEST_NAME, read_manifest, write_manifest
 from support.small_states import MODEL, state_of
 
 if TYPE_CHECKING:
@@ -56,8 +56,8 @@ def copied(directory: Path, to: Path) -> Path:
 
 
 def manifest_of(directory: Path) -> dict[str, Any]:
-    """Return the fields of a manifest."""
-    return dict(json.loads((directory / MANIFEST_NAME).read_bytes()))
+    """Return the fields of a manifest, with the digests, as `read_manifest` does."""
+    return read_manifest(directory)
 
 
 def encoded(fields: dict[str, Any]) -> bytes:
@@ -73,15 +73,15 @@ def encoded(fields: dict[str, Any]) -> bytes:
 
 def put_manifest(directory: Path, fields: dict[str, Any]) -> None:
     """Replace the manifest of a checkpoint, as one could who knows how it is made."""
-    (directory / MANIFEST_NAME).write_bytes(encoded(fields))
+    write_manifest(directory, fields)
 
 
 def sign(directory: Path, name: str) -> None:
     """Put size and digest of a whole file into the manifest, as one could who tampers with it."""
-    fields = manifest_of(directory)
+    fields = json.loads((directory / MANIFEST_NAME).read_bytes())
     content = (directory / name).read_bytes()
     fields["files"][name] = [len(content), xxhash.xxh3_64_hexdigest(content)]
-    put_manifest(directory, fields)
+    (directory / MANIFEST_NAME).write_bytes(encoded(fields))
 
 
 def flip(path: Path, position: int, bit: int = 0) -> None:

@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from dcp_hf_writer import HFExport
+from support.audit import read_manifest
 from support.compare import tensor_difference
 from support.stock_readers import load_dcp, load_hf
 
@@ -136,7 +138,10 @@ def save_held_by(
 
 def manifest_fault(checkpoint: Path, *, others: Collection[str] = ()) -> str | None:
     """Say where the bytes of a checkpoint differ from its manifest; `None` if they do not."""
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    try:
+        manifest = read_manifest(checkpoint)
+    except (OSError, ValueError, SafetensorError) as error:
+        return f"digests cannot be read: {error}"
     contents = {
         path.relative_to(checkpoint).as_posix(): path.read_bytes()
         for path in checkpoint.rglob("*")
@@ -145,20 +150,20 @@ def manifest_fault(checkpoint: Path, *, others: Collection[str] = ()) -> str | N
     export = manifest["hf"] or {"subdir": "hf", "files": {}}
     in_export = {f"{export['subdir']}/{name}": one for name, one in export["files"].items()}
     listed = manifest["files"].keys() | manifest["dcp"].keys() | in_export.keys()
+    listed |= manifest["digests"].keys()
     if not listed <= contents.keys() <= listed | set(others):
         return f"lists {sorted(listed)}, there are {sorted(contents)}"
-    for name, (nbytes, digest) in manifest["files"].items():
-        if (nbytes, digest) != (len(contents[name]), _digest(contents[name])):
-            return f"{name} is not what was written"
-    for name, one in manifest["dcp"].items():
-        fault = _dcp_fault(contents[name], one)
-        if fault is not None:
-            return f"{name}: {fault}"
-    for name, one in in_export.items():
-        fault = _export_fault(contents[name], one)
-        if fault is not None:
-            return f"{name}: {fault}"
-    return None
+    whole = manifest["files"] | {
+        name: [one["nbytes"], one["digest"]] for name, one in manifest["digests"].items()
+    }
+    faults = [
+        "is not what was written"
+        for name, (nbytes, digest) in whole.items()
+        if (nbytes, digest) != (len(contents[name]), _digest(contents[name]))
+    ]
+    faults += [_dcp_fault(contents[name], one) for name, one in manifest["dcp"].items()]
+    faults += [_export_fault(contents[name], one) for name, one in in_export.items()]
+    return next((fault for fault in faults if fault is not None), None)
 
 
 def _digest(data: bytes) -> str:
@@ -181,19 +186,21 @@ def _dcp_fault(content: bytes, listed: Mapping[str, Any]) -> str | None:
 def _export_fault(content: bytes, listed: Mapping[str, Any]) -> str | None:
     if len(content) != listed["nbytes"]:
         return f"has {len(content)} of {listed['nbytes']} bytes"
-    for key, (start, _, shape, pieces) in listed["tensors"].items():
+    if _digest(content[: listed["header_nbytes"]]) != listed["header"]:
+        return "the header differs from its digest"
+    for key, (start, _, _, pieces) in listed["tensors"].items():
         nbytes = _nbytes(content, key)
-        data = torch.frombuffer(bytearray(content[start : start + nbytes]), dtype=torch.uint8)
-        elements = data.reshape(*shape, -1)
-        covered = 0
-        for _, offsets, sizes, digest in pieces:
-            box = tuple(slice(o, o + n) for o, n in zip(offsets, sizes, strict=True))
-            part = elements[box].contiguous()
-            if _digest(part.numpy().tobytes()) != digest:
-                return f"{key!r} at {offsets} differs from its digest"
-            covered += part.numel()
-        if covered != nbytes:
-            return f"{key!r}: digests of {covered} of {nbytes} bytes"
+        covered = torch.zeros(nbytes, dtype=torch.int64)
+        for _, begin, size, loops, digest in pieces:
+            where = torch.tensor([begin])
+            for count, stride in (*loops, (size, 1)):
+                where = (where[:, None] + torch.arange(count) * stride).reshape(-1)
+            data = torch.frombuffer(bytearray(content), dtype=torch.uint8)[where]
+            if _digest(data.numpy().tobytes()) != digest:
+                return f"{key!r} at {begin} differs from its digest"
+            covered[where - start] += 1
+        if not covered.eq(1).all():
+            return f"{key!r}: the digests do not cover each of {nbytes} bytes once"
     return None
 
 

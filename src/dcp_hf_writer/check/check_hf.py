@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
     from dcp_hf_writer.formats.parse_safetensors_header import FileHeader
-    from dcp_hf_writer.plan.parse_manifest import ManifestExport
+    from dcp_hf_writer.plan.manifest import ManifestExport, ManifestTensor
     from dcp_hf_writer.storage.input_contract import InputFiles
 
 # save_pretrained and the hub name the files of an index like this.
@@ -163,31 +163,42 @@ def export_problems(
         header = directory.headers.get(name)
         if header is None:
             continue
-        for key in sorted(file.tensors.keys() ^ header.tensors.keys()):
-            where = "header of its file" if key in file.tensors else "manifest"
-            what = f"the tensor is not in the {where}"
-            yield Problem(file=name, key=key, what=what)
-        for key in file.tensors.keys() & header.tensors.keys():
-            listed, stored = file.tensors[key], header.tensors[key]
-            said = (listed.dtype, listed.shape, listed.start)
-            found = (stored.dtype, stored.torch_shape, stored.start)
-            if said != found:
-                yield Problem(
-                    file=name,
-                    key=key,
-                    what="the header and the manifest describe the tensor differently",
-                    expected=_described(*said),
-                    found=_described(*found),
-                )
-    yield from _tie_problems(export, fqns)
+        if file.tensors is not None:
+            yield from _header_problems(name, file.tensors, header)
+    if directory.headers.keys() >= export.files.keys():
+        yield from _tie_problems(export, directory, fqns)
+
+
+def _header_problems(
+    name: str, listed_tensors: Mapping[str, ManifestTensor], header: FileHeader
+) -> Iterator[Problem]:
+    """Yield differences between the header of a file and a manifest that lists its tensors."""
+    for key in sorted(listed_tensors.keys() ^ header.tensors.keys()):
+        where = "header of its file" if key in listed_tensors else "manifest"
+        what = f"the tensor is not in the {where}"
+        yield Problem(file=name, key=key, what=what)
+    for key in listed_tensors.keys() & header.tensors.keys():
+        listed, stored = listed_tensors[key], header.tensors[key]
+        said = (listed.dtype, listed.shape, listed.start)
+        found = (stored.dtype, stored.torch_shape, stored.start)
+        if said != found:
+            yield Problem(
+                file=name,
+                key=key,
+                what="the header and the manifest describe the tensor differently",
+                expected=_described(*said),
+                found=_described(*found),
+            )
 
 
 def _described(dtype: str, shape: tuple[int, ...], start: int) -> str:
     return f"{dtype} of shape {list(shape)} at byte {start}"
 
 
-def _tie_problems(export: ManifestExport, fqns: frozenset[str]) -> Iterator[Problem]:
-    keys = {key for file in export.files.values() for key in file.tensors}
+def _tie_problems(
+    export: ManifestExport, directory: DirectoryCheck, fqns: frozenset[str]
+) -> Iterator[Problem]:
+    keys = {key for name in export.files for key in directory.headers[name].tensors}
     for dropped, kept in export.tied.items():
         if dropped in keys:
             what = "the tensor is stored although it is tied to another"

@@ -15,12 +15,18 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import StorageMeta
 
 from dcp_hf_writer.formats.encode_torch_archive import tensor_archive
-from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
+from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME, digests_file_name
 from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
+from dcp_hf_writer.plan.rank_digests import pack_report
 from dcp_hf_writer.plan.rank_report import DCPFile, RankReport
 from dcp_hf_writer.save.owner_process import Owner
 from dcp_hf_writer.save.tensor_bytes import host_bytes
-from dcp_hf_writer.storage.posix_outputs import OutputFile, sync_directory, write_file
+from dcp_hf_writer.storage.posix_outputs import (
+    OutputFile,
+    make_directories,
+    sync_directory,
+    write_file,
+)
 from dcp_hf_writer.tensors.boxes import whole
 from dcp_hf_writer.tensors.row_major_parts import row_major_parts
 
@@ -132,6 +138,11 @@ def finish_plain(directory: StagingDirectory, metadata: Metadata, files: Sequenc
     digest = xxhash.xxh3_64_hexdigest(data.getvalue())
     report = RankReport(0, owner.host, dcp_files=[*files])
     report.nbytes["dcp"] = sum(file.nbytes for file in files)
+    digests = pack_report(report, {})
+    path = os.path.join(directory.path, digests_file_name(report.rank))
+    make_directories(os.path.dirname(path))
+    write_file(path, digests)
+    sync_directory(os.path.dirname(path))
     manifest = encode_manifest(
         save_id=directory.save_id,
         target=target,

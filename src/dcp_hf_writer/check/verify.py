@@ -12,9 +12,11 @@ from dcp_hf_writer.check.check_hf import DirectoryCheck, export_problems
 from dcp_hf_writer.check.verify_progress import progress_of
 from dcp_hf_writer.digests.problems import Problem, first_of
 from dcp_hf_writer.digests.recompute import Recomputation, jobs_of
+from dcp_hf_writer.digests.stored_digests import StoredDigests
 from dcp_hf_writer.errors import CheckpointError, CorruptCheckpointError, ReadError
 from dcp_hf_writer.formats.names_on_disk import (
     DCP_SUFFIX,
+    DIGESTS_DIRECTORY,
     INDEX_NAME,
     INDEX_SUFFIX,
     MANIFEST_NAME,
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
     from dcp_hf_writer.check.check_dcp import Item
-    from dcp_hf_writer.plan.parse_manifest import Manifest
+    from dcp_hf_writer.plan.manifest import Manifest
     from dcp_hf_writer.storage.input_contract import InputFiles
 
 _SHOWN = 20
@@ -310,6 +312,7 @@ class _Check:
             for name in self._sizes
             if name.endswith(SUFFIX) or os.path.basename(name) == INDEX_NAME
         }
+        directories.discard(DIGESTS_DIRECTORY)
         return sorted(n for n in directories if not n or (is_ours and "/" not in n))
 
     def _note_files_of_others(self, manifest: Manifest, names: Collection[str]) -> None:
@@ -356,7 +359,16 @@ class _Check:
     def _recompute(
         self, manifest: Manifest, progress: Callable[[int, int], None], threads: int
     ) -> None:
-        jobs = [job for job in jobs_of(manifest) if job.file in self._sizes]
+        unread: set[str] = set()
+
+        def note(name: str, error: CheckpointError) -> None:
+            if name in self._sizes and name not in unread:
+                self._problems.append(Problem.of(error, name))
+            unread.add(name)
+
+        digests = StoredDigests(self.files, manifest, on_error=note)
+        found = list(jobs_of(self.files, manifest, digests))
+        jobs = [job for job in found if job.file in self._sizes and job.file not in unread]
         work = Recomputation(self.files, jobs, threads=threads)
         problems = work.run(lambda: progress(work.done_nbytes, work.total_nbytes))
         progress(work.total_nbytes, work.total_nbytes)

@@ -13,6 +13,7 @@ from dcp_hf_writer.cli import exit_codes
 from dcp_hf_writer.cli.key_pattern import compile_pattern
 from dcp_hf_writer.cli.plain_text import count, duration, shape, size
 from dcp_hf_writer.cli.run_command import Outcome, line, line_of_rest, row, table
+from dcp_hf_writer.digests.stored_digests import StoredDigests
 from dcp_hf_writer.formats.names_on_disk import METADATA_NAME, rank_of_dcp_file
 from dcp_hf_writer.formats.parse_dcp_metadata import paths_in
 from dcp_hf_writer.formats.weights_once_places import StoredOnce
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
     from dcp_hf_writer.load.hf_directory import HFDirectory
-    from dcp_hf_writer.plan.parse_manifest import Manifest
+    from dcp_hf_writer.plan.manifest import Manifest
     from dcp_hf_writer.storage.input_contract import InputFiles
 
 _FILES_SHOWN = 20
@@ -63,7 +64,7 @@ def inspect_checkpoint(path: str, pattern: str | None) -> Outcome:
         return Outcome(value)
     found = [
         *([] if metadata is None else _dcp_tensors(metadata, matches)),
-        *([] if directory is None else _hf_tensors(directory, manifest, matches)),
+        *([] if directory is None else _hf_tensors(directory, files, manifest, matches)),
     ]
     value["tensors"] = found
     return Outcome(value, exit_codes.OK if found else exit_codes.PROBLEM)
@@ -148,8 +149,10 @@ def bytes_by_rank(manifest: Manifest) -> list[dict[str, Any]]:
         owner = _rank_of(name)
         if owner is not None:
             dcp[owner] += file.nbytes
+    for part in manifest.digests:
+        export[part.rank] += part.hf_nbytes
     for one in () if manifest.hf is None else manifest.hf.files.values():
-        for tensor in one.tensors.values():
+        for tensor in (one.tensors or {}).values():
             for block in tensor.blocks:
                 if block.runs is not None:
                     export[block.rank] += block.runs.count * block.runs.nbytes
@@ -187,15 +190,24 @@ def _dcp_tensors(metadata: Metadata, matches: re.Pattern[str]) -> Iterable[dict[
 
 
 def _hf_tensors(
-    directory: HFDirectory, manifest: Manifest | None, matches: re.Pattern[str]
+    directory: HFDirectory,
+    files: InputFiles,
+    manifest: Manifest | None,
+    matches: re.Pattern[str],
 ) -> Iterable[dict[str, Any]]:
     listed = {} if manifest is None or manifest.hf is None else manifest.hf.files
+    shown = {
+        file
+        for file, header in directory.headers.items()
+        if file in listed and any(map(matches.search, header.tensors))
+    }
+    known = {} if manifest is None else StoredDigests(files, manifest).blocks(shown)
     for file, header in directory.headers.items():
         for key, tensor in header.tensors.items():
             if not matches.search(key):
                 continue
-            known = listed[file].tensors.get(key) if file in listed else None
-            writers = [] if known is None else sorted({block.rank for block in known.blocks})
+            stop = tensor.start + tensor.nbytes
+            writers = known[file].ranks_in(tensor.start, stop) if file in known else []
             place = {"offsets": None, "file": file, "start": tensor.start, "nbytes": tensor.nbytes}
             places = [{**place, "rank": rank} for rank in writers] or [{**place, "rank": None}]
             yield {

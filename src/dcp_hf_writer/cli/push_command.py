@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.integrations.hub_upload import HubTarget
     from dcp_hf_writer.load.hf_directory import HFDirectory
-    from dcp_hf_writer.plan.parse_manifest import Manifest
+    from dcp_hf_writer.plan.manifest import Manifest
 
 
 def push(path: str, target: HubTarget, *, message: str | None, as_json: bool) -> Outcome:

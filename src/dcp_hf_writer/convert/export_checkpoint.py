@@ -16,8 +16,9 @@ from dcp_hf_writer.convert.stored_tensors import DCPTensors, open_dcp_tensors
 from dcp_hf_writer.convert.stored_ties import refuse_drifted_ties
 from dcp_hf_writer.errors import PlanningError
 from dcp_hf_writer.formats.names_on_disk import INDEX_NAME
+from dcp_hf_writer.plan.coverage import check_coverage
 from dcp_hf_writer.plan.global_plan import GlobalPlan, plan_globally
-from dcp_hf_writer.plan.rank_report import RankReport, check_coverage
+from dcp_hf_writer.plan.rank_report import RankReport
 from dcp_hf_writer.preflight import check_options
 from dcp_hf_writer.preflight.check_export_place import refuse_export_path
 from dcp_hf_writer.save.commit import new_checkpoint
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.plan.layout import Layout, PlannedFile
-    from dcp_hf_writer.plan.rank_report import WrittenBlock
     from dcp_hf_writer.plan.regions import Region
+    from dcp_hf_writer.plan.written_block import WrittenBlock
     from dcp_hf_writer.save.export_assets import Assets
     from dcp_hf_writer.tensors.boxes import ByteRuns
 

@@ -222,11 +222,9 @@ class Sweep:
                 np.copyto(scratch, data)
                 data = scratch
             digest.feed(data)
-        return self._cover_fault(span, [piece for _, piece in pieces], low, high)
+        return self._cover_fault([piece for _, piece in pieces], low, high)
 
-    def _cover_fault(
-        self, span: Span, pieces: Sequence[ByteRuns], low: int, high: int
-    ) -> str | None:
+    def _cover_fault(self, pieces: Sequence[ByteRuns], low: int, high: int) -> str | None:
         if pieces == [contiguous(low, high)]:
             return None
         unit = math.gcd(
@@ -242,9 +240,8 @@ class Sweep:
         wrong = np.flatnonzero(count != 1)
         if not len(wrong):
             return None
-        at = int(wrong[0]) * unit + low - span.start
         fault = "overlap" if count[wrong[0]] else "leave a gap"
-        return f"the blocks {fault} at byte {at} of the tensor"
+        return f"the blocks {fault} at byte {int(wrong[0]) * unit + low}"
 
 
 BEYOND = "the bytes reach beyond the end of the file"
@@ -254,7 +251,7 @@ BEYOND = "the bytes reach beyond the end of the file"
 def _volume_fault(span: Span) -> str | None:
     have = sum(runs.nbytes * runs.count for _, runs in span.parts)
     wanted = span.stop - span.start
-    return None if have == wanted else f"the blocks hold {have} bytes, the tensor has {wanted}"
+    return None if have == wanted else f"the blocks hold {have} of {wanted} bytes"
 
 
 def _unit(span: Span) -> int:

@@ -16,17 +16,23 @@ from dcp_hf_writer.digests.digest_sweep import (
     Span,
     Sweep,
     contiguous,
-    extent_of,
 )
 from dcp_hf_writer.digests.problems import Problem
+from dcp_hf_writer.digests.stored_digests import KeysOfFile
 from dcp_hf_writer.errors import CheckpointError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from dcp_hf_writer.digests.file_blocks import FileBlocks
+    from dcp_hf_writer.digests.stored_digests import StoredDigests
     from dcp_hf_writer.plan.encode_manifest import WholeFile
-    from dcp_hf_writer.plan.parse_manifest import Manifest, ManifestFile, ManifestTensor
-    from dcp_hf_writer.plan.rank_report import DCPFile
+    from dcp_hf_writer.plan.manifest import (
+        Manifest,
+        ManifestDCPFile,
+        ManifestDigests,
+        ManifestFile,
+    )
     from dcp_hf_writer.storage.input_contract import InputFile, InputFiles
 
 # Small enough that all threads finish at about the same time. Large enough that the time to open
@@ -54,21 +60,60 @@ class Job:
     """Makes spans and digests when the job runs; all at once would need much memory."""
 
 
-def jobs_of(manifest: Manifest) -> Iterator[Job]:
-    """Yield jobs that together recompute every digest of a manifest."""
+def jobs_of(files: InputFiles, manifest: Manifest, digests: StoredDigests) -> Iterator[Job]:
+    """Yield jobs that together recompute every digest of a checkpoint.
+
+    Args:
+        files: The files of the checkpoint.
+        manifest: Its manifest.
+        digests: Its digests.
+    """
     for whole in manifest.files.values():
         yield Job(whole.name, whole.nbytes, partial(_whole, whole))
+    for one in manifest.digests:
+        yield Job(one.name, one.nbytes, partial(_whole, one))
     for dcp in manifest.dcp.values():
-        data_nbytes = sum(nbytes for _, nbytes, _ in dcp.ranges)
-        yield Job(dcp.name, dcp.nbytes - data_nbytes, partial(_rest, dcp))
-        for ranges, nbytes in _grouped(dcp.ranges, lambda one: one[1]):
-            yield Job(dcp.name, nbytes, partial(_ranges, ranges))
+        ranges = digests.ranges(dcp.name)
+        if ranges is None:
+            continue
+        yield rest_job(dcp, ranges)
+        for group, nbytes in _grouped(ranges, lambda one: one[1]):
+            yield Job(dcp.name, nbytes, partial(_ranges, group))
     if manifest.hf is not None:
+        blocks = digests.blocks(manifest.hf.files.keys())
         for file in manifest.hf.files.values():
             name = manifest.hf.path_of(file.name)
-            yield Job(name, file.header_nbytes, partial(_header, file))
-            for tensors, nbytes in _grouped(file.tensors.values(), lambda one: one.nbytes):
-                yield Job(name, nbytes, partial(_tensors, tensors))
+            yield header_job(name, file)
+            keys = KeysOfFile(files, name, file)
+            yield from block_jobs(name, blocks[file.name], keys)
+
+
+def block_jobs(
+    name: str, blocks: FileBlocks, keys: KeysOfFile, groups: Iterable[int] | None = None
+) -> Iterator[Job]:
+    """Yield jobs that recompute the digests of blocks of an output file.
+
+    Args:
+        name: Path of the file within the checkpoint.
+        blocks: Its blocks.
+        keys: Names the tensors.
+        groups: The groups of blocks to read, ascending; `None` for all.
+    """
+    sizes = blocks.stop - blocks.start
+    chosen = range(len(sizes)) if groups is None else groups
+    for many, nbytes in _grouped(chosen, lambda one: int(sizes[one])):
+        yield Job(name, nbytes, partial(blocks.work, many, keys))
+
+
+def rest_job(file: ManifestDCPFile, ranges: Sequence[tuple[int, int, str]]) -> Job:
+    """Return the job for the bytes of a DCP file outside all ranges."""
+    data_nbytes = sum(nbytes for _, nbytes, _ in ranges)
+    return Job(file.name, file.nbytes - data_nbytes, partial(_rest, file, ranges))
+
+
+def header_job(name: str, file: ManifestFile) -> Job:
+    """Return the job for the header of an output file; `name` is its path in the checkpoint."""
+    return Job(name, file.header_nbytes, partial(_header, file))
 
 
 def _grouped(items: Iterable[_T], size: Callable[[_T], int]) -> Iterator[tuple[list[_T], int]]:
@@ -88,7 +133,7 @@ def _spans(digest: Digest, ranges: Iterable[tuple[int, int]]) -> list[Span]:
     return [Span(a, b, ((digest, contiguous(a, b)),)) for a, b in ranges if a < b]
 
 
-def _whole(file: WholeFile) -> _Work:
+def _whole(file: WholeFile | ManifestDigests) -> _Work:
     found = Digest(file.digest, "the file", start=0, stop=file.nbytes)
     return _spans(found, [(0, file.nbytes)]), [found]
 
@@ -100,9 +145,9 @@ def _ranges(ranges: Sequence[tuple[int, int, str]]) -> _Work:
     return [span for one in digests for span in _spans(one, [(one.start, one.stop)])], digests
 
 
-def _rest(file: DCPFile) -> _Work:
-    starts = [start for start, _, _ in file.ranges]
-    stops = [start + nbytes for start, nbytes, _ in file.ranges]
+def _rest(file: ManifestDCPFile, ranges: Sequence[tuple[int, int, str]]) -> _Work:
+    starts = [start for start, _, _ in ranges]
+    stops = [start + nbytes for start, nbytes, _ in ranges]
     gaps = zip([0, *stops], [*starts, file.nbytes], strict=True)
     digest = Digest(file.rest, "the bytes around the tensors", is_of_many=True)
     return _spans(digest, gaps), [digest]
@@ -111,23 +156,6 @@ def _rest(file: DCPFile) -> _Work:
 def _header(file: ManifestFile) -> _Work:
     digest = Digest(file.header, "the header", start=0, stop=file.header_nbytes)
     return _spans(digest, [(0, file.header_nbytes)]), [digest]
-
-
-def _tensors(tensors: Iterable[ManifestTensor]) -> _Work:
-    spans, digests = [], []
-    for tensor in tensors:
-        parts = []
-        for block in tensor.blocks:
-            digest = Digest(block.digest, "a block", key=tensor.key, rank=block.rank)
-            digests.append(digest)
-            if block.runs is not None:
-                digest.start = block.runs.start
-                digest.stop = digest.start + extent_of(block.runs)
-                parts.append((digest, block.runs))
-        if tensor.nbytes:
-            stop = tensor.start + tensor.nbytes
-            spans.append(Span(tensor.start, stop, tuple(parts), tensor.key))
-    return spans, digests
 
 
 class Recomputation:

@@ -17,6 +17,8 @@ DCP_SUFFIX = ".distcp"
 """Suffix of the files of DCP; torch defines it."""
 MANIFEST_NAME = "dcp-hf.json"
 """The manifest of this package, published last."""
+DIGESTS_DIRECTORY = "dcp-hf"
+"""Directory of the digests files, one for each rank."""
 
 SUFFIX = ".safetensors"
 """Suffix of files that hold weights in the HuggingFace format."""
@@ -45,6 +47,7 @@ HEARTBEATS_NAME = ".dcp-hf-live"
 published."""
 
 _HEARTBEAT = re.compile(re.escape(HEARTBEATS_NAME) + r"/(\d{5,})\.json")
+_DIGESTS_FILE = re.compile(r"digests-\d{5,}\.safetensors")
 _DCP_FILE = re.compile(r"__(\d+)_\d+\.distcp")
 
 
@@ -76,8 +79,23 @@ def path_in_export(subdir: str, name: str) -> str:
 
 
 def is_hf_directory(names: Collection[str]) -> bool:
-    """Whether a directory with these file names holds safetensors weights."""
-    return any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in names)
+    """Whether a directory with these file names holds safetensors weights.
+
+    Digests files have the same suffix and hold no weights.
+    """
+    return any(
+        name.endswith((SUFFIX, INDEX_SUFFIX)) and not is_digests_file(name) for name in names
+    )
+
+
+def digests_file_name(rank: int) -> str:
+    """Return the path within a checkpoint of the file with the digests of what a rank wrote."""
+    return f"{DIGESTS_DIRECTORY}/digests-{rank:05d}{SUFFIX}"
+
+
+def is_digests_file(name: str) -> bool:
+    """Whether a file in `DIGESTS_DIRECTORY` has the name of a digests file."""
+    return _DIGESTS_FILE.fullmatch(name) is not None
 
 
 def weight_file_names(count: int) -> list[str]:

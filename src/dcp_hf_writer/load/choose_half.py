@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.metadata import Metadata
 
     from dcp_hf_writer.mapping.load_spec import LoadSpec
-    from dcp_hf_writer.plan.parse_manifest import Manifest
+    from dcp_hf_writer.plan.manifest import Manifest
     from dcp_hf_writer.storage.input_contract import InputFiles
 
 SourceName = Literal["auto", "dcp", "hf"]

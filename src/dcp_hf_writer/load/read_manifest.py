@@ -8,7 +8,7 @@ from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
 from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
 
 if TYPE_CHECKING:
-    from dcp_hf_writer.plan.parse_manifest import Manifest
+    from dcp_hf_writer.plan.manifest import Manifest
     from dcp_hf_writer.storage.input_contract import InputFiles
 
 

@@ -10,9 +10,16 @@ from bisect import bisect_left, bisect_right
 from functools import partial
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer.digests.digest_sweep import Digest, Span, contiguous, extent_of
+from dcp_hf_writer.digests.digest_sweep import Digest, Span, contiguous
 from dcp_hf_writer.digests.problems import Problem, first_of
-from dcp_hf_writer.digests.recompute import Job, Recomputation
+from dcp_hf_writer.digests.recompute import (
+    Job,
+    Recomputation,
+    block_jobs,
+    header_job,
+    rest_job,
+)
+from dcp_hf_writer.digests.stored_digests import KeysOfFile, StoredDigests
 from dcp_hf_writer.errors import CorruptCheckpointError
 from dcp_hf_writer.load.read_plan import span_of
 
@@ -21,13 +28,7 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.load.choose_half import CheckpointPlace
     from dcp_hf_writer.load.read_plan import Fetch
-    from dcp_hf_writer.plan.parse_manifest import (
-        Manifest,
-        ManifestFile,
-        ManifestTensor,
-        StoredBlock,
-    )
-    from dcp_hf_writer.plan.rank_report import DCPFile
+    from dcp_hf_writer.plan.manifest import Manifest
 
 _THREADS = 4
 
@@ -59,12 +60,17 @@ def verify_ranges(
         ReadError: If a file cannot be read.
     """
     wanted = _wanted(place, fetches)
-    jobs = [*_dcp_jobs(manifest, wanted), *_hf_jobs(manifest, wanted)]
+    digests = StoredDigests(place.files, manifest)
+    jobs = [
+        *_dcp_jobs(manifest, digests, wanted),
+        *_hf_jobs(place, manifest, digests, wanted),
+    ]
     # The metadata has one digest for the whole file. If another writer wrote the DCP half, so has
     # each of its files.
     read_whole = {*whole, *wanted, *objects_in} & manifest.files.keys()
     jobs += [_whole_job(manifest, name) for name in sorted(read_whole)]
-    jobs += [_rest_job(manifest.dcp[name]) for name in objects_in if name in manifest.dcp]
+    for name in sorted({*objects_in} & manifest.dcp.keys()):
+        jobs.append(rest_job(manifest.dcp[name], digests.ranges(name) or []))
     problems = [_unknown(name) for name in wanted.keys() - {job.file for job in jobs}]
     work = Recomputation(place.files, jobs, threads=min(_THREADS, max(len(jobs), 1)))
     problems += work.run(lambda: None)
@@ -103,10 +109,12 @@ def _touching(ranges: _Bytes, start: int, stop: int) -> _Bytes:
     return ranges[low : bisect_left(ranges, stop, key=lambda one: one[0])]
 
 
-def _dcp_jobs(manifest: Manifest, wanted: Mapping[str, _Bytes]) -> Iterator[Job]:
-    for name in wanted.keys() & manifest.dcp.keys():
-        covered = 0
-        for start, nbytes, digest in manifest.dcp[name].ranges:
+def _dcp_jobs(
+    manifest: Manifest, digests: StoredDigests, wanted: Mapping[str, _Bytes]
+) -> Iterator[Job]:
+    for name in sorted(wanted.keys() & manifest.dcp.keys()):
+        covered, ranges = 0, digests.ranges(name) or []
+        for start, nbytes, digest in ranges:
             stop = start + nbytes
             if touching := _touching(wanted[name], start, stop):
                 found = Digest(digest, "the data", start=start, stop=stop)
@@ -114,61 +122,29 @@ def _dcp_jobs(manifest: Manifest, wanted: Mapping[str, _Bytes]) -> Iterator[Job]
                 covered += sum(start <= a and b <= stop for a, b in touching)
         if covered < len(wanted[name]):
             # The digest of the rest of the file covers the bytes outside all ranges.
-            yield _rest_job(manifest.dcp[name])
+            yield rest_job(manifest.dcp[name], ranges)
 
 
-def _hf_jobs(manifest: Manifest, wanted: Mapping[str, _Bytes]) -> Iterator[Job]:
-    if manifest.hf is None:
+def _hf_jobs(
+    place: CheckpointPlace,
+    manifest: Manifest,
+    digests: StoredDigests,
+    wanted: Mapping[str, _Bytes],
+) -> Iterator[Job]:
+    hf = manifest.hf
+    if hf is None:
         return
-    for file in manifest.hf.files.values():
-        name = manifest.hf.path_of(file.name)
-        if name not in wanted:
+    names = {hf.path_of(name): name for name in hf.files}
+    found = digests.blocks([names[path] for path in wanted if path in names])
+    for path, name in names.items():
+        if name not in found:
             continue
-        yield _header_job(name, file)
-        for tensor in file.tensors.values():
-            if _touching(wanted[name], tensor.start, tensor.start + tensor.nbytes):
-                yield from _tensor_jobs(name, tensor, wanted[name])
-
-
-def _tensor_jobs(name: str, tensor: ManifestTensor, wanted: _Bytes) -> Iterator[Job]:
-    blocks = [block for block in tensor.blocks if block.runs is not None]
-    if not _follow_one_another(tensor, blocks):
-        # The blocks interleave, or leave a gap. One pass over the tensor reads each byte once, and
-        # finds any gap.
-        yield Job(name, tensor.nbytes, partial(_interleaved, tensor, blocks))
-        return
-    for block in blocks:
-        digest = _digest(tensor, block)
-        if _touching(wanted, digest.start, digest.stop):
-            yield Job(name, digest.stop - digest.start, partial(_contiguous, digest))
-
-
-def _follow_one_another(tensor: ManifestTensor, blocks: Sequence[StoredBlock]) -> bool:
-    reached = tensor.start
-    for runs in sorted((b.runs for b in blocks if b.runs is not None), key=lambda r: r.start):
-        if runs.loops or runs.start != reached:
-            return False
-        reached += runs.nbytes
-    return reached == tensor.start + tensor.nbytes
-
-
-def _digest(tensor: ManifestTensor, block: StoredBlock) -> Digest:
-    runs = block.runs
-    assert runs is not None
-    return Digest(
-        block.digest,
-        "a block",
-        key=tensor.key,
-        rank=block.rank,
-        start=runs.start,
-        stop=runs.start + extent_of(runs),
-    )
-
-
-def _interleaved(tensor: ManifestTensor, blocks: Sequence[StoredBlock]) -> _Work:
-    parts = [(_digest(tensor, block), block.runs) for block in blocks if block.runs is not None]
-    span = Span(tensor.start, tensor.start + tensor.nbytes, tuple(parts), tensor.key)
-    return [span], [digest for digest, _ in parts]
+        yield header_job(path, hf.files[name])
+        blocks, groups = found[name], set[int]()
+        for start, stop in wanted[path]:
+            groups.update(blocks.near(start, stop))
+        keys = KeysOfFile(place.files, path, hf.files[name])
+        yield from block_jobs(path, blocks, keys, sorted(groups))
 
 
 def _contiguous(digest: Digest) -> _Work:
@@ -176,30 +152,10 @@ def _contiguous(digest: Digest) -> _Work:
     return ([span] if digest.start < digest.stop else []), [digest]
 
 
-def _header_job(name: str, file: ManifestFile) -> Job:
-    digest = Digest(file.header, "the header", start=0, stop=file.header_nbytes)
-    return Job(name, file.header_nbytes, partial(_contiguous, digest))
-
-
 def _whole_job(manifest: Manifest, name: str) -> Job:
     file = manifest.files[name]
     digest = Digest(file.digest, "the file", start=0, stop=file.nbytes)
     return Job(name, file.nbytes, partial(_contiguous, digest))
-
-
-def _rest_job(file: DCPFile) -> Job:
-    return Job(file.name, file.nbytes, partial(_rest, file))
-
-
-def _rest(file: DCPFile) -> _Work:
-    """Digest all bytes outside the data of tensors: objects, and the rest of the archives."""
-    digest = Digest(file.rest, "what is beside the tensors", is_of_many=True)
-    reached, spans = 0, []
-    for start, nbytes, _ in (*file.ranges, (file.nbytes, 0, "")):
-        if reached < start:
-            spans.append(Span(reached, start, ((digest, contiguous(reached, start)),)))
-        reached = start + nbytes
-    return spans, [digest]
 
 
 def _unknown(name: str) -> Problem:

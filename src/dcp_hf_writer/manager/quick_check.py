@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dcp_hf_writer.plan.encode_manifest import WholeFile
-    from dcp_hf_writer.plan.parse_manifest import Manifest
+    from dcp_hf_writer.plan.manifest import Manifest
     from dcp_hf_writer.storage.input_contract import InputFiles
 
 StoredKind = Literal["manifest", "dcp", "parts", "hf"]

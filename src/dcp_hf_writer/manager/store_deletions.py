@@ -23,7 +23,7 @@ from dcp_hf_writer.storage.object_contract import Patience
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dcp_hf_writer.plan.parse_manifest import Manifest
+    from dcp_hf_writer.plan.manifest import Manifest
     from dcp_hf_writer.storage.object_contract import ObjectStore
 
 _log = logging.getLogger(__name__)

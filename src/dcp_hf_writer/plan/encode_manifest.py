@@ -1,7 +1,7 @@
-"""Encode the manifest `dcp-hf.json`, which lists the content of a checkpoint with all digests.
+"""Encode the manifest `dcp-hf.json`, which lists the files of a checkpoint.
 
-The digests cover every byte. A save publishes the manifest last: once it is there, the checkpoint
-is complete.
+The digests of tensors are in one file per rank (`rank_digests`); the manifest lists these files and
+stays small. A save publishes the manifest last: once it is there, the checkpoint is complete.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from dcp_hf_writer.plan.layout import Layout
+    from dcp_hf_writer.plan.rank_report import DigestsFile
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,12 +99,17 @@ def encode_manifest(
         },
         "files": {file.name: [file.nbytes, file.digest] for file in whole_files},
         "dcp": {
-            file.name: {"nbytes": file.nbytes, "ranges": file.ranges, "rest": file.rest}
+            file.name: {"nbytes": file.nbytes, "rest": file.rest, "rank": report.rank}
             for report in _by_rank(reports)
             for file in report.dcp_files
         },
         "once": list(once),
-        "hf": None if layout is None else _export(layout, subdir, reports),
+        "hf": None if layout is None else _export(layout, subdir),
+        "digests": {
+            report.digests.name: _digests_entry(report, report.digests, layout)
+            for report in _by_rank(reports)
+            if report.digests is not None
+        },
         "export_error": export_error,
     }
     if other_half is not None:
@@ -120,18 +126,7 @@ def _encode(fields: Mapping[str, Any]) -> bytes:
     return above + f'"digest_above": "{xxhash.xxh3_64_hexdigest(above)}"\n}}\n'.encode()
 
 
-def _export(layout: Layout, subdir: str, reports: Sequence[RankReport]) -> dict[str, Any]:
-    blocks: dict[str, list[Any]] = {}
-    for report in reports:
-        for block in report.blocks:
-            blocks.setdefault(block.key, []).append(
-                [report.rank, block.offsets, block.extent, block.digest]
-            )
-    where = {
-        target.key: [target.start, target.dtype, target.shape]
-        for parts in layout.targets.values()
-        for target in parts
-    }
+def _export(layout: Layout, subdir: str) -> dict[str, Any]:
     return {
         "subdir": subdir,
         "tied": dict(layout.tied),
@@ -140,10 +135,21 @@ def _export(layout: Layout, subdir: str, reports: Sequence[RankReport]) -> dict[
                 "nbytes": file.nbytes,
                 "header_nbytes": len(file.header),
                 "header": xxhash.xxh3_64_hexdigest(file.header),
-                "tensors": {key: [*where[key], blocks.get(key, [])] for key in file.keys},
             }
             for file in layout.files
         },
+    }
+
+
+def _digests_entry(report: RankReport, file: DigestsFile, layout: Layout | None) -> dict[str, Any]:
+    # A rank may have written blocks of an export that failed later.
+    has_blocks = layout is not None and file.hf_files is not None
+    return {
+        "rank": report.rank,
+        "nbytes": file.nbytes,
+        "digest": file.digest,
+        "hf_files": file.hf_files if has_blocks else None,
+        "hf_nbytes": file.hf_nbytes if has_blocks else 0,
     }
 
 
@@ -154,8 +160,9 @@ def _by_rank(reports: Sequence[RankReport]) -> list[RankReport]:
 def _total_nbytes(
     reports: Sequence[RankReport], whole_files: Sequence[WholeFile]
 ) -> dict[str, int]:
-    total = {"other": sum(file.nbytes for file in whole_files)}
+    total = {"other": sum(file.nbytes for file in whole_files), "digests": 0}
     for report in reports:
+        total["digests"] += 0 if report.digests is None else report.digests.nbytes
         for half, nbytes in report.nbytes.items():
             total[half] = total.get(half, 0) + nbytes
     return total
@@ -182,5 +189,7 @@ def without_export(manifest: bytes) -> bytes:
     fields["nbytes"]["other"] = sum(nbytes for nbytes, _ in fields["files"].values())
     fields["nbytes"].pop("hf", None)
     fields["hf"] = None
+    for entry in fields.get("digests", {}).values():
+        entry |= {"hf_files": None, "hf_nbytes": 0}
     fields.pop("digest_above")
     return _encode(fields)

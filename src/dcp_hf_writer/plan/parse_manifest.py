@@ -10,17 +10,25 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import xxhash
 
 from dcp_hf_writer.errors import CorruptCheckpointError
-from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, path_in_export
+from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
 from dcp_hf_writer.formats.strict_json import is_count, is_text, parse_json, shortened
 from dcp_hf_writer.plan.encode_manifest import FORMAT_VERSION, OtherHalf, WholeFile
+from dcp_hf_writer.plan.manifest import (
+    Manifest,
+    ManifestDCPFile,
+    ManifestDigests,
+    ManifestExport,
+    ManifestFile,
+    ManifestTensor,
+    StoredBlock,
+)
 from dcp_hf_writer.plan.parse_manifest_blocks import Places
-from dcp_hf_writer.plan.rank_report import DIGEST_NAME, DCPFile
+from dcp_hf_writer.plan.rank_report import DIGEST_NAME
 from dcp_hf_writer.tensors.boxes import ByteRuns
 from dcp_hf_writer.tensors.dtype_names import ITEMSIZE
 
@@ -28,7 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from dcp_hf_writer.tensors.boxes import Shape
-    from dcp_hf_writer.tensors.strided_copies import IndexLoops
 
 
 MAX_MANIFEST_NBYTES = 512 << 20
@@ -47,113 +54,8 @@ _FIELDS = frozenset(
         *("nbytes", "timings", "files", "dcp", "once", "hf", "export_error", "digest_above"),
     }
 )
-
-
-@dataclass(frozen=True, slots=True)
-class StoredBlock:
-    """A block of one tensor on disk: elements that one rank wrote."""
-
-    rank: int
-    """The rank."""
-    offsets: Shape
-    """Index of its first element."""
-    extent: Shape | IndexLoops
-    """Its sizes, one per dimension; or its loops, in the order of the bytes."""
-    digest: str
-    """xxh3_64 of its bytes in file order, in hex."""
-    runs: ByteRuns | None
-    """Where its bytes are in the file, ascending; `None` if the block is empty."""
-
-
-@dataclass(frozen=True, slots=True)
-class ManifestTensor:
-    """One tensor of an output file."""
-
-    key: str
-    """HuggingFace name."""
-    start: int
-    """Offset of its first byte in the file."""
-    dtype: str
-    """safetensors name of its dtype."""
-    shape: Shape
-    """Its shape, counted in torch elements."""
-    blocks: tuple[StoredBlock, ...]
-    """The blocks that the ranks wrote."""
-
-    @property
-    def nbytes(self) -> int:
-        """Size of its data."""
-        return math.prod(self.shape) * ITEMSIZE[self.dtype]
-
-
-@dataclass(frozen=True, slots=True)
-class ManifestFile:
-    """One output file: its header, and tensors that tile the rest."""
-
-    name: str
-    """File name within the export."""
-    nbytes: int
-    """Its size."""
-    header_nbytes: int
-    """Size of its header; the first tensor starts here."""
-    header: str
-    """Digest of the header."""
-    tensors: Mapping[str, ManifestTensor]
-    """Its tensors by key, in the order of their bytes."""
-
-
-@dataclass(frozen=True, slots=True)
-class ManifestExport:
-    """The HuggingFace half."""
-
-    subdir: str
-    """Its directory within the checkpoint; empty if the halves lie apart."""
-    tied: Mapping[str, str]
-    """Names that the export left out, each with the name that holds its bytes."""
-    files: Mapping[str, ManifestFile]
-    """Output files by name."""
-
-    def path_of(self, name: str) -> str:
-        """Return the path of a file of the export within the checkpoint."""
-        return path_in_export(self.subdir, name)
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """The checked content of a manifest."""
-
-    save_id: str
-    """Id of the save."""
-    target: str
-    """Path that it was saved under."""
-    step: int | None
-    """Training step, if the path contained it."""
-    world_size: int
-    """Number of ranks that saved it."""
-    files: Mapping[str, WholeFile]
-    """Files written in one piece, by path within the checkpoint."""
-    dcp: Mapping[str, DCPFile]
-    """Files of the DCP half, by path within the checkpoint."""
-    once: tuple[str, ...]
-    """FQNs of the tensors that only the export stores."""
-    hf: ManifestExport | None
-    """The export; `None` without one."""
-    export_error: str | None
-    """Why a requested export failed; `None` if it did not."""
-    seconds: Mapping[str, float]
-    """Seconds that the coordinator spent in each phase."""
-    ranks: tuple[tuple[int, str, Mapping[str, float]], ...] = ()
-    """Rank, host, and seconds in each phase, of each rank."""
-    other_half: OtherHalf | None = None
-    """Where the other half lies, if the halves lie apart; `files` and `sizes` leave it out."""
-
-    def sizes(self) -> dict[str, int]:
-        """Return the size of every file but the manifest, by path within the checkpoint."""
-        sizes = {name: file.nbytes for name, file in self.files.items()}
-        sizes |= {name: file.nbytes for name, file in self.dcp.items()}
-        if self.hf is not None:
-            sizes |= {self.hf.path_of(n): file.nbytes for n, file in self.hf.files.items()}
-        return sizes
+_VERSIONS = {1: _FIELDS, FORMAT_VERSION: _FIELDS | {"digests"}}
+"""Fields of a manifest, by version. Version 1 holds all digests itself."""
 
 
 def parse_manifest(data: bytes, *, path: str) -> Manifest:
@@ -211,6 +113,7 @@ class _Parser:
     def __init__(self, path: str) -> None:
         self._path = path
         self._world_size = 1
+        self._version = FORMAT_VERSION
         self._places = Places()
 
     def manifest(self, value: Any) -> Manifest:
@@ -218,16 +121,18 @@ class _Parser:
             self._refuse("the manifest", "an object", value)
         if value.get("format") != "dcp-hf":
             self._refuse("format", '"dcp-hf"', value.get("format"))
-        if value.get("version") != FORMAT_VERSION:
+        version = value.get("version")
+        if type(version) is not int or version not in _VERSIONS:
             self._refuse(
                 "version",
-                f"{FORMAT_VERSION}",
-                value.get("version"),
+                f"at most {FORMAT_VERSION}",
+                version,
                 hint="another version of this package wrote it; read it with that version",
             )
+        self._version = version
         # Only a checkpoint whose halves lie apart has it.
         other = value.pop("other_half", None)
-        fields = self._object(value, "the manifest", _FIELDS)
+        fields = self._object(value, "the manifest", _VERSIONS[version])
         if fields["digest"] != DIGEST_NAME:
             self._refuse("digest", f'"{DIGEST_NAME}"', fields["digest"])
         self._world_size = self._count(fields["world_size"], "world_size", below=1 << 32)
@@ -244,7 +149,9 @@ class _Parser:
             seconds=self._seconds(fields["timings"]),
             ranks=tuple(self._rank_seconds(fields["timings"])),
             other_half=self._optional(other, "other_half", self._other_half),
+            digests=tuple(self._digests_files(fields.get("digests", {}))),
         )
+        self._check_digests_files(manifest)
         self._check_halves(manifest)
         if manifest.once and manifest.hf is None:
             self._refuse("once", "empty without an export", fields["once"])
@@ -280,23 +187,63 @@ class _Parser:
             )
         return found
 
-    def _dcp_files(self, value: Any) -> dict[str, DCPFile]:
+    def _dcp_files(self, value: Any) -> dict[str, ManifestDCPFile]:
+        own = {"ranges"} if self._version == 1 else {"rank"}
         found = {}
         for name, entry in self._named(value, "dcp"):
-            fields = self._object(entry, name, {"nbytes", "ranges", "rest"})
+            fields = self._object(entry, name, {"nbytes", "rest"} | own)
             nbytes = self._count(fields["nbytes"], f"the size of {name}")
-            reached, ranges = 0, []
-            for one in self._list(fields["ranges"], f"the ranges of {name}"):
-                start, length, digest = self._list(one, f"a range of {name}", length=3)
-                start = self._count(start, f"a start in {name}", below=nbytes + 1)
-                length = self._count(length, f"a length in {name}", below=nbytes - start + 1)
-                if start < reached:
-                    self._refuse(f"the ranges of {name}", "ascending and apart", start)
-                reached = start + length
-                ranges.append((start, length, self._digest(digest, f"a digest of {name}")))
             rest = self._digest(fields["rest"], f"the digest of the rest of {name}")
-            found[name] = DCPFile(name, nbytes, tuple(ranges), rest)
+            ranges, rank = None, 0
+            if self._version == 1:
+                ranges = self._ranges(fields["ranges"], name, nbytes)
+            else:
+                rank = self._rank(fields["rank"], name)
+            found[name] = ManifestDCPFile(name, nbytes, rest, rank, ranges)
         return found
+
+    def _ranges(self, value: Any, name: str, nbytes: int) -> tuple[tuple[int, int, str], ...]:
+        reached, ranges = 0, []
+        for one in self._list(value, f"the ranges of {name}"):
+            start, length, digest = self._list(one, f"a range of {name}", length=3)
+            start = self._count(start, f"a start in {name}", below=nbytes + 1)
+            length = self._count(length, f"a length in {name}", below=nbytes - start + 1)
+            if start < reached:
+                self._refuse(f"the ranges of {name}", "ascending and apart", start)
+            reached = start + length
+            ranges.append((start, length, self._digest(digest, f"a digest of {name}")))
+        return tuple(ranges)
+
+    def _digests_files(self, value: Any) -> Iterator[ManifestDigests]:
+        names = {"rank", "nbytes", "digest", "hf_files", "hf_nbytes"}
+        for name, entry in self._named(value, "digests"):
+            fields = self._object(entry, name, names)
+            files = self._optional(fields["hf_files"], f"the files of {name}", self._counts)
+            if files is not None and (len(files) != 2 or files[0] > files[1]):  # noqa: PLR2004
+                self._refuse(f"the files of {name}", "a first and a last number", files)
+            yield ManifestDigests(
+                name,
+                self._rank(fields["rank"], name),
+                self._count(fields["nbytes"], f"the size of {name}"),
+                self._digest(fields["digest"], f"the digest of {name}"),
+                None if files is None else (files[0], files[1]),
+                self._count(fields["hf_nbytes"], f"the bytes of {name}"),
+            )
+
+    def _check_digests_files(self, manifest: Manifest) -> None:
+        """Check that each rank has one digests file, and that it is in the right files."""
+        ranks = [file.rank for file in manifest.digests]
+        if len(set(ranks)) < len(ranks):
+            self._refuse("the ranks of the digests files", "listed once", sorted(ranks)[:20])
+        most = 0 if manifest.hf is None else len(manifest.hf.files)
+        for file in manifest.digests:
+            if file.hf_files is not None and file.hf_files[1] >= most:
+                self._refuse(f"the files of {file.name}", f"below {most}", file.hf_files)
+        if self._version == 1:
+            return
+        for name, dcp in manifest.dcp.items():
+            if dcp.rank not in ranks:
+                self._refuse(f"the rank of {name}", "one with a digests file", dcp.rank)
 
     def _export(self, value: Any, where: str) -> ManifestExport:
         fields = self._object(value, where, {"subdir", "tied", "files"})
@@ -311,18 +258,24 @@ class _Parser:
         files = {name: self._file(name, entry) for name, entry in entries}
         seen: set[str] = set()
         for file in files.values():
-            if not seen.isdisjoint(file.tensors):
-                self._refuse("a key of the export", "in one file", min(seen & {*file.tensors}))
-            seen |= file.tensors.keys()
+            keys = {*(file.tensors or ())}
+            if not seen.isdisjoint(keys):
+                self._refuse("a key of the export", "in one file", min(seen & keys))
+            seen |= keys
         return ManifestExport(subdir, tied, files)
 
     def _file(self, name: str, value: Any) -> ManifestFile:
-        fields = self._object(value, name, {"nbytes", "header_nbytes", "header", "tensors"})
+        own = {"tensors"} if self._version == 1 else set[str]()
+        fields = self._object(value, name, {"nbytes", "header_nbytes", "header"} | own)
         nbytes = self._count(fields["nbytes"], f"the size of {name}")
         start = self._count(fields["header_nbytes"], f"the header of {name}", below=nbytes + 1)
         header = self._digest(fields["header"], f"the digest of the header of {name}")
+        tensors = None if not own else self._tensors(fields["tensors"], name, start, nbytes)
+        return ManifestFile(name, nbytes, start, header, tensors)
+
+    def _tensors(self, value: Any, name: str, start: int, nbytes: int) -> dict[str, ManifestTensor]:
         tensors, reached = {}, start
-        for key, entry in self._object(fields["tensors"], f"the tensors of {name}").items():
+        for key, entry in self._object(value, f"the tensors of {name}").items():
             tensor = self._tensor(key, entry)
             if tensor.start != reached:
                 self._refuse(f"the start of {shortened(key)}", f"{reached}", tensor.start)
@@ -332,7 +285,7 @@ class _Parser:
             tensors[key] = tensor
         if reached != nbytes:
             self._refuse(f"the end of the tensors of {name}", f"{nbytes}", reached)
-        return ManifestFile(name, nbytes, start, header, tensors)
+        return tensors
 
     def _tensor(self, key: str, value: Any) -> ManifestTensor:
         where = f"tensor {shortened(key)}"
@@ -385,7 +338,7 @@ class _Parser:
         return dict(value)
 
     def _check_names(self, manifest: Manifest) -> None:
-        names = [*manifest.files, *manifest.dcp]
+        names = [*manifest.files, *manifest.dcp, *(file.name for file in manifest.digests)]
         if manifest.hf is not None:
             names += map(manifest.hf.path_of, manifest.hf.files)
         seen = {MANIFEST_NAME}

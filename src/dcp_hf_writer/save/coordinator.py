@@ -23,13 +23,14 @@ from dcp_hf_writer.errors import (
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.names_on_disk import (
     CONFIG_NAME,
+    DIGESTS_DIRECTORY,
     INDEX_NAME,
     MANIFEST_NAME,
     path_in_export,
 )
 from dcp_hf_writer.formats.weights_once_places import NOTICE
+from dcp_hf_writer.plan.coverage import check_coverage
 from dcp_hf_writer.plan.encode_manifest import WholeFile, encode_manifest
-from dcp_hf_writer.plan.rank_report import RankReport, check_coverage
 from dcp_hf_writer.said_once import SAID_ONCE, SaidOnce
 from dcp_hf_writer.save.dcp_half import digest_file
 from dcp_hf_writer.save.export_failures import export_error, nbytes_of
@@ -59,6 +60,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.plan.global_plan import GlobalPlan
     from dcp_hf_writer.plan.layout import Layout
+    from dcp_hf_writer.plan.rank_report import RankReport
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
     from dcp_hf_writer.save.export_assets import Assets
@@ -269,6 +271,7 @@ def check_files(
         CoverageError: If a file does not; the error names it.
     """
     sizes = {file.name: file.nbytes for report in reports for file in report.dcp_files}
+    sizes |= {one.digests.name: one.digests.nbytes for one in reports if one.digests is not None}
     for output in () if layout is None else layout.files:
         sizes[os.path.join(subdir, output.name)] = output.nbytes
     for name, nbytes in sizes.items():
@@ -371,7 +374,8 @@ def publish(directory: StagingDirectory, attempt: Attempt, what: Publication) ->
     whole = [*what.whole_files(attempt), *others]
     manifest = manifest_of(attempt, what, whole, save_id=directory.save_id, target=directory.target)
     write_file(os.path.join(directory.path, MANIFEST_NAME), manifest)
-    for path in (*_directories(os.path.join(directory.path, what.subdir)), directory.path):
+    inner = (os.path.join(directory.path, name) for name in (what.subdir, DIGESTS_DIRECTORY))
+    for path in (*(one for below in inner for one in _directories(below)), directory.path):
         sync_directory(path)
     reach("before rename")
     if what.half == "hf":

@@ -38,9 +38,9 @@ if TYPE_CHECKING:
     import torch
     from torch.distributed.checkpoint.planner import WriteItem
 
-    from dcp_hf_writer.plan.rank_report import WrittenBlock
     from dcp_hf_writer.plan.regions import Region
     from dcp_hf_writer.plan.slice_cuts import Cut, Piece
+    from dcp_hf_writer.plan.written_block import WrittenBlock
     from dcp_hf_writer.save.block_bytes import FileBytes
     from dcp_hf_writer.save.exchange_group import ExchangeGroup
     from dcp_hf_writer.save.hf_half import ItemTensors

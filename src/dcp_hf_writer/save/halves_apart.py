@@ -16,8 +16,8 @@ from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.plan.encode_manifest import OtherHalf
 from dcp_hf_writer.save.export_failures import export_error, nbytes_of
 from dcp_hf_writer.save.export_half import ExportDirectory, ExportPrefix
+from dcp_hf_writer.save.rank_results import report_result, take_reports
 from dcp_hf_writer.save.save_target import SaveTarget
-from dcp_hf_writer.save.write_phase import report_result, take_reports
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
@@ -148,7 +148,8 @@ class HalvesApart(SaveTarget):
         written = written or self._write_dcp(attempt, writes)
         (results,), (report,) = take_reports([written])
         for of_export in take_reports([exported])[1]:
-            report.blocks, report.parts = of_export.blocks, of_export.parts
+            report.columns, report.export_digests = of_export.columns, of_export.digests
+            report.parts = of_export.parts
             report.export_error = report.export_error or of_export.export_error
             report.nbytes = {**of_export.nbytes, "dcp": report.nbytes["dcp"]}
         return [*results, report_result(report)]
@@ -245,8 +246,9 @@ class HalvesApart(SaveTarget):
 
 def _of_export(report: RankReport) -> RankReport:
     nbytes = {half: count for half, count in report.nbytes.items() if half != "dcp"}
-    return replace(report, dcp_files=[], nbytes=nbytes)
+    return replace(report, dcp_files=[], digests=report.export_digests, nbytes=nbytes)
 
 
 def _of_dcp(report: RankReport) -> RankReport:
-    return replace(report, blocks=[], parts={}, nbytes={"dcp": report.nbytes.get("dcp", 0)})
+    nbytes = {"dcp": report.nbytes.get("dcp", 0)}
+    return replace(report, columns=None, parts={}, nbytes=nbytes)

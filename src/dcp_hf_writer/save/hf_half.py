@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Literal, Protocol
 import xxhash
 
 from dcp_hf_writer.failpoints import reach
-from dcp_hf_writer.plan.rank_report import WrittenBlock
 from dcp_hf_writer.plan.regions import Region, TargetTable, needs_cast
+from dcp_hf_writer.plan.written_block import WrittenBlock
 from dcp_hf_writer.save.bounce_buffer import BounceBuffer
 from dcp_hf_writer.save.tensor_bytes import chunk_of, digest_of, host_bytes
 from dcp_hf_writer.tensors.dtype_names import ITEMSIZE

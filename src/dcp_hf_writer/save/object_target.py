@@ -31,9 +31,9 @@ from dcp_hf_writer.formats.names_on_disk import (
     path_in_export,
     rank_of_heartbeat,
 )
+from dcp_hf_writer.plan.coverage import check_coverage
 from dcp_hf_writer.plan.encode_manifest import WholeFile
 from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES
-from dcp_hf_writer.plan.rank_report import check_coverage
 from dcp_hf_writer.save import coordinator
 from dcp_hf_writer.save.attempt import LONGEST_CLEAN_UP_S
 from dcp_hf_writer.save.dcp_half import metadata_writer
@@ -364,6 +364,7 @@ class ObjectTarget(SaveTarget):
             CoverageError: If an object does not; the error names it.
         """
         sizes = {file.name: file.nbytes for report in what.reports for file in report.dcp_files}
+        sizes |= {r.digests.name: r.digests.nbytes for r in what.reports if r.digests is not None}
         sizes |= {file.name: file.nbytes for file in whole}
         for output in () if what.layout is None else what.layout.files:
             sizes[path_in_export(what.subdir, output.name)] = output.nbytes

@@ -17,9 +17,11 @@ from dcp_hf_writer.errors import (
     SaveAbortedError,
     SaveTimeoutError,
     SlotTimeoutError,
+    StorageError,
 )
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.plan.cells import ExchangedFile
+from dcp_hf_writer.plan.rank_digests import pack_report
 from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter, check_results
 from dcp_hf_writer.save.exchange_group import joined_exchange
@@ -28,14 +30,14 @@ from dcp_hf_writer.save.export_cells import ExportCells
 from dcp_hf_writer.save.export_failures import export_error
 from dcp_hf_writer.save.hf_half import nbytes_of_blocks, regions_by_file
 from dcp_hf_writer.save.object_parts import SentObject, in_flight_of, part_nbytes_of
-from dcp_hf_writer.save.tensor_bytes import TensorSource
-from dcp_hf_writer.save.write_phase import (
+from dcp_hf_writer.save.rank_results import (
     begun_report,
     nbytes_of_items,
     report_result,
     stored_once_results,
     without_results,
 )
+from dcp_hf_writer.save.tensor_bytes import TensorSource
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -93,6 +95,7 @@ class ObjectWritePhase:
                 results = self._write_dcp(plan, source, report, sent)
             if self.files:
                 self._write_export(work, source, report)
+            self._send_digests(report)
             reach("before fsync")
             with attempt.timed("sync"):
                 for one in sent:
@@ -110,6 +113,30 @@ class ObjectWritePhase:
 
     def _dcp_nbytes(self, plan: SavePlan) -> int:
         return 0 if self.writes.half == "hf" else nbytes_of_items(plan.items)
+
+    def _send_digests(self, report: RankReport) -> None:
+        """Put the digests of this rank; the report keeps what the coordinator needs.
+
+        Raises:
+            StorageError: If the store refuses. In a place of the export alone, the report says so.
+        """
+        data = pack_report(report, self.writes.own.targets)
+        assert report.digests is not None
+        name = report.digests.name
+        try:
+            self.store.put(name, [memoryview(data)], token=self.save_id, patience=self.patience)
+        except (StorageError, SaveTimeoutError) as error:
+            # The store of an export that lies apart must not cost the DCP half.
+            if self.writes.half != "hf" or isinstance(error, SaveAbortedError):
+                raise
+            self.attempt.check()
+            if report.export_error is None:
+                report.export_error = export_error(
+                    error,
+                    rank=self.attempt.rank,
+                    path=f"{self.url}/{name}",
+                    nbytes=sum(size for _, size in self.writes.own.files),
+                )
 
     def _give_up(self, sent: Sequence[SentObject]) -> None:
         for one in sent:

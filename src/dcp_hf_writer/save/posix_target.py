@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.formats.names_on_disk import DIGESTS_DIRECTORY
 from dcp_hf_writer.save import coordinator
 from dcp_hf_writer.save.checksums import add_checksums
 from dcp_hf_writer.save.dcp_half import metadata_writer
@@ -104,6 +106,10 @@ class PosixTarget(SaveTarget):
             )
         )
         self.register(attempt)
+        # A rank must not make it: it would bring back the directory of a save that was given up.
+        digests = os.path.join(self.path, DIGESTS_DIRECTORY)
+        with write_errors(digests):
+            os.mkdir(digests)
         reach("directory made")
         files.sync(files.take(record.path) or record)
 

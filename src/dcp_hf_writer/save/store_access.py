@@ -14,7 +14,7 @@ from dcp_hf_writer.storage.store_urls import is_url, shown_url
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dcp_hf_writer.plan.parse_manifest import Manifest
+    from dcp_hf_writer.plan.manifest import Manifest
     from dcp_hf_writer.storage.object_contract import ObjectStore
 
 # Seconds for one look.

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import TargetExistsError
 from dcp_hf_writer.formats.names_on_disk import (
+    DIGESTS_DIRECTORY,
     MANIFEST_NAME,
     METADATA_NAME,
     RECORD_NAME,
+    digests_file_name,
     rank_of_dcp_file,
     rank_of_heartbeat,
 )
@@ -132,6 +134,8 @@ class StoreRecord:
         rank = rank_of_heartbeat(key) if rank is None else rank
         if rank is not None:
             return rank < self.world_size
+        if key.startswith(f"{DIGESTS_DIRECTORY}/"):
+            return any(key == digests_file_name(rank) for rank in range(self.world_size))
         return key in (METADATA_NAME, MANIFEST_NAME) or key in self.files
 
     def check_takeover(self) -> None:

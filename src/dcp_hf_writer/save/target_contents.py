@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from dcp_hf_writer.errors import CorruptCheckpointError, TargetExistsError
-from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME, rank_of_dcp_file
+from dcp_hf_writer.formats.names_on_disk import (
+    DIGESTS_DIRECTORY,
+    MANIFEST_NAME,
+    METADATA_NAME,
+    digests_file_name,
+    is_digests_file,
+    rank_of_dcp_file,
+)
 from dcp_hf_writer.formats.parse_dcp_metadata import MAX_METADATA_NBYTES, parse_metadata
 from dcp_hf_writer.plan.parse_manifest import (
     MAX_MANIFEST_NBYTES,
@@ -40,6 +47,9 @@ def own_files(directory: str) -> frozenset[str]:
     listed = _listed_by_manifest(directory)
     if listed is None:
         listed = _named_by_metadata(directory)
+        if MANIFEST_NAME in found:
+            # Only this package gives files such names, so a damaged manifest need not list them.
+            listed = {*listed, *_digests_files(directory)}
     return frozenset(found | {name for name in listed if is_relative_name(name)})
 
 
@@ -60,6 +70,14 @@ def _named_by_metadata(directory: str) -> Collection[str]:
     except CorruptCheckpointError:
         return ()
     return {info.relative_path for info in storage.values() if isinstance(info, _StorageInfo)}
+
+
+def _digests_files(directory: str) -> Collection[str]:
+    try:
+        names = os.listdir(os.path.join(directory, DIGESTS_DIRECTORY))
+    except OSError:
+        return ()
+    return {f"{DIGESTS_DIRECTORY}/{name}" for name in names if is_digests_file(name)}
 
 
 def _read(path: str, most_nbytes: int) -> bytes | None:
@@ -118,6 +136,8 @@ def _check_names(
         rank = rank_of_dcp_file(name)
         if rank is not None and world_size is not None and rank < world_size:
             planned.add(name)
+    if DIGESTS_DIRECTORY in names:
+        planned |= {digests_file_name(rank) for rank in range(world_size or 1)}
     there = {
         name: entry
         for name in planned | parents_of(planned)

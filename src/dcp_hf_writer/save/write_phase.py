@@ -9,31 +9,25 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
-import socket
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
 
-from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.errors import CheckpointError, WriteError
 from dcp_hf_writer.failpoints import reach
-from dcp_hf_writer.formats.weights_once_places import NOTICE, encode_stored_once
-from dcp_hf_writer.plan.rank_report import RankReport
-from dcp_hf_writer.plan.regions import TargetTable
-from dcp_hf_writer.plan.weights_once import stored_once
+from dcp_hf_writer.formats.names_on_disk import digests_file_name
+from dcp_hf_writer.plan.rank_digests import most_nbytes, pack_report
 from dcp_hf_writer.save.agree_on_links import agree_on_links
 from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
 from dcp_hf_writer.save.dcp_half import (
     SlabFileSystemWriter,
     check_results,
 )
+from dcp_hf_writer.save.digests_output import DigestsOutput
 from dcp_hf_writer.save.exchanged_half import ExchangedHalf
 from dcp_hf_writer.save.export_failures import FATAL, export_error
 from dcp_hf_writer.save.given_writer import run_given_writer
@@ -43,9 +37,16 @@ from dcp_hf_writer.save.hf_half import (
     nbytes_of_blocks,
     regions_by_file,
 )
+from dcp_hf_writer.save.rank_results import (
+    begun_report,
+    nbytes_of_items,
+    report_result,
+    stored_once_results,
+    without_results,
+)
 from dcp_hf_writer.save.reuse_blocks import BlockReuse
 from dcp_hf_writer.save.share_blocks import BlockSharing
-from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
+from dcp_hf_writer.save.tensor_bytes import TensorSource
 from dcp_hf_writer.storage.block_clones import PROBE, CloneSource
 from dcp_hf_writer.storage.posix_outputs import OutputFile
 
@@ -53,10 +54,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
-    from torch.distributed.checkpoint.storage import StorageWriter
+    from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
     from dcp_hf_writer.errors import ExportError
     from dcp_hf_writer.plan.global_plan import RankPlan
+    from dcp_hf_writer.plan.rank_report import RankReport
     from dcp_hf_writer.plan.regions import Region
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
@@ -68,10 +70,6 @@ if TYPE_CHECKING:
     Blocks = Sequence[tuple[WriteItem, Region]]
 
 _log = logging.getLogger(__name__)
-
-# FQN of the extra result that carries a rank's report. `take_reports` removes the result before DCP
-# sees it.
-_REPORT_FQN = "\0dcp-hf-report"
 
 # The block writer of the latest save, kept to reuse its buffer. A save that runs at the same time
 # as another one makes its own.
@@ -120,14 +118,15 @@ class WritePhase:
         with contextlib.suppress(IndexError):
             self.blocks = _idle_blocks.pop()
         try:
-            return self._run()
+            with ExitStack() as opened:
+                return self._run(opened)
         finally:
             if self.reuse is not None:
                 self.reuse.close()
             # Also after a failure, or the next save would have to fault in a new buffer.
             _idle_blocks[:] = [self.blocks]
 
-    def _run(self) -> list[WriteResult]:
+    def _run(self, opened: ExitStack) -> list[WriteResult]:
         attempt = self.attempt
         report = begun_report(attempt)
         files = attempt.open_files()
@@ -140,10 +139,11 @@ class WritePhase:
             self.plan = without_results(self.plan, left_out)
         attempt.byte_count.plan(self._planned_nbytes(work))
         self.block_nbytes = self._shared_block_nbytes()
-        # The DCP half also shares the blocks of files that are not written.
+        # The DCP half shares the blocks of files that are not written, and these have digests too.
         of_export = dict(work)
         self._reuse_files(work, source, report)
         shares = self.slots.is_shared_by_halves()
+        digests = self._begin_digests(opened, of_export, report)
         reach("before slot")
         if attempt.cell_nbytes and self.half != "dcp":
             self._exchange(work, files, source, report, half="dcp" if shares else "hf")
@@ -169,6 +169,7 @@ class WritePhase:
                     if not shares:
                         files.sync_kept()
                         self._join(files, report)
+            self._end_digests(digests, files, report)
             reach("before fsync")
             files.sync_kept()
             with attempt.timed("sync"):
@@ -254,6 +255,48 @@ class WritePhase:
         """Return the bytes of tensors that this rank will write to both halves."""
         dcp_nbytes = 0 if self.half == "hf" else nbytes_of_items(self.plan.items)
         return dcp_nbytes + sum(map(nbytes_of_blocks, work.values()))
+
+    def _begin_digests(
+        self, opened: ExitStack, work: Mapping[int, Blocks], report: RankReport
+    ) -> DigestsOutput | None:
+        """Make this rank's digests file, with room for all digests.
+
+        Returns:
+            `None` if it cannot be made in the place of the export alone: the report then says why.
+
+        Raises:
+            StorageError: If there is no space.
+        """
+        loops = sum(len(one.copy.loops) for of_file in work.values() for _, one in of_file)
+        blocks = sum(map(len, work.values()))
+        nbytes = most_nbytes(blocks=blocks, loops=loops, ranges=len(self.plan.items))
+        path = os.path.join(self.directory.path, digests_file_name(self.attempt.rank))
+        try:
+            return opened.enter_context(DigestsOutput(path, nbytes))
+        except WriteError as error:
+            self._note_lost_digests(error, report)
+            return None
+
+    def _end_digests(
+        self, output: DigestsOutput | None, files: OpenFiles, report: RankReport
+    ) -> None:
+        """Write this rank's digests; the report keeps what the coordinator needs.
+
+        Raises:
+            StorageError: If the file cannot be written.
+        """
+        data = pack_report(report, self.own.targets)
+        if output is not None:
+            try:
+                output.write(data, files)
+            except WriteError as error:
+                self._note_lost_digests(error, report)
+
+    def _note_lost_digests(self, error: WriteError, report: RankReport) -> None:
+        # An error in the place of the export alone must not cost the DCP half.
+        if self.half != "hf":
+            raise error
+        report.export_error = report.export_error or self._export_error(error, error.path or "")
 
     def _jobs(self, files: Sequence[int], *, is_dcp_last: bool) -> list[int | None]:
         """Return this rank's files in rotated order; `None` stands for its DCP file."""
@@ -407,67 +450,3 @@ class WritePhase:
     def _export_error(self, error: Exception, path: str) -> ExportError:
         nbytes = sum(size for _, size in self.own.files)
         return export_error(error, rank=self.attempt.rank, path=path, nbytes=nbytes)
-
-
-def stored_once_results(
-    own: RankPlan, items: Iterable[WriteItem], *, subdir: str
-) -> list[WriteResult]:
-    """Return a result for each item that only the export stores; it tells where they are.
-
-    Args:
-        own: This rank's part of the global plan.
-        items: Tensor items of its plan.
-        subdir: Directory of the export within the checkpoint.
-    """
-    tables = {fqn: TargetTable(parts) for fqn, parts in own.once.items()}
-    paths = [f"{subdir}/{name}" for name, _ in own.files]
-    results = []
-    for item in items:
-        table = tables.get(item.index.fqn)
-        if table is not None:
-            chunk = chunk_of(item)
-            once = stored_once(chunk, table.near(chunk), paths=paths)
-            info = _StorageInfo(NOTICE, 0, once.nbytes, encode_stored_once(once))
-            results.append(WriteResult(item.index, once.nbytes, info))
-    return results
-
-
-def begun_report(attempt: Attempt) -> RankReport:
-    """Return the report of a rank that has written nothing yet."""
-    report = RankReport(attempt.rank, socket.gethostname())
-    report.export_error = attempt.export_error
-    report.stamp, report.samples = attempt.sent.stamp, attempt.sent.withheld_samples
-    return report
-
-
-def without_results(plan: SavePlan, results: Iterable[WriteResult]) -> SavePlan:
-    """Return a plan without the items that have results already."""
-    there = {result.index for result in results}
-    return replace(plan, items=[item for item in plan.items if item.index not in there])
-
-
-def nbytes_of_items(items: Iterable[WriteItem]) -> int:
-    """Return the bytes of the tensors among the items of a plan."""
-    data = (item.tensor_data for item in items)
-    return sum(math.prod(one.chunk.sizes) * one.properties.dtype.itemsize for one in data if one)
-
-
-def report_result(report: RankReport) -> WriteResult:
-    """Return the extra result that carries a rank's report; `take_reports` takes it out again."""
-    return WriteResult(MetadataIndex(_REPORT_FQN), 0, report)
-
-
-def take_reports(
-    results: Sequence[Sequence[WriteResult]],
-) -> tuple[list[list[WriteResult]], list[RankReport]]:
-    """Separate DCP's results from the ranks' reports.
-
-    Returns:
-        DCP's results of each rank, and the reports.
-    """
-    plain: list[list[WriteResult]] = []
-    reports: list[RankReport] = []
-    for rank_results in results:
-        plain.append([r for r in rank_results if r.index.fqn != _REPORT_FQN])
-        reports += [r.storage_data for r in rank_results if r.index.fqn == _REPORT_FQN]
-    return plain, reports

@@ -178,6 +178,15 @@ class OutputFile:
             else:
                 os.ftruncate(self._fd, nbytes)
 
+    def cut(self, nbytes: int) -> None:
+        """Remove what lies behind the first bytes.
+
+        Raises:
+            WriteError: If the file system refuses.
+        """
+        with write_errors(self.path):
+            os.ftruncate(self._fd, nbytes)
+
     def sync(self) -> None:
         """Make all that was written through this descriptor durable.
 

@@ -9,7 +9,12 @@ from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import ReadError
 from dcp_hf_writer.excerpts import some_of
-from dcp_hf_writer.formats.names_on_disk import INDEX_SUFFIX, MANIFEST_NAME, METADATA_NAME, SUFFIX
+from dcp_hf_writer.formats.names_on_disk import (
+    MANIFEST_NAME,
+    METADATA_NAME,
+    SUFFIX,
+    is_hf_directory,
+)
 from dcp_hf_writer.storage.paths_as_written import hub_hint
 from dcp_hf_writer.storage.store_urls import is_url
 
@@ -92,7 +97,7 @@ def is_checkpoint(path: str) -> bool:
         return False
     if any(os.path.lexists(os.path.join(path, name)) for name in (METADATA_NAME, MANIFEST_NAME)):
         return True
-    return any(name.endswith((SUFFIX, INDEX_SUFFIX)) for name in _names(path))
+    return is_hf_directory(_names(path))
 
 
 def _names(path: str) -> list[str]:
