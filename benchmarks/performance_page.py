@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
 TIMEOUT_S = 400
-NOT_MEASURED = "`python benchmarks/performance_page.py --work results` measures this table and writes it here.\n"
+NOT_MEASURED = (
+    "`python benchmarks/performance_page.py --work results` measures this table"
+    " and writes it here.\n"
+)
 RANKS = (1, 2, 4)
 CONTENDERS = "ours,torch,torch_id,torch_cached,floor"
 _XFS_GIB = 8
