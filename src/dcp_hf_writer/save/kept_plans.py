@@ -51,7 +51,7 @@ class KeptPlans:
             planner: Its planner. With torch's plan caching, torch keeps the plans.
             rank: This rank. After a restart, a process may have another one.
         """
-        if uses_cache(planner):
+        if uses_cache(planner) or not plan.usable:
             return facts
         digest = digest_of_plan(plan, facts.host, facts.order, facts.tied)
         with self._lock:
