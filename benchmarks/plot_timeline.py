@@ -1,8 +1,8 @@
-"""The figures of `timeline.py` as a picture: one lane for training, one for the save behind it."""
+"""What happened when in a training loop, and its picture: a lane for training, one for saves."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -12,6 +12,8 @@ Span = tuple[float, float]
 
 _STEP, _STALL, _OURS, _PEER, _INK = "#cfd8e3", "#d1383d", "#0b6e4f", "#8892a0", "#20262d"
 _TRAINING, _SAVING, _HEIGHT = 0.62, 0.0, 0.44
+_LABELLED = 0.035
+"""A save gets a label if it takes at least this part of the picture's width."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +39,39 @@ class Drawn:
         return asdict(self)
 
 
-def draw(ways: dict[str, Drawn], nbytes: int, machine: str, said: str, path: str) -> None:
+@dataclass(slots=True)
+class Timeline:
+    """What one rank did, in seconds since its loop began."""
+
+    steps: list[tuple[float, float]] = field(default_factory=list)
+    """Begin and end of each training step."""
+    stalls: list[tuple[float, float]] = field(default_factory=list)
+    """Begin and end of each time in which training waited for a save."""
+    saves: list[tuple[float, float]] = field(default_factory=list)
+    """From the first call of a save until all of its files were complete."""
+    loop_s: float = 0.0
+    """When the last step, or the stall after it, was over."""
+    nbytes: int = 0
+    """Bytes of the state dict on this rank."""
+
+
+def merged(timelines: list[Timeline]) -> Drawn:
+    """Take the steps of rank 0, and of each stall and each save the slowest rank."""
+    first = timelines[0]
+    slowest = [
+        [(min(a for a, _ in same), max(b for _, b in same)) for same in zip(*lists, strict=True)]
+        for lists in ([t.stalls for t in timelines], [t.saves for t in timelines])
+    ]
+    return Drawn(first.steps, *slowest, max(t.loop_s for t in timelines))
+
+
+def draw(ways: dict[str, Drawn], title: str, machine: str, said: str, path: str) -> None:
     """Write one row for each way to save to `path`; all rows have the same axis.
 
     Args:
-        ways: What was measured, by the title of its row; one of them has no saves.
-        nbytes: Bytes of one save.
+        ways: What was measured, by the title of its row; one of them has no saves. A title that
+            names HFDualWriter gets the colour of this package.
+        title: Headline of the picture.
         machine: Where it was measured.
         said: How many rounds were measured, and how busy the machine was.
         path: Picture to write.
@@ -60,14 +89,14 @@ def draw(ways: dict[str, Drawn], nbytes: int, machine: str, said: str, path: str
     figure, axes = plt.subplots(
         len(shown), 1, figsize=(11, 1.25 * len(shown) + 1.25), sharex=True, layout="constrained"
     )
-    for axis, (title, one) in zip(axes, shown.items(), strict=True):
-        _row(axis, title, one, plain.loop_s, is_ours=axis is axes[-1])
+    for axis, (way, one) in zip(axes, shown.items(), strict=True):
+        _row(axis, way, one, plain.loop_s, end)
         axis.set_xlim(0, 1.16 * end)
     axes[-1].set_xlabel("seconds", fontsize=9, color=_INK)
     axes[-1].tick_params(axis="x", labelsize=9, length=3)
     _legend(axes[0])
     figure.suptitle(
-        f"The same training loop; a save has {nbytes / 1e9:.2f} GB of weights and Adam's moments",
+        title,
         fontsize=12.5,
         x=0.01,
         ha="left",
@@ -85,15 +114,21 @@ def draw(ways: dict[str, Drawn], nbytes: int, machine: str, said: str, path: str
     plt.close(figure)
 
 
-def _row(axis: Axes, title: str, one: Drawn, plain_s: float, *, is_ours: bool) -> None:
+def _row(axis: Axes, title: str, one: Drawn, plain_s: float, end_s: float) -> None:
+    is_ours = "HFDualWriter" in title
     for begin, end in one.steps:
-        axis.barh(_TRAINING, end - begin - 0.02, left=begin, height=_HEIGHT, color=_STEP)
+        shown = end - begin - 0.0015 * end_s
+        axis.barh(_TRAINING, shown, left=begin, height=_HEIGHT, color=_STEP)
     for begin, end in one.stalls:
         # At least as wide as can be seen.
-        axis.barh(_TRAINING, max(end - begin, 0.03), left=begin, height=_HEIGHT, color=_STALL)
+        shown = max(end - begin, 0.002 * end_s)
+        axis.barh(_TRAINING, shown, left=begin, height=_HEIGHT, color=_STALL)
     colour = _OURS if is_ours else _PEER
     for begin, end in one.saves:
-        axis.barh(_SAVING, end - begin, left=begin, height=_HEIGHT, color=colour)
+        shown = end - begin - 0.0015 * end_s
+        axis.barh(_SAVING, shown, left=begin, height=_HEIGHT, color=colour)
+        if end - begin < _LABELLED * end_s:
+            continue
         axis.text(
             (begin + end) / 2,
             _SAVING,
@@ -105,7 +140,7 @@ def _row(axis: Axes, title: str, one: Drawn, plain_s: float, *, is_ours: bool) -
         )
     axis.axvline(plain_s, color=_INK, lw=1, ls=":")
     axis.text(
-        one.loop_s + 0.15,
+        one.loop_s + 0.012 * end_s,
         _TRAINING,
         f"waited {one.waited_s:.2f} s",
         va="center",

@@ -89,7 +89,7 @@ def render_table(results: list[Result], reference: str = "torch") -> str:
     return align(rows)
 
 
-def judge(results: list[Result], workload: Workload) -> list[Bar]:
+def judge(results: list[Result], workload: Workload, *, ranks: int = 2) -> list[Bar]:
     """Hold the figures against the bars and aims that apply to this workload."""
     by_name = {r.name: r for r in results}
     ours = by_name.get("ours")
@@ -118,7 +118,7 @@ def judge(results: list[Result], workload: Workload) -> list[Bar]:
     ratio("total", "total_s", "torch", 0.8 if workload.optim else 1.0)
     ratio("total", "total_s", "torch_hf", 0.4)
     bars += _judge_bytes(ours, by_name.get("torch"), workload)
-    bars += _judge_memory(ours, workload)
+    bars += _judge_memory(ours, workload, ranks)
     ratio("stall", "stall_s", "floor", 1.0, aim=True)
     ratio("stall", "stall_s", "torch_id", 0.2 if workload.optim else 0.3, aim=True)
     ratio("total", "total_s", "torch_id", 0.8 if workload.optim else 1.0, aim=True)
@@ -194,11 +194,11 @@ def _judge_bytes(ours: Result, torch: Result | None, workload: Workload) -> list
     return bars
 
 
-def _judge_memory(ours: Result, workload: Workload) -> list[Bar]:
+def _judge_memory(ours: Result, workload: Workload, ranks: int) -> list[Bar]:
     memory = ours.memory
     if memory is None or not memory.peak:
         return []
-    snapshot = (workload.weights_nbytes + workload.optim_nbytes) // 2
+    snapshot = (workload.weights_nbytes + workload.optim_nbytes) // ranks
     extra, limit = memory.peak - memory.base, snapshot + _HOST_BUDGET_NBYTES
     bars = [
         Bar(

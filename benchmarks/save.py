@@ -2,7 +2,7 @@
 
     python benchmarks/save.py --gib 1 --rounds 7 --json save.json --plot save.png
 
-Two ranks on this host save the same state dict in turns: each round runs every contender once, in
+The ranks on this host save the same state dict in turns: each round runs every contender once, in
 an order that rotates, so that what else the machine does falls on all of them alike. The first
 round warms up and is not counted. Memory is measured apart, each contender in fresh processes,
 since allocators keep what another one left behind.
@@ -31,7 +31,6 @@ from ranks import Rank, RanksFailedError, run_ranks
 from report import Memory, Result, as_json, judge, render_bars, render_phases, render_table
 from states import GIB, Workload, build_state_dict
 
-RANKS = 2
 _SAVE_DEADLINE_S = 120.0
 """More than the slowest contender ever took for a save of 5 GiB; scales with the size below."""
 
@@ -58,7 +57,7 @@ def main() -> int:
 def _run(options: argparse.Namespace, workload: Workload, root: str) -> int:
     machine = describe_machine(root)
     print(f"{machine}, load {os.getloadavg()[0]:.1f}")
-    print(f"{workload.describe()}; {RANKS} ranks, {options.rounds} rounds, medians\n")
+    print(f"{workload.describe()}; {options.ranks} ranks, {options.rounds} rounds, medians\n")
     results = [Result(n, CONTENDERS[n].title, CONTENDERS[n].formats) for n in options.only]
     by_name = {r.name: r for r in results}
     deadline = 60 + _SAVE_DEADLINE_S * max(1.0, workload.gib)
@@ -79,7 +78,7 @@ def _run(options: argparse.Namespace, workload: Workload, root: str) -> int:
         root,
         options.only,
         options.rounds,
-        world_size=RANKS,
+        world_size=options.ranks,
         timeout_s=deadline * (options.rounds + 1),
         on_event=take_time,
         log=os.path.join(root, "ranks.log"),
@@ -92,7 +91,7 @@ def _run(options: argparse.Namespace, workload: Workload, root: str) -> int:
             root,
             result.name,
             options.soak,
-            world_size=RANKS,
+            world_size=options.ranks,
             timeout_s=deadline * options.soak,
             log=os.path.join(root, "ranks.log"),
         )
@@ -109,7 +108,7 @@ def _publish(
     root: str,
     results: list[Result],
 ) -> None:
-    bars = judge(results, workload)
+    bars = judge(results, workload, ranks=options.ranks)
     print(render_table(results))
     if options.soak and not any(r.memory and r.memory.peak for r in results):
         print("  (no peak memory: this system does not let a process reset its VmHWM)")
@@ -119,13 +118,14 @@ def _publish(
         print(f"\nBars of the design\n{render_bars(bars)}")
     if options.json:
         facts = as_json(machine, workload, file_system(root), results, bars)
+        facts |= {"ranks": options.ranks, "load": os.getloadavg()[0]}
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(facts, file, indent=1)
             file.write("\n")
     if options.plot:
         from plot import draw  # noqa: PLC0415
 
-        where = f"{file_system(root)}, {RANKS} ranks"
+        where = f"{file_system(root)}, {options.ranks} ranks"
         draw(results, f"{workload.describe()}; {where}", machine, options.plot)
 
 
@@ -236,6 +236,7 @@ def _parse_options() -> argparse.Namespace:
     add("--optim", action="store_true", help="save Adam's two fp32 moments too")
     add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of the weights")
     add("--root", help="directory to write into, a tmpfs for instance [a temporary one]")
+    add("--ranks", type=int, default=2, help="processes, which share the cores [%(default)s]")
     add("--rounds", type=int, default=7, help="rounds that count [%(default)s]")
     add("--soak", type=int, default=4, help="saves in the memory pass, 0 for none [%(default)s]")
     add("--only", default=",".join(CONTENDERS), help="contenders, of [%(default)s]")
@@ -246,8 +247,8 @@ def _parse_options() -> argparse.Namespace:
     unknown = [name for name in options.only if name not in CONTENDERS]
     if unknown:
         parser.error(f"--only: {unknown[0]!r} is none of {', '.join(CONTENDERS)}")
-    if options.gib <= 0 or options.rounds < 1 or options.soak < 0:
-        parser.error("--gib and --rounds must be positive, --soak not negative")
+    if options.gib <= 0 or min(options.rounds, options.ranks) < 1 or options.soak < 0:
+        parser.error("--gib, --ranks and --rounds must be positive, --soak not negative")
     return options
 
 

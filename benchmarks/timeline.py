@@ -16,7 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from dcp_hf_writer import HFDualWriter, HFExport
 from machine import describe_machine
-from plot_timeline import Drawn, draw
+from plot_timeline import Drawn, Timeline, draw, merged
 from ranks import Rank, run_ranks
 
 if TYPE_CHECKING:
@@ -54,22 +54,6 @@ class Setting:
     steps: int
     every: int
     batch: int
-
-
-@dataclass(slots=True)
-class Timeline:
-    """What one rank did, in seconds since its loop began."""
-
-    steps: list[tuple[float, float]] = field(default_factory=list)
-    """Begin and end of each training step."""
-    stalls: list[tuple[float, float]] = field(default_factory=list)
-    """Begin and end of each time in which training waited for a save."""
-    saves: list[tuple[float, float]] = field(default_factory=list)
-    """From the first call of a save until all of its files were complete."""
-    loop_s: float = 0.0
-    """When the last step, or the stall after it, was over."""
-    nbytes: int = 0
-    """Bytes of the state dict on this rank."""
 
 
 class Loop:
@@ -210,16 +194,6 @@ def run_loop(rank: Rank, way: str, setting: Setting, directory: str) -> Timeline
     return Loop(way, setting, directory).run()
 
 
-def merged(timelines: list[Timeline]) -> Drawn:
-    """Take the steps of rank 0, and of each stall and each save the slowest rank."""
-    first = timelines[0]
-    slowest = [
-        [(min(a for a, _ in same), max(b for _, b in same)) for same in zip(*lists, strict=True)]
-        for lists in ([t.stalls for t in timelines], [t.saves for t in timelines])
-    ]
-    return Drawn(first.steps, *slowest, max(t.loop_s for t in timelines))
-
-
 def measure(setting: Setting, rounds: int) -> tuple[dict[str, list[Drawn]], int]:
     """Run each way in turn, `rounds` times; return what was measured, and the size of a save."""
     found: dict[str, list[Drawn]] = {way: [] for way in WAYS}
@@ -277,7 +251,11 @@ def main() -> None:
             json.dump({"machine": machine, "nbytes": nbytes, "rounds": facts}, file, indent=1)
     if args.plot:
         said = f"the fastest of {args.rounds} rounds, load average {load:.0f}"
-        draw({WAYS[way]: one for way, one in chosen.items()}, nbytes, machine, said, args.plot)
+        title = (
+            "The same training loop; "
+            f"a save has {nbytes / 1e9:.2f} GB of weights and Adam's moments"
+        )
+        draw({WAYS[way]: one for way, one in chosen.items()}, title, machine, said, args.plot)
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def run_first_page(rank: int, world_size: int, directory: str) -> None:
 def test_first_page_saves_checks_serves_and_resumes(tmp_path: Path) -> None:
     run_ranks(run_first_page, 1, str(tmp_path))
     assert sorted(path.name for path in (tmp_path / "ckpt" / "step-1").iterdir()) == [
-        *(".metadata", "__0_0.distcp", "dcp-hf.json", "hf")
+        *(".metadata", "__0_0.distcp", "dcp-hf", "dcp-hf.json", "hf")
     ]
 
 

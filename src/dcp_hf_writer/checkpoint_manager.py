@@ -8,26 +8,27 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_hf_writer.errors import CheckpointError, ConfigError
+from dcp_hf_writer.manager.check_host import check_save, check_start
 from dcp_hf_writer.manager.failure_policy import rules_of
-from dcp_hf_writer.manager.keep_house import Housekeeper
 from dcp_hf_writer.manager.on_signal import OnSignal, SignalHandlers
 from dcp_hf_writer.manager.open_run import open_run
 from dcp_hf_writer.manager.own_group import OwnGroup
 from dcp_hf_writer.manager.pending_save import SaveRequest
-from dcp_hf_writer.manager.rank_messages import Messages, World
-from dcp_hf_writer.manager.refuse_save import refusal_of
+from dcp_hf_writer.manager.rank_messages import ANSWER_S, Messages, World
+from dcp_hf_writer.manager.refuse_save import may_replace, refusal_of
 from dcp_hf_writer.manager.restore_run import Restore, Restored, RestoreOptions, RestoreTools
 from dcp_hf_writer.manager.retention import KeepBest, Retention, as_keep_best
 from dcp_hf_writer.manager.run_content import RunContent
+from dcp_hf_writer.manager.run_mirror import RunMirror, housekeeper_of
 from dcp_hf_writer.manager.run_saves import RunSaves, SaveOptions
 from dcp_hf_writer.manager.save_calls import SaveCalls
 from dcp_hf_writer.manager.save_report import as_callbacks
 from dcp_hf_writer.manager.save_schedule import DueSave, schedule_of
 from dcp_hf_writer.manager.shared_root import prepare_shared_root
 from dcp_hf_writer.manager.step_names import StepNames
-from dcp_hf_writer.manager.trainer_state import skipped_names
+from dcp_hf_writer.manager.trainer_state import checked_metrics, skipped_names
 from dcp_hf_writer.mapping.option_values import check_flag, check_seconds, check_whole, check_word
-from dcp_hf_writer.run_writers import RunWriters
+from dcp_hf_writer.run_writers import RunWriters, writer_options
 from dcp_hf_writer.staging.stager import wait_before_step
 from dcp_hf_writer.storage.write_slots import WriteSlots
 
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.manager.save_report import SaveReport
     from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.save.mirror_to import MirrorTo
     from dcp_hf_writer.staging.stager import StagingMode
 
 _log = logging.getLogger(__name__)
@@ -100,6 +102,7 @@ class CheckpointManager:
         late_after_s: float = 60,
         allow_pickled_objects: bool = False,
         storage_options: dict[str, Any] | None = None,
+        mirror: str | MirrorTo | None = None,
     ) -> None:
         """Prepare a run: make its directory and its process group, and check that they work.
 
@@ -146,6 +149,8 @@ class CheckpointManager:
             allow_pickled_objects: Let `restore` load objects of any class. This runs code that the
                 checkpoint names.
             storage_options: Options for a URL, as fsspec takes them, such as credentials.
+            mirror: URL of a store, or `MirrorTo(url, ...)`: where to upload each step of a local
+                run once it is committed, in the background. `restore` looks there too.
 
         Raises:
             ConfigError: If an option cannot be used as given.
@@ -154,35 +159,30 @@ class CheckpointManager:
             RankLostError: If a rank does not make its manager.
         """
         global _managers  # noqa: PLW0603 - one counter per process
+        given = writer_options(locals())
         check_word("checkpointer", checkpointer, ("thread", "process"))
         check_seconds("late_after_s", late_after_s)
         check_flag("save_rng", save_rng)
-        self._directory = open_run(root, names, storage_options)
+        own_options = None if isinstance(mirror, str) else storage_options
+        self._directory = open_run(root, names, own_options)
         self.root = self._directory.root
-        if staging == "overlap" and not optimizers:
-            msg = 'staging="overlap" copies while training goes on, so optimizers must wait for it'
-            raise ConfigError(msg, expected="optimizers=[optimizer]", found="none")
         self._schedule = schedule_of(
             save_every, export_every, snapshot_every, has_export=export is not None
         )
-        check_word("weights", weights, ("both", "once"))
         self._timeout_s, self._allow_pickled_objects = timeout_s, allow_pickled_objects
+        retention = Retention(keep_last, keep_every, as_keep_best(keep_best), export_keep_last)
+        self._mirror = RunMirror.of(mirror, self._directory, retention, storage_options)
         self._writers = RunWriters(
             export,
-            address=self._directory.address,
+            address=(self._mirror or self._directory).address,
             weights=weights,
             allow_pickled_objects=allow_pickled_objects,
-            options={
-                "staging": staging,
-                "slots": slots,
-                "strategy": strategy,
-                "timeout_s": timeout_s,
-                "host_budget_bytes": host_budget_bytes,
-                "report_to": report_to,
-            },
+            options=given,
+            mirror=self._mirror,
         )
-        retention = Retention(keep_last, keep_every, as_keep_best(keep_best), export_keep_last)
+        self._world = World.current()
         options = SaveOptions(
+            partial(check_save, self._world, self._writers.export_files),
             self._writers.writer,
             timeout_s,
             rules_of(on_failure),
@@ -195,11 +195,11 @@ class CheckpointManager:
         )
         self._writers.writer(self._directory.path_of(0), has_export=True)
         _managers += 1
-        self._world = World.current()
         self._content = RunContent(
             trainer_state, rank_state, save_rng=save_rng, rank=self._world.rank
         )
-        connect = partial(Messages, self._world, f"dcp-hf-manager/{_managers}")
+        key = f"dcp-hf-manager/{_managers}"
+        connect = partial(Messages, self._world, key, answer_s=min(timeout_s, ANSWER_S))
         self._messages = connect()
         self._restores = 0
         self._restored: Restored | None = None
@@ -207,9 +207,12 @@ class CheckpointManager:
         self._last: tuple[int, Any, Mapping[str, float] | None] | None = None
         self._saved_step: int | None = None
         self._is_closed = False
-        prepare_shared_root(self._directory, self._messages, timeout_s=timeout_s)
+        look = partial(check_start, self._world, in_process=options.in_process)
+        prepare_shared_root(self._directory, self._messages, timeout_s=timeout_s, look=look)
+        if self._mirror is not None and self._world.is_coordinator:
+            self._mirror.go_on()
         self._group = OwnGroup(self._world, timeout_s=timeout_s)
-        self._house = Housekeeper(self._directory, retention)
+        self._house = housekeeper_of(self._mirror, self._directory, retention)
         self._saves = RunSaves(
             self._directory, self._group, self._house, options, (self._messages, connect())
         )
@@ -292,31 +295,25 @@ class CheckpointManager:
         self, step: int, state_dict: Any, due: DueSave, metrics: Mapping[str, float] | None
     ) -> None:
         check_whole("step", step, least=0)
-        run, has_export = self._directory, due.has_export
+        run, has_export, metrics = self._directory, due.has_export, checked_metrics(metrics)
         path = run.path_of(step, is_snapshot=due.is_snapshot)
-        may_replace = partial(self._may_replace, step, path, is_snapshot=due.is_snapshot)
+        may_go = partial(may_replace, run, self._restored, step, path, is_snapshot=due.is_snapshot)
         self._calls.note_save()
         self._saves.begin(
             lambda number: SaveRequest(number, step, path, due.is_snapshot, has_export, metrics),
-            lambda: self._content.at(step, state_dict),
+            lambda: self._content.at(step, state_dict, metrics),
             refuse=lambda request, content: refusal_of(
                 run,
                 self._house,
                 request,
-                may_replace=may_replace,
+                may_replace=may_go,
                 needed=self._writers.planned_nbytes(content, has_export=has_export),
                 timeout_s=self._timeout_s,
+                mirror=self._mirror,
             ),
-            overwrite=run.overwrites and may_replace(),
+            overwrite=run.overwrites and may_go(),
         )
         self._saved_step = step
-
-    def _may_replace(self, step: int, path: str, *, is_snapshot: bool) -> bool:
-        """Whether what is there may go: a snapshot, or a future that the run has left."""
-        if is_snapshot or not self._directory.exists(path):
-            return is_snapshot
-        is_after = self._restored is not None and step > self._restored.step
-        return is_after or self._directory.look_at(step).facts is None
 
     def restore(
         self,
@@ -377,12 +374,16 @@ class CheckpointManager:
             self._group.current,
             lambda path, source: self._writers.reader(path, source, verify=verify),
             self._timeout_s,
-            self._directory.address,
+            (self._mirror or self._directory).address,
         )
         run = Restore(f"restore/{self._restores}", tools, options)
         self._restored = run.run(
-            partial(self._directory.candidates, step), given, self._content.objects
+            partial((self._mirror or self._directory).candidates, step),
+            given,
+            self._content.objects,
         )
+        if self._mirror is not None and self._restored is not None:
+            self._mirror.note_restored(self._restored.step)
         return None if self._restored is None else self._restored.step
 
     @property
@@ -459,6 +460,7 @@ class CheckpointManager:
             hook.remove()
         self._house.close()
         if not self._saves.is_busy:
+            self._saves.end_lost_process()
             self._group.close()
             self._directory.close()
 

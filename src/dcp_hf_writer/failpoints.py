@@ -24,6 +24,7 @@ POINTS = (
     "after fsync",  # every rank: its bytes are durable
     "before report",  # every rank: before it sends its results
     "before manifest",  # coordinator: all ranks have reported, the metadata is written
+    "export published",  # coordinator: the export, apart from the DCP half, is visible alone
     "before rename",  # coordinator: the manifest is durable
     "files carried",  # coordinator: files of others are linked into the new directory, by record
     "names exchanged",  # coordinator: the checkpoint is visible in the place of another directory
@@ -35,6 +36,9 @@ POINTS = (
 
 TARGET_POINTS = ("files carried", "names exchanged", "files linked back", "place given back")
 """Those that only a save into a directory with files of others reaches."""
+
+APART_POINTS = ("export published",)
+"""Those that only a save whose halves lie apart reaches."""
 
 EXCHANGE_POINTS = ("mid exchange",)
 """Those that only a save whose ranks write cells for each other reaches."""

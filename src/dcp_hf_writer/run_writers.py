@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from dcp_hf_writer.errors import ConfigError
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
-from dcp_hf_writer.manager.planned_size import planned_nbytes
+from dcp_hf_writer.manager.planned_size import planned_export_files, planned_nbytes
 from dcp_hf_writer.mapping.hf_export import HFExport
+from dcp_hf_writer.mapping.option_values import check_word
+from dcp_hf_writer.preflight.check_export_place import refuse_export_path
 from dcp_hf_writer.reader import HFDualReader
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.tensors.dtypes import export_dtype
@@ -17,7 +20,26 @@ if TYPE_CHECKING:
 
     import torch.distributed as dist
 
+    from dcp_hf_writer.manager.run_mirror import RunMirror
     from dcp_hf_writer.manager.run_storage import Address
+
+
+_SHARED = ("staging", "slots", "strategy", "timeout_s", "host_budget_bytes", "report_to")
+
+
+def writer_options(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of a manager that every writer of its run gets as they are.
+
+    Args:
+        given: Each option of the manager by its name.
+
+    Raises:
+        ConfigError: If copies are made while training goes on, and no optimizer waits for them.
+    """
+    if given["staging"] == "overlap" and not given["optimizers"]:
+        msg = 'staging="overlap" copies while training goes on, so optimizers must wait for it'
+        raise ConfigError(msg, expected="optimizers=[optimizer]", found="none")
+    return {name: given[name] for name in _SHARED}
 
 
 class RunWriters:
@@ -31,6 +53,7 @@ class RunWriters:
         weights: str,
         allow_pickled_objects: bool,
         options: Mapping[str, Any],
+        mirror: RunMirror | None = None,
     ) -> None:
         """Keep the options; `writer` checks them.
 
@@ -40,11 +63,22 @@ class RunWriters:
             weights: As in `HFDualWriter`, for saves with an export.
             allow_pickled_objects: As in `HFDualReader`.
             options: Other options of every writer.
+            mirror: The mirror of the run.
+
+        Raises:
+            ConfigError: If `weights` is not a known word, or the export has a place of its own.
         """
+        check_word("weights", weights, ("both", "once"))
+        refuse_export_path(
+            export,
+            what="CheckpointManager",
+            hint="leave path out: retention deletes both halves of a step; mirror= uploads them",
+        )
         self.export = export
         self._address = address
         self._weights, self._allow_pickled_objects = weights, allow_pickled_objects
-        self._options = dict(options)
+        self._options, self._mirror = dict(options), mirror
+        self._export_files: int | None = None
 
     @property
     def subdir(self) -> str:
@@ -79,6 +113,7 @@ class RunWriters:
             weights="once" if has_export and self._weights == "once" else "both",
             overwrite=overwrite,
             process_group=group,
+            mirror=None if self._mirror is None else self._mirror.of_path(path),
             **self._options,
         )
 
@@ -109,3 +144,16 @@ class RunWriters:
             export_dtype=None if export is None else export_dtype(export.dtype),
             has_second_copy=export is not None and self._weights == "both",
         )
+
+    def export_files(self, state_dict: Mapping[str, Any], *, has_export: bool) -> int:
+        """Return the number of files of an export, or a little less; 0 without an export."""
+        if self.export is None or not has_export:
+            return 0
+        if self._export_files is None:
+            # Counted once: the model of a run does not change, and walking a large one takes time.
+            self._export_files = planned_export_files(
+                state_dict,
+                export_dtype=export_dtype(self.export.dtype),
+                max_shard_nbytes=self.export.max_shard_nbytes,
+            )
+        return self._export_files

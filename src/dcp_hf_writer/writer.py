@@ -21,6 +21,7 @@ from dcp_hf_writer.mapping.flattening import with_states
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.plan import global_plan
 from dcp_hf_writer.preflight import check_options, rank_facts
+from dcp_hf_writer.preflight.check_export_place import export_place, own_storage_options
 from dcp_hf_writer.preflight.check_placements import refuse_partial
 from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
 from dcp_hf_writer.save import coordinator, export_assets
@@ -34,6 +35,7 @@ from dcp_hf_writer.save.kept_plans import KEPT_PLANS
 from dcp_hf_writer.save.mirror_jobs import wait_for_mirrors
 from dcp_hf_writer.save.mirror_to import MirrorTo, as_mirror
 from dcp_hf_writer.save.owner_process import new_save_id
+from dcp_hf_writer.save.places_of_steps import PlacesOfSteps
 from dcp_hf_writer.save.plan_save import plan_save
 from dcp_hf_writer.save.planned_export import export_of, plan_or_leave_out
 from dcp_hf_writer.save.posix_target import LocalOptions
@@ -122,7 +124,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             process_group: Process group of the save; pass the same group to `async_save`.
             on_export_error: If only the export fails and the DCP half holds all weights, the DCP
                 half is committed. Then `"raise"` raises `ExportError`, `"warn"` logs a warning.
-            storage_options: Options for a URL, as fsspec takes them, such as credentials.
+            storage_options: Options for the URLs, as fsspec takes them, such as credentials.
             strategy: `"direct"`: each rank writes its own bytes, on any file system. `"exchange"`:
                 ranks send each other bytes, so that each aligned part of a file has one writer.
                 `"auto"` exchanges if several hosts write and the file system may not be coherent.
@@ -140,7 +142,8 @@ class HFDualWriter(StorageWriter, SlabStager):
             StorageError: If the path or a parent of it is a file, or may not be written to.
         """
         super().__init__()
-        check_options.check_writer(locals())
+        options = locals()
+        check_options.check_writer(options)
         self.export = export
         self.weights = weights
         self.staging = staging
@@ -153,12 +156,11 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.strategy = strategy
         self.timeout_s = timeout_s
         self.host_budget_bytes = host_budget_bytes
-        self._mirror: MirrorTo | None = None
-        has_mirror = isinstance(mirror, str)
-        # Of a local path with a mirror, they are the options of the mirror.
-        self._stores = StoreAccess(None if has_mirror else storage_options)
-        self.path = self._mirrored = self._path_of(path)
-        self._mirror = as_mirror(mirror, path=self.path, storage_options=storage_options)
+        place = export_place(options)
+        self._stores = StoreAccess(own_storage_options(options, place))
+        self.path = self._path_of(path)
+        to = as_mirror(mirror, path=self.path, storage_options=storage_options)
+        self._places = PlacesOfSteps(self.path, to, place)
         if not is_url(self.path):
             check_output_place(self.path)
         self.report_to = as_report_hooks(report_to)
@@ -176,7 +178,9 @@ class HFDualWriter(StorageWriter, SlabStager):
         try:
             self._saves.wait_for_earlier()
             if checkpoint_id is not None:
-                self.path = self._path_of(checkpoint_id)
+                path = self._path_of(checkpoint_id)
+                self._places.of_step(path)
+                self.path = path
             self._saves.set_target(self.path)
             self._saves.renew_save_id()
         except CheckpointError:
@@ -189,8 +193,6 @@ class HFDualWriter(StorageWriter, SlabStager):
     def _path_of(self, given: str | os.PathLike[str]) -> str:
         path = check_options.target_path(given)
         check_options.check_for_target(path, self, self._stores.options)
-        if self._mirror is not None:
-            self._mirror.of_step(self._mirrored, path)
         return self._stores.note(path)
 
     @property
@@ -328,10 +330,9 @@ class HFDualWriter(StorageWriter, SlabStager):
         return plans if result is None else result
 
     def _target_of(self, save_id: str, told: Mapping[str, Any] | None = None) -> SaveTarget:
-        attempt, mirror = self._current(), self._mirror
-        if mirror is not None:
-            mirror = mirror.of_step(self._mirrored, attempt.target)
-        local = LocalOptions(self.dcp_writer, self.slots, self.share, self.strategy, mirror)
+        attempt = self._current()
+        places = self._places.of_step(attempt.target)
+        local = LocalOptions(self.dcp_writer, self.slots, self.share, self.strategy, places.mirror)
         return choose_target(
             attempt,
             save_id,
@@ -339,6 +340,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             local,
             told,
             host_budget_bytes=self.host_budget_bytes,
+            export_at=places.export,
         )
 
     def _plan(
@@ -431,8 +433,9 @@ class HFDualWriter(StorageWriter, SlabStager):
             CheckpointError: What kept the mirror from being published.
             SaveTimeoutError: If it is not published in time.
         """
-        if self._mirror is not None:
-            wait_s = self._mirror.timeout_s if timeout_s is None else timeout_s
+        mirror = self._places.mirror
+        if mirror is not None:
+            wait_s = mirror.timeout_s if timeout_s is None else timeout_s
             wait_for_mirrors(self.path, timeout_s=wait_s)
 
     def explain(

@@ -142,12 +142,18 @@ def test_options_of_a_url_are_checked() -> None:
         CheckpointManager("runs/a", storage_options={"key": "x"})
 
 
-def run_on_rank(rank: int, world_size: int, store: Store, first: int) -> list[Any]:
+def run_on_rank(
+    rank: int, world_size: int, store: Store, first: int, checkpointer: str = "thread"
+) -> list[Any]:
     """Resume, save two steps, and tell what was seen."""
     loader = Counter()
-    with manager_on(
-        store, save_every=1, keep_last=2, rank_state={"loader": loader}, trainer_state={"n": first}
-    ) as manager:
+    options: dict[str, Any] = {"save_every": 1, "keep_last": 2, "rank_state": {"loader": loader}}
+    # torch starts its process at the first save, which takes long on a busy machine.
+    options |= {
+        "checkpointer": checkpointer,
+        "timeout_s": 150.0 if checkpointer != "thread" else 60,
+    }
+    with manager_on(store, trainer_state={"n": first}, **options) as manager:
         state = state_of(0, is_sharded=True)
         start = manager.restore(state, verify=True)
         seen: list[Any] = [start, loader.count]
@@ -175,6 +181,23 @@ def test_two_ranks_save_to_s3_and_resume(tmp_path: Path, s3_server: S3Server) ->
     assert [one[:2] for one in second] == [[2, 2], [2, 102]]
     assert second[0][2] == [3, 4]
     assert sorted(steps_with_objects(store)) == ["step-3", "step-4"]
+    assert bucket.open_uploads() == []
+
+
+@pytest.mark.timeout(400)
+@pytest.mark.parametrize("kind", ["rclone", pytest.param("moto", marks=pytest.mark.slow)])
+def test_checkpointer_process_saves_a_run_on_a_store(
+    request: pytest.FixtureRequest, kind: str
+) -> None:
+    bucket = request.getfixturevalue(kind).new_bucket()
+    store = Store.of_bucket(bucket)
+    first = run_ranks(run_on_rank, 2, store, 1, "process", timeout_s=180)
+    assert [one[:2] for one in first] == [[None, 0]] * 2
+    assert first[0][2] == [1, 2]
+    second = run_ranks(run_on_rank, 2, store, 3)
+    assert [one[:2] for one in second] == [[2, 2], [2, 102]]
+    assert sorted(steps_with_objects(store)) == ["step-3", "step-4"]
+    assert pointer(store, "latest")["step"] == 4
     assert bucket.open_uploads() == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import random
 import threading
@@ -133,12 +134,21 @@ def die_at_random(rank: int, world_size: int, root: Path, seed: int) -> None:
                     os._exit(1)
 
 
-def kill_often(root: Path, *, kills: int, seed: int) -> None:
+def kill_often(root: Path, *, kills: int, seed: int, every: int) -> None:
+    """Kill a rank again and again; after each kill, look at the run as the next start does.
+
+    Args:
+        root: Directory of the run.
+        kills: Number of kills.
+        seed: Replays the kills.
+        every: How often the other rank lives until it has learned of the kill, which takes the
+            deadline of a save. The other times it is killed too, as launchers do.
+    """
     print(f"seed {seed}, {kills} kills")  # noqa: T201 - replays the run
     before = -1
     for n in range(kills):
         with spawn_ranks(die_at_random, 2, root, seed * 1000 + n, timeout_s=120) as handle:
-            handle.outcomes()
+            handle.outcomes(grace_s=math.inf if n % every == every - 1 else 0.0)
         assert len(hits(root)) == n + 1, "nobody was killed"
         manager = CheckpointManager(root)
         latest = manager.latest()
@@ -152,13 +162,13 @@ def kill_often(root: Path, *, kills: int, seed: int) -> None:
 
 @pytest.mark.timeout(300)
 def test_run_whose_ranks_are_killed_never_goes_back(tmp_path: Path) -> None:
-    kill_often(tmp_path / "run", kills=3, seed=1)
+    kill_often(tmp_path / "run", kills=3, seed=1, every=4)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_run_whose_ranks_are_killed_often_never_goes_back(tmp_path: Path) -> None:
-    kill_often(tmp_path / "run", kills=40, seed=2)
+    kill_often(tmp_path / "run", kills=40, seed=2, every=5)
 
 
 Usage = dict[str, int]

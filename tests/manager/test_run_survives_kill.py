@@ -104,11 +104,11 @@ def test_example_is_short_and_stands_on_the_page_of_the_manager() -> None:
 
 @pytest.mark.timeout(400)
 def test_run_that_is_killed_resumes_to_the_same_losses(tmp_path: Path) -> None:
-    run_and_kill(tmp_path, kills=3, seed=1)
+    run_and_kill(tmp_path, kills=2, seed=1)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [2, 3])
 def test_run_that_is_killed_often_resumes_to_the_same_losses(tmp_path: Path, seed: int) -> None:
-    run_and_kill(tmp_path, kills=12, seed=seed)
+    run_and_kill(tmp_path, kills=20, seed=seed)

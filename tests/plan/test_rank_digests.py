@@ -17,6 +17,7 @@ from dcp_hf_writer.plan.block_columns import columns_of
 from dcp_hf_writer.plan.layout import PartTarget
 from dcp_hf_writer.plan.rank_digests import (
     encode_digests,
+    most_nbytes,
     pack_report,
     parse_digests,
     rank_digests,
@@ -68,6 +69,19 @@ def test_blocks_are_left_out_without_an_export() -> None:
 def test_rank_that_wrote_nothing_has_a_file_too() -> None:
     data, listed = encode_digests(rank_digests(None, []), 0)
     assert (len(parse(data).blocks), listed.hf_files, listed.hf_nbytes) == (0, None, 0)
+
+
+@given(st.lists(st.integers(0, 4), max_size=40), st.integers(0, 300), st.sampled_from([1, 1 << 40]))
+def test_reserved_size_is_enough(loops: list[int], ranges: int, unit: int) -> None:
+    rows = [
+        (number, ByteRuns(unit * number, 4, ((3, 8),) * count), (1 << 64) - 1)
+        for number, count in enumerate(loops)
+    ]
+    many = tuple((unit * number, unit, "f" * 16) for number in range(ranges))
+    digests = rank_digests(columns_of(rows), [DCPFile("__1_0.distcp", 50, many, "a" * 16)])
+    data, _ = encode_digests(digests, 12345)
+    most = most_nbytes(blocks=len(rows), loops=sum(loops), ranges=ranges)
+    assert len(data) <= most <= len(data) + 1024
 
 
 def changed(name: str, row: Any, value: int) -> bytes:

@@ -16,6 +16,7 @@ import pytest
 
 from dcp_hf_writer.errors import RankLostError
 from dcp_hf_writer.failpoints import (
+    APART_POINTS,
     EXCHANGE_POINTS,
     POINTS,
     SHARING_POINTS,
@@ -56,7 +57,9 @@ OF_THE_COORDINATOR = (
 COMMITTED = (*TARGET_POINTS[1:], "after rename", "before reply")
 # `test_shared_blocks` kills a save at each clone, on file systems that can clone.
 EVERY_SAVE = tuple(
-    point for point in POINTS if point not in TARGET_POINTS + SHARING_POINTS + EXCHANGE_POINTS
+    point
+    for point in POINTS
+    if point not in TARGET_POINTS + SHARING_POINTS + EXCHANGE_POINTS + APART_POINTS
 )
 REPEATED = ("mid dcp", "mid hf")
 
@@ -215,6 +218,7 @@ def test_every_point_of_a_save_has_a_crash() -> None:
     assert {crash.strike.point for crash in CRASHES.values()} == set(POINTS) - {
         *SHARING_POINTS,
         *EXCHANGE_POINTS,
+        *APART_POINTS,
     }
     assert set(OF_THE_COORDINATOR) <= set(POINTS)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import pickle
 import signal
@@ -20,7 +19,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from dcp_hf_writer import HFDualWriter, HFExport
@@ -44,7 +42,6 @@ from support.faults import (
     check_outcomes,
     check_storage,
     hits,
-    note_hit,
     save,
     writer_options,
 )
@@ -52,6 +49,7 @@ from support.named_bytes import save_held_by, sharded_state
 from support.processes import FreshProcess
 from support.rank_process import Raised
 from support.ranks import run_ranks, spawn_ranks
+from support.struck_process import StruckPlanner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -483,25 +481,6 @@ def test_two_jobs_save_side_by_side_into_one_directory(tmp_path: Path) -> None:
 
 # Deadlines to try: on a busy machine the process may not reach the writing by the first ones.
 PROCESS_TIMEOUTS_S = (6.0, 12.0, 24.0, 48.0)
-
-
-class StruckPlanner(DefaultSavePlanner):
-    """Travels to the checkpointer process and strikes it in the midst of the writing.
-
-    Without a signal it does nothing, but the process has then imported this module.
-    """
-
-    def __init__(self, root: Path, sig: signal.Signals | None, until: float = math.inf) -> None:
-        """Strike with `sig`, unless `time.monotonic()` has passed `until`."""
-        super().__init__()
-        self.root, self.sig, self.until = root, sig, until
-
-    def resolve_data(self, write_item: Any) -> Any:
-        is_meant = self.sig is not None and write_item.index.fqn == "optim.embed"
-        if is_meant and time.monotonic() < self.until:
-            note_hit(self.root, f"{os.getpid()}")
-            os.kill(os.getpid(), self.sig)
-        return super().resolve_data(write_item)
 
 
 def save_in_process(

@@ -322,13 +322,16 @@ def test_mirror_is_dropped_when_its_local_checkpoint_is_gone(
     assert left_beside(tmp_path / "run") == []
 
 
-def test_damaged_local_file_keeps_the_mirror_from_being_published(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [".metadata", "dcp-hf/digests-00000.safetensors"])
+def test_damaged_local_file_keeps_the_mirror_from_being_published(
+    tmp_path: Path, name: str
+) -> None:
     store = Store.shared(tmp_path / "store")
     path = tmp_path / "run" / "step-1"
     with FreshProcess(save_and_die, path, store, "mirror begun", 0) as process:
         assert process.exitcode() == -signal.SIGKILL
-    data = (path / ".metadata").read_bytes()
-    (path / ".metadata").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    data = (path / name).read_bytes()
+    (path / name).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     done = resume_mirrors(tmp_path / "run")
     assert [one.outcome for one in done] == ["failed"]
     assert "not as its manifest says" in str(done[0].error)

@@ -150,4 +150,7 @@ def _text(value: Any) -> str:
         return f"{value.dtype} {value.tolist()}"
     if isinstance(value, io.BytesIO):
         return f"BytesIO {value.getvalue()!r}"
+    if isinstance(value, (set, frozenset)):
+        # Equal sets may list their members in another order.
+        return f"{type(value).__name__} {sorted(map(repr, value))}"
     return f"{type(value).__name__} {value!r}"

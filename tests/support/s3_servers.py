@@ -25,6 +25,8 @@ from typing import TYPE_CHECKING, Any, Literal
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from support.hosts import Host
+
 ServerKind = Literal["moto", "rclone"]
 SERVER_KINDS: tuple[ServerKind, ...] = ("moto", "rclone")
 
@@ -35,7 +37,7 @@ REGION = "us-east-1"
 
 # Far more than a start takes on a busy machine.
 START_S = 90.0
-_LISTENS_ON = re.compile(r"http://127\.0\.0\.1:\d+")
+_LISTENS_ON = re.compile(r"http://[\d.]+:\d+")
 _numbers = itertools.count()
 
 
@@ -158,19 +160,27 @@ def _client_of(endpoint: str, _pid: int) -> Any:
 
 
 @contextlib.contextmanager
-def serving(kind: ServerKind, *options: str, root: str | None = None) -> Iterator[S3Server]:
+def serving(
+    kind: ServerKind, *options: str, root: str | None = None, on: Host | None = None
+) -> Iterator[S3Server]:
     """Run a server for the body of the `with` statement.
 
     Args:
         kind: Which program.
         *options: Further options of it.
         root: Directory that rclone serves; a temporary one if `None`.
+        on: Host of `hosts.two_hosts` that it runs on; `None` for this machine.
     """
     with tempfile.TemporaryDirectory(prefix="s3-server-", dir=root) as work:
         log = Path(work, "log")
         with log.open("wb") as output:
             process = subprocess.Popen(
-                [*_dies_with_us(), *_command(kind, work), *options],
+                [
+                    *_dies_with_us(),
+                    *([] if on is None else on.command),
+                    *_command(kind, work, "127.0.0.1" if on is None else on.address),
+                    *options,
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
@@ -183,15 +193,15 @@ def serving(kind: ServerKind, *options: str, root: str | None = None) -> Iterato
             process.wait()
 
 
-def _command(kind: ServerKind, work: str) -> list[str]:
+def _command(kind: ServerKind, work: str, address: str) -> list[str]:
     if kind == "moto":
-        return [_program("moto_server"), "-H", "127.0.0.1", "-p", "0"]
+        return [_program("moto_server"), "-H", address, "-p", "0"]
     data = Path(work, "data")
     data.mkdir()
     keys = f"{ACCESS_KEY},{SECRET_KEY}"
     config = ["--config", os.devnull, "--cache-dir", str(Path(work, "cache"))]
-    address = ["--addr", "127.0.0.1:0", "--auth-key", keys]
-    return [_program("rclone"), "serve", "s3", *config, *address, str(data)]
+    listen = ["--addr", f"{address}:0", "--auth-key", keys]
+    return [_program("rclone"), "serve", "s3", *config, *listen, str(data)]
 
 
 def _program(name: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -205,7 +206,8 @@ def four_parts(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_rows_of_a_block_are_written_in_order() -> None:
+@pytest.mark.parametrize("copied_nbytes", [8 << 20, 64 << 10])
+def test_rows_of_a_block_are_written_in_order(copied_nbytes: int) -> None:
     """Long rows as they lie, short ones copied together, however many dimensions are cut."""
     for shape, box in (
         ((6, 40_000), (slice(1, 5), slice(0, 30_000))),
@@ -215,8 +217,11 @@ def test_rows_of_a_block_are_written_in_order() -> None:
     ):
         part = torch.arange(math.prod(shape), dtype=torch.int32).reshape(shape)[box]
         assert not part.is_contiguous()
-        found = b"".join(bytes(piece) for piece in row_major_bytes(part))
-        assert found == part.contiguous().numpy().tobytes()
+        pieces = list(row_major_bytes(part, copied_nbytes=copied_nbytes))
+        assert b"".join(map(bytes, pieces)) == part.contiguous().numpy().tobytes()
+        memory = part.numpy()
+        copied = [piece for piece in pieces if not np.may_share_memory(piece, memory)]
+        assert all(piece.nbytes <= copied_nbytes for piece in copied)
 
 
 def test_parts_become_the_whole(four_parts: Path) -> None:

@@ -13,7 +13,7 @@ from dcp_hf_writer.check.verify_progress import progress_of
 from dcp_hf_writer.digests.problems import Problem, first_of
 from dcp_hf_writer.digests.recompute import Recomputation, jobs_of
 from dcp_hf_writer.digests.stored_digests import StoredDigests
-from dcp_hf_writer.errors import CheckpointError, CorruptCheckpointError
+from dcp_hf_writer.errors import CheckpointError, CorruptCheckpointError, ReadError
 from dcp_hf_writer.formats.names_on_disk import (
     DCP_SUFFIX,
     DIGESTS_DIRECTORY,
@@ -24,6 +24,7 @@ from dcp_hf_writer.formats.names_on_disk import (
     SUFFIX,
 )
 from dcp_hf_writer.formats.parse_dcp_metadata import MAX_METADATA_NBYTES, parse_metadata
+from dcp_hf_writer.load.halves_apart import check_same_save, open_half, open_other_half
 from dcp_hf_writer.mapping.option_values import check_whole
 from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
 from dcp_hf_writer.storage.open_directory import open_directory
@@ -133,7 +134,8 @@ def verify(
 ) -> VerifyReport:
     """Check a stored checkpoint: in full if it has a manifest, otherwise only its structure.
 
-    With a manifest, `verify` reads every byte and recomputes every digest of the manifest. Each
+    With a manifest, `verify` reads every byte and recomputes every digest of the manifest. If the
+    export lies apart from the DCP half, the path of the DCP half checks both. Each
     byte of each tensor must be in exactly one block. Sizes, names, headers, index and DCP metadata
     must agree with the manifest and with each other, and the manifest must list every file. Without
     a manifest (a plain DCP checkpoint, or a HuggingFace directory), `verify` checks how the files,
@@ -158,12 +160,27 @@ def verify(
         ConfigError: If an argument is invalid.
     """
     began = time.monotonic()
-    check = _Check(open_directory(path, storage_options), os.fspath(path))
+    check = _Check(_files_of(path, storage_options), os.fspath(path))
     if threads is not None:
         check_whole("threads", threads, least=1)
     threads = threads or min(os.cpu_count() or 1, check.files.readers)
-    check.run(progress_of(progress, "verify"), threads)
+    shown = progress_of(progress, "verify")
+    check.run(shown, threads)
+    other = check.export_apart(storage_options)
+    if other is not None:
+        other.run(shown, threads)
+        check.add(other)
     return check.report(time.monotonic() - began)
+
+
+def _files_of(
+    path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None
+) -> InputFiles:
+    try:
+        return open_half(path, storage_options)
+    except (ReadError, CorruptCheckpointError):
+        # Of a local path with options, the manifest is damaged: the report is to say so.
+        return open_directory(path)
 
 
 class _Check:
@@ -203,6 +220,29 @@ class _Check:
             hint = hint_for(self.files.path, self._given)
             self._problems.append(Problem(file="", what=what, expected=expected, hint=hint))
 
+    def export_apart(self, storage_options: Mapping[str, Any] | None) -> _Check | None:
+        """Return the check of the export if it lies apart; `None` if the manifest names none."""
+        manifest = self._manifest
+        if manifest is None or manifest.other_half is None or self._holds_export_only(manifest):
+            return None
+        files = open_other_half(manifest.other_half, storage_options)
+        return _Check(files, files.path)
+
+    def add(self, other: _Check) -> None:
+        """Add the results of the check of the export, which lies apart."""
+        place = other.files.path
+        if self._manifest is not None:
+            try:
+                check_same_save(self._manifest, other._manifest, path=place)
+            except CheckpointError as error:
+                self._problems.append(Problem.of(error, place))
+        self._problems += [problem.below(place) for problem in other._problems]
+        self._warnings += [warning.below(place) for warning in other._warnings]
+        self._sizes |= {f"{place}/{name}": nbytes for name, nbytes in other._sizes.items()}
+        self._tensor_count += other._tensor_count
+        self._digest_count += other._digest_count
+        self._nbytes += other._nbytes
+
     def report(self, seconds: float) -> VerifyReport:
         return VerifyReport(
             path=self.files.path,
@@ -225,9 +265,14 @@ class _Check:
         except CheckpointError as error:
             self._problems.append(Problem.of(error, MANIFEST_NAME))
 
+    @staticmethod
+    def _holds_export_only(manifest: Manifest) -> bool:
+        return manifest.other_half is not None and manifest.other_half.holds == "dcp"
+
     def _read_metadata(self) -> None:
         if METADATA_NAME not in self._sizes:
-            if self._manifest is not None and METADATA_NAME not in self._manifest.files:
+            is_whole = self._manifest is not None and not self._holds_export_only(self._manifest)
+            if is_whole and self._manifest and METADATA_NAME not in self._manifest.files:
                 what = "the checkpoint has no DCP metadata"
                 self._problems.append(Problem(file=METADATA_NAME, what=what))
             return
@@ -276,7 +321,7 @@ class _Check:
         Weights in the export are a problem, because readers may load them. So are DCP files, which
         an older save may have left.
         """
-        export = None if manifest.hf is None else f"{manifest.hf.subdir}/"
+        export = None if manifest.hf is None else manifest.hf.path_of("")
         expected = f"only what {MANIFEST_NAME} lists"
         others = set()
         for name in sorted(names):

@@ -93,6 +93,7 @@ def _save(manifest: Manifest) -> dict[str, Any]:
         "seconds": dict(manifest.seconds),
         "weights_once": len(manifest.once),
         "tied": {} if manifest.hf is None else dict(manifest.hf.tied),
+        "other_half": None if manifest.other_half is None else manifest.other_half.path,
     }
 
 
@@ -241,6 +242,8 @@ def _show_save(save: dict[str, Any], console: Console) -> None:
     line(
         console, f"{step}saved by {count(save['world_size'], 'rank')}{took}; save {save['save_id']}"
     )
+    if save["other_half"] is not None:
+        line(console, f"the halves lie apart; the other one: {save['other_half']}")
     if save["weights_once"]:
         many = count(save["weights_once"], "tensor")
         line(console, f"weights once: {many} of the DCP half lie only in the HuggingFace half")

@@ -97,6 +97,7 @@ _STEP = _fields(
     world_size=_maybe_whole("ranks that saved it"),
     save_id=_maybe_text("id of the save"),
     age_s=_maybe_number("seconds since the commit; null behind a URL"),
+    other_half=_maybe_text("place of the other half; null unless the halves lie apart"),
 )
 
 _PROBLEM = _fields(
@@ -148,6 +149,7 @@ _SAVE = _fields(
     seconds=_map(_number("seconds"), "seconds of the coordinator by phase"),
     weights_once=_whole("tensors that lie only in the HuggingFace half"),
     tied=_map(_text("kept name"), "names that the export leaves out, and where their bytes are"),
+    other_half=_maybe_text("place of the other half; null unless the halves lie apart"),
 )
 
 _PIN = {

@@ -88,6 +88,8 @@ def find_latest(root: str, prefix: str) -> Outcome:
         return Outcome({"root": run.root, **none}, exit_codes.PROBLEM)
     subdir = newest.facts.export_subdir
     export = None if subdir is None else os.path.join(newest.path, subdir).rstrip("/")
+    if newest.facts.kind == "manifest" and newest.facts.other_half is not None:
+        export = newest.facts.other_half
     value = {"root": run.root, "step": newest.step, "path": newest.path, "export": export}
     return Outcome(value)
 
@@ -135,6 +137,7 @@ def _show_table(steps: list[dict[str, Any]], latest: int | None, console: Consol
             *(["pinned"] if step["is_pinned"] else []),
             *(["latest"] if step["step"] == latest and step["problem"] is None else []),
             *(["weights once"] if step["weights_once"] else []),
+            *([f"other half: {step['other_half']}"] if step["other_half"] else []),
             *(f"{name} {value:g}" for name, value in step["metrics"].items()),
         ]
         row(
@@ -173,6 +176,7 @@ def _described(run: RunStorage | RemoteRun, stored: StoredStep) -> dict[str, Any
         "world_size": None if facts is None else facts.world_size,
         "save_id": None if facts is None else facts.save_id,
         "age_s": None if isinstance(run, RemoteRun) else round(_age_s(stored.path), 3),
+        "other_half": None if facts is None else facts.other_half,
     }
 
 

@@ -20,6 +20,7 @@ from dcp_hf_writer.plan.coverage import check_coverage
 from dcp_hf_writer.plan.global_plan import GlobalPlan, plan_globally
 from dcp_hf_writer.plan.rank_report import RankReport
 from dcp_hf_writer.preflight import check_options
+from dcp_hf_writer.preflight.check_export_place import refuse_export_path
 from dcp_hf_writer.save.commit import new_checkpoint
 from dcp_hf_writer.save.coordinator import export_files
 from dcp_hf_writer.save.export_assets import assets_of
@@ -102,6 +103,9 @@ def export_checkpoint(
         CorruptCheckpointError: If `path` contradicts itself.
         StorageError: If `target` may not be taken or cannot be written; nothing is left behind.
     """
+    refuse_export_path(
+        export, what="the export of a checkpoint", hint="its target says where the directory goes"
+    )
     target = check_options.local_path(target)
     with open_dcp_tensors(path) as (tensors, metadata):
         plan = plan_of_stored(metadata, max_nbytes=PART_NBYTES)

@@ -82,7 +82,7 @@ def jobs_of(files: InputFiles, manifest: Manifest, digests: StoredDigests) -> It
     if manifest.hf is not None:
         blocks = digests.blocks(manifest.hf.files.keys())
         for file in manifest.hf.files.values():
-            name = f"{manifest.hf.subdir}/{file.name}"
+            name = manifest.hf.path_of(file.name)
             yield header_job(name, file)
             keys = KeysOfFile(files, name, file)
             yield from block_jobs(name, blocks[file.name], keys)

@@ -51,6 +51,16 @@ def rank_of_dcp_file(name: str) -> int | None:
     return None if found is None else int(found[1])
 
 
+def path_in_export(subdir: str, name: str) -> str:
+    """Return the path of a file of the export within its checkpoint.
+
+    Args:
+        subdir: Directory of the export; empty if the export has a place of its own.
+        name: Path of the file within the export.
+    """
+    return f"{subdir}/{name}" if subdir else name
+
+
 def is_hf_directory(names: Collection[str]) -> bool:
     """Whether a directory with these file names holds safetensors weights.
 

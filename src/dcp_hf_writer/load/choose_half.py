@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_hf_writer.errors import ReadError
@@ -15,6 +15,7 @@ from dcp_hf_writer.formats.names_on_disk import (
     is_hf_directory,
 )
 from dcp_hf_writer.formats.parse_dcp_metadata import MAX_METADATA_NBYTES, parse_metadata
+from dcp_hf_writer.load.halves_apart import check_same_save, open_half, open_other_half
 from dcp_hf_writer.load.hf_directory import (
     conversion_hint,
     open_hf_directory,
@@ -89,7 +90,7 @@ def find_place(
     if source != "dcp" and text.endswith((SUFFIX, INDEX_SUFFIX)):
         directory, _, name = text.rpartition("/")
         return CheckpointPlace(open_directory(directory or ".", storage_options), "", name)
-    files = open_directory(text, storage_options)
+    files = open_half(text, storage_options)
     was_auto = source == "auto"
     if was_auto:
         source = "dcp" if files.has(METADATA_NAME) else "hf"
@@ -111,11 +112,31 @@ def find_place(
     place = CheckpointPlace(files, _SUBDIR, manifest=manifest)
     if not has_weights(place.weights):
         manifest = manifest or manifest_of(files)
+        apart = _export_apart(manifest, storage_options)
+        if apart is not None:
+            return apart if with_manifest else replace(apart, manifest=None)
         hf = None if manifest is None else manifest.hf
         place = CheckpointPlace(files, _SUBDIR if hf is None else hf.subdir, manifest=manifest)
     if not has_weights(place.weights):
         raise _no_weights(place, names, os.fspath(path), was_auto=was_auto)
     return place
+
+
+def _export_apart(
+    manifest: Manifest | None, storage_options: Mapping[str, Any] | None
+) -> CheckpointPlace | None:
+    """Return the export that lies apart from its DCP half; `None` if the manifest names none.
+
+    Raises:
+        ReadError: If it is not there.
+        CorruptCheckpointError: If its place holds another save.
+    """
+    if manifest is None or manifest.other_half is None or manifest.other_half.holds != "hf":
+        return None
+    files = open_other_half(manifest.other_half, storage_options)
+    found = manifest_of(files)
+    check_same_save(manifest, found, path=files.path)
+    return CheckpointPlace(files, "", manifest=found)
 
 
 def _no_weights(
@@ -174,7 +195,7 @@ def open_hf_source(
     try:
         directory = open_hf_directory(inputs, only=place.only)
         source = HFSource(directory, specs, names=names, tied={})
-        if place.subdir and any(source.missing_keys(name) for name in names):
+        if place.only is None and any(source.missing_keys(name) for name in names):
             # The export leaves tied tensors out, and the manifest lists them. The manifest is
             # large, so read it only if a tensor is missing.
             manifest = place.manifest or manifest_of(place.files)

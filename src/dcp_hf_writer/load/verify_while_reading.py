@@ -134,7 +134,7 @@ def _hf_jobs(
     hf = manifest.hf
     if hf is None:
         return
-    names = {f"{hf.subdir}/{name}": name for name in hf.files}
+    names = {hf.path_of(name): name for name in hf.files}
     found = digests.blocks([names[path] for path in wanted if path in names])
     for path, name in names.items():
         if name not in found:

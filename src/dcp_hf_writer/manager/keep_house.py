@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import CheckpointError, SaveTimeoutError
 from dcp_hf_writer.manager.retention import KnownStep, Retention, plan_retention
+from dcp_hf_writer.storage.open_directory import open_directory
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
+    from dcp_hf_writer.manager.quick_check import StoredFacts
     from dcp_hf_writer.manager.run_storage import RunStorage, StoredStep
 
 _log = logging.getLogger(__name__)
@@ -40,6 +42,9 @@ class Housekeeper:
         self._retention = retention
         self._executor: ThreadPoolExecutor | None = None
         self._latest: Future[None] | None = None
+        self._metrics: dict[str, Mapping[str, float]] = {}
+        """What checkpoints without noted metrics hold, by save id."""
+        self._is_closed = False
 
     def begin(self, *, protected: frozenset[int] = frozenset()) -> None:
         """Delete in the background. Call it when a new checkpoint is durable.
@@ -47,6 +52,8 @@ class Housekeeper:
         Args:
             protected: Steps that must stay, such as the one that was just saved.
         """
+        if self._is_closed:
+            return
         if self._executor is None:
             self._executor = ThreadPoolExecutor(1, thread_name_prefix="dcp-hf-retention")
         try:
@@ -75,7 +82,8 @@ class Housekeeper:
             ) from error
 
     def close(self) -> None:
-        """End the thread, after the deletions that were begun."""
+        """End the thread, after the deletions that were begun; none begins after that."""
+        self._is_closed = True
         if self._executor is not None:
             self._executor.shutdown()
             self._executor = None
@@ -123,13 +131,32 @@ class Housekeeper:
     def _known(self, stored: StoredStep) -> KnownStep:
         notes, facts = self._directory.notes_of(stored), stored.facts
         assert facts is not None
+        metrics: Mapping[str, float] | None = notes.metrics
+        if self._retention.keep_best is not None and not metrics:
+            metrics = self._stored_metrics(stored, facts)
         return KnownStep(
             stored.step,
-            notes.is_pinned,
+            notes.is_pinned or metrics is None,
             has_export=facts.export_subdir is not None,
             needs_export=facts.needs_export,
-            metrics=notes.metrics,
+            metrics=metrics or {},
         )
+
+    def _stored_metrics(self, stored: StoredStep, facts: StoredFacts) -> Mapping[str, float] | None:
+        """Return the metrics in a checkpoint itself; `None` if they cannot be read."""
+        known = self._metrics.get(facts.save_id or "")
+        if known is not None:
+            return known
+        # Not at the top: it imports torch, which takes seconds.
+        from dcp_hf_writer.manager.stored_metrics import stored_metrics  # noqa: PLC0415
+
+        try:
+            metrics = stored_metrics(open_directory(*self._directory.address(stored.path)))
+        except CheckpointError as error:
+            _log.warning("keeping %s, whose metrics cannot be read: %s", stored.path, error)
+            return None
+        self._metrics[facts.save_id or ""] = metrics
+        return metrics
 
 
 def _replaced_snapshots(whole: Sequence[StoredStep]) -> Iterator[StoredStep]:

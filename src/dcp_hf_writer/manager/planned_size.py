@@ -9,7 +9,7 @@ from dcp_hf_writer.mapping.model_entry import NOT_WEIGHTS
 from dcp_hf_writer.torch_seam.dtensor import local_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     import torch
 
@@ -33,6 +33,26 @@ def planned_nbytes(
     total = sum(tensor.numel() * tensor.element_size() for _, tensor in tensors)
     if not has_second_copy:
         return total
+    return total + _weights_nbytes(tensors, export_dtype)
+
+
+def planned_export_files(
+    state_dict: Mapping[str, Any], *, export_dtype: torch.dtype | None, max_shard_nbytes: int
+) -> int:
+    """Return the number of weight files of an export; a lower bound, but at least 1.
+
+    Args:
+        state_dict: As in `planned_nbytes`.
+        export_dtype: As in `planned_nbytes`.
+        max_shard_nbytes: Size of the largest file, in bytes.
+    """
+    tensors = walk_tensors(state_dict, into_tuples=True)
+    return max(-(-_weights_nbytes(tensors, export_dtype) // max_shard_nbytes), 1)
+
+
+def _weights_nbytes(
+    tensors: Sequence[tuple[tuple[Any, ...], torch.Tensor]], export_dtype: torch.dtype | None
+) -> int:
     has_entry = any(path[0] == _MODEL for path, _ in tensors)
     # Tied weights are stored once in an export: equal addresses count once.
     weights = {
@@ -40,7 +60,7 @@ def planned_nbytes(
         for path, tensor in tensors
         if (path[0] == _MODEL if has_entry else path[0] not in NOT_WEIGHTS)
     }
-    return total + sum(weights.values())
+    return sum(weights.values())
 
 
 def _export_nbytes(tensor: torch.Tensor, dtype: torch.dtype | None) -> int:

@@ -54,6 +54,8 @@ class StoredFacts:
     """Whether the DCP half stores weights only in the HuggingFace half."""
     nbytes: int = 0
     """Size of all files, in bytes."""
+    other_half: str | None = None
+    """Place of the other half, if the halves lie apart; an export alone has the kind `"hf"`."""
     parts: tuple[str, ...] = ()
     """Subdirectories with a DCP checkpoint each, if `kind` is `"parts"`."""
 
@@ -160,13 +162,15 @@ def _listed_in(files: InputFiles, manifest: Manifest) -> _Listed | str:
     problem = None if metadata is None else _other_bytes(files, metadata)
     if problem is not None:
         return problem
+    other = manifest.other_half
     facts = StoredFacts(
-        "manifest",
+        "hf" if other is not None and other.holds == "dcp" else "manifest",
         manifest.save_id,
         manifest.world_size,
         None if manifest.hf is None else manifest.hf.subdir,
         bool(manifest.once),
         sum(sizes.values()),
+        None if other is None else other.path,
     )
     return _Listed(facts, sizes)
 

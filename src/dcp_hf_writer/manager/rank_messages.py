@@ -10,15 +10,21 @@ import pickle
 import time
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch.distributed as dist
 
 from dcp_hf_writer.errors import RankLostError
+from dcp_hf_writer.torch_seam.calls_in_time import call_in_time
 from dcp_hf_writer.torch_seam.default_store import has_default_group, own_store_client
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
+
+_T = TypeVar("_T")
+
+ANSWER_S = 30.0
+"""How long the store may take to answer a request. Its host may be stopped, or out of reach."""
 
 _POLL_S = 0.02
 _MAX_POLL_S = 0.5
@@ -57,18 +63,19 @@ class Messages:
     A wait blocks the connection to the store, so threads must not share one.
     """
 
-    def __init__(self, world: World, prefix: str) -> None:
+    def __init__(self, world: World, prefix: str, *, answer_s: float = ANSWER_S) -> None:
         """Connect to the store, unless this rank is alone.
 
         Args:
             world: The ranks.
             prefix: Start of all keys; the same on every rank, and different for each run.
+            answer_s: How long the store may take to answer a request, in seconds.
 
         Raises:
             UnsupportedTorchError: If torch's default store cannot be found.
         """
         self.world = world
-        self._prefix = prefix
+        self._prefix, self._answer_s = prefix, answer_s
         self._store: Any = None if world.is_alone else own_store_client()
 
     def put(self, key: str, value: object) -> None:
@@ -78,7 +85,8 @@ class Messages:
             RankLostError: If the store is gone.
         """
         try:
-            self._store.set(self._key(key), pickle.dumps(value))
+            data = pickle.dumps(value)
+            self._answer(lambda: self._store.set(self._key(key), data))
         except (RuntimeError, TimeoutError) as error:
             raise self._lost_store(error) from error
 
@@ -89,7 +97,7 @@ class Messages:
             RankLostError: If the store is gone.
         """
         try:
-            return bool(self._store.check([self._key(key)]))
+            return bool(self._answer(lambda: self._store.check([self._key(key)])))
         except (RuntimeError, TimeoutError) as error:
             raise self._lost_store(error) from error
 
@@ -107,14 +115,8 @@ class Messages:
         """
         name = self._key(key)
         try:
-            if not self._store.check([name]):
-                try:
-                    self._store.wait([name], timedelta(seconds=max(timeout_s, 0.1)))
-                except (RuntimeError, TimeoutError):
-                    # A rank that was stopped in the meantime may find the value there.
-                    if not self._store.check([name]):
-                        raise
-            return pickle.loads(self._store.get(name))  # noqa: S301 - from a rank of this run
+            data = self._answer(lambda: self._waited_for(name, timeout_s), more_s=timeout_s)
+            return pickle.loads(data)  # noqa: S301 - from a rank of this run
         except (RuntimeError, TimeoutError) as error:
             msg = f"{sender} did not answer"
             raise RankLostError(
@@ -125,6 +127,19 @@ class Messages:
                 found=type(error).__name__,
                 hint="that rank is gone or stuck; look at its log",
             ) from error
+
+    def _waited_for(self, name: str, timeout_s: float) -> bytes:
+        if not self._store.check([name]):
+            try:
+                self._store.wait([name], timedelta(seconds=max(timeout_s, 0.1)))
+            except (RuntimeError, TimeoutError):
+                # A rank that was stopped in the meantime may find the value there.
+                if not self._store.check([name]):
+                    raise
+        return bytes(self._store.get(name))
+
+    def _answer(self, ask: Callable[[], _T], *, more_s: float = 0.0) -> _T:
+        return call_in_time(ask, limit_s=self._answer_s + more_s)
 
     def take_from_coordinator(self, key: str, *, timeout_s: float, doing: str) -> Any:
         """Wait for a value that the coordinator publishes, and return it; see `take`.
@@ -162,7 +177,7 @@ class Messages:
     def drop(self, key: str) -> None:
         """Remove a value that nobody needs any more."""
         try:
-            self._store.delete_key(self._key(key))
+            self._answer(lambda: self._store.delete_key(self._key(key)))
         except (RuntimeError, TimeoutError, NotImplementedError):
             # Some stores cannot delete; the value is small and the store ends with the job.
             return
@@ -175,7 +190,8 @@ class Messages:
             "the store of the process group does not answer",
             rank=self.world.rank,
             found=type(error).__name__,
-            hint="the process that hosts the store, usually rank 0, is gone; restart the run",
+            hint="the process that hosts the store, usually rank 0, is gone or out of reach; "
+            "restart the run",
         )
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import ConfigError
 from dcp_hf_writer.manager.trainer_state import (
+    METRICS_KEY,
     RNG_NAME,
     RNGState,
     check_objects,
@@ -52,12 +53,15 @@ class RunContent:
         """Objects of this rank, by name."""
         self._run, self._rank = run, rank
 
-    def at(self, step: int, state_dict: Any) -> dict[str, Any]:
+    def at(
+        self, step: int, state_dict: Any, metrics: Mapping[str, float] | None = None
+    ) -> dict[str, Any]:
         """Return the state dict of the save of a step, as a new dict.
 
         Args:
             step: Number of the step.
             state_dict: The state dict of the trainer, or a function that makes it.
+            metrics: Metrics of the step.
 
         Raises:
             ConfigError: If it has an entry that the manager needs, or the run's value is no JSON.
@@ -66,7 +70,7 @@ class RunContent:
         run = self._run() if callable(self._run) else self._run
         return with_trainer_state(
             state_dict() if callable(state_dict) else state_dict,
-            run={"step": step, "user": dict(run or {})},
+            run={"step": step, "user": dict(run or {}), METRICS_KEY: dict(metrics or {})},
             objects=self.objects,
             rank=self._rank,
         )

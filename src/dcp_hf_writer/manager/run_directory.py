@@ -25,6 +25,7 @@ from dcp_hf_writer.plan.encode_manifest import without_export
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.posix_outputs import (
     make_directories,
+    replace_durably,
     sync_directory,
     write_errors,
     write_file,
@@ -278,10 +279,7 @@ class RunDirectory(RunStorage):
     def _replace_file(self, path: str, data: bytes) -> None:
         """Write a file whole or not at all. The draft lies outside of the checkpoint."""
         draft = os.path.join(self.root, NOTES, f"draft-{uuid.uuid4().hex}")
-        write_file(draft, data)
-        with write_errors(path):
-            os.replace(draft, path)
-        sync_directory(os.path.dirname(path))
+        replace_durably(path, data, draft=draft)
 
     def _drop_notes(self, stored: StoredStep) -> None:
         with contextlib.suppress(OSError):

@@ -22,6 +22,7 @@ from dcp_hf_writer.manager.on_signal import stop_process_group
 from dcp_hf_writer.manager.pending_save import PendingSave, SaveRequest, SaveTools
 from dcp_hf_writer.save.rank_progress import MEETING
 from dcp_hf_writer.staging.staged_state_dict import failed_state_dict, staging_error
+from dcp_hf_writer.torch_seam.checkpointer_process import end_checkpointer_process
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -47,6 +48,8 @@ _SAY_AFTER_S = 1.0
 class SaveOptions:
     """How a run saves."""
 
+    look: Callable[..., None]
+    """Raises what keeps this rank from saving; called with the state dict and `has_export`."""
     make_writer: Callable[..., Any]
     """Makes the writer of one save from path, `has_export`, `overwrite` and `group`."""
     timeout_s: float
@@ -142,7 +145,7 @@ class RunSaves:
         wanted = request(self._count)
         try:
             self.renew_group(f"begin/{self._count}")
-            content = _made(state_dict)
+            content = self._made(state_dict, has_export=wanted.has_export)
             refusal = refuse(wanted, content) if self._world.is_coordinator else None
             self._permit(f"begin/{self._count}", refusal)
         except CheckpointError as error:
@@ -160,24 +163,48 @@ class RunSaves:
         self._pending, self._said_late_at = pending, 0.0
         pending.begin(lambda: self._launch(writer, kept, content))
 
+    def _made(
+        self, state_dict: Callable[[], dict[str, Any]], *, has_export: bool
+    ) -> dict[str, Any]:
+        """Make the state dict. If that fails, return one whose save fails on every rank at once."""
+        try:
+            content = state_dict()
+            self._options.look(content, has_export=has_export)
+        except Exception as error:  # noqa: BLE001 - other ranks must not wait for this one
+            return dict(failed_state_dict(staging_error(error)))
+        return content
+
     def renew_group(self, key: str) -> None:
         """Replace the process group if it lost a rank, once all ranks are there.
+
+        The checkpointer process is replaced with it: it may be dead, or wait for a dead one.
 
         Args:
             key: Key of the roll call; the same on every rank, and used once.
 
         Raises:
             RankLostError: If a rank does not answer.
+            UnsupportedTorchError: If torch's checkpointer process cannot be replaced.
         """
-        if self._world.is_alone or not self._group.is_lost:
+        if not self._group.is_lost:
             return
+        if not self._world.is_alone:
+            self._call_the_roll(key)
+        self.end_lost_process()
+        self._group.renew()
+
+    def _call_the_roll(self, key: str) -> None:
         self._group.answer_roll_call(self._messages, key)
         if self._world.is_coordinator:
             self._messages.put(f"{key}/roll", self._group.roll_call(self._messages, key))
         refusal = self._hear(f"{key}/roll")
         if refusal is not None:
             raise refusal
-        self._group.renew()
+
+    def end_lost_process(self) -> None:
+        """End the checkpointer process if the latest save lost it; else does nothing."""
+        if self._options.in_process and self._group.is_lost:
+            end_checkpointer_process()
 
     def _permit(self, key: str, refusal: CheckpointError | None) -> None:
         """Let all ranks begin, or none: the coordinator alone looks at the storage."""
@@ -352,11 +379,3 @@ class RunSaves:
             for rank, p in sorted(found.items())
         )
         return ", ".join(texts)
-
-
-def _made(state_dict: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """Make the state dict. If that fails, return one whose save fails on every rank at once."""
-    try:
-        return state_dict()
-    except Exception as error:  # noqa: BLE001 - other ranks must not wait for this one
-        return dict(failed_state_dict(staging_error(error)))

@@ -100,6 +100,10 @@ def _heartbeat(path: str) -> Heartbeat | None:
         return None
 
 
+_STORED = ("dcp", "hf", "digests", "other")
+"""What a manifest counts that takes space on storage."""
+
+
 def find_published(target: str, save_id: str) -> PublishedSave | None:
     """Return what a save published at `target`; `None` if the checkpoint there is not its."""
     manifest = read_json(os.path.join(target, MANIFEST_NAME))
@@ -109,7 +113,7 @@ def find_published(target: str, save_id: str) -> PublishedSave | None:
     total = _object(timings, "coordinator").get("total")
     return PublishedSave(
         # It also counts bytes that the halves share, and bytes that ranks sent each other.
-        sum(one for one in map(nbytes.get, ("dcp", "hf", "other")) if isinstance(one, int)),
+        sum(one for one in map(nbytes.get, _STORED) if isinstance(one, int)),
         float(total) if isinstance(total, (int, float)) else None,
         manifest.get("hf") is not None,
     )

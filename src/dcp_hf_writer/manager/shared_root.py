@@ -8,27 +8,38 @@ from typing import TYPE_CHECKING
 from dcp_hf_writer.errors import CheckpointError, NodeLocalPathError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from dcp_hf_writer.manager.rank_messages import Messages
     from dcp_hf_writer.manager.run_storage import RunStorage
 
 _KEY = "directory"
 
 
-def prepare_shared_root(directory: RunStorage, messages: Messages, *, timeout_s: float) -> None:
+def prepare_shared_root(
+    directory: RunStorage,
+    messages: Messages,
+    *,
+    timeout_s: float,
+    look: Callable[[], None],
+) -> None:
     """Make the directory of the run, and check that all ranks share it. All ranks call it.
 
     Args:
         directory: The storage of the run.
         messages: Messages of the calling thread.
         timeout_s: How long the other ranks may take, in seconds.
+        look: Raises what else keeps this rank from saving, such as a limit of its process.
 
     Raises:
+        StagingError: If `look` raised it on a rank.
         StorageError: If the coordinator cannot make the directory or write to it.
         NodeLocalPathError: If a rank does not see what the coordinator wrote there.
         RankLostError: If a rank does not answer.
     """
     world = messages.world
     if world.is_alone:
+        look()
         directory.prepare()
         return
     token = _left_token(directory, messages) if world.is_coordinator else ""
@@ -36,14 +47,18 @@ def prepare_shared_root(directory: RunStorage, messages: Messages, *, timeout_s:
     if isinstance(answer, CheckpointError):
         raise answer
     try:
-        sees = directory.has_token(answer)
-    except CheckpointError:
-        messages.put(f"{_KEY}/{world.rank}", False)  # noqa: FBT003 - a message
+        look()
+        sees: bool | CheckpointError = directory.has_token(answer)
+    except CheckpointError as error:
+        messages.put(f"{_KEY}/{world.rank}", error)
         raise
     messages.put(f"{_KEY}/{world.rank}", sees)
     found = messages.collect(_KEY, range(world.size), timeout_s=timeout_s)
     if world.is_coordinator:
         directory.remove_token(token)
+    for refusal in found.values():
+        if isinstance(refusal, CheckpointError):
+            raise refusal
     blind = [rank for rank in range(world.size) if not found.get(rank, False)]
     if blind:
         raise NodeLocalPathError(

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 STATE_KEY = "dcp_hf_manager"
 """Entry of the state dict that the manager adds. It holds no tensors, so no export needs it."""
+METRICS_KEY = "metrics"
+"""Key of the metrics of the step in the JSON value of the run. They are part of the commit."""
 RNG_NAME = "rng"
 """Name under which the manager keeps the states of the random number generators."""
 DATASET_NAMES = frozenset({"dataloader", "dataset", "sampler"})
@@ -110,6 +112,27 @@ def with_trainer_state(
         mine = {name: _encode_object(name, one, rank) for name, one in objects.items()}
         added[_RANKS] = {_rank_key(rank): mine}
     return {**state_dict, STATE_KEY: added} if added else dict(state_dict)
+
+
+def checked_metrics(metrics: Mapping[str, Any] | None) -> dict[str, float] | None:
+    """Return metrics as plain numbers; takes tensors and arrays of one element, too.
+
+    Raises:
+        ConfigError: If one is no number.
+    """
+    if metrics is None:
+        return None
+    found = {}
+    for name, value in metrics.items():
+        try:
+            found[str(name)] = float(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                "metrics must be numbers",
+                expected="a dict of numbers, by name",
+                found=f"{name!r}: {type(value).__name__} ({error})",
+            ) from error
+    return found
 
 
 def encode_run(run: Mapping[str, Any]) -> str:
@@ -225,6 +248,21 @@ def loaded_run(loaded: Mapping[str, Any]) -> dict[str, Any] | None:
             "the trainer state is damaged", fqn=run_key(), expected="a JSON object"
         )
     return value
+
+
+def metrics_of_run(stored: io.BytesIO) -> dict[str, float]:
+    """Return the metrics from the stored JSON value of a run; empty if there are none.
+
+    Args:
+        stored: The value as DCP stores it.
+
+    Raises:
+        CorruptCheckpointError: If it is no JSON object.
+    """
+    text = torch.load(stored, weights_only=True)
+    metrics = (loaded_run({STATE_KEY: {_RUN: text}}) or {}).get(METRICS_KEY)
+    found = metrics if isinstance(metrics, dict) else {}
+    return {name: float(one) for name, one in found.items() if isinstance(one, (int, float))}
 
 
 def loaded_object(

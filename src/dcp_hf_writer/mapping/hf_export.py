@@ -107,6 +107,16 @@ class HFExport:
     """
     subdir: str = "hf"
     """Directory of the export within the checkpoint."""
+    path: str | os.PathLike[str] | None = None
+    """A place of its own for the export: a directory, or a URL such as `s3://bucket/serve/step-100`.
+
+    `None` puts it into `subdir` of the checkpoint. Each half may be local or on a store.
+    """
+    storage_options: Mapping[str, Any] | None = field(default=None, repr=False)
+    """Options of the URL in `path`, as fsspec takes them; `None` takes those of the writer.
+
+    They are left out when this object is pickled.
+    """
     tied: Mapping[str, str] | None = None
     """`{dropped: kept}` names of tied tensors; `None` finds ties by shared storage."""
     expect_keys: Iterable[str] | None = None
@@ -222,6 +232,15 @@ class HFExport:
         module = importlib.import_module("dcp_hf_writer.integrations.state_dict_adapter")
         return cls(**module.export_options(adapter, state_dict, options))
 
+    @property
+    def place_subdir(self) -> str:
+        """Directory of the export within the place that it is written to; empty with `path`."""
+        return self.subdir if self.path is None else ""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickle without options of stores, which may hold credentials."""
+        return {**self.__dict__, "storage_options": None}
+
     @functools.cached_property
     def declared_names(self) -> frozenset[str]:
         """Names within the model that the options mention, and the expected keys."""
@@ -254,6 +273,7 @@ class HFExport:
         if self.like is not None and not hasattr(self.like, "__fspath__"):
             check_text("like", self.like)
         check_text("subdir", self.subdir)
+        self._check_place()
         if self.single_file is not None:
             check_text("single_file", self.single_file)
         check_names("keep_dtype", self.keep_dtype)
@@ -267,6 +287,21 @@ class HFExport:
             check_whole("total_parameters", self.total_parameters, least=0)
         check_word("checksums", self.checksums, ("sha256", None))
         check_word("order", self.order, ("auto", "state_dict", "natural"))
+
+    def _check_place(self) -> None:
+        if self.path is not None and not hasattr(self.path, "__fspath__"):
+            check_text("path", self.path)
+        options: Any = self.storage_options
+        if not isinstance(options, (Mapping, type(None))):
+            msg = "storage_options must be a dict or None"
+            raise ConfigError(msg, expected="as fsspec takes them", found="another type")
+        if options and self.path is None:
+            msg = "storage_options of HFExport are for its path"
+            hint = "pass them to the writer, or pass path= too"
+            raise ConfigError(msg, expected="HFExport(path=...)", found="no path", hint=hint)
+        if self.path is not None and self.subdir != HFExport.subdir:
+            msg = "path and subdir of HFExport cannot be given together"
+            raise ConfigError(msg, expected="one of them: both say where the export goes")
 
     def _check(self) -> None:
         align = self.header_align

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import xxhash
 
+from dcp_hf_writer.formats.names_on_disk import path_in_export
 from dcp_hf_writer.plan.rank_report import DIGEST_NAME, RankReport
 
 if TYPE_CHECKING:
@@ -35,6 +36,16 @@ class WholeFile:
     """xxh3_64 of its bytes, in hex."""
 
 
+@dataclass(frozen=True, slots=True)
+class OtherHalf:
+    """The half of a checkpoint that lies in another place; both have the id of the save."""
+
+    holds: Literal["dcp", "hf"]
+    """Which half it is."""
+    path: str
+    """Its directory, absolute, or its URL without credentials."""
+
+
 def encode_manifest(
     *,
     save_id: str,
@@ -48,6 +59,7 @@ def encode_manifest(
     whole_files: Sequence[WholeFile],
     seconds: Mapping[str, float],
     export_error: str | None,
+    other_half: OtherHalf | None = None,
 ) -> bytes:
     """Encode the manifest of a checkpoint.
 
@@ -63,6 +75,7 @@ def encode_manifest(
         whole_files: Files written in one piece, by path within the checkpoint.
         seconds: Seconds that the coordinator spent in each phase.
         export_error: Why a requested export failed; `None` if it did not, or none was requested.
+        other_half: Where the other half lies, if the halves lie apart.
 
     Returns:
         JSON with one compact line per top-level entry. The last entry is the digest of all bytes
@@ -99,6 +112,8 @@ def encode_manifest(
         },
         "export_error": export_error,
     }
+    if other_half is not None:
+        fields["other_half"] = {"holds": other_half.holds, "path": other_half.path}
     return _encode(fields)
 
 
@@ -167,7 +182,7 @@ def without_export(manifest: bytes) -> bytes:
     export = fields.get("hf")
     if export is None:
         return manifest
-    below = f"{export['subdir']}/"
+    below = path_in_export(export["subdir"], "")
     fields["files"] = {
         name: file for name, file in fields["files"].items() if not name.startswith(below)
     }

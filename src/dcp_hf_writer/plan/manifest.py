@@ -10,12 +10,13 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from dcp_hf_writer.formats.names_on_disk import path_in_export
 from dcp_hf_writer.tensors.dtype_names import ITEMSIZE
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dcp_hf_writer.plan.encode_manifest import WholeFile
+    from dcp_hf_writer.plan.encode_manifest import OtherHalf, WholeFile
     from dcp_hf_writer.tensors.boxes import ByteRuns, Shape
     from dcp_hf_writer.tensors.strided_copies import IndexLoops
 
@@ -113,11 +114,15 @@ class ManifestExport:
     """The HuggingFace half."""
 
     subdir: str
-    """Its directory within the checkpoint."""
+    """Its directory within the checkpoint; empty if the halves lie apart."""
     tied: Mapping[str, str]
     """Names that the export left out, each with the name that holds its bytes."""
     files: Mapping[str, ManifestFile]
     """Output files by name."""
+
+    def path_of(self, name: str) -> str:
+        """Return the path of a file of the export within the checkpoint."""
+        return path_in_export(self.subdir, name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +153,8 @@ class Manifest:
     """Rank, host, and seconds in each phase, of each rank."""
     digests: tuple[ManifestDigests, ...] = ()
     """The digests files; none in version 1."""
+    other_half: OtherHalf | None = None
+    """Where the other half lies, if the halves lie apart; `files` and `sizes` leave it out."""
 
     def sizes(self) -> dict[str, int]:
         """Return the size of every file but the manifest, by path within the checkpoint."""
@@ -155,5 +162,16 @@ class Manifest:
         sizes |= {name: file.nbytes for name, file in self.dcp.items()}
         sizes |= {file.name: file.nbytes for file in self.digests}
         if self.hf is not None:
-            sizes |= {f"{self.hf.subdir}/{n}": file.nbytes for n, file in self.hf.files.items()}
+            sizes |= {self.hf.path_of(n): file.nbytes for n, file in self.hf.files.items()}
         return sizes
+
+    def digest_of(self, name: str) -> str | None:
+        """Return the digest of a whole file; `None` if the manifest has digests of its parts only.
+
+        Args:
+            name: Path within the checkpoint.
+        """
+        whole = self.files.get(name)
+        if whole is not None:
+            return whole.digest
+        return next((file.digest for file in self.digests if file.name == name), None)

@@ -17,7 +17,7 @@ import xxhash
 from dcp_hf_writer.errors import CorruptCheckpointError
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
 from dcp_hf_writer.formats.strict_json import is_count, is_text, parse_json, shortened
-from dcp_hf_writer.plan.encode_manifest import FORMAT_VERSION, WholeFile
+from dcp_hf_writer.plan.encode_manifest import FORMAT_VERSION, OtherHalf, WholeFile
 from dcp_hf_writer.plan.manifest import (
     Manifest,
     ManifestDCPFile,
@@ -130,6 +130,8 @@ class _Parser:
                 hint="another version of this package wrote it; read it with that version",
             )
         self._version = version
+        # Only a checkpoint whose halves lie apart has it.
+        other = value.pop("other_half", None)
         fields = self._object(value, "the manifest", _VERSIONS[version])
         if fields["digest"] != DIGEST_NAME:
             self._refuse("digest", f'"{DIGEST_NAME}"', fields["digest"])
@@ -146,13 +148,33 @@ class _Parser:
             export_error=self._optional(fields["export_error"], "export_error", self._text),
             seconds=self._seconds(fields["timings"]),
             ranks=tuple(self._rank_seconds(fields["timings"])),
+            other_half=self._optional(other, "other_half", self._other_half),
             digests=tuple(self._digests_files(fields.get("digests", {}))),
         )
         self._check_digests_files(manifest)
+        self._check_halves(manifest)
         if manifest.once and manifest.hf is None:
             self._refuse("once", "empty without an export", fields["once"])
         self._check_names(manifest)
         return manifest
+
+    def _other_half(self, value: Any, where: str) -> OtherHalf:
+        fields = self._object(value, where, {"holds", "path"})
+        if fields["holds"] not in ("dcp", "hf"):
+            self._refuse("the other half", '"dcp" or "hf"', fields["holds"])
+        path = self._text(fields["path"], "the place of the other half")
+        if not path.startswith("/") and "://" not in path:
+            self._refuse("the place of the other half", "an absolute path or a URL", path)
+        return OtherHalf(fields["holds"], path)
+
+    def _check_halves(self, manifest: Manifest) -> None:
+        other = None if manifest.other_half is None else manifest.other_half.holds
+        if other == "hf" and manifest.hf is not None:
+            self._refuse("other_half", "null, as the export is here", other)
+        if other == "dcp" and (manifest.dcp or manifest.hf is None):
+            self._refuse("other_half", "null, as the DCP half is here", other)
+        if manifest.hf is not None and not manifest.hf.subdir and other != "dcp":
+            self._refuse("the directory of the export", "one plain name", "")
 
     def _whole_files(self, value: Any) -> dict[str, WholeFile]:
         found = {}
@@ -226,7 +248,7 @@ class _Parser:
     def _export(self, value: Any, where: str) -> ManifestExport:
         fields = self._object(value, where, {"subdir", "tied", "files"})
         subdir = self._text(fields["subdir"], "the directory of the export")
-        if not is_relative_name(subdir) or "/" in subdir:
+        if subdir and (not is_relative_name(subdir) or "/" in subdir):
             self._refuse("the directory of the export", "one plain name", subdir)
         tied = {
             self._text(drop, "a tied name"): self._text(keep, "what a name is tied to")
@@ -318,7 +340,7 @@ class _Parser:
     def _check_names(self, manifest: Manifest) -> None:
         names = [*manifest.files, *manifest.dcp, *(file.name for file in manifest.digests)]
         if manifest.hf is not None:
-            names += [f"{manifest.hf.subdir}/{name}" for name in manifest.hf.files]
+            names += map(manifest.hf.path_of, manifest.hf.files)
         seen = {MANIFEST_NAME}
         for name in names:
             if name in seen:

@@ -143,6 +143,19 @@ def encode_digests(digests: RankDigests, rank: int) -> tuple[bytes, DigestsFile]
     )
 
 
+def most_nbytes(*, blocks: int, loops: int, ranges: int) -> int:
+    """Return the largest size of a digests file.
+
+    Args:
+        blocks: Number of its blocks.
+        loops: Number of loops of all blocks together.
+        ranges: Number of its DCP ranges.
+    """
+    empty, _ = encode_digests(rank_digests(None, []), 0)
+    # Numbers in the header get longer with the columns, by at most 16 digits each.
+    return len(empty) + 64 * len(_COLUMNS) + 32 * blocks + 16 * loops + 28 * ranges
+
+
 def parse_digests(
     data: bytes, *, path: str, hf_files: Sequence[tuple[int, int]], dcp_nbytes: Sequence[int]
 ) -> RankDigests:

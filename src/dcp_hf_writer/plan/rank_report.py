@@ -59,6 +59,8 @@ class RankReport:
     """Files of the DCP half; without their ranges once `digests` lists them."""
     digests: DigestsFile | None = None
     """The file with the digests of this rank; `None` before it is written."""
+    export_digests: DigestsFile | None = None
+    """The same beside an export that lies apart from the DCP half; `digests` has the DCP half."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Seconds spent in each phase."""
     nbytes: dict[str, int] = field(default_factory=dict)

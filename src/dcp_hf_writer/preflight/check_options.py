@@ -64,12 +64,12 @@ def target_path(value: str | os.PathLike[str]) -> str:
 
 
 def check_for_target(path: str, writer: Any, storage_options: Mapping[str, Any]) -> None:
-    """Check the options of a writer that depend on where it writes.
+    """Check the options of a writer that depend on where it writes its checkpoint.
 
     Args:
         path: A path as `target_path` returns it.
         writer: The writer; only its options are read.
-        storage_options: Its options for stores.
+        storage_options: Its options for the store of this path.
 
     Raises:
         ConfigError: If an option does not fit the target.
@@ -77,7 +77,8 @@ def check_for_target(path: str, writer: Any, storage_options: Mapping[str, Any])
     if not is_url(path):
         check_no_storage_options(storage_options)
         return
-    checksums = None if writer.export is None else writer.export.checksums
+    export = writer.export
+    checksums = None if export is None or export.path is not None else export.checksums
     refused = {
         "overwrite=True": (writer.overwrite, "save under another name, or delete the checkpoint"),
         "dcp_writer": (writer.dcp_writer is not None, "leave it out: the DCP half goes there too"),

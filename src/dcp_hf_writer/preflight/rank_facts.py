@@ -22,6 +22,8 @@ from dcp_hf_writer.preflight.rank_samples import samples_of
 from dcp_hf_writer.preflight.value_checks import check_tensors, encoded_weight
 from dcp_hf_writer.save.owner_process import page_cache_id
 from dcp_hf_writer.save.rank_progress import other_path
+from dcp_hf_writer.storage.paths_as_written import plain_path
+from dcp_hf_writer.storage.store_urls import is_url, shown_url
 from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
 if TYPE_CHECKING:
@@ -92,7 +94,10 @@ def _options(export: HFExport | None, weights: str) -> str:
     """Return the options that decide what a save writes, except those that only rank 0 reads."""
     if export is None:
         return "export=None"
-    shown = (f"{name}={getattr(export, name)!r}" for name in ("key", "dtype", "subdir"))
+    shown = [f"{name}={getattr(export, name)!r}" for name in ("key", "dtype", "subdir")]
+    if export.path is not None:
+        path = plain_path(export.path)
+        shown.append(f"path={shown_url(path) if is_url(path) else path!r}")
     return f"export=HFExport({', '.join(shown)}), weights={weights!r}"
 
 

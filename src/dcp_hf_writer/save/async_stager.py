@@ -229,7 +229,7 @@ class SlabStager(AsyncStager):
 
     @property
     def _subdir(self) -> str:
-        return HFExport.subdir if self.export is None else self.export.subdir
+        return HFExport.subdir if self.export is None else self.export.place_subdir
 
     def _plans_export(self) -> bool:
         """Whether this rank is the coordinator, the only one that reads `like` and assets."""

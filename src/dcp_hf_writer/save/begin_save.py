@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -76,13 +77,16 @@ def begin_save(
         refusal = error
         if lease is None or not lease.is_taken_by_me:
             lease = _take(pending())
-    now = time.monotonic()
+    now, thread = time.monotonic(), threading.current_thread()
+    is_sent = handover is not None and lease is None
+    is_async = lease is not None and lease.stager is not thread
     context = SaveContext(
         target,
         now + timeout_s if handover is None else handover.deadline,
         staged=None if handover is None else handover.info,
         staged_at=now if handover is None else handover.began,
-        is_sent=handover is not None and lease is None,
+        is_sent=is_sent,
+        is_background=is_sent or is_async,
         refusal=refusal,
         world=world,
         report_to=report_to,
@@ -90,7 +94,6 @@ def begin_save(
     )
     attempt = Attempt(context, lease=lease)
     LIVE.add(attempt)
-    is_async = lease is not None and lease.stager is not context.thread
     guard_save(attempt, anchor=None if save is None else save.ranks, is_async=is_async)
     return attempt
 

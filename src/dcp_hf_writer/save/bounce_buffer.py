@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # At most this much memory, reused for casts and for blocks that are not contiguous: fresh pages
 # would cost ten times the copy.
-_MAX_NBYTES = 8 << 20
+MAX_BOUNCE_NBYTES = 8 << 20
 
 _PART_OF_BUDGET = 4
 """The buffer takes at most the rank's budget divided by this number."""
@@ -24,7 +24,7 @@ def bounce_nbytes_of(host_budget_bytes: int) -> int:
     Args:
         host_budget_bytes: Memory that a rank may use in addition to the staged copy.
     """
-    return min(_MAX_NBYTES, host_budget_bytes // _PART_OF_BUDGET)
+    return min(MAX_BOUNCE_NBYTES, host_budget_bytes // _PART_OF_BUDGET)
 
 
 class BounceBuffer:
@@ -32,7 +32,7 @@ class BounceBuffer:
 
     def __init__(self) -> None:
         """Start without memory."""
-        self.nbytes = _MAX_NBYTES
+        self.nbytes = MAX_BOUNCE_NBYTES
         self._memory = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def resize(self, nbytes: int) -> None:

@@ -15,6 +15,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
+from dcp_hf_writer.formats.names_on_disk import path_in_export
 from dcp_hf_writer.plan.encode_manifest import WholeFile
 from dcp_hf_writer.save.model_assets import CHECKSUMS_NAME
 from dcp_hf_writer.save.tensor_bytes import digest_of
@@ -67,7 +68,7 @@ def add_checksums(directory: str, subdir: str, *, check: Callable[[], None]) -> 
         sum(nbytes for _, nbytes in found),
         time.monotonic() - began,
     )
-    return WholeFile(f"{subdir}/{CHECKSUMS_NAME}", len(data), digest_of(data))
+    return WholeFile(path_in_export(subdir, CHECKSUMS_NAME), len(data), digest_of(data))
 
 
 def _sha256(path: str, check: Callable[[], None]) -> tuple[str, int]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.save.commit import StagingDirectory
+from dcp_hf_writer.save.export_half import ExportDirectory, ExportPrefix
+from dcp_hf_writer.save.halves_apart import HalvesApart
 from dcp_hf_writer.save.mirror_jobs import start_mirror
 from dcp_hf_writer.save.object_target import ObjectTarget
 from dcp_hf_writer.save.posix_target import LocalOptions, PosixTarget
@@ -15,6 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from dcp_hf_writer.save.attempt import Attempt
+    from dcp_hf_writer.save.export_place import ExportPlace
     from dcp_hf_writer.save.save_target import SaveTarget
     from dcp_hf_writer.save.store_access import StoreAccess
 
@@ -27,6 +31,7 @@ def choose_target(
     told: Mapping[str, Any] | None = None,
     *,
     host_budget_bytes: int,
+    export_at: ExportPlace | None = None,
 ) -> SaveTarget:
     """Return where a save writes.
 
@@ -37,10 +42,25 @@ def choose_target(
         local: Options of saves to a file system.
         told: What the coordinator told; `None` on the coordinator.
         host_budget_bytes: Memory that a rank may use in addition to the staged copy.
+        export_at: Where the export goes, if the halves lie apart.
 
     Raises:
         ConfigError: If the store cannot be opened.
     """
+    if export_at is not None:
+        dcp = choose_target(
+            attempt,
+            save_id,
+            access,
+            local,
+            None if told is None else told["dcp"],
+            host_budget_bytes=host_budget_bytes,
+        )
+        told_export = None if told is None else told["hf"]
+        export = _export_half(
+            attempt, save_id, export_at, local, told_export, host_budget_bytes=host_budget_bytes
+        )
+        return HalvesApart(dcp, export, told)
     if not is_url(attempt.target):
         if local.mirror is not None:
             begin = partial(
@@ -55,4 +75,27 @@ def choose_target(
     attempt.at_end(store.close)
     return ObjectTarget(
         attempt.target, save_id, store, host_budget_bytes=host_budget_bytes, told=told
+    )
+
+
+def _export_half(
+    attempt: Attempt,
+    save_id: str,
+    place: ExportPlace,
+    local: LocalOptions,
+    told: Mapping[str, Any] | None,
+    *,
+    host_budget_bytes: int,
+) -> ExportDirectory | ExportPrefix:
+    if is_url(place.path):
+        store = place.access.open(place.path)
+        attempt.at_end(store.close)
+        return ExportPrefix(
+            place.path, save_id, store, host_budget_bytes=host_budget_bytes, told=told
+        )
+    attempt.exchange_cells(int((told or {}).get("cell_nbytes", 0)))
+    return ExportDirectory(
+        StagingDirectory.of(place.path, save_id),
+        replace(local, dcp_writer=None, mirror=None),
+        host_budget_bytes=host_budget_bytes,
     )

@@ -26,6 +26,7 @@ from dcp_hf_writer.formats.names_on_disk import (
     DIGESTS_DIRECTORY,
     INDEX_NAME,
     MANIFEST_NAME,
+    path_in_export,
 )
 from dcp_hf_writer.formats.weights_once_places import NOTICE
 from dcp_hf_writer.plan.coverage import check_coverage
@@ -90,7 +91,9 @@ def export_files(
         raise LayoutError(msg, phase="plan", path=min(taken), hint="leave it out of assets")
     if layout.index is None:
         made.remove(INDEX_NAME)
-    return frozenset(f"{export.subdir}/{name}" for name in made | assets.files.keys())
+    return frozenset(
+        path_in_export(export.place_subdir, name) for name in made | assets.files.keys()
+    )
 
 
 def make_export(
@@ -174,8 +177,9 @@ def prepare_export(
     _check_space(layout, directory)
     fs_type = file_system_type(directory.path)
     export = os.path.join(directory.path, subdir)
-    with write_errors(export):
-        os.mkdir(export)
+    if subdir:
+        with write_errors(export):
+            os.mkdir(export)
     for file in layout.files:
         output = files.keep(OutputFile(os.path.join(export, file.name), create=True))
         output.set_size(file.nbytes, fs_type=fs_type)
@@ -195,7 +199,7 @@ def _write_whole(files: OpenFiles, root: str, subdir: str, name: str, data: byte
     file = files.keep(OutputFile(path, create=True))
     file.write(memoryview(data), 0)
     files.sync(files.take(path) or file)
-    return WholeFile(f"{subdir}/{name}", len(data), digest_of(data))
+    return WholeFile(path_in_export(subdir, name), len(data), digest_of(data))
 
 
 def _check_space(layout: Layout, directory: StagingDirectory) -> None:
@@ -359,18 +363,25 @@ def publish(directory: StagingDirectory, attempt: Attempt, what: Publication) ->
         check_coverage(what.layout, what.reports)
     check_files(directory, what.layout, what.reports, what.subdir)
     covered = {file.name for report in what.reports for file in report.dcp_files}
+    if what.layout is not None and not what.subdir:
+        covered |= {file.name for file in what.layout.files}
+        covered |= {file.name for file in what.whole_files(attempt)}
     others = [
         WholeFile(name, *digest_file(os.path.join(directory.path, name)))
         for name in _plain_files(directory.path)
         if name not in covered
     ]
-    whole = [*(attempt.whole_files if what.error is None else ()), *others]
+    whole = [*what.whole_files(attempt), *others]
     manifest = manifest_of(attempt, what, whole, save_id=directory.save_id, target=directory.target)
     write_file(os.path.join(directory.path, MANIFEST_NAME), manifest)
     inner = (os.path.join(directory.path, name) for name in (what.subdir, DIGESTS_DIRECTORY))
     for path in (*(one for below in inner for one in _directories(below)), directory.path):
         sync_directory(path)
     reach("before rename")
+    if what.half == "hf":
+        attempt.check()
+        directory.publish(overwrite=what.overwrite)
+        return
     with attempt.committing():
         attempt.end_heartbeats()
         directory.publish(overwrite=what.overwrite)
@@ -394,7 +405,7 @@ def manifest_of(
         save_id=save_id,
         target=target,
         owner=Owner.me().to_json(),
-        step=step_of(target),
+        step=step_of(attempt.target),
         subdir=what.subdir,
         layout=what.layout,
         once=sorted(what.plan.once),
@@ -402,6 +413,7 @@ def manifest_of(
         whole_files=whole,
         seconds={**attempt.seconds, "total": total_s, **what.seconds},
         export_error=None if what.error is None else str(what.error),
+        other_half=what.other_half,
     )
 
 

@@ -23,6 +23,7 @@ from dcp_hf_writer.errors import CheckpointError, CoverageError, PlanningError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.encode_torch_archive import tensor_archive
 from dcp_hf_writer.plan.rank_report import DCPFile
+from dcp_hf_writer.save.bounce_buffer import MAX_BOUNCE_NBYTES
 from dcp_hf_writer.save.tensor_bytes import (
     TensorSource,
     host_bytes,
@@ -59,6 +60,8 @@ class SlabFileSystemWriter(FileSystemWriter):
         self.check: Callable[[], None] = lambda: None
         self.count: Callable[[int], object] = lambda _: None
         self.sharing: BlockSharing | None = None
+        self.copied_nbytes = MAX_BOUNCE_NBYTES
+        """Most bytes of a copy that brings a tensor into row-major order."""
         self._begin: Callable[[str], BytesInOrder] | None = None
 
     def send_to(self, begin: Callable[[str], BytesInOrder]) -> None:
@@ -85,17 +88,14 @@ class SlabFileSystemWriter(FileSystemWriter):
         while not file_queue.empty():
             path, name, items = file_queue.get_nowait()
             if self._begin is not None:
-                sent = self._begin(name)
-                results += _FileWriter(sent, name, planner, source, self.check, sharing=None).write(
-                    items, self.files
-                )
+                sent = _FileWriter(self._begin(name), name, planner, source, self)
+                results += sent.write(items, self.files)
                 continue
             file = OutputFile(str(path), create=True)
             file.count = self.count
             try:
-                results += _FileWriter(
-                    file, name, planner, source, self.check, sharing=self.sharing
-                ).write(items, self.files)
+                written = _FileWriter(file, name, planner, source, self)
+                results += written.write(items, self.files)
             except BaseException:
                 file.discard()
                 raise
@@ -161,13 +161,14 @@ class _FileWriter:
         name: str,
         planner: SavePlanner,
         source: TensorSource,
-        check: Callable[[], None],
-        *,
-        sharing: BlockSharing | None,
+        writer: SlabFileSystemWriter,
     ) -> None:
         self._file, self._name = file, name
-        self._planner, self._source, self._check = planner, source, check
-        self._sharing = sharing
+        self._planner, self._source = planner, source
+        self._check, self._sharing = writer.check, writer.sharing
+        self._copied_nbytes = writer.copied_nbytes
+        # Copies wait in `_buffers` until the next flush.
+        self._flush_nbytes = min(PIECE_NBYTES, 2 * writer.copied_nbytes)
         self._buffers: list[memoryview] = []
         self._gathered = 0
         self._written = 0
@@ -248,7 +249,7 @@ class _FileWriter:
             self._add_shared(data, runs)
             return whole
         digest = xxhash.xxh3_64()
-        for data in row_major_bytes(tensor):
+        for data in row_major_bytes(tensor, copied_nbytes=self._copied_nbytes):
             digest.update(data)
             self._add(data)
         return str(digest.hexdigest())
@@ -280,7 +281,7 @@ class _FileWriter:
         self._buffers.append(data)
         self._gathered += data.nbytes
         self._position += data.nbytes
-        if self._gathered >= PIECE_NBYTES or len(self._buffers) >= _GROUP:
+        if self._gathered >= self._flush_nbytes or len(self._buffers) >= _GROUP:
             self._flush()
 
     def _flush(self) -> None:
@@ -314,33 +315,6 @@ def check_results(items: Sequence[WriteItem], results: Sequence[WriteResult], ra
             found=f"{len(missing)} missing",
             hint="a thread of the writer failed; look for its error in the log",
         )
-
-
-def run_given_writer(
-    writer: StorageWriter,
-    plan: SavePlan,
-    planner: SavePlanner,
-    *,
-    path: str,
-    is_coordinator: bool,
-    rank: int,
-) -> list[WriteResult]:
-    """Let the user's storage writer write the DCP half into the directory of the save.
-
-    The writer's `prepare_local_plan` runs here, because the directory is known only now. So its
-    `prepare_global_plan` does not see what `prepare_local_plan` attaches to the plan; torch's own
-    writers attach nothing.
-    """
-    storage_data = plan.storage_data
-    writer.reset(path)
-    writer.set_up_storage_writer(is_coordinator, rank=rank, use_collectives=True)
-    plan = writer.prepare_local_plan(plan)
-    if plan.storage_data is None:
-        plan = type(plan)(plan.items, storage_data, plan.planner_data, plan.usable)
-    future = writer.write_data(plan, planner)
-    future.wait()
-    results: list[WriteResult] = future.value()
-    return results
 
 
 def digest_file(path: str) -> tuple[int, str]:

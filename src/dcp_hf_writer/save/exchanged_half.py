@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from dcp_hf_writer.formats.names_on_disk import path_in_export
 from dcp_hf_writer.save.exchange_group import joined_exchange
 from dcp_hf_writer.save.exchange_writes import ExchangedFile, ExchangedWrites
 from dcp_hf_writer.save.export_failures import export_error
@@ -67,7 +68,7 @@ class ExchangedHalf:
         """
         attempt, cell = self.attempt, self.attempt.cell_nbytes
         planned = [
-            ExchangedFile(f"{self.subdir}/{name}", nbytes, cell, in_order=False)
+            ExchangedFile(path_in_export(self.subdir, name), nbytes, cell, in_order=False)
             for name, nbytes in self.own.files
         ]
         sink = _CellWriter(self, files)

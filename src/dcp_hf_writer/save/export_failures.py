@@ -75,7 +75,7 @@ def cause_of(error: Exception) -> str:
 
 
 def published_without_export(
-    error: ExportError, *, staging: str, target: str, subdir: str
+    error: ExportError, *, staging: str, target: str, place: str
 ) -> ExportError:
     """Make the error that callers get: it says what is published, what is missing, and why.
 
@@ -83,7 +83,7 @@ def published_without_export(
         error: Why there is no export.
         staging: Directory of the save until it was published. Paths in it are shown relative to it.
         target: Path of the published checkpoint.
-        subdir: Directory of the export within the checkpoint.
+        place: Where the export would be.
     """
     is_ours = error.problem == "the HuggingFace export could not be written"
     needed = f", {error.expected}" if is_ours and error.expected else ""
@@ -97,7 +97,7 @@ def published_without_export(
         path=target,
         fqn=error.fqn,
         key=error.key,
-        expected=f"{target}/{subdir}/{needed}",
+        expected=f"{place}/{needed}",
         found=found.replace(f"{staging}/", "").replace(staging, "."),
         hint="; ".join(filter(None, (error.hint, "dcp.load reads what is published"))),
         errno=error.errno,

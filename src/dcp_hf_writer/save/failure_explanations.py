@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from dcp_hf_writer.errors import CheckpointError, SaveAbortedError, SaveTimeoutError
 from dcp_hf_writer.save import save_log
 from dcp_hf_writer.save.rank_progress import MEETING, POST_MORTEM_S, Progress, lost_ranks_error
-from dcp_hf_writer.torch_seam.calls_until_exit import CALLS_UNTIL_EXIT
+from dcp_hf_writer.torch_seam.calls_in_time import call_in_time
 from dcp_hf_writer.torch_seam.failed_steps import call_when_a_step_fails
 from dcp_hf_writer.torch_seam.future_guard import FutureGuard, find_future, own_error
 from dcp_hf_writer.torch_seam.save_world import PROBLEM, WAIT_HINT
@@ -332,21 +332,9 @@ def _ask(
         otherwise: Returned when there is no answer.
         limit_s: How long to wait for the answer, in seconds.
     """
-    answers: list[_Answer] = []
-
-    def ask() -> None:
-        try:
-            with CALLS_UNTIL_EXIT.call():
-                answers.append(question())
-        except (RuntimeError, TimeoutError) as error:
-            # torch raises these when the store fails; `Attempt.post` raises a TimeoutError then.
-            _log.debug("no answer: %s", error)
-
-    asking = threading.Thread(target=ask, name="dcp-hf-ask", daemon=True)
     try:
-        asking.start()
-        asking.join(limit_s)
-    except RuntimeError as error:
-        # The interpreter is exiting and does not start threads any more.
-        _log.debug("not asked: %s", error)
-    return answers[0] if answers else otherwise
+        return call_in_time(question, limit_s=limit_s)
+    except (RuntimeError, TimeoutError) as error:
+        # torch raises these when the store fails; `Attempt.post` raises a TimeoutError then.
+        _log.debug("no answer: %s", error)
+        return otherwise

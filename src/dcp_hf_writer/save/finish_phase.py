@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import PlanningError, SaveAbortedError, SaveTimeoutError
@@ -74,9 +74,12 @@ class FinishPhase:
             coordinator.share_text(plain)
             target.finish_dcp(metadata, plain, attempt, save_id=self.save_id)
         seconds = {"finish": time.monotonic() - began}
-        target.publish(
-            attempt, Publication(plan, reports, self.subdir, self.overwrite, error, seconds)
-        )
+        what = Publication(plan, reports, self.subdir, self.overwrite, error, seconds)
+        found = target.publish_export(attempt, what)
+        if found is not None and found is not error:
+            error = self._without_export(target, found)
+            what = replace(what, error=error)
+        target.publish(attempt, what)
         if not attempt.context.is_sent:
             published = _published(attempt, reports, error)
             save_log.log_published(published)
@@ -94,10 +97,16 @@ class FinishPhase:
         if error is not None:
             coordinator.check_dcp_stands_alone(plan, error)
             target.drop_export(self.subdir, self.attempt)
-            error = published_without_export(
-                error, staging=target.path, target=target.target, subdir=self.subdir
-            )
+            error = self._without_export(target, error)
         return error
+
+    def _without_export(self, target: SaveTarget, error: ExportError) -> ExportError:
+        return published_without_export(
+            error,
+            staging=target.path,
+            target=target.target,
+            place=target.export_path(self.subdir),
+        )
 
     def _add_checksums(self, target: SaveTarget, plan: GlobalPlan) -> ExportError | None:
         """Add checksums if `export` asks for them; a failure costs the export, not the DCP half."""
@@ -109,7 +118,7 @@ class FinishPhase:
         except (SaveAbortedError, SaveTimeoutError):
             raise
         except OSError as error:
-            path = f"{target.path}/{self.subdir}"
+            path = f"{target.path}/{self.subdir}".rstrip("/")
             nbytes = nbytes_of(plan.layout)
             return export_error(error, rank=attempt.rank, path=path, nbytes=nbytes)
         return None

@@ -97,8 +97,9 @@ class ByteCount:
         self._done = self._planned = 0
 
     def plan(self, nbytes: int) -> None:
-        """Set how many bytes the rank will write."""
-        self._planned = nbytes
+        """Add bytes that the rank will write; it may plan its halves one after the other."""
+        with self._lock:
+            self._planned += nbytes
 
     def add(self, nbytes: int) -> None:
         """Count bytes whose write is complete; a negative number makes up for later ones."""

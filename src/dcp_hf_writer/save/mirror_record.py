@@ -17,9 +17,7 @@ from dcp_hf_writer.save.owner_process import Owner, is_abandoned
 from dcp_hf_writer.save.replace_target import read_json, saved_id
 from dcp_hf_writer.storage.posix_outputs import (
     number_and_text,
-    sync_directory,
-    write_errors,
-    write_file,
+    replace_durably,
 )
 
 _log = logging.getLogger(__name__)
@@ -53,11 +51,8 @@ class MirrorRecord:
         Raises:
             WriteError: If the file system refuses.
         """
-        fresh = f"{self.path}.{os.getpid()}.new"
-        with write_errors(self.path):
-            write_file(fresh, json.dumps(asdict(self)).encode())
-            os.replace(fresh, self.path)
-        sync_directory(os.path.dirname(self.path))
+        data = json.dumps(asdict(self)).encode()
+        replace_durably(self.path, data, draft=f"{self.path}.{os.getpid()}.new")
 
     def remove(self) -> None:
         """Remove the file; a failure is logged. The next process then finds the mirror complete."""

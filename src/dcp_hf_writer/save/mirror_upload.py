@@ -179,7 +179,7 @@ class MirrorUpload:
         self, sent: SentObject, name: str, manifest: Manifest, nbytes: int, part_nbytes: int
     ) -> None:
         path, digest = os.path.join(self.record.target, name), xxhash.xxh3_64()
-        whole = manifest.files.get(name)
+        whole = manifest.digest_of(name)
         for data in _parts(path, part_nbytes):
             self.patience.check()
             if whole is not None:
@@ -188,8 +188,8 @@ class MirrorUpload:
         problem = None
         if sent.nbytes != nbytes:
             problem = f"{nbytes} bytes", f"{sent.nbytes} bytes"
-        elif whole is not None and digest.hexdigest() != whole.digest:
-            problem = f"the digest {whole.digest}", str(digest.hexdigest())
+        elif whole is not None and digest.hexdigest() != whole:
+            problem = f"the digest {whole}", str(digest.hexdigest())
         if problem:
             msg = "a local file of the checkpoint is not as its manifest says"
             hint = "verify the checkpoint; its mirror is not published"

@@ -26,6 +26,7 @@ from dcp_hf_writer.formats.names_on_disk import (
     MANIFEST_NAME,
     METADATA_NAME,
     RECORD_NAME,
+    path_in_export,
 )
 from dcp_hf_writer.plan.coverage import check_coverage
 from dcp_hf_writer.plan.encode_manifest import WholeFile
@@ -89,7 +90,9 @@ class ObjectTarget(SaveTarget):
             host_budget_bytes: Memory that a rank may use in addition to the staged copy.
             told: What the coordinator told; `None` on the coordinator.
         """
-        self.target, self.save_id, self._store = target, save_id, store
+        self.target, self.save_id = target, save_id
+        self.store = store
+        """The store below the URL."""
         self._host_budget_bytes = host_budget_bytes
         self._files = tuple(ExportUpload(*one) for one in (told or {}).get("files", ()))
         self._told_abilities = (told or {}).get("abilities")
@@ -99,10 +102,18 @@ class ObjectTarget(SaveTarget):
         self._record: StoreRecord | None = None
         """The record of this save, from the moment it is in the store until it is removed."""
 
+    def _patience(self, attempt: Attempt) -> Patience:
+        """Return the limits of the requests of the save here."""
+        return attempt.patience()
+
+    def _clean_up_patience(self) -> Patience:
+        """Return the limits of the requests that remove what a failed save made."""
+        return Patience(time.monotonic() + LONGEST_CLEAN_UP_S)
+
     def _abilities(self) -> Abilities:
         # A store may have to write something to find out: one rank does, and tells the others.
         told = self._told_abilities
-        return self._store.abilities if told is None else Abilities(**told)
+        return self.store.abilities if told is None else Abilities(**told)
 
     @property
     def path(self) -> str:
@@ -112,7 +123,7 @@ class ObjectTarget(SaveTarget):
     def make(self, attempt: Attempt, *, overwrite: bool, new_files: Collection[str]) -> None:
         """Put the record, after a look at what is there; see `SaveTarget.make`."""
         del overwrite  # refused when the writer is made
-        patience, store = attempt.patience(), self._store
+        patience, store = self._patience(attempt), self.store
         record = StoreRecord(
             self.save_id,
             self.target,
@@ -122,7 +133,7 @@ class ObjectTarget(SaveTarget):
         )
         take_prefix(store, record, patience)
         self._record = record
-        attempt.work_in(self)
+        self.register(attempt)
         reach("directory made")
 
     def make_export(
@@ -146,10 +157,10 @@ class ObjectTarget(SaveTarget):
         return True
 
     def _begin_export(self, layout: Layout, assets: Assets, attempt: Attempt, subdir: str) -> None:
-        store, patience, abilities = self._store, attempt.patience(), self._abilities()
+        store, patience, abilities = self.store, self._patience(attempt), self._abilities()
         usual = min(PART_NBYTES, self._host_budget_bytes // CELLS_IN_BUDGET)
         for number, file in enumerate(layout.files):
-            key = f"{subdir}/{file.name}"
+            key = path_in_export(subdir, file.name)
             upload_id = ""
             if abilities.shares_uploads:
                 upload = store.begin_upload(key, token=self.save_id, patience=patience)
@@ -159,11 +170,11 @@ class ObjectTarget(SaveTarget):
             self._headers[number] = file.header
         self._log_strategy()
         if layout.index is not None:
-            self._late_files[f"{subdir}/{INDEX_NAME}"] = layout.index
+            self._late_files[path_in_export(subdir, INDEX_NAME)] = layout.index
         coordinator.warn_without_config(assets.files)
         reach("headers written")
         for name, data in assets.files.items():
-            attempt.add_whole_files(self._put(f"{subdir}/{name}", data, patience))
+            attempt.add_whole_files(self._put(path_in_export(subdir, name), data, patience))
 
     def _log_strategy(self) -> None:
         is_shared = self._abilities().shares_uploads
@@ -178,7 +189,7 @@ class ObjectTarget(SaveTarget):
         )
 
     def _put(self, key: str, data: bytes, patience: Patience) -> WholeFile:
-        self._store.put(key, [memoryview(data)], token=self.save_id, patience=patience)
+        self.store.put(key, [memoryview(data)], token=self.save_id, patience=patience)
         return WholeFile(key, len(data), digest_of(data))
 
     def told(self) -> Mapping[str, Any]:
@@ -192,7 +203,7 @@ class ObjectTarget(SaveTarget):
 
     def check_visible(self, attempt: Attempt) -> None:
         """Read the record; see `SaveTarget.check_visible`."""
-        found = StoreRecord.read(self._store, attempt.patience())
+        found = StoreRecord.read(self.store, self._patience(attempt))
         if found is None or found.save_id != self.save_id:
             msg = "this rank does not see the store that the coordinator writes to"
             raise NodeLocalPathError(
@@ -209,18 +220,19 @@ class ObjectTarget(SaveTarget):
         """Send this rank's objects and parts; see `SaveTarget.write`."""
         return ObjectWritePhase(
             attempt=attempt,
-            store=self._store,
+            store=self.store,
             abilities=self._abilities(),
             url=self.target,
             save_id=self.save_id,
             files=self._files,
             headers=self._headers,
             writes=writes,
+            patience=self._patience(attempt),
         ).run()
 
     def drop_export(self, subdir: str, attempt: Attempt) -> None:
         """Abort the uploads and delete the objects of the export; see `SaveTarget.drop_export`."""
-        patience, store = attempt.patience(), self._store
+        patience, store = self._patience(attempt), self.store
         self._headers, self._late_files = {}, {}
         files, self._files = self._files, ()
         try:
@@ -256,12 +268,12 @@ class ObjectTarget(SaveTarget):
 
     def publish(self, attempt: Attempt, what: Publication) -> None:
         """Complete the export, then put the index, `.metadata`, and the manifest."""
-        patience = attempt.patience()
+        patience = self._patience(attempt)
         reach("before manifest")
         if what.layout is not None:
             check_coverage(what.layout, what.reports)
             self._complete(what.reports, patience)
-        whole = list(attempt.whole_files) if what.error is None else []
+        whole = list(what.whole_files(attempt))
         # In the order in which they were added: the index, then `.metadata`.
         whole += [self._put(key, data, patience) for key, data in self._late_files.items()]
         self._check_sizes(what, whole, patience)
@@ -269,19 +281,27 @@ class ObjectTarget(SaveTarget):
             attempt, what, whole, save_id=self.save_id, target=self.target
         )
         self._check_record(attempt, patience)
+        if what.half == "hf":
+            # The record stays until the DCP half is committed too.
+            attempt.check()
+            self._put_manifest(manifest, patience)
+            return
         reach("before rename")
         with attempt.committing():
-            is_new = self._store.put(
-                MANIFEST_NAME,
-                [memoryview(manifest)],
-                token=self.save_id,
-                patience=patience,
-                if_absent=True,
-            )
-            if not is_new:
-                raise taken(self.target, "a checkpoint that appeared during the save")
+            self._put_manifest(manifest, patience)
             reach("after rename")
         self._forget_record(attempt.last_patience())
+
+    def _put_manifest(self, manifest: bytes, patience: Patience) -> None:
+        is_new = self.store.put(
+            MANIFEST_NAME,
+            [memoryview(manifest)],
+            token=self.save_id,
+            patience=patience,
+            if_absent=True,
+        )
+        if not is_new:
+            raise taken(self.target, "a checkpoint that appeared during the save")
 
     def _complete(self, reports: Sequence[RankReport], patience: Patience) -> None:
         """Complete the shared uploads; the owners of the others have done so."""
@@ -301,7 +321,7 @@ class ObjectTarget(SaveTarget):
                     found=f"{len(own)} parts",
                 )
             if file.upload_id:
-                self._store.complete(file.upload(self.save_id), own, patience=patience)
+                self.store.complete(file.upload(self.save_id), own, patience=patience)
 
     def _check_sizes(
         self, what: Publication, whole: Sequence[WholeFile], patience: Patience
@@ -315,8 +335,8 @@ class ObjectTarget(SaveTarget):
         sizes |= {r.digests.name: r.digests.nbytes for r in what.reports if r.digests is not None}
         sizes |= {file.name: file.nbytes for file in whole}
         for output in () if what.layout is None else what.layout.files:
-            sizes[f"{what.subdir}/{output.name}"] = output.nbytes
-        check_sizes(self._store, sizes, patience, target=self.target, phase="finish")
+            sizes[path_in_export(what.subdir, output.name)] = output.nbytes
+        check_sizes(self.store, sizes, patience, target=self.target, phase="finish")
 
     def _check_record(self, attempt: Attempt, patience: Patience) -> None:
         """Check that no newer save has taken the prefix over.
@@ -324,7 +344,7 @@ class ObjectTarget(SaveTarget):
         Raises:
             SaveAbortedError: If one has; it deletes what this one wrote.
         """
-        found = StoreRecord.read(self._store, patience)
+        found = StoreRecord.read(self.store, patience)
         if found is None or found.save_id != self.save_id:
             # What is there now belongs to the newer save.
             self._record = None
@@ -342,14 +362,14 @@ class ObjectTarget(SaveTarget):
         self._record = None
         mark_ended(self.save_id)
         try:
-            self._store.delete([RECORD_NAME], patience=patience)
+            self.store.delete([RECORD_NAME], patience=patience)
         except CheckpointError as error:
             _log.warning("%s is committed, but its record stays: %s", self.target, error)
 
     def is_committed(self) -> bool:
         """Whether the manifest there is this save's; see `SaveTarget.is_committed`."""
         patience = Patience(time.monotonic() + _LOOK_S)
-        data = self._store.read(MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, patience=patience)
+        data = self.store.read(MANIFEST_NAME, max_nbytes=MAX_MANIFEST_NBYTES, patience=patience)
         return save_id_in(data) == self.save_id
 
     def remove(self) -> None:
@@ -362,20 +382,20 @@ class ObjectTarget(SaveTarget):
         if record is None:
             return
         mark_ended(self.save_id)
-        patience = Patience(time.monotonic() + LONGEST_CLEAN_UP_S)
+        patience = self._clean_up_patience()
         try:
             if self.is_committed():
                 self._forget_record(patience)
                 return
-            found = StoreRecord.read(self._store, patience)
+            found = StoreRecord.read(self.store, patience)
             if found is None or found.save_id != self.save_id:
                 return
-            existing = [facts.key for facts in self._store.objects("", patience=patience)]
-            remove_leftovers(self._store, record, existing, patience)
+            existing = [facts.key for facts in self.store.objects("", patience=patience)]
+            remove_leftovers(self.store, record, existing, patience)
             if record.world_size == 1:
-                self._store.delete([RECORD_NAME], patience=patience)
+                self.store.delete([RECORD_NAME], patience=patience)
             else:
-                replace(record, is_over=True).put(self._store, patience)
+                replace(record, is_over=True).put(self.store, patience)
         except CheckpointError as error:
             _log.warning(
                 "could not remove what the save left in %s (%s); the next save there tries again",

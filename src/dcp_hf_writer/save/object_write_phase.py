@@ -12,15 +12,22 @@ from typing import TYPE_CHECKING
 
 from torch.distributed.checkpoint.planner import WriteItemType
 
-from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.errors import (
+    CheckpointError,
+    SaveAbortedError,
+    SaveTimeoutError,
+    SlotTimeoutError,
+    StorageError,
+)
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.plan.cells import ExchangedFile
 from dcp_hf_writer.plan.rank_digests import pack_report
+from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
 from dcp_hf_writer.save.dcp_half import SlabFileSystemWriter, check_results
 from dcp_hf_writer.save.exchange_group import joined_exchange
 from dcp_hf_writer.save.exchange_writes import Exchanged, ExchangedWrites
 from dcp_hf_writer.save.export_cells import ExportCells
-from dcp_hf_writer.save.export_failures import FATAL, export_error
+from dcp_hf_writer.save.export_failures import export_error
 from dcp_hf_writer.save.hf_half import nbytes_of_blocks, regions_by_file
 from dcp_hf_writer.save.object_parts import SentObject, in_flight_of, part_nbytes_of
 from dcp_hf_writer.save.tensor_bytes import TensorSource
@@ -43,7 +50,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.export_cells import ExportUpload
     from dcp_hf_writer.save.save_target import RankWrites
-    from dcp_hf_writer.storage.object_contract import Abilities, ObjectStore
+    from dcp_hf_writer.storage.object_contract import Abilities, ObjectStore, Patience
 
 _log = logging.getLogger(__name__)
 
@@ -67,6 +74,8 @@ class ObjectWritePhase:
     headers: Mapping[int, bytes]
     """Header of each file of the export; only the coordinator has them."""
     writes: RankWrites
+    patience: Patience
+    """Limits each request."""
 
     def run(self) -> list[WriteResult]:
         """Send everything, and report; see `SaveTarget.write`."""
@@ -79,7 +88,9 @@ class ObjectWritePhase:
         plan = without_results(writes.plan, left_out)
         sent: list[SentObject] = []
         try:
-            results = self._write_dcp(plan, source, report, sent)
+            results: list[WriteResult] = []
+            if writes.half != "hf":
+                results = self._write_dcp(plan, source, report, sent)
             if self.files:
                 self._write_export(work, source, report)
             self._send_digests(report)
@@ -99,14 +110,28 @@ class ObjectWritePhase:
         return [*results, *left_out, report_result(report)]
 
     def _send_digests(self, report: RankReport) -> None:
+        """Put the digests of this rank; the report keeps what the coordinator needs.
+
+        Raises:
+            StorageError: If the store refuses. In a place of the export alone, the report says so.
+        """
         data = pack_report(report, self.writes.own.targets)
-        if report.digests is not None:
-            self.store.put(
-                report.digests.name,
-                [memoryview(data)],
-                token=self.save_id,
-                patience=self.attempt.patience(),
-            )
+        assert report.digests is not None
+        name = report.digests.name
+        try:
+            self.store.put(name, [memoryview(data)], token=self.save_id, patience=self.patience)
+        except (StorageError, SaveTimeoutError) as error:
+            # The store of an export that lies apart must not cost the DCP half.
+            if self.writes.half != "hf" or isinstance(error, SaveAbortedError):
+                raise
+            self.attempt.check()
+            if report.export_error is None:
+                report.export_error = export_error(
+                    error,
+                    rank=self.attempt.rank,
+                    path=f"{self.url}/{name}",
+                    nbytes=sum(size for _, size in self.writes.own.files),
+                )
 
     def _give_up(self, sent: Sequence[SentObject]) -> None:
         for one in sent:
@@ -132,7 +157,7 @@ class ObjectWritePhase:
                 self.store,
                 name,
                 token=self.save_id,
-                patience=attempt.patience(),
+                patience=self.patience,
                 part_nbytes=part_nbytes,
                 in_flight=in_flight_of(self.abilities),
             )
@@ -144,6 +169,7 @@ class ObjectWritePhase:
             attempt.member.is_coordinator, rank=attempt.rank, use_collectives=True
         )
         writer.source, writer.check = source, attempt.check
+        writer.copied_nbytes = bounce_nbytes_of(self.writes.host_budget_bytes)
         writer.send_to(begin)
         with attempt.timed("write dcp"):
             results: list[WriteResult] = writer.write_data(plan, self.writes.planner).value()
@@ -163,16 +189,18 @@ class ObjectWritePhase:
             self.files,
             abilities=self.abilities,
             token=self.save_id,
-            patience=attempt.patience(),
+            patience=self.patience,
         )
         with attempt.timed("write hf"):
             try:
                 exchanged = self._exchange(work, source, cells)
                 report.parts = cells.finish()
-            except FATAL:
+            except (SaveAbortedError, SlotTimeoutError):
                 raise
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is reported
-                path = f"{self.url}/{self.writes.subdir}"
+            except Exception as error:
+                if isinstance(error, SaveTimeoutError) and not self._has_time_left():
+                    raise
+                path = f"{self.url}/{self.writes.subdir}".rstrip("/")
                 _log.warning("rank %d could not send the export: %s", attempt.rank, error)
                 nbytes = sum(file.nbytes for file in self.files)
                 report.export_error = report.export_error or export_error(
@@ -184,6 +212,11 @@ class ObjectWritePhase:
         report.blocks = exchanged.blocks
         report.nbytes["hf sent"] = exchanged.sent_nbytes
         report.nbytes["hf"] = sum(map(nbytes_of_blocks, work.values()))
+
+    def _has_time_left(self) -> bool:
+        """Whether the DCP half may go on: an export that lies apart has an earlier deadline."""
+        self.attempt.check()
+        return self.patience.deadline < self.attempt.context.deadline
 
     def _exchange(
         self,

@@ -11,6 +11,8 @@ from dcp_hf_writer.formats.names_on_disk import DIGESTS_DIRECTORY
 from dcp_hf_writer.save import coordinator
 from dcp_hf_writer.save.checksums import add_checksums
 from dcp_hf_writer.save.dcp_half import metadata_writer
+from dcp_hf_writer.save.given_writer import finish_given_writer
+from dcp_hf_writer.save.low_priority import run_at_low_priority
 from dcp_hf_writer.save.mirror_jobs import note_mirror
 from dcp_hf_writer.save.replace_target import saved_id
 from dcp_hf_writer.save.save_target import SaveTarget
@@ -41,7 +43,7 @@ class LocalOptions:
     dcp_writer: StorageWriter | None = None
     """The user's writer for the DCP half; `None` for ours."""
     slots: WriteSlots = field(default_factory=WriteSlots)
-    """Limit on the number of processes of a node that write at the same time."""
+    """How many processes of a node write at the same time, and at which priority."""
     share: Literal["auto", "off"] = "auto"
     """Whether the halves may share disk blocks."""
     strategy: Strategy = "auto"
@@ -82,7 +84,7 @@ class PosixTarget(SaveTarget):
                 overwrite=overwrite, new_files=new_files, world_size=attempt.member.world_size
             )
         )
-        attempt.work_in(self)
+        self.register(attempt)
         # A rank must not make it: it would bring back the directory of a save that was given up.
         digests = os.path.join(self.path, DIGESTS_DIRECTORY)
         with write_errors(digests):
@@ -116,7 +118,7 @@ class PosixTarget(SaveTarget):
 
     def write(self, attempt: Attempt, writes: RankWrites) -> list[WriteResult]:
         """Write into the files, under slots; see `SaveTarget.write`."""
-        return WritePhase(
+        phase = WritePhase(
             attempt=attempt,
             directory=self.directory,
             plan=writes.plan,
@@ -127,7 +129,17 @@ class PosixTarget(SaveTarget):
             subdir=writes.subdir,
             host_budget_bytes=writes.host_budget_bytes,
             share=self.options.share,
-        ).run()
+            half=writes.half,
+        )
+        return run_at_low_priority(phase.run, nice=self._nice(attempt), stop=attempt.give_up)
+
+    def _nice(self, attempt: Attempt) -> int:
+        """Return by how much to lower the priority of the thread that writes; 0 for not at all."""
+        # The caller of a synchronous save waits for it. The user's writer and the connections of an
+        # exchange may start threads that outlive the save, and these would inherit the priority.
+        starts_others = self.options.dcp_writer is not None or attempt.cell_nbytes > 0
+        is_free = attempt.context.is_background and not starts_others
+        return self.options.slots.nice if is_free else 0
 
     def drop_export(self, subdir: str, attempt: Attempt) -> None:
         """Remove the directory of the export; see `SaveTarget.drop_export`."""
@@ -150,11 +162,13 @@ class PosixTarget(SaveTarget):
         save_id: str,
     ) -> None:
         """Let torch's or the user's writer make it; see `SaveTarget.finish_dcp`."""
-        writer = self.options.dcp_writer
-        if writer is None:
-            writer = metadata_writer(self.path, self.target, rank=attempt.rank, save_id=save_id)
+        given, target = self.options.dcp_writer, self.target
         with write_errors(self.path):
-            writer.finish(metadata, results)
+            if given is None:
+                writer = metadata_writer(self.path, target, rank=attempt.rank, save_id=save_id)
+                writer.finish(metadata, results)
+            else:
+                finish_given_writer(given, metadata, results, target=target, save_id=save_id)
 
     def publish(self, attempt: Attempt, what: Publication) -> None:
         """Write the manifest, fsync, rename; see `SaveTarget.publish`."""

@@ -111,7 +111,8 @@ def _explain(target: str, error: BaseException) -> BaseException:
         phase="write",
         path=target,
         found=f"{error}; {OPEN}",
-        hint="torch does not restart that process: restart the run, or save in a thread"
+        hint="torch does not restart that process: a CheckpointManager does, at its next save; "
+        "without one, restart the run, or save in a thread"
         if is_dead
         else None,
     )

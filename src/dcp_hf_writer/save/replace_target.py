@@ -44,8 +44,8 @@ from dcp_hf_writer.storage.linux_calls import UnsupportedCallError, exchange
 from dcp_hf_writer.storage.posix_outputs import (
     number_and_text,
     publish_new,
+    replace_durably,
     sync_directory,
-    write_file,
 )
 from dcp_hf_writer.storage.posix_trees import (
     Entry,
@@ -226,11 +226,8 @@ class TargetReplacement:
         )
 
     def _write_record(self) -> None:
-        fresh = self.record_path + FRESH_SUFFIX
-        unlink_entry(fresh)
-        write_file(fresh, json.dumps(self.record.to_json()).encode())
-        os.replace(fresh, self.record_path)
-        sync_directory(os.path.dirname(self.record_path))
+        data = json.dumps(self.record.to_json()).encode()
+        replace_durably(self.record_path, data, draft=self.record_path + FRESH_SUFFIX)
 
     def _exchange(self) -> None:
         before = entry_of(self.target)

@@ -57,6 +57,8 @@ class SaveContext:
     """`time.monotonic()` when staging began; without staging, when the save began."""
     is_sent: bool = False
     """Whether a parent process staged it and waits for the outcome."""
+    is_background: bool = False
+    """Whether training may go on meanwhile."""
     world: SaveWorld = field(default_factory=lambda: SaveWorld.of(None, is_distributed=False))
     """The ranks of the save as it began."""
     running: RunningSave | None = None

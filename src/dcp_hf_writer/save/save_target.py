@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
+    from typing import Literal
 
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -19,11 +20,14 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.errors import ExportError
     from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.plan.encode_manifest import OtherHalf, WholeFile
     from dcp_hf_writer.plan.global_plan import GlobalPlan, RankPlan
     from dcp_hf_writer.plan.layout import Layout
     from dcp_hf_writer.plan.rank_report import RankReport
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.export_assets import Assets
+
+    Half = Literal["both", "dcp", "hf"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +41,11 @@ class RankWrites:
     planner: SavePlanner
     """torch's planner, which resolves the items of the plan."""
     subdir: str
-    """Directory of the export within the checkpoint."""
+    """Directory of the export within its place; empty if the halves lie apart."""
     host_budget_bytes: int
     """Memory that the rank may use in addition to the staged copy."""
+    half: Half = "both"
+    """Which half to write here."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +61,19 @@ class Publication:
     """Why the checkpoint has no export."""
     seconds: Mapping[str, Any]
     """Seconds of phases that the attempt does not count."""
+    half: Half = "both"
+    """Which half this place gets. Only the place of the DCP half commits."""
+    other_half: OtherHalf | None = None
+    """Where the other half lies, if the halves lie apart."""
 
     @property
     def layout(self) -> Layout | None:
         """The export, as planned; `None` without one."""
-        return self.plan.layout if self.error is None else None
+        return self.plan.layout if self.error is None and self.half != "dcp" else None
+
+    def whole_files(self, attempt: Attempt) -> tuple[WholeFile, ...]:
+        """Return the files of the export that the coordinator wrote whole."""
+        return attempt.whole_files if self.error is None and self.half != "dcp" else ()
 
 
 class SaveTarget(ABC):
@@ -69,6 +83,14 @@ class SaveTarget(ABC):
     """The checkpoint: an absolute path, or a URL without credentials."""
     save_id: str
     """Id of the save."""
+    part_of: SaveTarget | None = None
+    """The target that this one is a half of, if the halves lie apart."""
+
+    def register(self, attempt: Attempt) -> None:
+        """Let the attempt clean up here when it ends (coordinator)."""
+        whole = self.part_of or self
+        if attempt.directory is not whole:
+            attempt.work_in(whole)
 
     @property
     @abstractmethod
@@ -148,6 +170,23 @@ class SaveTarget(ABC):
         Raises:
             OSError: If a file cannot be read or written.
         """
+
+    def export_path(self, subdir: str) -> str:
+        """Return where readers find the export, for messages."""
+        return f"{self.target}/{subdir}"
+
+    def publish_export(self, attempt: Attempt, what: Publication) -> ExportError | None:
+        """Publish the export first, if it lies apart from the DCP half (coordinator).
+
+        Returns:
+            Why the checkpoint has no export: an error of this step, or the one in `what`.
+
+        Raises:
+            SaveAbortedError: If the save was given up.
+            SaveTimeoutError: If the deadline has passed.
+        """
+        del attempt
+        return what.error
 
     @abstractmethod
     def finish_dcp(

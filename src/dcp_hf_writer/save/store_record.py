@@ -63,7 +63,7 @@ class StoreRecord:
     @classmethod
     def parse(cls, data: bytes) -> StoreRecord | None:
         """Return the record in some bytes; `None` if they hold something else."""
-        value = _object_in(data)
+        value = object_in(data)
         if value is None:
             return None
         owner = Owner.from_json(value.get("owner"))
@@ -214,12 +214,12 @@ def abort_uploads(
 
 def save_id_in(manifest: bytes | None) -> str | None:
     """Return the id of the save that a manifest names; `None` without one."""
-    value = None if manifest is None else _object_in(manifest)
+    value = None if manifest is None else object_in(manifest)
     found = None if value is None else value.get("save_id")
     return found if isinstance(found, str) else None
 
 
-def _object_in(data: bytes) -> dict[str, Any] | None:
+def object_in(data: bytes) -> dict[str, Any] | None:
     """Return the JSON object in some bytes; `None` if they hold something else."""
     try:
         value = json.loads(data)

@@ -20,10 +20,11 @@ if TYPE_CHECKING:
 
 _EMPTY = memoryview(b"")
 
-# Rows shorter than `_ROW_NBYTES` are copied together, at most `_COPIED_NBYTES` at a time. So one
-# buffer of a system call holds many rows, and each copy is freed before the next one is made.
+# Rows shorter than this are copied together, so that one buffer of a system call holds many rows.
 _ROW_NBYTES = 64 << 10
-_COPIED_NBYTES = 8 << 20
+
+_LARGE_NBYTES = 64 << 10
+"""Of more bytes, xxhash computes the digest without Python's lock, if it is asked to `update`."""
 
 
 def host_bytes(tensor: torch.Tensor) -> memoryview:
@@ -48,17 +49,22 @@ def whole_archive(tensor: torch.Tensor, fqn: str) -> bytes:
     return buffer.getvalue()
 
 
-def row_major_bytes(tensor: torch.Tensor) -> Iterator[memoryview]:
-    """Yield the bytes of a tensor in row-major order; long contiguous rows are not copied."""
+def row_major_bytes(tensor: torch.Tensor, *, copied_nbytes: int) -> Iterator[memoryview]:
+    """Yield the bytes of a tensor in row-major order; long contiguous rows are not copied.
+
+    Args:
+        tensor: A plain tensor.
+        copied_nbytes: Most bytes that one copy may have.
+    """
     if tensor.is_contiguous():
         yield host_bytes(tensor)
         return
     row_nbytes = tensor.nbytes // tensor.shape[0]
-    if row_nbytes > _COPIED_NBYTES or (row_nbytes >= _ROW_NBYTES and tensor[0].is_contiguous()):
+    if row_nbytes > copied_nbytes or (row_nbytes >= _ROW_NBYTES and tensor[0].is_contiguous()):
         for row in tensor.unbind():
-            yield from row_major_bytes(row)
+            yield from row_major_bytes(row, copied_nbytes=copied_nbytes)
         return
-    for rows in tensor.split(max(1, _COPIED_NBYTES // row_nbytes)):
+    for rows in tensor.split(max(1, copied_nbytes // row_nbytes)):
         yield host_bytes(rows.contiguous())
 
 
@@ -119,7 +125,12 @@ def _hint(is_new_dtype: bool) -> str:  # noqa: FBT001 - one fact
 
 def digest_of(data: memoryview | bytes) -> str:
     """Return the xxh3_64 of some bytes, in hex."""
-    return str(xxhash.xxh3_64_hexdigest(data))
+    if len(data) <= _LARGE_NBYTES:
+        return str(xxhash.xxh3_64_hexdigest(data))
+    # Only `update` lets other threads run meanwhile, in every release of xxhash.
+    digest = xxhash.xxh3_64()
+    digest.update(data)
+    return str(digest.hexdigest())
 
 
 def chunk_of(item: WriteItem) -> Box:

@@ -21,10 +21,11 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
-from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.errors import CheckpointError, WriteError
 from dcp_hf_writer.failpoints import reach
+from dcp_hf_writer.formats.names_on_disk import digests_file_name
 from dcp_hf_writer.formats.weights_once_places import NOTICE, encode_stored_once
-from dcp_hf_writer.plan.rank_digests import pack_report
+from dcp_hf_writer.plan.rank_digests import most_nbytes, pack_report
 from dcp_hf_writer.plan.rank_report import RankReport
 from dcp_hf_writer.plan.regions import TargetTable
 from dcp_hf_writer.plan.weights_once import stored_once
@@ -32,10 +33,11 @@ from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
 from dcp_hf_writer.save.dcp_half import (
     SlabFileSystemWriter,
     check_results,
-    run_given_writer,
 )
+from dcp_hf_writer.save.digests_output import DigestsOutput
 from dcp_hf_writer.save.exchanged_half import ExchangedHalf
 from dcp_hf_writer.save.export_failures import FATAL, export_error
+from dcp_hf_writer.save.given_writer import run_given_writer
 from dcp_hf_writer.save.hf_half import (
     BlockWriter,
     is_interleaved,
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.regions import Region
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
+    from dcp_hf_writer.save.save_target import Half
     from dcp_hf_writer.storage.output_fsync import OpenFiles
     from dcp_hf_writer.storage.write_slots import WriteSlots
 
@@ -92,6 +95,8 @@ class WritePhase:
     """Memory that the rank may use in addition to the staged copy."""
     share: str = "auto"
     """`"auto"` lets the halves share disk blocks where the file system can; `"off"` does not."""
+    half: Half = "both"
+    """Which half to write."""
     block_nbytes: int | None = field(default=None, init=False)
     """Size of the disk blocks that the halves share; `None` if they share none."""
     blocks: BlockWriter = field(default_factory=BlockWriter, init=False)
@@ -110,27 +115,29 @@ class WritePhase:
         with contextlib.suppress(IndexError):
             self.blocks = _idle_blocks.pop()
         try:
-            return self._run()
+            with ExitStack() as opened:
+                return self._run(opened)
         finally:
             # Also after a failure, or the next save would have to fault in a new buffer.
             _idle_blocks[:] = [self.blocks]
 
-    def _run(self) -> list[WriteResult]:
+    def _run(self, opened: ExitStack) -> list[WriteResult]:
         attempt = self.attempt
         report = begun_report(attempt)
         files = attempt.open_files()
         source = TensorSource(self.planner)
         results: list[WriteResult] = []
         tensors = [i for i in self.plan.items if i.type != WriteItemType.BYTE_IO]
-        work = regions_by_file(tensors, self.own.targets)
+        work = regions_by_file(tensors, {} if self.half == "dcp" else self.own.targets)
         left_out = stored_once_results(self.own, tensors, subdir=self.subdir)
         if left_out:
             self.plan = without_results(self.plan, left_out)
         attempt.byte_count.plan(self._planned_nbytes(work))
         self.block_nbytes = self._shared_block_nbytes()
         shares = self.slots.is_shared_by_halves()
+        digests = self._begin_digests(opened, work, report)
         reach("before slot")
-        if attempt.cell_nbytes:
+        if attempt.cell_nbytes and self.half != "dcp":
             self._exchange(work, files, source, report, half="dcp" if shares else "hf")
             work = {}
         with ExitStack() as held:
@@ -154,7 +161,7 @@ class WritePhase:
                     if not shares:
                         files.sync_kept()
                         self._join(files, report)
-            self._write_digests(files, report)
+            self._end_digests(digests, files, report)
             reach("before fsync")
             files.sync_kept()
             with attempt.timed("sync"):
@@ -193,27 +200,56 @@ class WritePhase:
 
     def _planned_nbytes(self, work: Mapping[int, Blocks]) -> int:
         """Return the bytes of tensors that this rank will write to both halves."""
-        return nbytes_of_items(self.plan.items) + sum(map(nbytes_of_blocks, work.values()))
+        dcp_nbytes = 0 if self.half == "hf" else nbytes_of_items(self.plan.items)
+        return dcp_nbytes + sum(map(nbytes_of_blocks, work.values()))
 
-    def _write_digests(self, files: OpenFiles, report: RankReport) -> None:
-        """Write the digests of this rank into a file; the report keeps what the coordinator needs.
+    def _begin_digests(
+        self, opened: ExitStack, work: Mapping[int, Blocks], report: RankReport
+    ) -> DigestsOutput | None:
+        """Make this rank's digests file, with room for all digests.
+
+        Returns:
+            `None` if it cannot be made in the place of the export alone: the report then says why.
+
+        Raises:
+            StorageError: If there is no space.
+        """
+        loops = sum(len(one.copy.loops) for of_file in work.values() for _, one in of_file)
+        blocks = sum(map(len, work.values()))
+        nbytes = most_nbytes(blocks=blocks, loops=loops, ranges=len(self.plan.items))
+        path = os.path.join(self.directory.path, digests_file_name(self.attempt.rank))
+        try:
+            return opened.enter_context(DigestsOutput(path, nbytes))
+        except WriteError as error:
+            self._note_lost_digests(error, report)
+            return None
+
+    def _end_digests(
+        self, output: DigestsOutput | None, files: OpenFiles, report: RankReport
+    ) -> None:
+        """Write this rank's digests; the report keeps what the coordinator needs.
 
         Raises:
             StorageError: If the file cannot be written.
         """
         data = pack_report(report, self.own.targets)
-        assert report.digests is not None
-        path = os.path.join(self.directory.path, report.digests.name)
-        file = OutputFile(path, create=True)
-        try:
-            file.write(memoryview(data), 0)
-        except BaseException:
-            file.discard()
-            raise
-        files.sync(file)
+        if output is not None:
+            try:
+                output.write(data, files)
+            except WriteError as error:
+                self._note_lost_digests(error, report)
+
+    def _note_lost_digests(self, error: WriteError, report: RankReport) -> None:
+        # An error in the place of the export alone must not cost the DCP half.
+        if self.half != "hf":
+            raise error
+        report.export_error = report.export_error or self._export_error(error, error.path or "")
 
     def _jobs(self, files: Sequence[int], *, is_dcp_last: bool) -> list[int | None]:
         """Return this rank's files in rotated order; `None` stands for its DCP file."""
+        if self.half == "hf":
+            start = self.own.host_rank * len(files) // max(self.own.host_size, 1)
+            return [*files[start:], *files[:start]]
         jobs: list[int | None] = [*files] if is_dcp_last else [None, *files]
         start = self.own.host_rank * len(jobs) // max(self.own.host_size, 1)
         rotated = jobs[start:] + jobs[:start]
@@ -223,6 +259,7 @@ class WritePhase:
         """Return the size of the disk blocks that the halves share; `None` if they share none."""
         if (
             self.share == "off"
+            or self.half != "both"
             or self.attempt.cell_nbytes
             or self.dcp_writer is not None
             or not self.own.targets
@@ -305,6 +342,7 @@ class WritePhase:
         writer.check = self.attempt.check
         writer.count = self.attempt.byte_count.add
         writer.sharing = sharing
+        writer.copied_nbytes = bounce_nbytes_of(self.host_budget_bytes)
         try:
             future = writer.write_data(self.plan, self.planner)
         finally:

@@ -26,6 +26,7 @@ import torch
 
 from dcp_hf_writer.errors import StagingBusyError, StagingError
 from dcp_hf_writer.staging.kernel_copies import view_on_device
+from dcp_hf_writer.storage.host_memory import free_memory
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -86,7 +87,7 @@ class Slab:
         """Make a slab, or map an existing one by its `fd`, which the new object then owns.
 
         Raises:
-            StagingError: If the memory cannot be allocated or mapped.
+            StagingError: If there is too little free memory, or it cannot be allocated or mapped.
         """
         self.slab_id = slab_id or uuid.uuid4().hex
         self.handover: Handover | None = None
@@ -94,6 +95,8 @@ class Slab:
         self.nbytes = nbytes
         self.pid = os.getpid()
         is_new = fd is None
+        if is_new:
+            _check_free_memory(nbytes)
         try:
             if fd is None:
                 fd = os.memfd_create(f"dcp-hf-{self.slab_id[:8]}", os.MFD_CLOEXEC)
@@ -180,6 +183,20 @@ class Slab:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _attach, (self.slab_id, self.nbytes, reduction.DupFd(self._fd))
+
+
+def _check_free_memory(nbytes: int) -> None:
+    """Refuse a slab that does not fit: filling it, the kernel would kill a process of the host."""
+    free = free_memory()
+    if free is not None and free.nbytes < nbytes:
+        raise StagingError(
+            "there is not enough free memory for the staged copy",
+            phase="stage",
+            expected=f"{nbytes} bytes free ({nbytes / (1 << 30):.2f} GiB)",
+            found=f"{free.nbytes} bytes ({free.nbytes / (1 << 30):.2f} GiB) by {free.limit}",
+            hint="free host memory, raise the memory limit of the container, or save fewer tensors "
+            "from this rank",
+        )
 
 
 def _no_memory(nbytes: int, error: Exception) -> StagingError:

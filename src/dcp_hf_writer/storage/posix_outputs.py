@@ -166,6 +166,15 @@ class OutputFile:
             else:
                 os.ftruncate(self._fd, nbytes)
 
+    def cut(self, nbytes: int) -> None:
+        """Remove what lies behind the first bytes.
+
+        Raises:
+            WriteError: If the file system refuses.
+        """
+        with write_errors(self.path):
+            os.ftruncate(self._fd, nbytes)
+
     def sync(self) -> None:
         """Make all that was written through this descriptor durable.
 
@@ -252,6 +261,26 @@ def write_file(path: str, data: bytes) -> None:
     with OutputFile(path, create=True) as file:
         file.write(memoryview(data), 0)
         file.sync()
+
+
+def replace_durably(path: str, data: bytes, *, draft: str) -> None:
+    """Create a file, or give it new content, in one step; durable on return.
+
+    Args:
+        path: The file. A crash leaves the old content or the new.
+        data: The new content.
+        draft: Another path on the same file system, which no other process uses. The content is
+            written there first; what an earlier process left there is removed.
+
+    Raises:
+        WriteError: If the file system refuses.
+    """
+    with write_errors(path):
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(draft)
+        write_file(draft, data)
+        os.replace(draft, path)
+    sync_directory(os.path.dirname(path))
 
 
 def sync_directory(path: str) -> None:

@@ -1,4 +1,4 @@
-"""Write slots limit how many processes of a node write to one file system at a time.
+"""Write slots limit how much of a node writing takes: how many processes at a time, how urgently.
 
 A slot is one lock file of a fixed set; holding its kernel lock admits one writer. The kernel frees
 the lock when the holder dies, however it dies, so there is nothing to clean up after a crash.
@@ -42,6 +42,9 @@ SHARED_ENV = "DCP_HF_WRITER_SLOTS"
 """Environment variable that overrides the number of slots that both halves share."""
 HALF_ENV = {"dcp": "DCP_HF_WRITER_DCP_SLOTS", "hf": "DCP_HF_WRITER_HF_SLOTS"}
 """Environment variables that give one half its own set, and the number of slots in it."""
+
+_HIGHEST_NICE = 19
+"""The lowest priority that Linux has: setpriority(2)."""
 
 _FIRST_SLEEP_S = 0.001
 # A write holds its slot for seconds, so a delay of 50 ms does not matter. A hundred processes that
@@ -95,10 +98,19 @@ class WriteSlots:
     """
     timeout_s: float | None = None
     """Longest wait for a slot, in seconds; `None`: only the deadline of the save limits it."""
+    nice: int = 10
+    """By how much the nice value of a thread that writes is above that of training, 0 to 19.
+
+    Only in the background (`async_save`) and on file systems. Training then keeps its processor
+    time. If other processes keep all processors busy, a save with 10 still gets a tenth of one.
+    """
 
     def __post_init__(self) -> None:
         """Check each option by itself."""
         check_whole("slots", self.slots, least=0)
+        check_whole("nice", self.nice, least=0)
+        if self.nice > _HIGHEST_NICE:
+            raise ConfigError("nice must be at most 19", found=repr(self.nice))
         if self.per != "node":
             raise ConfigError("per must be 'node'", found=repr(self.per))
         if self.directory is not None:

@@ -1,0 +1,153 @@
+"""`WriteSlots(nice=)`: a save in the background writes at a lower priority than training."""
+
+from __future__ import annotations
+
+import gc
+import os
+import signal
+import threading
+import weakref
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import FileSystemWriter
+
+from dcp_hf_writer import HFDualWriter, WriteSlots
+from dcp_hf_writer.errors import ConfigError
+from dcp_hf_writer.save.low_priority import run_at_low_priority
+from dcp_hf_writer.save.write_phase import WritePhase
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+
+def nice_of_thread() -> int:
+    return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How much nicer than this thread the thread of each write phase was."""
+    found: list[int] = []
+    run, base = WritePhase.run, nice_of_thread()
+
+    def watched(phase: WritePhase) -> object:
+        found.append(nice_of_thread() - base)
+        return run(phase)
+
+    monkeypatch.setattr(WritePhase, "run", watched)
+    return found
+
+
+def never() -> None:
+    msg = "nobody interrupted the save"
+    raise AssertionError(msg)
+
+
+class FailingWrite:
+    def run(self) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        msg = "disk full"
+        raise OSError(msg)
+
+
+STATE = {"weight": torch.arange(6.0)}
+
+
+@pytest.mark.parametrize(("slots", "nice"), [({}, 10), ({"nice": 3}, 3), ({"nice": 0}, 0)])
+def test_a_save_in_the_background_writes_at_a_lower_priority(
+    tmp_path: Path, seen: list[int], slots: dict[str, int], nice: int
+) -> None:
+    room = 19 - nice_of_thread()
+    writer = HFDualWriter(tmp_path / "step-1", slots=WriteSlots(**slots))
+    dcp.async_save(STATE, storage_writer=writer).result()
+    assert seen == [min(nice, room)]
+    loaded = {"weight": torch.zeros(6)}
+    dcp.load(loaded, checkpoint_id=tmp_path / "step-1")
+    assert torch.equal(loaded["weight"], STATE["weight"])
+
+
+def test_training_keeps_its_priority(tmp_path: Path) -> None:
+    before = nice_of_thread()
+    for step in (1, 2):
+        writer = HFDualWriter(tmp_path / f"step-{step}")
+        dcp.async_save(STATE, storage_writer=writer).result()
+    assert nice_of_thread() == before
+
+
+def test_a_synchronous_save_writes_in_the_thread_of_its_caller(
+    tmp_path: Path, seen: list[int]
+) -> None:
+    dcp.save(STATE, storage_writer=HFDualWriter(tmp_path / "step-1"))
+    assert seen == [0]
+
+
+def test_a_writer_of_the_user_runs_at_the_usual_priority(tmp_path: Path, seen: list[int]) -> None:
+    given = FileSystemWriter(tmp_path / "unused")
+    writer = HFDualWriter(tmp_path / "step-1", dcp_writer=given)
+    dcp.async_save(STATE, storage_writer=writer).result()
+    assert seen == [0]
+
+
+@pytest.mark.parametrize("nice", [-1, 20, 1.5, True, "5"])
+def test_a_nice_value_that_linux_does_not_have_is_refused(nice: object) -> None:
+    with pytest.raises(ConfigError, match="nice must be"):
+        WriteSlots(nice=nice)  # type: ignore[arg-type]
+
+
+def test_an_error_is_raised_in_the_calling_thread_and_keeps_nothing_alive() -> None:
+    held = FailingWrite()
+    alive = weakref.ref(held)
+    gc.disable()
+    try:
+        with pytest.raises(OSError, match="disk full") as caught:
+            run_at_low_priority(held.run, nice=1, stop=never)
+        del held, caught
+        assert alive() is None
+    finally:
+        gc.enable()
+
+
+def test_a_save_that_linux_gives_no_lower_priority_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "setpriority", refuse)
+    assert run_at_low_priority(nice_of_thread, nice=5, stop=never) == nice_of_thread()
+    assert "runs at the priority of training" in caplog.text
+
+
+def test_an_interpreter_that_starts_no_threads_writes_in_the_calling_thread(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(_: threading.Thread) -> None:
+        msg = "can't create new thread at interpreter shutdown"
+        raise RuntimeError(msg)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert (
+        run_at_low_priority(threading.current_thread, nice=5, stop=never)
+        is threading.current_thread()
+    )
+
+
+def test_an_interrupt_stops_the_write_before_it_is_raised() -> None:
+    stopped, ended = threading.Event(), threading.Event()
+
+    def write() -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
+        assert stopped.wait(60)
+        ended.set()
+
+    # Not SIGINT: a shell starts what runs in the background with that one ignored.
+    before = signal.signal(signal.SIGUSR1, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            run_at_low_priority(write, nice=1, stop=stopped.set)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert ended.is_set()
