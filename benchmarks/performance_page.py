@@ -87,7 +87,7 @@ def parts(*, is_small: bool) -> list[Part]:
 
 
 def measure(part: Part, work: Path) -> None:
-    """Run a part, unless its output is there; say why if it fails.
+    """Run a part, unless its output is there; keep what it prints beside the output.
 
     The output gets its name when it is complete, so that a run that was cut off is measured again.
     """
@@ -102,7 +102,13 @@ def measure(part: Part, work: Path) -> None:
         words = [sys.executable, str(HERE / part.script), *part.options, "--json", str(output)]
         words += ["--plot", str(picture)] if part.is_drawn else []
         print(f"{part.name}: {part.command()}", file=sys.stderr)
-        subprocess.run(root.command([*words, "--root", root.path]), check=True, timeout=TIMEOUT_S)
+        with (work / f"{part.name}.txt").open("w") as printed:
+            subprocess.run(
+                root.command([*words, "--root", root.path]),
+                check=True,
+                timeout=TIMEOUT_S,
+                stdout=printed,
+            )
         if part.is_drawn:
             shutil.move(picture, work / f"{part.name}.png")
         shutil.move(output, done)

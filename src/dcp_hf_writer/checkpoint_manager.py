@@ -26,6 +26,7 @@ from dcp_hf_writer.manager.save_report import as_callbacks
 from dcp_hf_writer.manager.save_schedule import DueSave, schedule_of
 from dcp_hf_writer.manager.shared_root import prepare_shared_root
 from dcp_hf_writer.manager.step_names import StepNames
+from dcp_hf_writer.manager.step_to_reuse import reuse_of
 from dcp_hf_writer.manager.trainer_state import checked_metrics, skipped_names
 from dcp_hf_writer.mapping.option_values import check_flag, check_seconds, check_whole, check_word
 from dcp_hf_writer.run_writers import RunWriters, writer_options
@@ -92,6 +93,7 @@ class CheckpointManager:
         names: StepNames = StepNames(),  # noqa: B008 - frozen
         checkpointer: Literal["thread", "process"] = "thread",
         weights: Literal["both", "once"] = "both",
+        reuse: Literal["auto"] | None = None,
         staging: StagingMode = "blocking",
         optimizers: Sequence[torch.optim.Optimizer] = (),
         planner: SavePlanner | None = None,
@@ -107,8 +109,7 @@ class CheckpointManager:
         """Prepare a run: make its directory and its process group, and check that they work.
 
         Args:
-            root: Directory of the run, or a URL such as `s3://bucket/run`. Each step gets a
-                directory in it, such as `step-100`.
+            root: Directory of the run, or a URL such as `s3://bucket/run`; `step-100` goes there.
             save_every: When to save: a number of steps, a `timedelta`, or cadences joined with `|`.
             export_every: When a save also writes the HuggingFace half; `None` means every save, if
                 `export` is given. A step that is due for an export is saved in any case.
@@ -121,8 +122,7 @@ class CheckpointManager:
                 `(metric, mode)`. `step` and `save` take the `metrics`.
             export_keep_last: Number of newest exports to keep. Of older steps only the DCP half
                 stays. An export that holds the only copy of weights goes only with its step.
-            trainer_state: JSON value to save with each step, or a function that makes it. Rank 0's
-                is stored.
+            trainer_state: JSON value of rank 0 to save with each step, or a function that makes it.
             rank_state: Objects of each rank with `state_dict` and `load_state_dict`, by name, such
                 as `{"dataloader": loader, "scheduler": scheduler}`. Every rank gets its own back.
             save_rng: Save and restore the random number generators of each rank.
@@ -137,17 +137,16 @@ class CheckpointManager:
             names: Names of the step directories.
             checkpointer: `"thread"` saves in a thread, `"process"` in torch's checkpointer process.
             weights: As in `HFDualWriter`; a save without an export always stores the weights.
+            reuse: `"auto"`: link or clone what the newest step holds too, instead of writing it.
             staging: As in `HFDualWriter`; `"overlap"` guards `optimizers`.
             optimizers: Optimizers that wait for overlapped copies before they step.
             planner: Planner of the saves.
             slots: As in `HFDualWriter`.
             strategy: As in `HFDualWriter`.
             host_budget_bytes: As in `HFDualWriter`.
-            timeout_s: Deadline of a save in seconds, and timeout of the collectives of the run's
-                own group.
+            timeout_s: Deadline in seconds of a save, and of a collective of the run's own group.
             late_after_s: A save that runs longer gets a line in the log that names the late ranks.
-            allow_pickled_objects: Let `restore` load objects of any class. This runs code that the
-                checkpoint names.
+            allow_pickled_objects: Let `restore` load any class; this runs code of the checkpoint.
             storage_options: Options for a URL, as fsspec takes them, such as credentials.
             mirror: URL of a store, or `MirrorTo(url, ...)`: where to upload each step of a local
                 run once it is committed, in the background. `restore` looks there too.
@@ -177,6 +176,7 @@ class CheckpointManager:
             address=(self._mirror or self._directory).address,
             weights=weights,
             allow_pickled_objects=allow_pickled_objects,
+            step_to_reuse=reuse_of(reuse, self._directory),
             options=given,
             mirror=self._mirror,
         )

@@ -15,11 +15,14 @@ POINTS = (
     "local plan",  # every rank: before it sends its plan
     "directory made",  # coordinator: the staging directory and its record exist
     "headers written",  # coordinator: the output files have their sizes and headers
+    "before comparison",  # every rank: before it compares its bytes with an earlier checkpoint
+    "before link",  # coordinator: before an earlier file takes the place of an output file
     "before slot",  # every rank: before it waits for a write slot
     "mid dcp",  # every rank: before each tensor of the DCP file
     "mid hf",  # every rank: before each block of an output file
     "mid exchange",  # every rank: before each round in which ranks send each other bytes
     "before clone",  # every rank: before a part of its DCP file shares disk blocks of the export
+    "before reuse",  # every rank: before a part of a file shares disk blocks of an earlier one
     "before fsync",  # every rank: all writes are done, no fsync yet
     "after fsync",  # every rank: its bytes are durable
     "before report",  # every rank: before it sends its results
@@ -45,6 +48,9 @@ EXCHANGE_POINTS = ("mid exchange",)
 
 SHARING_POINTS = ("before clone",)
 """Those that only a save on a file system that can clone reaches."""
+
+REUSE_POINTS = ("before comparison", "before link", "before reuse")
+"""Those that only a save reaches that uses an earlier checkpoint again."""
 
 MIRROR_POINTS = (
     "mirror begun",  # each rank that uploads: rank 0 has taken the prefix

@@ -52,6 +52,7 @@ class RunWriters:
         address: Callable[[str], Address],
         weights: str,
         allow_pickled_objects: bool,
+        step_to_reuse: Callable[..., str | None] | None = None,
         options: Mapping[str, Any],
         mirror: RunMirror | None = None,
     ) -> None:
@@ -62,6 +63,7 @@ class RunWriters:
             address: Says how to reach a path of the run.
             weights: As in `HFDualWriter`, for saves with an export.
             allow_pickled_objects: As in `HFDualReader`.
+            step_to_reuse: Returns the path that a save may reuse, from `has_export`.
             options: Other options of every writer.
             mirror: The mirror of the run.
 
@@ -77,6 +79,7 @@ class RunWriters:
         self.export = export
         self._address = address
         self._weights, self._allow_pickled_objects = weights, allow_pickled_objects
+        self._step_to_reuse = step_to_reuse
         self._options, self._mirror = dict(options), mirror
         self._export_files: int | None = None
 
@@ -106,8 +109,10 @@ class RunWriters:
         """
         has_export = has_export and self.export is not None
         place, storage_options = self._address(path)
+        choose = self._step_to_reuse
         return HFDualWriter(
             place,
+            reuse=None if choose is None else choose(has_export=has_export),
             storage_options=storage_options,
             export=self.export if has_export else None,
             weights="once" if has_export and self._weights == "once" else "both",

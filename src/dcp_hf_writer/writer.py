@@ -21,7 +21,7 @@ from dcp_hf_writer.mapping.flattening import with_states
 from dcp_hf_writer.mapping.hf_export import HFExport
 from dcp_hf_writer.plan import global_plan
 from dcp_hf_writer.preflight import check_options, rank_facts
-from dcp_hf_writer.preflight.check_export_place import export_place, own_storage_options
+from dcp_hf_writer.preflight.check_export_place import export_place, stores_of
 from dcp_hf_writer.preflight.check_placements import refuse_partial
 from dcp_hf_writer.preflight.dry_run import DryRun, fresh_planner
 from dcp_hf_writer.save import coordinator, export_assets
@@ -43,7 +43,6 @@ from dcp_hf_writer.save.rank_progress import MEETING, Announcement
 from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
 from dcp_hf_writer.save.save_target import RankWrites, SaveTarget
 from dcp_hf_writer.save.sent_export import PARCELS
-from dcp_hf_writer.save.store_access import StoreAccess
 from dcp_hf_writer.save.writer_saves import WriterSaves, tells
 from dcp_hf_writer.staging.staged_state_dict import refuse_failed
 from dcp_hf_writer.storage.output_place import check_output_place
@@ -94,6 +93,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         staging: StagingMode = "blocking",
         overwrite: bool = False,
         share: Literal["auto", "off"] = "auto",
+        reuse: str | os.PathLike[str] | None = None,
         slots: WriteSlots = WriteSlots(),  # noqa: B008 - frozen
         dcp_writer: StorageWriter | None = None,
         process_group: dist.ProcessGroup | None = None,
@@ -115,10 +115,10 @@ class HFDualWriter(StorageWriter, SlabStager):
                 the export if its bytes are the same there; `HFDualReader` reads such a checkpoint.
             staging: `"blocking"` returns from `async_save` when everything is copied. `"overlap"`
                 copies during the next forward and backward, and needs `guard(optimizer)`.
-            overwrite: Replace the files of an existing checkpoint, in the step that publishes;
-                not on object stores.
+            overwrite: Replace an existing checkpoint when this one is published; not on stores.
             share: `"auto"` lets both halves share disk blocks where the file system can (XFS,
                 btrfs, ZFS): the disk then holds the weights once. `"off"` writes them twice.
+            reuse: Path of an earlier checkpoint; bytes that it holds too are linked or cloned.
             slots: Limit on the number of processes of a node that write at the same time.
             dcp_writer: Writes the DCP half. `None` uses torch's writer without its extra copies.
             process_group: Process group of the save; pass the same group to `async_save`.
@@ -149,6 +149,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.staging = staging
         self.overwrite = overwrite
         self.share = share
+        self.reuse = check_options.path_to_reuse(reuse)
         self.slots = slots
         self.dcp_writer = dcp_writer
         self.process_group = process_group
@@ -157,7 +158,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.timeout_s = timeout_s
         self.host_budget_bytes = host_budget_bytes
         place = export_place(options)
-        self._stores = StoreAccess(own_storage_options(options, place))
+        self._stores = stores_of(options, place)
         self.path = self._path_of(path)
         to = as_mirror(mirror, path=self.path, storage_options=storage_options)
         self._places = PlacesOfSteps(self.path, to, place)
@@ -332,7 +333,7 @@ class HFDualWriter(StorageWriter, SlabStager):
     def _target_of(self, save_id: str, told: Mapping[str, Any] | None = None) -> SaveTarget:
         attempt = self._current()
         places = self._places.of_step(attempt.target)
-        local = LocalOptions(self.dcp_writer, self.slots, self.share, self.strategy, places.mirror)
+        local = LocalOptions.of(self, places.mirror)
         return choose_target(
             attempt,
             save_id,
@@ -387,6 +388,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 attempt.clean_up()
             raise
         attempt.post("written")
+        target.end_news(attempt)
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future

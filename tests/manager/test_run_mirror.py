@@ -18,6 +18,7 @@ from support.store_runs import (
     small_state,
     step_held,
     steps_with_objects,
+    storage_of,
     store_of,
 )
 from support.store_saves import CONFIG, Store, state_of
@@ -60,7 +61,8 @@ class MirroredRun:
     def settles(self, *steps: str) -> bool:
         """Wait until the mirror holds these steps and nothing else: its retention takes a while."""
         until = time.monotonic() + WAIT_S
-        while sorted(steps_with_objects(self.store)) != sorted(steps):
+        run = storage_of(self.store)
+        while {name for name in run.tree() if name.startswith("step-")} != set(steps):
             if time.monotonic() > until:
                 return False
             time.sleep(0.1)

@@ -19,6 +19,7 @@ from dcp_hf_writer.failpoints import (
     APART_POINTS,
     EXCHANGE_POINTS,
     POINTS,
+    REUSE_POINTS,
     SHARING_POINTS,
     TARGET_POINTS,
 )
@@ -56,11 +57,9 @@ OF_THE_COORDINATOR = (
 )
 COMMITTED = (*TARGET_POINTS[1:], "after rename", "before reply")
 # `test_shared_blocks` kills a save at each clone, on file systems that can clone.
-EVERY_SAVE = tuple(
-    point
-    for point in POINTS
-    if point not in TARGET_POINTS + SHARING_POINTS + EXCHANGE_POINTS + APART_POINTS
-)
+# `test_reuse_clones` does so at each link and clone of an earlier file.
+RARE = TARGET_POINTS + SHARING_POINTS + EXCHANGE_POINTS + APART_POINTS + REUSE_POINTS
+EVERY_SAVE = tuple(point for point in POINTS if point not in RARE)
 REPEATED = ("mid dcp", "mid hf")
 
 pytestmark = pytest.mark.timeout(300)
@@ -216,6 +215,7 @@ def test_one_whole_checkpoint_is_there_when_a_rank_dies(name: str, lives: dict[s
 
 def test_every_point_of_a_save_has_a_crash() -> None:
     assert {crash.strike.point for crash in CRASHES.values()} == set(POINTS) - {
+        *REUSE_POINTS,
         *SHARING_POINTS,
         *EXCHANGE_POINTS,
         *APART_POINTS,

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
-from dcp_hf_writer import HFDualWriter, HFExport, MirrorTo, verify
+from dcp_hf_writer import FinishedSave, HFDualWriter, HFExport, MirrorTo, verify
 from support.ranks import run_ranks
 from support.store_saves import CONFIG, Store, state_of
 
@@ -21,21 +21,22 @@ if TYPE_CHECKING:
 LIMIT_S = 120
 
 
-def save_by_process(rank: int, world_size: int, store: Store, root: Path) -> None:
-    """Save three steps, each in another way, by one checkpointer process for each rank."""
+def save_by_process(
+    rank: int, world_size: int, store: Store, root: Path
+) -> list[tuple[str, int, int]]:
+    """Save three steps, each in another way; return outcome and bytes of both halves of each."""
+    reports: list[FinishedSave] = []
     options = dict(store.storage_options)
     assets = {"config.json": CONFIG}
     to = MirrorTo(store.at("step-2"), options)
     apart = HFExport(assets=assets, path=store.at("serve/step-3"))
+    ways: list[tuple[str, dict[str, Any]]] = [
+        (store.at("step-1"), {"export": HFExport(assets=assets), "storage_options": options}),
+        (str(root / "step-2"), {"export": HFExport(assets=assets), "mirror": to}),
+        (str(root / "step-3"), {"export": apart, "storage_options": options}),
+    ]
     writers = [
-        HFDualWriter(
-            store.at("step-1"),
-            export=HFExport(assets=assets),
-            storage_options=options,
-            timeout_s=60,
-        ),
-        HFDualWriter(root / "step-2", export=HFExport(assets=assets), mirror=to, timeout_s=60),
-        HFDualWriter(root / "step-3", export=apart, storage_options=options, timeout_s=60),
+        HFDualWriter(path, timeout_s=60, report_to=reports.append, **given) for path, given in ways
     ]
     try:
         for step, writer in enumerate(writers, 1):
@@ -45,6 +46,7 @@ def save_by_process(rank: int, world_size: int, store: Store, root: Path) -> Non
                 async_checkpointer_type=AsyncCheckpointerType.PROCESS,
             ).result(LIMIT_S)
             writer.wait_for_mirror(LIMIT_S)
+        return [(one.outcome, one.dcp_nbytes, one.hf_nbytes) for one in reports]
     finally:
         for child in multiprocessing.active_children():
             child.kill()
@@ -54,7 +56,13 @@ def save_by_process(rank: int, world_size: int, store: Store, root: Path) -> Non
 def test_checkpointer_process_saves_to_a_store_in_each_way(tmp_path: Path, moto: S3Server) -> None:
     bucket = moto.new_bucket()
     store = Store.of_bucket(bucket)
-    run_ranks(save_by_process, 2, store, tmp_path, timeout_s=180)
+    told, others = run_ranks(save_by_process, 2, store, tmp_path, timeout_s=180)
+    # The same state each time, so the reports of rank 0 agree, wherever the halves lie.
+    assert len(told) == 3
+    assert len(set(told)) == 1
+    assert told[0][0] == "published"
+    assert min(told[0][1:]) > 0
+    assert others == []
     options = dict(store.storage_options)
     for path in (store.at("step-1"), store.at("step-2"), store.at("serve/step-3")):
         report = verify(path, storage_options=options)

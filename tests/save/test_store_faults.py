@@ -107,29 +107,27 @@ KILLS = {
 }
 
 
+# The others take as long, and differ little.
+USUAL = ("between parts", "before the manifest", "after the manifest")
+KILLS_TO_TRY = [
+    pytest.param(name, marks=() if name in USUAL else pytest.mark.slow) for name in KILLS
+]
+
+
 def save_and_die(store: Store, kill: Kill) -> None:
     kill.install()
     save(store, 2)
 
 
-@pytest.fixture(scope="module")
-def killed_runs(moto: S3Server) -> dict[str, tuple[Any, Store]]:
-    """One bucket for each kill: step 1 is committed, the save of step 2 was killed."""
-    buckets = {name: moto.new_bucket() for name in KILLS}
-    stores = {name: Store.of_bucket(bucket) for name, bucket in buckets.items()}
-    for name, kill in KILLS.items():
-        save(stores[name], 1)
-        with FreshProcess(save_and_die, stores[name], kill) as process:
-            assert process.exitcode() == -signal.SIGKILL
-    return {name: (buckets[name], stores[name]) for name in KILLS}
-
-
 @pytest.mark.timeout(180)
-@pytest.mark.parametrize("name", KILLS)
-def test_s13_kill_between_requests_costs_nothing_but_the_save(
-    killed_runs: dict[str, tuple[Any, Store]], name: str
-) -> None:
-    bucket, store = killed_runs[name]
+@pytest.mark.parametrize("name", KILLS_TO_TRY)
+def test_s13_kill_between_requests_costs_nothing_but_the_save(moto: S3Server, name: str) -> None:
+    """Step 1 is committed, the save of step 2 is killed."""
+    bucket = moto.new_bucket()
+    store = Store.of_bucket(bucket)
+    save(store, 1)
+    with FreshProcess(save_and_die, store, KILLS[name]) as process:
+        assert process.exitcode() == -signal.SIGKILL
     is_committed = name == "after the manifest"
     run = storage_of(store)
     # I1, I2, I3: the manifest decides.

@@ -134,6 +134,9 @@ def flat(value: Any, name: str = "") -> dict[str, str]:
     if isinstance(value, (list, tuple)):
         parts = (flat(one, f"{name}/{i}") for i, one in enumerate(value))
         return {k: v for part in parts for k, v in part.items()}
+    if isinstance(value, (set, frozenset)):
+        # Equal sets may list their members in another order.
+        return {name: f"{type(value).__name__} {sorted(map(repr, value))}"}
     return {name: _text(value)}
 
 
@@ -150,7 +153,4 @@ def _text(value: Any) -> str:
         return f"{value.dtype} {value.tolist()}"
     if isinstance(value, io.BytesIO):
         return f"BytesIO {value.getvalue()!r}"
-    if isinstance(value, (set, frozenset)):
-        # Equal sets may list their members in another order.
-        return f"{type(value).__name__} {sorted(map(repr, value))}"
     return f"{type(value).__name__} {value!r}"

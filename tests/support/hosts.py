@@ -83,6 +83,10 @@ class Host:
             raise error
         return value
 
+    def cut_link(self) -> None:
+        """Take the link down: what is sent is lost, and no connection is closed."""
+        _run(["nsenter", "--target", str(self.pid), "--net", "ip", "link", "set", _LINK, "down"])
+
     @property
     def command(self) -> list[str]:
         """What to put before a command so that it runs on this host."""

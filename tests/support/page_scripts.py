@@ -175,7 +175,7 @@ PAGES = {
     "experts.md": Page(2, check_experts, ("ckpt/step-1",)),
     "weight-sync.md": Page(2, check_weight_sync, ("ckpt/step-1",)),
     "serving.md": Page(1, check_serving, ("runs/a/step-1", "runs/a/step-2", "runs/a/step-3")),
-    "object-stores.md": Page(2, check_object_stores, ("ckpt/step-101",)),
+    "object-stores.md": Page(2, check_object_stores, ("ckpt/step-101", "ckpt/step-102")),
     "shared-file-systems.md": Page(2, check_shared_file_systems, ("ckpt/direct", "ckpt/exchange")),
     "moving.md": Page(2, check_moving, ("ckpt/step-1",)),
     "converting.md": Page(1, check_converting, ("new/dcp", "new/plain", "old/once")),

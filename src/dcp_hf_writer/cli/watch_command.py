@@ -18,6 +18,7 @@ from dcp_hf_writer.errors import ConfigError
 from dcp_hf_writer.manager.saves_in_flight import saves_in_flight
 from dcp_hf_writer.manager.watch_saves import SaveWatch
 from dcp_hf_writer.preflight import check_options
+from dcp_hf_writer.save.heartbeat import STORE_PACE
 from dcp_hf_writer.storage.paths_as_written import plain_path
 from dcp_hf_writer.storage.store_urls import is_url
 from dcp_hf_writer.storage.wrong_paths import is_checkpoint
@@ -38,9 +39,9 @@ def watch(path: str, *, is_following: bool, every_s: float, late_s: float, as_js
     """Print updates until no save is in flight; return the exit code.
 
     Args:
-        path: Directory of a run, or one checkpoint that is being made.
+        path: Directory or URL of a run, or the path of one checkpoint that is being made.
         is_following: Go on when no save is in flight.
-        every_s: Seconds between two updates.
+        every_s: Seconds between two updates; at least five for a URL.
         late_s: Seconds without news or progress after which a rank is late.
         as_json: Print each update as one line of JSON.
 
@@ -49,6 +50,9 @@ def watch(path: str, *, is_following: bool, every_s: float, late_s: float, as_js
         ReadError: If the directory cannot be listed.
     """
     root, target = _place_of(path)
+    if is_url(root):
+        # Ranks tell no more often there, and each look is several requests.
+        every_s, late_s = max(every_s, STORE_PACE.every_s), late_s + STORE_PACE.every_s
     saves = SaveWatch(root, target=target, late_s=late_s)
     is_ok, has_seen = True, False
     with _view(as_json=as_json) as view:
@@ -68,11 +72,7 @@ def watch(path: str, *, is_following: bool, every_s: float, late_s: float, as_js
 def _place_of(path: str) -> tuple[str, str | None]:
     """Return the directory to look into, and the checkpoint if `path` names one."""
     if is_url(plain_path(path)):
-        raise ConfigError(
-            "saves tell how far they have come only on file systems",
-            path=path,
-            expected="a path on a mounted file system",
-        )
+        return path.rstrip("/"), None
     local = check_options.local_path(path)
     root = os.path.dirname(local)
     if os.path.isdir(root) and (

@@ -41,6 +41,12 @@ follows."""
 REPLACED = ".replaced-"
 """Begins the name of a directory that was renamed aside; the id of the save follows."""
 
+
+HEARTBEATS_NAME = ".dcp-hf-live"
+"""Directory of the heartbeats of a save, in its directory or in its prefix on a store; it is never
+published."""
+
+_HEARTBEAT = re.compile(re.escape(HEARTBEATS_NAME) + r"/(\d{5,})\.json")
 _DIGESTS_FILE = re.compile(r"digests-\d{5,}\.safetensors")
 _DCP_FILE = re.compile(r"__(\d+)_\d+\.distcp")
 
@@ -48,6 +54,17 @@ _DCP_FILE = re.compile(r"__(\d+)_\d+\.distcp")
 def rank_of_dcp_file(name: str) -> int | None:
     """Return the rank in the name of one of DCP's files; `None` if the name has another form."""
     found = _DCP_FILE.fullmatch(name)
+    return None if found is None else int(found[1])
+
+
+def heartbeat_key(rank: int) -> str:
+    """Return the path of the heartbeat of a rank within the place of a save."""
+    return f"{HEARTBEATS_NAME}/{rank:05d}.json"
+
+
+def rank_of_heartbeat(name: str) -> int | None:
+    """Return the rank in the path of a heartbeat; `None` if it has another form."""
+    found = _HEARTBEAT.fullmatch(name)
     return None if found is None else int(found[1])
 
 

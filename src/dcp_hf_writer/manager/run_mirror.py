@@ -11,7 +11,7 @@ import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer.errors import CheckpointError
+from dcp_hf_writer.errors import CheckpointError, ReadError
 from dcp_hf_writer.manager.keep_house import Housekeeper, Removals
 from dcp_hf_writer.manager.open_run import open_run
 from dcp_hf_writer.save.mirror_jobs import MIRROR_JOBS, job_for, unfinished_mirrors
@@ -174,10 +174,17 @@ class RunMirror:
         """Return the local steps whose mirror is not published: they must not be deleted.
 
         Raises:
-            OSError: If the run cannot be listed.
+            ReadError: If the run cannot be listed.
         """
         names = self._local.names
-        found = [names.step_of(os.path.basename(one.target)) for one in mirror_records(self._root)]
+        try:
+            records = mirror_records(self._root)
+        except OSError as error:
+            msg = "the directory of the run cannot be listed"
+            raise ReadError(
+                msg, phase="read", path=self._root, found=error.strerror, errno=error.errno
+            ) from error
+        found = [names.step_of(os.path.basename(one.target)) for one in records]
         return frozenset(step for step in found if step is not None)
 
     @property
@@ -195,7 +202,7 @@ class RunMirror:
         """
         here = self._local.candidates(step)
         try:
-            there = self.run.candidates(step)
+            there = self.run.listing()
         except CheckpointError as error:
             if not any(one.facts for one in here):
                 raise
@@ -204,7 +211,8 @@ class RunMirror:
         # What is broken on the mirror is an upload that is not over.
         whole = [one for one in there if one.facts is not None]
         self._listed = frozenset(one.step for one in whole)
-        return sorted([*whole, *here], key=lambda one: one.step)
+        wanted = [one for one in whole if step in {None, one.step}]
+        return sorted([*wanted, *here], key=lambda one: one.step)
 
     def address(self, path: str) -> Address:
         """Return how to reach a path of the run or of its mirror."""

@@ -7,8 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from dcp_hf_writer.errors import ReadError
-from dcp_hf_writer.formats.names_on_disk import INCOMPLETE, MANIFEST_NAME, RECORD_NAME
-from dcp_hf_writer.save.heartbeat import HEARTBEATS_NAME, Heartbeat
+from dcp_hf_writer.formats.names_on_disk import (
+    HEARTBEATS_NAME,
+    INCOMPLETE,
+    MANIFEST_NAME,
+    RECORD_NAME,
+)
+from dcp_hf_writer.save.heartbeat import Heartbeat
 from dcp_hf_writer.save.owner_process import Owner, OwnerState, owner_state
 from dcp_hf_writer.save.replace_target import read_json
 
@@ -22,9 +27,9 @@ class SaveInFlight:
     save_id: str
     """Id of the save."""
     path: str
-    """Its directory."""
+    """Its directory, or its prefix on a store."""
     target: str
-    """Path of the checkpoint, in the directory that was listed."""
+    """Path or URL of the checkpoint, in the place that was listed."""
     owner: Owner | None
     """Process of the coordinator; `None` if the record does not tell."""
     heartbeats: tuple[Heartbeat, ...]
@@ -46,6 +51,34 @@ class PublishedSave:
     """Duration of the save, without staging; `None` if the manifest does not tell."""
     has_export: bool
     """Whether the HuggingFace half is there."""
+
+
+class LocalSaves:
+    """The saves in a directory."""
+
+    def __init__(self, root: str) -> None:
+        """Touch nothing.
+
+        Args:
+            root: The directory; absolute.
+        """
+        self.root = root
+
+    def in_flight(self) -> list[SaveInFlight]:
+        """Return the saves that have a directory here, the oldest first.
+
+        Raises:
+            ReadError: If the directory cannot be listed.
+        """
+        return saves_in_flight(self.root)
+
+    def is_there(self, save: SaveInFlight) -> bool:
+        """Whether the directory of a save is still there."""
+        return os.path.lexists(save.path)
+
+    def published(self, save: SaveInFlight) -> PublishedSave | None:
+        """Return what a save published; `None` if the checkpoint there is not its."""
+        return find_published(save.target, save.save_id)
 
 
 def saves_in_flight(root: str) -> list[SaveInFlight]:

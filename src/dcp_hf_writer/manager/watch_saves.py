@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from dcp_hf_writer.manager.saves_in_flight import find_published, saves_in_flight
+from dcp_hf_writer.manager.saves_in_flight import LocalSaves
+from dcp_hf_writer.manager.saves_on_store import SavesOnStore
+from dcp_hf_writer.storage.store_urls import is_url
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -21,12 +22,12 @@ EndedAs = Literal["published", "failed", "dead"]
 
 # A rank goes through these in this order; the save as a whole is where its slowest rank is.
 _PHASES = (
-    *("plan", "prepare", "write", "slot wait", "write dcp", "write hf", "sync", "written"),
-    *("finish", "checksums", "metadata", "failed"),
+    *("plan", "prepare", "write", "reuse", "slot wait", "write dcp", "write hf", "sync"),
+    *("written", "finish", "checksums", "metadata", "failed"),
 )
 _DONE = frozenset({"written", "finish", "checksums", "metadata", "failed"})
 # A rank that waits for its turn, or for others, makes no progress of its own.
-_MAY_REST = _DONE | {"slot wait"}
+_MAY_REST = _DONE | {"reuse", "slot wait"}
 
 # The rate is that of the last seconds: a device has bursts and pauses.
 _WINDOW_S = 5.0
@@ -126,10 +127,14 @@ class SaveWatch:
         """Watch all saves in `root`, or only those to `target`.
 
         Args:
-            root: The directory that holds the checkpoints; absolute.
+            root: The directory that holds the checkpoints; absolute, or a URL.
             target: A checkpoint in it; `None` for all.
             late_s: Seconds after which a rank without news or progress is late.
+
+        Raises:
+            ConfigError: If the store of a URL cannot be opened.
         """
+        self._source = SavesOnStore(root) if is_url(root) else LocalSaves(root)
         self.root, self._target, self._late_s = root, target, late_s
         self._known: dict[str, _Known] = {}
         self._dead: set[str] = set()
@@ -143,7 +148,7 @@ class SaveWatch:
         now = time.monotonic()
         found = {
             save.save_id: save
-            for save in saves_in_flight(self.root)
+            for save in self._source.in_flight()
             if self._target in {None, save.target} and save.save_id not in self._dead
         }
         for save_id, save in found.items():
@@ -163,9 +168,9 @@ class SaveWatch:
         save = known.save
         state = save.state
         is_silent = state == "unknown" and now - known.news_at > _DEAD_S
-        is_there = os.path.lexists(save.path)
+        is_there = save.save_id in found or self._source.is_there(save)
         # Looked for last: a save may publish between these lines, and its process may then end.
-        published = find_published(save.target, save.save_id)
+        published = self._source.published(save)
         if published is not None:
             return EndedSave(save, "published", published)
         if not is_there:

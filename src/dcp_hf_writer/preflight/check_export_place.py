@@ -49,24 +49,21 @@ def export_place(options: Mapping[str, Any]) -> ExportPlace | None:
     return place
 
 
-def own_storage_options(
-    options: Mapping[str, Any], place: ExportPlace | None
-) -> Mapping[str, Any] | None:
-    """Return the storage options of the path of a writer.
+def stores_of(options: Mapping[str, Any], place: ExportPlace | None) -> StoreAccess:
+    """Return how a writer reaches the store of its path, and that of its export.
 
-    If that path is local, they belong to its mirror, or to its export on a store.
+    If the path is local, the options of the writer belong to its mirror, or to its export.
 
     Args:
         options: Each option of the writer by its name.
         place: The place of its export, as `export_place` returns it.
     """
     is_remote = place is not None and is_url(place.path)
-    if isinstance(options["mirror"], str) or (
-        is_remote and not is_url(plain_path(options["path"]))
-    ):
-        return None
-    given: Mapping[str, Any] | None = options["storage_options"]
-    return given
+    is_local = not is_url(plain_path(options["path"]))
+    is_for_others = isinstance(options["mirror"], str) or (is_remote and is_local)
+    stores = StoreAccess(None if is_for_others else options["storage_options"])
+    stores.of_export = None if place is None else place.access
+    return stores
 
 
 def _check_others(options: Mapping[str, Any], path: str) -> None:
@@ -80,6 +77,7 @@ def _check_others(options: Mapping[str, Any], path: str) -> None:
             "leave it out: the DCP half must be whole without the export",
         ),
         "mirror": (options["mirror"] is not None, "leave one of them out"),
+        "reuse": (options["reuse"] is not None, "leave one of them out"),
     }
     for option, (is_given, hint) in refused.items():
         if is_given:

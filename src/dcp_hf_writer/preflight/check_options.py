@@ -63,6 +63,28 @@ def target_path(value: str | os.PathLike[str]) -> str:
     return text
 
 
+def path_to_reuse(value: str | os.PathLike[str] | None) -> str | None:
+    """Return the absolute path of the checkpoint that a writer may use again.
+
+    It need not exist: a save then writes everything.
+
+    Raises:
+        ConfigError: If the value is no path of a mounted file system.
+    """
+    if value is None:
+        return None
+    if value in ("auto", "off"):
+        msg = "reuse of a writer must be the path of an earlier checkpoint, or None"
+        hint = 'reuse="auto" is an option of CheckpointManager, which looks for the newest step'
+        raise ConfigError(msg, expected="a path", found=repr(value), hint=hint)
+    text = plain_path(value, option="reuse")
+    if is_url(text):
+        msg = "reuse must be a path on a mounted file system"
+        hint = "leave it out: object stores can neither link nor clone"
+        raise ConfigError(msg, path=shown_url(text), found="the URL of a store", hint=hint)
+    return os.path.abspath(text)
+
+
 def check_for_target(path: str, writer: Any, storage_options: Mapping[str, Any]) -> None:
     """Check the options of a writer that depend on where it writes its checkpoint.
 
@@ -81,6 +103,7 @@ def check_for_target(path: str, writer: Any, storage_options: Mapping[str, Any])
     checksums = None if export is None or export.path is not None else export.checksums
     refused = {
         "overwrite=True": (writer.overwrite, "save under another name, or delete the checkpoint"),
+        "reuse": (writer.reuse is not None, "leave it out: stores can neither link nor clone"),
         "dcp_writer": (writer.dcp_writer is not None, "leave it out: the DCP half goes there too"),
         "HFExport(checksums=...)": (
             checksums is not None,

@@ -158,6 +158,7 @@ class Attempt:
             phase=lambda: self._doing or self.phase,
             count=self.byte_count,
             is_alive=self.context.thread.is_alive,
+            pace=directory.pace,
         )
 
     def end_heartbeats(self) -> None:

@@ -69,7 +69,10 @@ def choose_target(
             attempt.at_end(begin)
         attempt.exchange_cells(int((told or {}).get("cell_nbytes", 0)))
         return PosixTarget(
-            StagingDirectory.of(attempt.target, save_id), local, host_budget_bytes=host_budget_bytes
+            StagingDirectory.of(attempt.target, save_id),
+            local,
+            host_budget_bytes=host_budget_bytes,
+            told=told,
         )
     store = access.open(attempt.target)
     attempt.at_end(store.close)

@@ -17,8 +17,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import CommitError, NodeLocalPathError, StorageError, WriteError
-from dcp_hf_writer.formats.names_on_disk import INCOMPLETE, RECORD_NAME
-from dcp_hf_writer.save.heartbeat import HEARTBEATS_NAME, replace_file
+from dcp_hf_writer.formats.names_on_disk import HEARTBEATS_NAME, INCOMPLETE, RECORD_NAME
+from dcp_hf_writer.save.heartbeat import replace_file
 from dcp_hf_writer.save.owner_process import Owner, mark_active, mark_ended, new_save_id
 from dcp_hf_writer.save.recover_targets import recover_parent
 from dcp_hf_writer.save.replace_target import (

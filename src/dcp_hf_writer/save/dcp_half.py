@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
     from dcp_hf_writer.plan.shared_runs import SharedRun
+    from dcp_hf_writer.save.reuse_blocks import BlockReuse
     from dcp_hf_writer.save.share_blocks import BlockSharing
 
 # Buffers collected for one system call; each tensor adds three.
@@ -60,6 +61,7 @@ class SlabFileSystemWriter(FileSystemWriter):
         self.check: Callable[[], None] = lambda: None
         self.count: Callable[[int], object] = lambda _: None
         self.sharing: BlockSharing | None = None
+        self.reuse: BlockReuse | None = None
         self.copied_nbytes = MAX_BOUNCE_NBYTES
         """Most bytes of a copy that brings a tensor into row-major order."""
         self._begin: Callable[[str], BytesInOrder] | None = None
@@ -88,9 +90,13 @@ class SlabFileSystemWriter(FileSystemWriter):
         while not file_queue.empty():
             path, name, items = file_queue.get_nowait()
             if self._begin is not None:
-                sent = _FileWriter(self._begin(name), name, planner, source, self)
-                results += sent.write(items, self.files)
+                sent = self._begin(name)
+                sent.count = self.count
+                written = _FileWriter(sent, name, planner, source, self)
+                results += written.write(items, self.files)
                 continue
+            if self.reuse is not None:
+                self.reuse.begin_dcp_file(name)
             file = OutputFile(str(path), create=True)
             file.count = self.count
             try:
@@ -165,7 +171,7 @@ class _FileWriter:
     ) -> None:
         self._file, self._name = file, name
         self._planner, self._source = planner, source
-        self._check, self._sharing = writer.check, writer.sharing
+        self._check, self._sharing, self._reuse = writer.check, writer.sharing, writer.reuse
         self._copied_nbytes = writer.copied_nbytes
         # Copies wait in `_buffers` until the next flush.
         self._flush_nbytes = min(PIECE_NBYTES, 2 * writer.copied_nbytes)
@@ -246,7 +252,7 @@ class _FileWriter:
         if tensor.is_contiguous():
             data = host_bytes(tensor)
             whole = self._source.digest(item, data)
-            self._add_shared(data, runs)
+            self._add_cloned(data, runs)
             return whole
         digest = xxhash.xxh3_64()
         for data in row_major_bytes(tensor, copied_nbytes=self._copied_nbytes):
@@ -254,22 +260,39 @@ class _FileWriter:
             self._add(data)
         return str(digest.hexdigest())
 
-    def _add_shared(self, data: memoryview, runs: Sequence[SharedRun]) -> None:
-        """Append data; share the disk blocks of its runs with the export where that works."""
+    def _add_cloned(self, data: memoryview, runs: Sequence[SharedRun]) -> None:
+        """Append data; share its disk blocks with other files where that works.
+
+        Args:
+            data: The data of one tensor.
+            runs: Its runs that the export holds too. Without any, the earlier checkpoint may hold
+                the data.
+        """
         done, data_start = 0, self._position
-        for part in () if self._sharing is None else self._sharing.parts(runs, data_start):
+        parts, clone = self._cloneable(data, runs, data_start)
+        for part in parts:
             self._add(data[done : part.offset])
             self._flush()
             done = part.offset
-            if self._clones(part, data_start):
+            if clone(part):
                 done += part.nbytes
                 self._position = self._written = data_start + done
         self._add(data[done:])
 
-    def _clones(self, part: SharedRun, data_start: int) -> bool:
-        if self._sharing is None or not isinstance(self._file, OutputFile):
-            return False
-        return self._sharing.clone(part, self._file, data_start)
+    def _cloneable(
+        self, data: memoryview, runs: Sequence[SharedRun], data_start: int
+    ) -> tuple[Sequence[SharedRun], Callable[[SharedRun], bool]]:
+        """Return the parts of data that other files hold, and what clones one of them."""
+        file, name = self._file, self._name
+        if isinstance(file, OutputFile):
+            sharing, reuse = self._sharing, self._reuse
+            parts = [] if sharing is None else sharing.parts(runs, data_start)
+            if sharing is not None and parts:
+                return parts, lambda part: sharing.clone(part, file, data_start)
+            part = None if reuse is None else reuse.dcp_part(name, data, data_start)
+            if reuse is not None and part is not None:
+                return [part], lambda part: reuse.clone_dcp_part(name, part, file)
+        return (), lambda _: False
 
     def _add_rest(self, data: bytes) -> None:
         self._rest.update(data)

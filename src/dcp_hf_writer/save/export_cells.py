@@ -12,7 +12,7 @@ from dcp_hf_writer.save.object_parts import in_flight_of
 from dcp_hf_writer.storage.object_contract import SentPart, Upload
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from dcp_hf_writer.storage.object_contract import Abilities, ObjectStore, Patience
 
@@ -52,6 +52,7 @@ class ExportCells:
         abilities: Abilities,
         token: str,
         patience: Patience,
+        count: Callable[[int], object] = lambda _: None,
     ) -> None:
         """Begin without a request.
 
@@ -61,7 +62,9 @@ class ExportCells:
             abilities: What the store can do, as the coordinator found out.
             token: Token of the save.
             patience: Limits each request.
+            count: Called with the bytes of each cell that is sent.
         """
+        self._count = count
         self._store, self._files = store, files
         self._token, self._patience = token, patience
         self._is_shared = abilities.shares_uploads
@@ -83,10 +86,12 @@ class ExportCells:
             return None
         try:
             upload = self._upload(file)
-            return self._store.send_part(upload, cell + 1, [data], patience=self._patience)
+            sent = self._store.send_part(upload, cell + 1, [data], patience=self._patience)
+            self._count(data.nbytes)
         except BaseException as error:  # noqa: BLE001 - `finish` raises it
             self._error = self._error or error
             return None
+        return sent
 
     def _upload(self, file: int) -> Upload:
         of = self._files[file]

@@ -47,18 +47,18 @@ def orphan_of(fields: dict[str, Any] | None, *, dcp: str, place: str) -> StoreRe
         place: Place of the export.
 
     Returns:
-        `None` if there is no manifest, or it belongs to another checkpoint.
+        The record, which lists no files yet; `None` if there is no manifest, or it belongs to
+        another checkpoint.
 
     Raises:
         TargetExistsError: If the process that published it is alive and saving.
     """
-    other = (fields or {}).get("other_half")
-    owner = Owner.from_json((fields or {}).get("owner"))
-    if fields is None or owner is None or other != {"holds": "dcp", "path": dcp}:
+    if fields is None or fields.get("other_half") != {"holds": "dcp", "path": dcp}:
         return None
-    exported = (fields.get("hf") or {}).get("files", ())
-    files = (*fields.get("files", ()), *exported, *fields.get("digests", ()))
-    record = StoreRecord(str(fields.get("save_id")), place, owner, 0, files)
+    owner, save_id = Owner.from_json(fields.get("owner")), fields.get("save_id")
+    if owner is None or not isinstance(save_id, str):
+        return None
+    record = StoreRecord(save_id, place, owner, 0, ())
     record.check_takeover()
     _log.info("%s: replacing the export of save %s, which ended early", place, record.save_id)
     return record
@@ -137,8 +137,9 @@ class ExportPrefix(ObjectTarget):
         if record is None or data is None:
             return
         path = f"{self.target}/{MANIFEST_NAME}"
-        listed = parse_manifest(data, path=path).sizes()
-        remove_leftovers(self.store, record, [*listed, MANIFEST_NAME], patience)
+        files = tuple(parse_manifest(data, path=path).sizes())
+        record = replace(record, files=files)
+        remove_leftovers(self.store, record, [*files, MANIFEST_NAME], patience)
 
     def settle(self, attempt: Attempt) -> None:
         """Remove the record: the DCP half is committed."""

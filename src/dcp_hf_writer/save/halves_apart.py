@@ -11,12 +11,7 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer.errors import (
-    CheckpointError,
-    SaveAbortedError,
-    SaveTimeoutError,
-    StorageError,
-)
+from dcp_hf_writer.errors import CheckpointError, SaveAbortedError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.plan.encode_manifest import OtherHalf
 from dcp_hf_writer.save.export_failures import export_error, nbytes_of
@@ -36,6 +31,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.rank_report import RankReport
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.export_assets import Assets
+    from dcp_hf_writer.save.heartbeat import Pace
     from dcp_hf_writer.save.save_target import Publication, RankWrites
 
 _log = logging.getLogger(__name__)
@@ -74,10 +70,14 @@ class HalvesApart(SaveTarget):
         """Where the DCP half is written."""
         return self._dcp.path
 
+    @property
+    def pace(self) -> Pace:
+        """That of the DCP half."""
+        return self._dcp.pace
+
     def heartbeat_of(self, rank: int) -> Callable[[bytes], None] | None:
-        """Return that of the DCP half, or of the export; see `SaveTarget.heartbeat_of`."""
-        found = self._dcp.heartbeat_of(rank)
-        return self._export.heartbeat_of(rank) if found is None and self._export else found
+        """Return that of the DCP half; see `SaveTarget.heartbeat_of`."""
+        return self._dcp.heartbeat_of(rank)
 
     def make(self, attempt: Attempt, *, overwrite: bool, new_files: Collection[str]) -> None:
         """Take the place of the DCP half; see `SaveTarget.make`."""
@@ -98,7 +98,7 @@ class HalvesApart(SaveTarget):
                 return True
         except SaveAbortedError:
             raise
-        except (StorageError, SaveTimeoutError) as error:
+        except CheckpointError as error:
             attempt.check()
             attempt.leave_out_export(self._error(error, attempt, nbytes_of(plan.layout)))
         self._drop()
@@ -130,7 +130,7 @@ class HalvesApart(SaveTarget):
             self._export.check_visible(attempt)
         except SaveAbortedError:
             raise
-        except (StorageError, SaveTimeoutError) as error:
+        except CheckpointError as error:
             attempt.check()
             # This rank still takes part in the exchange of the export: the others wait for it.
             attempt.leave_out_export(self._error(error, attempt, 0))

@@ -22,14 +22,25 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 
-HEARTBEATS_NAME = ".dcp-hf-live"
-"""Directory of the heartbeats within the directory of a save; it is never published."""
-
 VERSION = 1
 
-# Seconds between two heartbeats of a rank. A save shorter than the first wait writes none.
-_EVERY_S = 1.0
-_FIRST_S = 0.2
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """How often a rank writes its heartbeat, all in seconds."""
+
+    first_s: float = 0.2
+    """Time before the first one; a shorter save writes none."""
+    every_s: float = 1.0
+    """Time between two."""
+    end_s: float = 0.0
+    """Longest wait at the end for one that is on its way."""
+    at_once: bool = True
+    """Whether a change of the phase is told at once."""
+
+
+STORE_PACE = Pace(first_s=3.0, every_s=5.0, end_s=5.0, at_once=False)
+"""On a store each heartbeat is a request, and one that arrives late must not stay there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,6 +150,7 @@ class HeartbeatWriter:
         phase: Callable[[], str],
         count: ByteCount,
         is_alive: Callable[[], bool],
+        pace: Pace = Pace(),
     ) -> None:
         """Start the thread.
 
@@ -148,37 +160,43 @@ class HeartbeatWriter:
             phase: Returns what the rank does.
             count: Counts the bytes of the rank.
             is_alive: Whether the save can still go on.
+            pace: How often.
         """
+        self._pace = pace
         self._write, self._phase, self._count, self._is_alive = write, phase, count, is_alive
         self._about = {**about, "host": socket.gethostname(), "pid": os.getpid()}
         self._began = self._news_time = time.time()
         self._latest: tuple[str, int] | None = None
         self._wake = threading.Event()
         self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="dcp-hf-heartbeat", daemon=True)
         try:
-            threading.Thread(target=self._run, name="dcp-hf-heartbeat", daemon=True).start()
+            self._thread.start()
         except RuntimeError as error:
             # The interpreter is exiting: it waits for the save, but starts no more threads.
             _log.debug("no heartbeats of the save: %s", error)
 
     def tell(self) -> None:
         """Write a heartbeat soon, because the phase changed; returns at once."""
-        self._wake.set()
+        if self._pace.at_once:
+            self._wake.set()
 
     def stop(self) -> None:
-        """Write no more heartbeats; returns at once, perhaps before the last one is written."""
+        """Write no more heartbeats; one may still be on its way, if the pace says so."""
         self._over.set()
         self._wake.set()
+        if self._pace.end_s and self._thread.is_alive():
+            self._thread.join(self._pace.end_s)
 
     def _run(self) -> None:
         # A save that is over by then is not worth a file; a change of phase does not end the wait.
-        if self._over.wait(_FIRST_S):
+        if self._over.wait(self._pace.first_s):
             return
         while self._is_alive():
             self._wake.clear()
             if not self._beat():
                 return
-            self._wake.wait(_EVERY_S)
+            self._wake.wait(self._pace.every_s)
             if self._over.is_set():
                 return
 

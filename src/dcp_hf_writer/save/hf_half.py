@@ -120,7 +120,8 @@ class BlockWriter:
 
     def __init__(self) -> None:
         """Start without a buffer."""
-        self._bounce = BounceBuffer()
+        self.bounce = BounceBuffer()
+        """The buffer; valid for one block at a time."""
 
     def write_file(
         self,
@@ -130,6 +131,7 @@ class BlockWriter:
         *,
         check: Callable[[], None],
         bounce_nbytes: int,
+        reuse: Callable[[WriteItem, Region], WrittenBlock | None] | None = None,
     ) -> list[WrittenBlock]:
         """Write this rank's blocks of one output file.
 
@@ -139,6 +141,8 @@ class BlockWriter:
             source: Resolves items to tensors.
             check: Called before each block; raises if the save was given up.
             bounce_nbytes: Size of the bounce buffer, in bytes.
+            reuse: Called before each block; returns what to report if the file has the block now
+                without a write.
 
         Returns:
             One reported block, with its digest, for each of `blocks`.
@@ -147,12 +151,14 @@ class BlockWriter:
             WriteError: If the file system refuses a write.
         """
         written = []
-        self._bounce.resize(bounce_nbytes)
+        self.bounce.resize(bounce_nbytes)
         for item, region in blocks:
             check()
             reach("mid hf")
-            digest = self._write_block(file, item, region, source)
-            written.append(block_of(region, digest))
+            there = None if reuse is None else reuse(item, region)
+            if there is None:
+                there = block_of(region, self._write_block(file, item, region, source))
+            written.append(there)
         return written
 
     def _write_block(
@@ -165,9 +171,9 @@ class BlockWriter:
             return digest_in_place(item, tensor, data, source)
         digest = xxhash.xxh3_64()
         dtype = TORCH_BY_NAME[region.target.dtype]
-        for part in split(region.copy, self._bounce.nbytes // dtype.itemsize):
+        for part in split(region.copy, self.bounce.nbytes // dtype.itemsize):
             view = runtime_view(tensor, part)
-            buffer = self._bounce.take(dtype, view.shape)
+            buffer = self.bounce.take(dtype, view.shape)
             buffer.copy_(view)
             data = host_bytes(buffer)
             digest.update(data)

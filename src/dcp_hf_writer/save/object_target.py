@@ -22,11 +22,14 @@ from dcp_hf_writer.errors import (
 )
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.names_on_disk import (
+    HEARTBEATS_NAME,
     INDEX_NAME,
     MANIFEST_NAME,
     METADATA_NAME,
     RECORD_NAME,
+    heartbeat_key,
     path_in_export,
+    rank_of_heartbeat,
 )
 from dcp_hf_writer.plan.coverage import check_coverage
 from dcp_hf_writer.plan.encode_manifest import WholeFile
@@ -36,6 +39,7 @@ from dcp_hf_writer.save.attempt import LONGEST_CLEAN_UP_S
 from dcp_hf_writer.save.dcp_half import metadata_writer
 from dcp_hf_writer.save.export_cells import ExportUpload
 from dcp_hf_writer.save.export_failures import export_error, nbytes_of
+from dcp_hf_writer.save.heartbeat import STORE_PACE, Pace
 from dcp_hf_writer.save.object_parts import PART_NBYTES, part_nbytes_of
 from dcp_hf_writer.save.object_sizes import check_sizes
 from dcp_hf_writer.save.object_write_phase import ObjectWritePhase
@@ -49,7 +53,7 @@ from dcp_hf_writer.storage.object_contract import Abilities, Patience
 from dcp_hf_writer.torch_seam.metadata_in_memory import metadata_bytes
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping, Sequence
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.storage import WriteResult
@@ -101,6 +105,7 @@ class ObjectTarget(SaveTarget):
         """Small objects that are put when all data is there, by key."""
         self._record: StoreRecord | None = None
         """The record of this save, from the moment it is in the store until it is removed."""
+        self._made_at = 0.0
 
     def _patience(self, attempt: Attempt) -> Patience:
         """Return the limits of the requests of the save here."""
@@ -120,6 +125,31 @@ class ObjectTarget(SaveTarget):
         """The URL: objects have their final names from the start."""
         return self.target
 
+    @property
+    def pace(self) -> Pace:
+        """Seldom: each heartbeat is a request."""
+        return STORE_PACE
+
+    def heartbeat_of(self, rank: int) -> Callable[[bytes], None]:
+        """Return what puts a small object; see `SaveTarget.heartbeat_of`."""
+        key = heartbeat_key(rank)
+
+        def put(data: bytes) -> None:
+            patience = Patience(time.monotonic() + STORE_PACE.end_s)
+            self.store.put(key, [memoryview(data)], token=self.save_id, patience=patience)
+
+        return put
+
+    def _remove_heartbeats(self, attempt: Attempt, patience: Patience) -> None:
+        """Remove the heartbeats of all ranks, which have ended theirs."""
+        attempt.end_heartbeats()
+        if time.monotonic() - self._made_at < STORE_PACE.first_s:
+            return
+        listed = self.store.objects(f"{HEARTBEATS_NAME}/", patience=patience)
+        keys = [facts.key for facts in listed if rank_of_heartbeat(facts.key) is not None]
+        if keys:
+            self.store.delete(keys, patience=patience)
+
     def make(self, attempt: Attempt, *, overwrite: bool, new_files: Collection[str]) -> None:
         """Put the record, after a look at what is there; see `SaveTarget.make`."""
         del overwrite  # refused when the writer is made
@@ -132,7 +162,7 @@ class ObjectTarget(SaveTarget):
             tuple(sorted(new_files)),
         )
         take_prefix(store, record, patience)
-        self._record = record
+        self._record, self._made_at = record, time.monotonic()
         self.register(attempt)
         reach("directory made")
 
@@ -269,6 +299,8 @@ class ObjectTarget(SaveTarget):
     def publish(self, attempt: Attempt, what: Publication) -> None:
         """Complete the export, then put the index, `.metadata`, and the manifest."""
         patience = self._patience(attempt)
+        if what.half != "hf":
+            self._remove_heartbeats(attempt, patience)
         reach("before manifest")
         if what.layout is not None:
             check_coverage(what.layout, what.reports)

@@ -87,6 +87,8 @@ class ObjectWritePhase:
         left_out = stored_once_results(writes.own, tensors, subdir=writes.subdir)
         plan = without_results(writes.plan, left_out)
         sent: list[SentObject] = []
+        hf_nbytes = sum(map(nbytes_of_blocks, work.values())) if self.files else 0
+        attempt.byte_count.plan(hf_nbytes + self._dcp_nbytes(plan))
         try:
             results: list[WriteResult] = []
             if writes.half != "hf":
@@ -133,6 +135,9 @@ class ObjectWritePhase:
                     nbytes=sum(size for _, size in self.writes.own.files),
                 )
 
+    def _dcp_nbytes(self, plan: SavePlan) -> int:
+        return 0 if self.writes.half == "hf" else nbytes_of_items(plan.items)
+
     def _give_up(self, sent: Sequence[SentObject]) -> None:
         for one in sent:
             try:
@@ -169,6 +174,7 @@ class ObjectWritePhase:
             attempt.member.is_coordinator, rank=attempt.rank, use_collectives=True
         )
         writer.source, writer.check = source, attempt.check
+        writer.count = attempt.byte_count.add
         writer.copied_nbytes = bounce_nbytes_of(self.writes.host_budget_bytes)
         writer.send_to(begin)
         with attempt.timed("write dcp"):
@@ -190,6 +196,7 @@ class ObjectWritePhase:
             abilities=self.abilities,
             token=self.save_id,
             patience=self.patience,
+            count=attempt.byte_count.add,
         )
         with attempt.timed("write hf"):
             try:

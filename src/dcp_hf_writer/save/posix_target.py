@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +15,7 @@ from dcp_hf_writer.save.dcp_half import metadata_writer
 from dcp_hf_writer.save.given_writer import finish_given_writer
 from dcp_hf_writer.save.low_priority import run_at_low_priority
 from dcp_hf_writer.save.mirror_jobs import note_mirror
+from dcp_hf_writer.save.previous_files import PreviousFiles, link_previous
 from dcp_hf_writer.save.replace_target import saved_id
 from dcp_hf_writer.save.save_target import SaveTarget
 from dcp_hf_writer.save.write_phase import WritePhase
@@ -28,12 +30,15 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.plan.global_plan import GlobalPlan
+    from dcp_hf_writer.plan.layout import Layout
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
     from dcp_hf_writer.save.export_assets import Assets
     from dcp_hf_writer.save.mirror_to import MirrorTo
     from dcp_hf_writer.save.save_target import Publication, RankWrites
     from dcp_hf_writer.save.write_strategy import Strategy
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +55,20 @@ class LocalOptions:
     """How the ranks write files that they share."""
     mirror: MirrorTo | None = None
     """Where the checkpoint is uploaded once it is committed."""
+    reuse: str | None = None
+    """Path of an earlier checkpoint whose files may be used again."""
+
+    @classmethod
+    def of(cls, writer: Any, mirror: MirrorTo | None) -> LocalOptions:
+        """Take the options from a writer.
+
+        Args:
+            writer: An `HFDualWriter`; only its options are read.
+            mirror: The mirror of this save.
+        """
+        return cls(
+            writer.dcp_writer, writer.slots, writer.share, writer.strategy, mirror, writer.reuse
+        )
 
 
 class PosixTarget(SaveTarget):
@@ -61,10 +80,12 @@ class PosixTarget(SaveTarget):
         options: LocalOptions,
         *,
         host_budget_bytes: int = 256 << 20,
+        told: Mapping[str, Any] | None = None,
     ) -> None:
-        """Make the target on one rank; touches nothing."""
+        """Make the target on one rank, with what the coordinator told; touches nothing."""
         self.directory, self.options = directory, options
         self._host_budget_bytes, self._cell_nbytes = host_budget_bytes, 0
+        self._previous = PreviousFiles.told(told, directory.path)
         self.target, self.save_id = directory.target, directory.save_id
 
     @property
@@ -106,11 +127,28 @@ class PosixTarget(SaveTarget):
             host_budget_bytes=self._host_budget_bytes,
         )
         self._cell_nbytes = attempt.cell_nbytes
+        if self.options.reuse is not None:
+            layout = plan.layout if is_made else None
+            self._previous = self._link_previous(self.options.reuse, layout, subdir)
         return is_made
+
+    def _link_previous(
+        self, earlier: str, layout: Layout | None, subdir: str
+    ) -> PreviousFiles | None:
+        if self._cell_nbytes:
+            _log.warning(
+                "%s is not reused: the ranks of several hosts write the files of %s for each other",
+                earlier,
+                self.target,
+            )
+            return None
+        return link_previous(earlier, self.path, layout, subdir=subdir)
 
     def told(self) -> Mapping[str, Any]:
         """Return how the ranks write the export; see `SaveTarget.told`."""
-        return {"cell_nbytes": self._cell_nbytes}
+        previous = self._previous
+        told: dict[str, Any] = {} if previous is None else {"previous": previous.to_tell()}
+        return {"cell_nbytes": self._cell_nbytes, **told}
 
     def check_visible(self, attempt: Attempt) -> None:
         """Look for the coordinator's directory; see `SaveTarget.check_visible`."""
@@ -130,6 +168,7 @@ class PosixTarget(SaveTarget):
             host_budget_bytes=writes.host_budget_bytes,
             share=self.options.share,
             half=writes.half,
+            previous=self._previous,
         )
         return run_at_low_priority(phase.run, nice=self._nice(attempt), stop=attempt.give_up)
 
@@ -172,6 +211,8 @@ class PosixTarget(SaveTarget):
 
     def publish(self, attempt: Attempt, what: Publication) -> None:
         """Write the manifest, fsync, rename; see `SaveTarget.publish`."""
+        if self._previous is not None:
+            self._previous.remove()
         if self.options.mirror is not None:
             note_mirror(self.target, self.save_id, self.options.mirror)
         coordinator.publish(self.directory, attempt, what)

@@ -27,6 +27,7 @@ from dcp_hf_writer.torch_seam.future_guard import FutureGuard, find_future, own_
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from dcp_hf_writer.plan.parse_manifest import Manifest
     from dcp_hf_writer.save.finished_save import ReportHook
     from dcp_hf_writer.save.store_access import StoreAccess
     from dcp_hf_writer.staging.slab import Handover, Lease
@@ -176,10 +177,26 @@ def _look(target: str, subdir: str, stores: StoreAccess) -> _PublishedFacts:
     """
     if is_url(target):
         stored = stores.manifest_of(target)
-        files = {} if stored.hf is None else stored.hf.files
-        dcp_nbytes = sum(one.nbytes for one in stored.dcp.values())
-        hf_nbytes = sum(one.nbytes for one in files.values())
-        return _PublishedFacts((dcp_nbytes, hf_nbytes), stored.seconds)
-    manifest = read_json(os.path.join(target, MANIFEST_NAME)) or {}
-    seconds = manifest.get("timings", {}).get("coordinator", {})
-    return _PublishedFacts(nbytes_on_disk(target, subdir), seconds)
+        nbytes, seconds = _nbytes_listed(stored), dict(stored.seconds)
+        apart = None if stored.other_half is None else stored.other_half.path
+    else:
+        manifest = read_json(os.path.join(target, MANIFEST_NAME)) or {}
+        nbytes = nbytes_on_disk(target, subdir)
+        seconds = manifest.get("timings", {}).get("coordinator", {})
+        apart = (manifest.get("other_half") or {}).get("path")
+    if apart is not None:
+        nbytes = nbytes[0], _nbytes_of_export(apart, stores)
+    return _PublishedFacts(nbytes, seconds)
+
+
+def _nbytes_listed(stored: Manifest) -> tuple[int, int]:
+    files = {} if stored.hf is None else stored.hf.files
+    dcp_nbytes = sum(one.nbytes for one in stored.dcp.values())
+    return dcp_nbytes, sum(one.nbytes for one in files.values())
+
+
+def _nbytes_of_export(path: str, stores: StoreAccess) -> int:
+    """Return the bytes of the weights of an export that lies apart from its DCP half."""
+    if is_url(path):
+        return _nbytes_listed((stores.of_export or stores).manifest_of(path))[1]
+    return nbytes_on_disk(path, "")[1]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.errors import CheckpointError
     from dcp_hf_writer.save.finished_save import ReportHook
+    from dcp_hf_writer.save.heartbeat import Pace
     from dcp_hf_writer.save.rank_progress import Rendezvous
     from dcp_hf_writer.staging.slab import StagedInfo
     from dcp_hf_writer.torch_seam.caller_frames import Planned, RunningSave
@@ -29,6 +30,10 @@ class PlaceOfSave(Protocol):
     """Id of the save."""
     target: str
     """The checkpoint: an absolute path, or a URL without credentials."""
+
+    @property
+    def pace(self) -> Pace:
+        """How often a rank writes its heartbeat."""
 
     def heartbeat_of(self, rank: int) -> Callable[[bytes], None] | None:
         """Return the function that replaces the heartbeat of a rank; it may raise `OSError`.

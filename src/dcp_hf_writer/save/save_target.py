@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from dcp_hf_writer.save.heartbeat import Pace
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
     from typing import Literal
@@ -97,13 +99,22 @@ class SaveTarget(ABC):
     def path(self) -> str:
         """Where the save writes until it publishes, for messages."""
 
+    @property
+    def pace(self) -> Pace:
+        """How often a rank writes its heartbeat here."""
+        return Pace()
+
+    @abstractmethod
     def heartbeat_of(self, rank: int) -> Callable[[bytes], None] | None:
         """Return the function that replaces the heartbeat of a rank; it may raise `OSError`.
 
-        `None` if the place keeps no heartbeats: on a store, each would be a request.
+        `None` if the place keeps no heartbeats.
         """
-        del rank
-        return None
+
+    def end_news(self, attempt: Attempt) -> None:
+        """End the heartbeats of a rank that has written its part, where they must not be late."""
+        if self.pace.end_s:
+            attempt.end_heartbeats()
 
     @abstractmethod
     def make(self, attempt: Attempt, *, overwrite: bool, new_files: Collection[str]) -> None:

@@ -30,6 +30,8 @@ class StoreAccess:
     def __init__(self, storage_options: Mapping[str, Any] | None) -> None:
         """Keep the options, as fsspec takes them."""
         self.options = dict(storage_options or {})
+        self.of_export: StoreAccess | None = None
+        """How to reach the export, if it lies apart from the DCP half."""
         self._urls: dict[str, str] = {}
 
     def __repr__(self) -> str:

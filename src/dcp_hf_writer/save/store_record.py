@@ -19,6 +19,7 @@ from dcp_hf_writer.formats.names_on_disk import (
     RECORD_NAME,
     digests_file_name,
     rank_of_dcp_file,
+    rank_of_heartbeat,
 )
 from dcp_hf_writer.save.owner_process import Owner, is_abandoned
 
@@ -130,6 +131,7 @@ class StoreRecord:
     def makes(self, key: str) -> bool:
         """Whether the save may make an object of this key, its record excepted."""
         rank = rank_of_dcp_file(key)
+        rank = rank_of_heartbeat(key) if rank is None else rank
         if rank is not None:
             return rank < self.world_size
         if key.startswith(f"{DIGESTS_DIRECTORY}/"):

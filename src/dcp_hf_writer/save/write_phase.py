@@ -14,6 +14,7 @@ import os
 import socket
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 from torch.distributed.checkpoint.filesystem import _StorageInfo
@@ -29,6 +30,7 @@ from dcp_hf_writer.plan.rank_digests import most_nbytes, pack_report
 from dcp_hf_writer.plan.rank_report import RankReport
 from dcp_hf_writer.plan.regions import TargetTable
 from dcp_hf_writer.plan.weights_once import stored_once
+from dcp_hf_writer.save.agree_on_links import agree_on_links
 from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
 from dcp_hf_writer.save.dcp_half import (
     SlabFileSystemWriter,
@@ -44,6 +46,7 @@ from dcp_hf_writer.save.hf_half import (
     nbytes_of_blocks,
     regions_by_file,
 )
+from dcp_hf_writer.save.reuse_blocks import BlockReuse
 from dcp_hf_writer.save.share_blocks import BlockSharing
 from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
 from dcp_hf_writer.storage.block_clones import PROBE, CloneSource
@@ -60,6 +63,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.regions import Region
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
+    from dcp_hf_writer.save.previous_files import PreviousFiles
     from dcp_hf_writer.save.save_target import Half
     from dcp_hf_writer.storage.output_fsync import OpenFiles
     from dcp_hf_writer.storage.write_slots import WriteSlots
@@ -97,10 +101,14 @@ class WritePhase:
     """`"auto"` lets the halves share disk blocks where the file system can; `"off"` does not."""
     half: Half = "both"
     """Which half to write."""
+    previous: PreviousFiles | None = None
+    """Files of an earlier checkpoint that may be used again; `None` for none."""
     block_nbytes: int | None = field(default=None, init=False)
     """Size of the disk blocks that the halves share; `None` if they share none."""
     blocks: BlockWriter = field(default_factory=BlockWriter, init=False)
     """Writes the blocks of this save; no other save uses it at the same time."""
+    reuse: BlockReuse | None = field(default=None, init=False)
+    """Compares blocks with those files."""
 
     def run(self) -> list[WriteResult]:
         """Write everything, make it durable, and report.
@@ -118,6 +126,8 @@ class WritePhase:
             with ExitStack() as opened:
                 return self._run(opened)
         finally:
+            if self.reuse is not None:
+                self.reuse.close()
             # Also after a failure, or the next save would have to fault in a new buffer.
             _idle_blocks[:] = [self.blocks]
 
@@ -134,8 +144,11 @@ class WritePhase:
             self.plan = without_results(self.plan, left_out)
         attempt.byte_count.plan(self._planned_nbytes(work))
         self.block_nbytes = self._shared_block_nbytes()
+        # The DCP half also shares the blocks of files that are not written.
+        of_export = dict(work)
+        self._reuse_files(work, source, report)
         shares = self.slots.is_shared_by_halves()
-        digests = self._begin_digests(opened, work, report)
+        digests = self._begin_digests(opened, of_export, report)
         reach("before slot")
         if attempt.cell_nbytes and self.half != "dcp":
             self._exchange(work, files, source, report, half="dcp" if shares else "hf")
@@ -151,7 +164,7 @@ class WritePhase:
                     if not shares:
                         self._hold(held_by_half, "dcp" if job is None else "hf")
                     if job is None:
-                        results = self._write_dcp(files, source, report, work)
+                        results = self._write_dcp(files, source, report, of_export)
                     elif report.export_error is None:
                         # Defer the fsync of a file whose pages other ranks fill too: otherwise the
                         # device writes such a page once for each rank. The other ranks have already
@@ -168,10 +181,55 @@ class WritePhase:
                 self._join(files, report)
         reach("after fsync")
         attempt.close_files()
-        report.seconds = dict(attempt.seconds)
+        self._sum_up(report, results)
+        return [*results, *left_out, report_result(report)]
+
+    def _sum_up(self, report: RankReport, results: Iterable[WriteResult]) -> None:
+        report.seconds = dict(self.attempt.seconds)
         dcp_nbytes = sum(result.size_in_bytes for result in results)
         report.nbytes = {"hf": 0, "shared": 0, **report.nbytes, "dcp": dcp_nbytes}
-        return [*results, *left_out, report_result(report)]
+        if self.reuse is not None:
+            report.nbytes["reused"] = self.reuse.nbytes
+
+    def _reuse_files(
+        self,
+        work: dict[int, list[tuple[WriteItem, Region]]],
+        source: TensorSource,
+        report: RankReport,
+    ) -> None:
+        """Take the output files out of `work` that an earlier checkpoint holds with equal bytes."""
+        attempt, previous = self.attempt, self.previous
+        if previous is None:
+            return
+        self.blocks.bounce.resize(bounce_nbytes_of(self.host_budget_bytes))
+        self.reuse = reuse = BlockReuse(
+            previous,
+            source,
+            self.blocks.bounce,
+            block_nbytes=PROBE.block_nbytes(self.directory.path),
+            check=attempt.check,
+        )
+        if not previous.numbers:
+            return
+        reach("before comparison")
+        with attempt.timed("reuse"):
+            equal = reuse.equal_files(work)
+            linked = agree_on_links(
+                attempt, self.directory.save_id, equal.keys(), self._put_links_in_place
+            )
+        for number in linked:
+            nbytes = nbytes_of_blocks(work.pop(number, ()))
+            report.blocks += equal[number]
+            report.nbytes["hf"] = report.nbytes.get("hf", 0) + nbytes
+            reuse.nbytes += nbytes
+            attempt.byte_count.add(nbytes)
+
+    def _put_links_in_place(self, numbers: frozenset[int]) -> frozenset[int]:
+        plan = self.attempt.global_plan
+        if self.previous is None or plan is None or plan.layout is None:
+            return frozenset()
+        files = self.attempt.open_files()
+        return self.previous.take(numbers, plan.layout, files, subdir=self.subdir)
 
     def _exchange(
         self,
@@ -341,7 +399,7 @@ class WritePhase:
         writer.finish_file = files.sync
         writer.check = self.attempt.check
         writer.count = self.attempt.byte_count.add
-        writer.sharing = sharing
+        writer.sharing, writer.reuse = sharing, self.reuse
         writer.copied_nbytes = bounce_nbytes_of(self.host_budget_bytes)
         try:
             future = writer.write_data(self.plan, self.planner)
@@ -376,6 +434,7 @@ class WritePhase:
                         source,
                         check=self.attempt.check,
                         bounce_nbytes=bounce_nbytes_of(self.host_budget_bytes),
+                        reuse=None if self.reuse is None else partial(self.reuse.block, job, file),
                     )
                 except BaseException:
                     file.discard()

@@ -63,7 +63,8 @@ class OutputFile:
         """Open the file; with `create`, make a new one and refuse an existing one.
 
         Raises:
-            WriteError: If it cannot be opened.
+            WriteError: If it cannot be opened, or if an existing one is a link to a file of an
+                earlier checkpoint, which never changes.
         """
         self.path = path
         self.count: Callable[[int], object] = _count_nothing
@@ -72,6 +73,17 @@ class OutputFile:
         with write_errors(path):
             # The mode is 0o666 minus the umask: the user's umask decides who may read the file.
             self._fd = os.open(path, flags, 0o666)
+        if not create and os.fstat(self._fd).st_nlink > 1:
+            self.discard()
+            msg = "an output file is a link to a file of an earlier checkpoint"
+            raise WriteError(
+                msg,
+                phase="write",
+                path=path,
+                expected="a file with one name",
+                found="a file with several names",
+                hint="nothing was published; this is a bug in dcp-hf-writer, please report it",
+            )
 
     def write(self, data: memoryview, offset: int) -> None:
         """Write all of `data` at `offset`.
