@@ -203,11 +203,19 @@ def saves_block(results: dict[str, Any], all_parts: list[Part]) -> str:
     if not ran:
         return "Not measured.\n"
     facts = results[ran[0].name]
-    commands = "\n".join(f"    {part.command()}" for part in ran)
-    notes = f"{facts['machine']}, load average {facts['load']:.1f}. The commands:\n\n{commands}\n"
+    same = [re.sub(r"--ranks \d+", "--ranks N", part.command()) for part in ran]
+    commands = "\n".join(f"    {command}" for command in dict.fromkeys(same))
+    load = max(results[part.name]["load"] for part in ran)
+    machine = without_place(facts["machine"])
+    notes = f"{machine}, load average at most {load:.1f}. The commands:\n\n{commands}\n"
     return (
         f"{table(totals)}\n{table(phases)}\n![where the time of a save goes](phases.png)\n\n{notes}"
     )
+
+
+def without_place(machine: str) -> str:
+    """Return what `describe_machine` says, without the file system."""
+    return "; ".join(part for part in machine.split("; ") if not part.endswith(" free)"))
 
 
 def bar_of(facts: dict[str, Any]) -> Bar:
@@ -277,7 +285,7 @@ def write_page(work: Path, all_parts: list[Part]) -> None:
     bars = [bar_of(facts) for name, facts in results.items() if name.startswith("save-")]
     if bars:
         machine = next(f["machine"] for n, f in results.items() if n.startswith("save-"))
-        draw_phases(bars, machine, str(PAGE.parent / "phases.png"))
+        draw_phases(bars, without_place(machine), str(PAGE.parent / "phases.png"))
     for name, picture in (("overhead-tmpfs", "overhead.png"), ("scaling", "scaling.png")):
         if (work / f"{name}.png").exists():
             shutil.copyfile(work / f"{name}.png", PAGE.parent / picture)

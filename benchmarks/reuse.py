@@ -5,13 +5,15 @@
 Two ranks train the last tensors of the model and save each step: in turns a step that writes
 everything, and one that reuses the step before of the same way. The first two steps of each way are
 not counted: the first one has nothing to reuse, and the second one warms up. Times are those of the
-slowest rank, from the call of `async_save` until the files are durable. The space is what the file
-system counts as used once it is synced, for one step that is added to another.
+slowest rank, from the call of `async_save` until the files are durable. The bytes are those of both
+halves that were written: neither shared between the halves nor linked or cloned from the step
+before, as the manifest counts them.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import shutil
 import signal
@@ -60,8 +62,8 @@ class Samples:
 
     seconds: list[float] = field(default_factory=list)
     """Until the files were durable, on the slowest rank."""
-    taken_nbytes: list[int] = field(default_factory=list)
-    """Space that a step took in addition to the step before."""
+    written_nbytes: list[int] = field(default_factory=list)
+    """Bytes that were written."""
 
 
 def main() -> int:
@@ -103,14 +105,14 @@ def _measure_at(place: str, options: argparse.Namespace) -> None:
 
 def print_table(name: str, samples: dict[str, Samples]) -> None:
     """Print one line for each way, in Markdown."""
-    print(f"| {name} | seconds | min to max | space MiB |")
+    print(f"| {name} | seconds | min to max | written MiB |")
     print("|---|---|---|---|")
     for way, one in samples.items():
         low, high = min(one.seconds), max(one.seconds)
-        taken = statistics.median(one.taken_nbytes) / (1 << 20)
+        mib = statistics.median(one.written_nbytes) / (1 << 20)
         print(
             f"| {way} | {statistics.median(one.seconds):.2f} | {low:.2f} to {high:.2f} "
-            f"| {taken:,.0f} |"
+            f"| {mib:,.0f} |"
         )
     written, reused = (statistics.median(samples[way].seconds) for way in _WAYS)
     print(f"\nreused takes {reused / written:.2f} of the time of written\n", flush=True)
@@ -127,10 +129,10 @@ def measure(rank: Rank, run: Run, root: str) -> dict[str, Samples]:
         for tensor in trained:
             tensor.add_(1)
         for way in _WAYS if step % 2 else _WAYS[::-1]:
-            seconds, taken = _save(rank, state_dict, os.path.join(root, way), step, export)
+            seconds, nbytes = _save(rank, state_dict, os.path.join(root, way), step, export)
             if step >= _WARM_UP_STEPS:
                 found[way].seconds.append(seconds)
-                found[way].taken_nbytes.append(taken)
+                found[way].written_nbytes.append(nbytes)
     if rank.rank == 0 and not all(verify(f"{root}/{way}/{step}").ok for way in _WAYS):
         msg = "a checkpoint of the benchmark is damaged"
         raise RuntimeError(msg)
@@ -152,28 +154,28 @@ def trained_tensors(model: dict[str, Any], frozen: float) -> list[torch.Tensor]:
 def _save(
     rank: Rank, state_dict: dict[str, Any], path: str, step: int, export: HFExport
 ) -> tuple[float, int]:
-    """Save a step; returns the seconds of the slowest rank, and the space that it took."""
+    """Save a step; returns the seconds of the slowest rank, and the bytes that were written."""
     earlier = f"{path}/{step - 1}" if path.endswith("reused") and step else None
-    before = _used_bytes(path)
+    os.sync()
     dist.barrier()
     began = time.perf_counter()
     writer = HFDualWriter(f"{path}/{step}", export=export, reuse=earlier)
     dcp.async_save(state_dict, storage_writer=writer).result()
     seconds = torch.tensor(time.perf_counter() - began)
     dist.all_reduce(seconds, dist.ReduceOp.MAX)
-    taken = _used_bytes(path) - before
+    nbytes = _written_nbytes(f"{path}/{step}")
     dist.barrier()
     if rank.rank == 0 and step:
         shutil.rmtree(f"{path}/{step - 1}")
         os.sync()
     dist.barrier()
-    return float(seconds), taken
+    return float(seconds), nbytes
 
 
-def _used_bytes(path: str) -> int:
-    os.sync()
-    stats = os.statvfs(os.path.dirname(path))
-    return (stats.f_blocks - stats.f_bfree) * stats.f_frsize
+def _written_nbytes(path: str) -> int:
+    with open(f"{path}/dcp-hf.json", "rb") as file:
+        nbytes: dict[str, int] = json.load(file)["nbytes"]
+    return nbytes["dcp"] + nbytes["hf"] - nbytes["shared"] - nbytes.get("reused", 0)
 
 
 def _again_on_xfs(options: argparse.Namespace) -> int:

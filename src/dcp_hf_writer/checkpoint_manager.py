@@ -235,7 +235,7 @@ class CheckpointManager:
         Args:
             step: Number of the step; higher than the one before.
             state_dict: What to save, or a function that makes it.
-            metrics: Numbers to note with the step, for `keep_best`.
+            metrics: Numbers to save with the step, for `keep_best`; others raise `ConfigError`.
 
         Returns:
             Whether a save began.
@@ -279,7 +279,7 @@ class CheckpointManager:
             With `wait`, the report; `None` if the save failed and `on_failure` does not raise.
 
         Raises:
-            ConfigError: If an export is asked for and the manager has none.
+            ConfigError: If the manager has no export to write, or a metric is no number.
             CheckpointError: As `step`; with `wait`, also the failure of this save.
         """
         self._check_open()

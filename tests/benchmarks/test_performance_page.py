@@ -94,8 +94,13 @@ def test_the_tables_of_saves_have_a_row_for_each_run_that_is_there() -> None:
         "| tmpfs | 4 | 0.100 | 0.200 | 0.000 | 0.500 | 0.000 | 0.000 | 0.000 | 1.20 | 2.00 |"
         in block
     )
-    assert block.count("    python benchmarks/save.py --gib 0.05 --ranks 4") == 1
+    assert block.count("    python benchmarks/save.py --gib 0.05 --ranks N") == 1
     assert page.saves_block({}, all_parts) == "Not measured.\n"
+
+
+def test_a_machine_is_named_without_the_file_system() -> None:
+    machine = "A CPU, 2 cores, 24 GiB; tmpfs (22 GiB free); Linux 6, torch 2"
+    assert page.without_place(machine) == "A CPU, 2 cores, 24 GiB; Linux 6, torch 2"
 
 
 def test_a_block_replaces_only_what_is_between_its_marks() -> None:

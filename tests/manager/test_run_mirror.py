@@ -13,7 +13,6 @@ from dcp_hf_writer import CheckpointManager, FinishedMirror, HFExport, MirrorTo
 from dcp_hf_writer.errors import ConfigError
 from support.ranks import run_ranks
 from support.store_runs import (
-    SINGLE_KINDS,
     Counter,
     small_state,
     step_held,
@@ -30,7 +29,8 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is")
 
-WAIT_S = 60
+# Far more than it takes on a busy machine.
+WAIT_S = 120
 
 
 class MirroredRun:
@@ -43,7 +43,7 @@ class MirroredRun:
     def manager(self, **options: Any) -> CheckpointManager:
         """Make a manager."""
         to = MirrorTo(
-            self.store.url, self.store.storage_options, timeout_s=20, report_to=self.ended.put
+            self.store.url, self.store.storage_options, timeout_s=120, report_to=self.ended.put
         )
         given: dict[str, Any] = {
             "export": HFExport(assets={"config.json": CONFIG}),
@@ -75,11 +75,10 @@ class MirroredRun:
         return {str(path.relative_to(below)): path.read_bytes() for path in found}
 
 
-@pytest.fixture(params=SINGLE_KINDS)
+@pytest.fixture(params=("memory", "moto"))
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> MirroredRun:
     kind = request.param
-    is_s3 = kind in {"moto", "rclone"}
-    store = store_of(kind, tmp_path, request.getfixturevalue(kind) if is_s3 else None)
+    store = store_of(kind, tmp_path, request.getfixturevalue(kind) if kind == "moto" else None)
     return MirroredRun(tmp_path / "run", store)
 
 
@@ -104,7 +103,10 @@ def test_each_step_is_mirrored_and_the_retention_applies_to_both(run: MirroredRu
         assert run.store.files(f"step-{step}") == run.files(step)
 
 
-def test_restore_on_an_empty_disk_takes_the_newest_step_of_the_mirror(run: MirroredRun) -> None:
+def test_restore_on_an_empty_disk_takes_the_newest_step_of_the_mirror(
+    on_moto: MirroredRun,
+) -> None:
+    run = on_moto
     with run.manager(save_every=1, rank_state={"loader": Counter(7)}) as manager:
         for step in (1, 2):
             manager.step(step, small_state(step))

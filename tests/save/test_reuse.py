@@ -220,8 +220,15 @@ def test_a_checkpoint_that_is_not_there_is_one_warning(
     check_as_written(tmp_path / "step-2", 2)
 
 
-@pytest.mark.parametrize("number", [errno.EMLINK, errno.EPERM, errno.ENOSPC, errno.EXDEV])
-@pytest.mark.parametrize("refused", ["dcp-hf.json", "model-00001-of-00003.safetensors"])
+@pytest.mark.parametrize(
+    ("number", "refused"),
+    [
+        (errno.EXDEV, "dcp-hf.json"),
+        (errno.EPERM, "dcp-hf.json"),
+        (errno.EMLINK, "model-00001-of-00003.safetensors"),
+        (errno.ENOSPC, "model-00001-of-00003.safetensors"),
+    ],
+)
 def test_a_file_is_written_if_its_link_is_refused(
     earlier: Path, monkeypatch: pytest.MonkeyPatch, number: int, refused: str
 ) -> None:

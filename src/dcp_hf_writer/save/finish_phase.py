@@ -13,8 +13,8 @@ from dcp_hf_writer.save.export_failures import (
     nbytes_of,
     published_without_export,
 )
+from dcp_hf_writer.save.rank_results import take_reports
 from dcp_hf_writer.save.save_target import Publication, SaveTarget
-from dcp_hf_writer.save.write_phase import take_reports
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -16,8 +16,8 @@ from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.plan.encode_manifest import OtherHalf
 from dcp_hf_writer.save.export_failures import export_error, nbytes_of
 from dcp_hf_writer.save.export_half import ExportDirectory, ExportPrefix
+from dcp_hf_writer.save.rank_results import report_result, take_reports
 from dcp_hf_writer.save.save_target import SaveTarget
-from dcp_hf_writer.save.write_phase import report_result, take_reports
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping

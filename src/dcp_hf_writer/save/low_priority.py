@@ -33,10 +33,13 @@ def run_at_low_priority(
     """
     results: list[Result] = []
     errors: list[BaseException] = []
+    begun = threading.Lock()
     # Not `join`: an interrupted `join` takes the thread for ended (Python 3.10 to 3.12).
     is_over = threading.Event()
 
     def body() -> None:
+        if not begun.acquire(blocking=False):
+            return
         try:
             lower_priority(nice)
             results.append(act())
@@ -45,26 +48,34 @@ def run_at_low_priority(
         finally:
             is_over.set()
 
-    if nice == 0:
-        return act()
     thread = threading.Thread(target=body, name="dcp-hf-write")
     try:
-        thread.start()
-    except RuntimeError:
-        # The interpreter is exiting. It waits for saves in flight but starts no new threads.
-        return act()
-    try:
-        is_over.wait()
+        is_started = nice > 0 and _starts(thread)
+        if is_started:
+            is_over.wait()
     except BaseException:
         stop()
-        is_over.wait()
+        # A signal may come before the thread begins; with the lock taken, it never will.
+        if not begun.acquire(blocking=False):
+            is_over.wait()
         errors.clear()
         raise
+    if not is_started:
+        return act()
     thread.join()
     if errors:
         # Popped: the error's traceback refers to the list, and would keep the save's objects alive.
         raise errors.pop()
     return results.pop()
+
+
+def _starts(thread: threading.Thread) -> bool:
+    try:
+        thread.start()
+    except RuntimeError:
+        # The interpreter is exiting. It waits for saves in flight but starts no new threads.
+        return False
+    return True
 
 
 def lower_priority(nice: int) -> None:

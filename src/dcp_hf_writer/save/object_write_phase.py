@@ -30,14 +30,14 @@ from dcp_hf_writer.save.export_cells import ExportCells
 from dcp_hf_writer.save.export_failures import export_error
 from dcp_hf_writer.save.hf_half import nbytes_of_blocks, regions_by_file
 from dcp_hf_writer.save.object_parts import SentObject, in_flight_of, part_nbytes_of
-from dcp_hf_writer.save.tensor_bytes import TensorSource
-from dcp_hf_writer.save.write_phase import (
+from dcp_hf_writer.save.rank_results import (
     begun_report,
     nbytes_of_items,
     report_result,
     stored_once_results,
     without_results,
 )
+from dcp_hf_writer.save.tensor_bytes import TensorSource
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -111,6 +111,9 @@ class ObjectWritePhase:
         report.nbytes.setdefault("hf", 0)
         return [*results, *left_out, report_result(report)]
 
+    def _dcp_nbytes(self, plan: SavePlan) -> int:
+        return 0 if self.writes.half == "hf" else nbytes_of_items(plan.items)
+
     def _send_digests(self, report: RankReport) -> None:
         """Put the digests of this rank; the report keeps what the coordinator needs.
 
@@ -134,9 +137,6 @@ class ObjectWritePhase:
                     path=f"{self.url}/{name}",
                     nbytes=sum(size for _, size in self.writes.own.files),
                 )
-
-    def _dcp_nbytes(self, plan: SavePlan) -> int:
-        return 0 if self.writes.half == "hf" else nbytes_of_items(plan.items)
 
     def _give_up(self, sent: Sequence[SentObject]) -> None:
         for one in sent:

@@ -27,7 +27,7 @@ from dcp_hf_writer.torch_seam.future_guard import FutureGuard, find_future, own_
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from dcp_hf_writer.plan.parse_manifest import Manifest
+    from dcp_hf_writer.plan.manifest import Manifest
     from dcp_hf_writer.save.finished_save import ReportHook
     from dcp_hf_writer.save.store_access import StoreAccess
     from dcp_hf_writer.staging.slab import Handover, Lease

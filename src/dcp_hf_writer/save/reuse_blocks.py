@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from torch.distributed.checkpoint.planner import WriteItem
 
-    from dcp_hf_writer.plan.rank_report import WrittenBlock
     from dcp_hf_writer.plan.regions import Region
+    from dcp_hf_writer.plan.written_block import WrittenBlock
     from dcp_hf_writer.save.bounce_buffer import BounceBuffer
     from dcp_hf_writer.save.hf_half import ItemTensors
     from dcp_hf_writer.save.previous_files import PreviousFiles

@@ -9,27 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
-import socket
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal
 
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItemType
-from torch.distributed.checkpoint.storage import WriteResult
 
 from dcp_hf_writer.errors import CheckpointError, WriteError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.names_on_disk import digests_file_name
-from dcp_hf_writer.formats.weights_once_places import NOTICE, encode_stored_once
 from dcp_hf_writer.plan.rank_digests import most_nbytes, pack_report
-from dcp_hf_writer.plan.rank_report import RankReport
-from dcp_hf_writer.plan.regions import TargetTable
-from dcp_hf_writer.plan.weights_once import stored_once
 from dcp_hf_writer.save.agree_on_links import agree_on_links
 from dcp_hf_writer.save.bounce_buffer import bounce_nbytes_of
 from dcp_hf_writer.save.dcp_half import (
@@ -46,9 +37,16 @@ from dcp_hf_writer.save.hf_half import (
     nbytes_of_blocks,
     regions_by_file,
 )
+from dcp_hf_writer.save.rank_results import (
+    begun_report,
+    nbytes_of_items,
+    report_result,
+    stored_once_results,
+    without_results,
+)
 from dcp_hf_writer.save.reuse_blocks import BlockReuse
 from dcp_hf_writer.save.share_blocks import BlockSharing
-from dcp_hf_writer.save.tensor_bytes import TensorSource, chunk_of
+from dcp_hf_writer.save.tensor_bytes import TensorSource
 from dcp_hf_writer.storage.block_clones import PROBE, CloneSource
 from dcp_hf_writer.storage.posix_outputs import OutputFile
 
@@ -56,10 +54,11 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
-    from torch.distributed.checkpoint.storage import StorageWriter
+    from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
     from dcp_hf_writer.errors import ExportError
     from dcp_hf_writer.plan.global_plan import RankPlan
+    from dcp_hf_writer.plan.rank_report import RankReport
     from dcp_hf_writer.plan.regions import Region
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.commit import StagingDirectory
@@ -71,10 +70,6 @@ if TYPE_CHECKING:
     Blocks = Sequence[tuple[WriteItem, Region]]
 
 _log = logging.getLogger(__name__)
-
-# FQN of the extra result that carries a rank's report. `take_reports` removes the result before DCP
-# sees it.
-_REPORT_FQN = "\0dcp-hf-report"
 
 # The block writer of the latest save, kept to reuse its buffer. A save that runs at the same time
 # as another one makes its own.
@@ -144,7 +139,7 @@ class WritePhase:
             self.plan = without_results(self.plan, left_out)
         attempt.byte_count.plan(self._planned_nbytes(work))
         self.block_nbytes = self._shared_block_nbytes()
-        # The DCP half also shares the blocks of files that are not written.
+        # The DCP half shares the blocks of files that are not written, and these have digests too.
         of_export = dict(work)
         self._reuse_files(work, source, report)
         shares = self.slots.is_shared_by_halves()
@@ -455,67 +450,3 @@ class WritePhase:
     def _export_error(self, error: Exception, path: str) -> ExportError:
         nbytes = sum(size for _, size in self.own.files)
         return export_error(error, rank=self.attempt.rank, path=path, nbytes=nbytes)
-
-
-def stored_once_results(
-    own: RankPlan, items: Iterable[WriteItem], *, subdir: str
-) -> list[WriteResult]:
-    """Return a result for each item that only the export stores; it tells where they are.
-
-    Args:
-        own: This rank's part of the global plan.
-        items: Tensor items of its plan.
-        subdir: Directory of the export within the checkpoint.
-    """
-    tables = {fqn: TargetTable(parts) for fqn, parts in own.once.items()}
-    paths = [f"{subdir}/{name}" for name, _ in own.files]
-    results = []
-    for item in items:
-        table = tables.get(item.index.fqn)
-        if table is not None:
-            chunk = chunk_of(item)
-            once = stored_once(chunk, table.near(chunk), paths=paths)
-            info = _StorageInfo(NOTICE, 0, once.nbytes, encode_stored_once(once))
-            results.append(WriteResult(item.index, once.nbytes, info))
-    return results
-
-
-def begun_report(attempt: Attempt) -> RankReport:
-    """Return the report of a rank that has written nothing yet."""
-    report = RankReport(attempt.rank, socket.gethostname())
-    report.export_error = attempt.export_error
-    report.stamp, report.samples = attempt.sent.stamp, attempt.sent.withheld_samples
-    return report
-
-
-def without_results(plan: SavePlan, results: Iterable[WriteResult]) -> SavePlan:
-    """Return a plan without the items that have results already."""
-    there = {result.index for result in results}
-    return replace(plan, items=[item for item in plan.items if item.index not in there])
-
-
-def nbytes_of_items(items: Iterable[WriteItem]) -> int:
-    """Return the bytes of the tensors among the items of a plan."""
-    data = (item.tensor_data for item in items)
-    return sum(math.prod(one.chunk.sizes) * one.properties.dtype.itemsize for one in data if one)
-
-
-def report_result(report: RankReport) -> WriteResult:
-    """Return the extra result that carries a rank's report; `take_reports` takes it out again."""
-    return WriteResult(MetadataIndex(_REPORT_FQN), 0, report)
-
-
-def take_reports(
-    results: Sequence[Sequence[WriteResult]],
-) -> tuple[list[list[WriteResult]], list[RankReport]]:
-    """Separate DCP's results from the ranks' reports.
-
-    Returns:
-        DCP's results of each rank, and the reports.
-    """
-    plain: list[list[WriteResult]] = []
-    reports: list[RankReport] = []
-    for rank_results in results:
-        plain.append([r for r in rank_results if r.index.fqn != _REPORT_FQN])
-        reports += [r.storage_data for r in rank_results if r.index.fqn == _REPORT_FQN]
-    return plain, reports
