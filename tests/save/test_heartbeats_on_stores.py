@@ -57,6 +57,9 @@ def test_watch_follows_a_save_to_a_store_and_nothing_of_it_stays(tmp_path: Path)
         assert save.target == store.at("step-1")
         assert [beat.rank for beat in save.heartbeats] == [0, 1]
         assert all(beat.planned_nbytes > 0 for beat in save.heartbeats)
+        # The URL of the checkpoint will do, too.
+        (alone,) = SavesOnStore(store.at("step-1")).in_flight()
+        assert (alone.save_id, alone.target) == (save.save_id, save.target)
         look = watch.look()
         assert [one.save.save_id for one in look.saves] == [save.save_id]
         gate.open()

@@ -53,10 +53,11 @@ class FailingWrite:
         raise OSError(msg)
 
 
+GENTLE = WriteSlots(nice=5)
 STATE = {"weight": torch.arange(6.0)}
 
 
-@pytest.mark.parametrize(("slots", "nice"), [({}, 10), ({"nice": 3}, 3), ({"nice": 0}, 0)])
+@pytest.mark.parametrize(("slots", "nice"), [({}, 0), ({"nice": 3}, 3), ({"nice": 19}, 19)])
 def test_a_save_in_the_background_writes_at_a_lower_priority(
     tmp_path: Path, seen: list[int], slots: dict[str, int], nice: int
 ) -> None:
@@ -72,7 +73,7 @@ def test_a_save_in_the_background_writes_at_a_lower_priority(
 def test_training_keeps_its_priority(tmp_path: Path) -> None:
     before = nice_of_thread()
     for step in (1, 2):
-        writer = HFDualWriter(tmp_path / f"step-{step}")
+        writer = HFDualWriter(tmp_path / f"step-{step}", slots=GENTLE)
         dcp.async_save(STATE, storage_writer=writer).result()
     assert nice_of_thread() == before
 
@@ -80,13 +81,13 @@ def test_training_keeps_its_priority(tmp_path: Path) -> None:
 def test_a_synchronous_save_writes_in_the_thread_of_its_caller(
     tmp_path: Path, seen: list[int]
 ) -> None:
-    dcp.save(STATE, storage_writer=HFDualWriter(tmp_path / "step-1"))
+    dcp.save(STATE, storage_writer=HFDualWriter(tmp_path / "step-1", slots=GENTLE))
     assert seen == [0]
 
 
 def test_a_writer_of_the_user_runs_at_the_usual_priority(tmp_path: Path, seen: list[int]) -> None:
     given = FileSystemWriter(tmp_path / "unused")
-    writer = HFDualWriter(tmp_path / "step-1", dcp_writer=given)
+    writer = HFDualWriter(tmp_path / "step-1", dcp_writer=given, slots=GENTLE)
     dcp.async_save(STATE, storage_writer=writer).result()
     assert seen == [0]
 

@@ -48,7 +48,8 @@ class SavesOnStore:
         """
         patience = Patience(time.monotonic() + _LOOK_S)
         keys = {facts.key for facts in self._store.objects("", patience=patience)}
-        places = (key[: -len(RECORD_NAME)] for key in keys if key.endswith(f"/{RECORD_NAME}"))
+        # The URL may be that of a run, or of one checkpoint that is being made.
+        places = (key[: -len(RECORD_NAME)] for key in keys if f"/{key}".endswith(f"/{RECORD_NAME}"))
         found = [
             self._save_in(below, keys, patience)
             for below in places
@@ -62,7 +63,7 @@ class SavesOnStore:
         record = StoreRecord.read(self._store, patience, below=below)
         if record is None or record.is_over:
             return None
-        path = f"{self.root}/{below.rstrip('/')}"
+        path = f"{self.root}/{below}".rstrip("/")
         names = [key for key in keys if key.startswith(below)]
         beats = [
             self._heartbeat(name, patience)
@@ -106,4 +107,5 @@ class SavesOnStore:
         )
 
     def _below(self, path: str) -> str:
-        return f"{path[len(self.root) :].strip('/')}/"
+        part = path[len(self.root) :].strip("/")
+        return f"{part}/" if part else ""

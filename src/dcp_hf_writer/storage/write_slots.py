@@ -98,11 +98,12 @@ class WriteSlots:
     """
     timeout_s: float | None = None
     """Longest wait for a slot, in seconds; `None`: only the deadline of the save limits it."""
-    nice: int = 10
+    nice: int = 0
     """By how much the nice value of a thread that writes is above that of training, 0 to 19.
 
     Only in the background (`async_save`) and on file systems. Training then keeps its processor
-    time. If other processes keep all processors busy, a save with 10 still gets a tenth of one.
+    time. If other processes keep all processors busy, a thread of low priority may hold Python's
+    lock for longer, so the default is 0.
     """
 
     def __post_init__(self) -> None:
