@@ -20,6 +20,7 @@ from support.faults import Strike
 from support.mounts import CLONING, join_mounts, make_image, mount_image, why_not_image
 from support.processes import FreshProcess, in_fresh_process
 from support.ranks import run_ranks
+from support.refusing_clones import RefusingClones
 from support.reused_steps import (
     WEIGHT_NBYTES,
     check_as_written,
@@ -124,20 +125,6 @@ def save_sharded(rank: int, world_size: int, image: Path, root: Path) -> None:
 
 def test_ranks_reuse_a_step_that_reused_one(xfs: Path, tmp_path: Path) -> None:
     run_ranks(save_sharded, 2, xfs, tmp_path / "root", timeout_s=100)
-
-
-class RefusingClones:
-    """Lets the first clones pass and refuses the next one, as a file system may."""
-
-    def __init__(self, number: int, *, after: int) -> None:
-        self.calls, self._number, self._after = 0, number, after
-        self._ioctl = fcntl.ioctl
-
-    def __call__(self, *args: Any) -> Any:
-        self.calls += 1
-        if self.calls > self._after:
-            raise OSError(self._number, os.strerror(self._number))
-        return self._ioctl(*args)
 
 
 def save_with_refusals(image: Path, root: Path) -> None:
