@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "performance.md"
 TIMEOUT_S = 400
+NOT_MEASURED = (
+    "`python benchmarks/performance_page.py --work results` measures this table"
+    " and writes it here.\n"
+)
 RANKS = (1, 2, 4)
 CONTENDERS = "ours,torch,torch_id,torch_cached,floor"
 _XFS_GIB = 8
@@ -201,7 +205,7 @@ def saves_block(results: dict[str, Any], all_parts: list[Part]) -> str:
         shown = [seconds(bar.seconds[name]) for name in PHASES]
         phases.append([*where, *shown, seconds(bar.rest_s), seconds(bar.total_s)])
     if not ran:
-        return "Not measured.\n"
+        return NOT_MEASURED
     facts = results[ran[0].name]
     same = [re.sub(r"--ranks \d+", "--ranks N", part.command()) for part in ran]
     commands = "\n".join(f"    {command}" for command in dict.fromkeys(same))
@@ -235,13 +239,13 @@ def overhead_block(results: dict[str, Any], all_parts: list[Part]) -> str:
             found = overhead.from_json(facts)
             shown.append(f"{said(facts, part.command())}\n{table(overhead.rows(found))}")
     picture = "![training steps beside saves](overhead.png)\n"
-    return "\n".join([*shown, picture]) if shown else "Not measured.\n"
+    return "\n".join([*shown, picture]) if shown else NOT_MEASURED
 
 
 def scaling_block(results: dict[str, Any], all_parts: list[Part]) -> str:
     """Return the table of curves."""
     if "scaling" not in results:
-        return "Not measured.\n"
+        return NOT_MEASURED
     (part,) = (part for part in all_parts if part.name == "scaling")
     facts = results["scaling"]
     curves, found = scaling.from_json(facts)

@@ -29,18 +29,20 @@ from dcp_hf_writer.save.announced_save import own_part, planned_target
 from dcp_hf_writer.save.async_stager import SlabStager
 from dcp_hf_writer.save.begin_save import begin_save
 from dcp_hf_writer.save.choose_target import choose_target
-from dcp_hf_writer.save.dcp_half import prepare_dcp
 from dcp_hf_writer.save.finish_phase import FinishPhase
 from dcp_hf_writer.save.finished_save import as_report_hooks
+from dcp_hf_writer.save.kept_plans import KEPT_PLANS
 from dcp_hf_writer.save.mirror_jobs import wait_for_mirrors
 from dcp_hf_writer.save.mirror_to import MirrorTo, as_mirror
 from dcp_hf_writer.save.owner_process import new_save_id
 from dcp_hf_writer.save.places_of_steps import PlacesOfSteps
+from dcp_hf_writer.save.plan_save import plan_save
 from dcp_hf_writer.save.planned_export import export_of, plan_or_leave_out
 from dcp_hf_writer.save.posix_target import LocalOptions
 from dcp_hf_writer.save.rank_progress import MEETING, Announcement
 from dcp_hf_writer.save.save_context import Membership, RankView, SentFacts
 from dcp_hf_writer.save.save_target import RankWrites, SaveTarget
+from dcp_hf_writer.save.sent_export import PARCELS
 from dcp_hf_writer.save.writer_saves import WriterSaves, tells
 from dcp_hf_writer.staging.staged_state_dict import refuse_failed
 from dcp_hf_writer.storage.output_place import check_output_place
@@ -274,6 +276,7 @@ class HFDualWriter(StorageWriter, SlabStager):
             names=names,
             weights=self.weights,
         )
+        facts = KEPT_PLANS.with_digest(facts, plan, attempt.view.planned.planner, rank=attempt.rank)
         error = rank_facts.export_fault(attempt.view, self.export, names, rank=attempt.rank)
         if error is not None:
             attempt.leave_out_export(error)
@@ -345,25 +348,14 @@ class HFDualWriter(StorageWriter, SlabStager):
     def _plan(
         self, whole: list[SavePlan], export: HFExport | None, assets: export_assets.Assets | None
     ) -> tuple[global_plan.GlobalPlan, list[SavePlan] | None]:
-        """Return the global plan and each rank's plan; `None` for these if the ranks have them."""
-        with self._current().timed("plan"):
-            file_of_key = None if assets is None else assets.file_of_key
-            architecture = None if assets is None else assets.architecture
-            options = global_plan.options_fingerprint(export, file_of_key, architecture)
-            options += f" {type(self.dcp_writer).__qualname__} {self.weights}"
-            known = PLAN_CACHE.delivered(whole, options)
-            if known is not None:
-                return known, None
-            known = global_plan.plan_globally(
-                whole,
-                export,
-                options=options,
-                file_of_key=file_of_key,
-                architecture=architecture,
-                once=self._once,
-            )
-            prepared = prepare_dcp(whole, self.dcp_writer, self._current().target)
-            return known, global_plan.rank_plans(known, prepared)
+        return plan_save(
+            self._current(),
+            whole,
+            export,
+            assets,
+            dcp_writer=self.dcp_writer,
+            weights=self.weights,
+        )
 
     @tells
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
@@ -487,15 +479,18 @@ class HFDualWriter(StorageWriter, SlabStager):
         # The parent of a checkpointer process reports its saves.
         state = {**self.__dict__, "report_to": ()}
         if self.export is not None:
-            sent = export_assets.to_send(self.export, self._assets_error)
-            state["export"], state["_assets"], state["_assets_error"] = sent
+            sent, assets, error = export_assets.to_send(self.export, self._assets_error)
+            state["export"] = PARCELS.parcel(self.export, sent, assets)
+            state["_assets_error"] = error
         for name in ("process_group", "_copies", "_lease"):
             state[name] = None
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle in a checkpointer process, which saves with its default process group."""
-        assets = state.pop("_assets", None)
         self.__dict__.update(state)
-        if self.export is not None and assets is not None:
-            export_assets.preset(self.export, assets)
+        sent = state["export"]
+        if sent is not None:
+            self.export = sent.export
+            if sent.assets is not None:
+                export_assets.preset(sent.export, sent.assets)

@@ -95,7 +95,7 @@ def test_the_tables_of_saves_have_a_row_for_each_run_that_is_there() -> None:
         in block
     )
     assert block.count("    python benchmarks/save.py --gib 0.05 --ranks N") == 1
-    assert page.saves_block({}, all_parts) == "Not measured.\n"
+    assert page.saves_block({}, all_parts) == page.NOT_MEASURED
 
 
 def test_a_machine_is_named_without_the_file_system() -> None:

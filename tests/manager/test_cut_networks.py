@@ -50,6 +50,7 @@ def tell_and_leave(rank: int, hosts: tuple[Host, Host], root: Path, path: Path) 
     os._exit(0)
 
 
+@pytest.mark.slow
 def test_both_ranks_are_told_by_the_deadline_when_the_network_is_cut(tmp_path: Path) -> None:
     reason = why_no_hosts(tmp_path)
     if reason is not None:

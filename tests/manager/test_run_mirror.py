@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import shutil
 import time
@@ -62,11 +63,13 @@ class MirroredRun:
         """Wait until the mirror holds these steps and nothing else: its retention takes a while."""
         until = time.monotonic() + WAIT_S
         run = storage_of(self.store)
-        while {name for name in run.tree() if name.startswith("step-")} != set(steps):
-            if time.monotonic() > until:
-                return False
+        while time.monotonic() < until:
+            # A key may be deleted between the listing and the reading of its content.
+            with contextlib.suppress(FileNotFoundError):
+                if {name for name in run.tree() if name.startswith("step-")} == set(steps):
+                    return True
             time.sleep(0.1)
-        return True
+        return False
 
     def files(self, step: int) -> dict[str, bytes]:
         """Return the files of a local step."""

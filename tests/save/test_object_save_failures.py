@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 RECORD = ".dcp-hf-save.json"
 MANIFEST = "dcp-hf.json"
+DIGESTS_FILE = "dcp-hf/digests-00000.safetensors"
 
 OF_THE_COORDINATOR = ("directory made", "headers written", "before manifest", "before rename")
 OF_EVERY_RANK = ("local plan", "mid dcp", "before fsync", "after fsync", "before report")
@@ -290,7 +291,12 @@ def test_failure_of_own_tensors_does_not_cost_the_dcp_half(store: Store, tmp_pat
     assert error is not None
     assert error.startswith(ExportError.__name__)
     assert "injected at mid exchange" in error
-    assert sorted(store.files("step-1")) == [".metadata", "__0_0.distcp", MANIFEST]
+    assert sorted(store.files("step-1")) == [
+        ".metadata",
+        "__0_0.distcp",
+        MANIFEST,
+        DIGESTS_FILE,
+    ]
 
 
 def test_failed_export_publishes_nothing_when_only_it_has_the_weights(

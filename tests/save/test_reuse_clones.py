@@ -20,6 +20,7 @@ from support.faults import Strike
 from support.mounts import CLONING, join_mounts, make_image, mount_image, why_not_image
 from support.processes import FreshProcess, in_fresh_process
 from support.ranks import run_ranks
+from support.refusing_clones import RefusingClones
 from support.reused_steps import (
     WEIGHT_NBYTES,
     check_as_written,
@@ -93,6 +94,8 @@ def save_alone(image: Path, root: Path) -> None:
     assert verify(step).ok
 
 
+# XFS gives speculative space back late on a busy machine, so the space taken is measured apart.
+@pytest.mark.slow
 def test_equal_blocks_of_both_halves_are_cloned(image: Path, tmp_path: Path) -> None:
     in_fresh_process(save_alone, image, tmp_path / "root", timeout_s=100)
 
@@ -111,9 +114,8 @@ def save_sharded(rank: int, world_size: int, image: Path, root: Path) -> None:
     if rank == 0:
         for path in sorted((root / "plain").rglob("*.*")):
             found = root / "step-3" / path.relative_to(root / "plain")
-            assert path.name in {".metadata", "dcp-hf.json"} or (
-                path.read_bytes() == found.read_bytes()
-            ), path
+            is_record = path.name == ".metadata" or path.name.startswith(("dcp-hf", "digests"))
+            assert is_record or path.read_bytes() == found.read_bytes(), path
         assert is_linked(root / "step-3", root / "step-1") == [True, True, False]
         shutil.rmtree(root / "step-2")
         assert verify(root / "step-1").ok
@@ -123,20 +125,6 @@ def save_sharded(rank: int, world_size: int, image: Path, root: Path) -> None:
 
 def test_ranks_reuse_a_step_that_reused_one(xfs: Path, tmp_path: Path) -> None:
     run_ranks(save_sharded, 2, xfs, tmp_path / "root", timeout_s=100)
-
-
-class RefusingClones:
-    """Lets the first clones pass and refuses the next one, as a file system may."""
-
-    def __init__(self, number: int, *, after: int) -> None:
-        self.calls, self._number, self._after = 0, number, after
-        self._ioctl = fcntl.ioctl
-
-    def __call__(self, *args: Any) -> Any:
-        self.calls += 1
-        if self.calls > self._after:
-            raise OSError(self._number, os.strerror(self._number))
-        return self._ioctl(*args)
 
 
 def save_with_refusals(image: Path, root: Path) -> None:

@@ -28,6 +28,7 @@ from support.faults import Strike
 from support.mounts import CLONING, join_mounts, make_image, mount_image, why_not_image
 from support.processes import FreshProcess, in_fresh_process
 from support.ranks import run_ranks
+from support.refusing_clones import RefusingClones
 from support.stock_readers import load_dcp, load_hf
 
 MIB = 1 << 20
@@ -197,20 +198,6 @@ def save_with_casts(image: Path, root: Path) -> None:
 
 def test_only_bytes_that_both_halves_store_are_shared(image: Path, tmp_path: Path) -> None:
     in_fresh_process(save_with_casts, image, tmp_path / "root", timeout_s=100)
-
-
-class RefusingClones:
-    """Lets the first clones pass and refuses the next one, as a file system may."""
-
-    def __init__(self, number: int, *, after: int) -> None:
-        self.calls, self._number, self._after = 0, number, after
-        self._ioctl = fcntl.ioctl
-
-    def __call__(self, *args: Any) -> Any:
-        self.calls += 1
-        if self.calls > self._after:
-            raise OSError(self._number, os.strerror(self._number))
-        return self._ioctl(*args)
 
 
 def save_with_refusals(image: Path, root: Path, number: int) -> None:

@@ -97,7 +97,7 @@ def resident() -> int:
 
 def test_memory_that_cannot_be_had_is_an_error_of_staging() -> None:
     before = memory_files()
-    with pytest.raises(StagingError, match=f"{1 << 62} bytes of shared memory"):
+    with pytest.raises(StagingError, match=f"expected {1 << 62} bytes free"):
         Slab(1 << 62)
     gc.collect()
     assert memory_files() == before

@@ -223,7 +223,7 @@ class _Check:
     def export_apart(self, storage_options: Mapping[str, Any] | None) -> _Check | None:
         """Return the check of the export if it lies apart; `None` if the manifest names none."""
         manifest = self._manifest
-        if manifest is None or manifest.other_half is None or self._holds_export_only(manifest):
+        if manifest is None or manifest.other_half is None or manifest.is_export_alone:
             return None
         files = open_other_half(manifest.other_half, storage_options)
         return _Check(files, files.path)
@@ -265,14 +265,11 @@ class _Check:
         except CheckpointError as error:
             self._problems.append(Problem.of(error, MANIFEST_NAME))
 
-    @staticmethod
-    def _holds_export_only(manifest: Manifest) -> bool:
-        return manifest.other_half is not None and manifest.other_half.holds == "dcp"
-
     def _read_metadata(self) -> None:
         if METADATA_NAME not in self._sizes:
-            is_whole = self._manifest is not None and not self._holds_export_only(self._manifest)
-            if is_whole and self._manifest and METADATA_NAME not in self._manifest.files:
+            manifest = self._manifest
+            has_dcp = manifest is not None and not manifest.is_export_alone
+            if manifest is not None and has_dcp and METADATA_NAME not in manifest.files:
                 what = "the checkpoint has no DCP metadata"
                 self._problems.append(Problem(file=METADATA_NAME, what=what))
             return

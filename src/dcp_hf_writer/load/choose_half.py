@@ -131,7 +131,7 @@ def _export_apart(
         ReadError: If it is not there.
         CorruptCheckpointError: If its place holds another save.
     """
-    if manifest is None or manifest.other_half is None or manifest.other_half.holds != "hf":
+    if manifest is None or manifest.other_half is None or manifest.is_export_alone:
         return None
     files = open_other_half(manifest.other_half, storage_options)
     found = manifest_of(files)

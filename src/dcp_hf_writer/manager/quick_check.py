@@ -164,7 +164,7 @@ def _listed_in(files: InputFiles, manifest: Manifest) -> _Listed | str:
         return problem
     other = manifest.other_half
     facts = StoredFacts(
-        "hf" if other is not None and other.holds == "dcp" else "manifest",
+        "hf" if manifest.is_export_alone else "manifest",
         manifest.save_id,
         manifest.world_size,
         None if manifest.hf is None else manifest.hf.subdir,

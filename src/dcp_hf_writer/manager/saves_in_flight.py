@@ -13,11 +13,9 @@ from dcp_hf_writer.formats.names_on_disk import (
     MANIFEST_NAME,
     RECORD_NAME,
 )
-from dcp_hf_writer.save.heartbeat import Heartbeat
+from dcp_hf_writer.save.heartbeat import MAX_HEARTBEAT_NBYTES, Heartbeat
 from dcp_hf_writer.save.owner_process import Owner, OwnerState, owner_state
 from dcp_hf_writer.save.replace_target import read_json
-
-_MAX_HEARTBEAT_NBYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +126,7 @@ def _heartbeats(path: str, save_id: str) -> tuple[Heartbeat, ...]:
 def _heartbeat(path: str) -> Heartbeat | None:
     try:
         with open(path, "rb") as file:
-            return Heartbeat.from_bytes(file.read(_MAX_HEARTBEAT_NBYTES))
+            return Heartbeat.from_bytes(file.read(MAX_HEARTBEAT_NBYTES))
     except OSError:
         return None
 

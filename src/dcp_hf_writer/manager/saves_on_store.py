@@ -9,7 +9,7 @@ from dcp_hf_writer.errors import CorruptCheckpointError
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, RECORD_NAME, rank_of_heartbeat
 from dcp_hf_writer.manager.saves_in_flight import PublishedSave, SaveInFlight
 from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
-from dcp_hf_writer.save.heartbeat import Heartbeat
+from dcp_hf_writer.save.heartbeat import MAX_HEARTBEAT_NBYTES, Heartbeat
 from dcp_hf_writer.save.store_record import StoreRecord
 from dcp_hf_writer.storage.object_contract import Patience
 from dcp_hf_writer.storage.open_store import open_store
@@ -18,7 +18,6 @@ from dcp_hf_writer.storage.store_urls import shown_url
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
 
-_MAX_HEARTBEAT_NBYTES = 1 << 20
 # Seconds for one look, all its requests together.
 _LOOK_S = 60.0
 
@@ -74,7 +73,7 @@ class SavesOnStore:
         return SaveInFlight(record.save_id, path, path, record.owner, mine)
 
     def _heartbeat(self, key: str, patience: Patience) -> Heartbeat | None:
-        data = self._store.read(key, max_nbytes=_MAX_HEARTBEAT_NBYTES, patience=patience)
+        data = self._store.read(key, max_nbytes=MAX_HEARTBEAT_NBYTES, patience=patience)
         return None if data is None else Heartbeat.from_bytes(data)
 
     def is_there(self, save: SaveInFlight) -> bool:

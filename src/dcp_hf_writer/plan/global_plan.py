@@ -61,6 +61,10 @@ class LocalFacts:
     """Path that the rank saves to; out of date in a plan from DCP's plan cache."""
     options: str = ""
     """Options that all ranks must share, as text; out of date in a plan from DCP's plan cache."""
+    digest: str = ""
+    """Digest of the plan and of the facts that the global plan depends on; `""` without one."""
+    kept: tuple[str, ...] = ()
+    """Ids of the global plans of which the rank still has its part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +98,16 @@ class RankPlan:
     def host_size(self) -> int:
         """Number of ranks of the same host."""
         return len(self.host_ranks)
+
+
+@dataclass(frozen=True, slots=True)
+class KeptPart:
+    """Stands for a `RankPlan` that the rank has kept from an earlier save."""
+
+    dcp: Any
+    """`storage_data` of the DCP writer."""
+    plan_id: str
+    """Id of the global plan."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +152,14 @@ class GlobalPlan:
     """Name within the model of each tensor of the model, by FQN; empty without an export."""
     left_out: tuple[str, ...] = ()
     """Tensors outside the model, which the export leaves out: the texts of `left_out_of_model`."""
+
+    def without_chunks(self) -> GlobalPlan:
+        """Return what a later save with the same layout needs; the plans and chunks are large."""
+        tensors = {
+            fqn: PlannedTensor(tensor.data, tensor.path, [], [], [])
+            for fqn, tensor in self.tensors.items()
+        }
+        return replace(self, plans=[], tensors=tensors)
 
 
 def plan_globally(

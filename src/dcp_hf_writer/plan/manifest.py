@@ -156,6 +156,11 @@ class Manifest:
     other_half: OtherHalf | None = None
     """Where the other half lies, if the halves lie apart; `files` and `sizes` leave it out."""
 
+    @property
+    def is_export_alone(self) -> bool:
+        """Whether this place holds the export only, and the DCP half lies apart."""
+        return self.other_half is not None and self.other_half.holds == "dcp"
+
     def sizes(self) -> dict[str, int]:
         """Return the size of every file but the manifest, by path within the checkpoint."""
         sizes = {name: file.nbytes for name, file in self.files.items()}

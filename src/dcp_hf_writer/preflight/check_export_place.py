@@ -10,7 +10,7 @@ from dcp_hf_writer.save.export_place import ExportPlace
 from dcp_hf_writer.save.store_access import StoreAccess
 from dcp_hf_writer.storage.output_place import check_output_place
 from dcp_hf_writer.storage.paths_as_written import plain_path
-from dcp_hf_writer.storage.store_urls import is_url, shown_url
+from dcp_hf_writer.storage.store_urls import is_url
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -32,12 +32,12 @@ def export_place(options: Mapping[str, Any]) -> ExportPlace | None:
     if export is None or export.path is None:
         return None
     path, target = target_path(export.path), target_path(options["path"])
-    _check_others(options, shown_url(path) if is_url(path) else path)
     given = export.storage_options
     if given is None:
         given = options["storage_options"] if is_url(path) else None
     access = StoreAccess(given)
     place = ExportPlace(access.note(path), access)
+    _check_others(options, place.path)
     place.check_apart(target)
     if not is_url(path):
         check_no_storage_options(given)

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.save.failure_explanations import explain_broken_exchange
+from dcp_hf_writer.save.wait_for_ranks import wait_for_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence
@@ -25,13 +25,6 @@ if TYPE_CHECKING:
     from dcp_hf_writer.save.rank_progress import Rendezvous
 
 _log = logging.getLogger(__name__)
-
-# A rank asks the store again after this part of the time that it has waited, so that many ranks do
-# not keep the store busy, and a short wait stays short.
-_PART_OF_WAIT = 0.1
-_SHORTEST_PAUSE_S = 0.001
-_LONGEST_PAUSE_S = 0.5
-_LOOK_S = 0.5
 
 _DECISION = "decision"
 
@@ -85,27 +78,14 @@ def _numbers(store: Any, key: str) -> frozenset[int]:
 
 
 def _await(attempt: Attempt, records: Rendezvous, store: Any, keys: Sequence[str]) -> None:
-    """Wait until all keys are in the store.
-
-    Raises:
-        RankLostError: If they are not by the deadline.
-        SaveAbortedError: If a rank failed before.
-    """
-    began = look_at = time.monotonic()
-    while not store.check(list(keys)):
-        if not attempt.context.left_s():
-            msg = "a rank did not compare its bytes with the earlier checkpoint"
-            raise explain_broken_exchange(attempt, TimeoutError(msg))
-        attempt.check()
-        now = time.monotonic()
-        if now > look_at + _LOOK_S:
-            failed = records.failed_ranks(attempt.member.count)
-            if failed:
-                msg = f"{', '.join(failed)} failed before the comparison ended"
-                raise explain_broken_exchange(attempt, RuntimeError(msg))
-            look_at = time.monotonic()
-        pause_s = (now - began) * _PART_OF_WAIT
-        time.sleep(min(max(pause_s, _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S))
+    """Wait until all keys are in the store; see `wait_for_ranks`."""
+    wait_for_ranks(
+        attempt,
+        records,
+        lambda: bool(store.check(list(keys))),
+        late="a rank did not compare its bytes with the earlier checkpoint",
+        round_name="the comparison ended",
+    )
 
 
 def _forget(store: Any, keys: Sequence[str]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import PlanningError
-from dcp_hf_writer.plan.global_plan import RankPlan
+from dcp_hf_writer.plan.global_plan import KeptPart, RankPlan
+from dcp_hf_writer.save.kept_plans import KEPT_PLANS
 from dcp_hf_writer.save.rank_progress import MEETING
 from dcp_hf_writer.save.save_target import SaveTarget
 
@@ -24,10 +25,11 @@ def own_part(plan: SavePlan, *, rank: int) -> RankPlan:
     """Return this rank's part of the global plan, from the plan that torch passes on.
 
     Raises:
-        PlanningError: If the plan was made by another writer.
+        PlanningError: If the plan was made by another writer, or names a part that this rank has
+            not kept.
     """
     own = plan.storage_data
-    if not isinstance(own, RankPlan):
+    if not isinstance(own, (RankPlan, KeptPart)):
         msg = "DCP gave this rank a plan that HFDualWriter did not make"
         raise PlanningError(
             msg,
@@ -36,7 +38,7 @@ def own_part(plan: SavePlan, *, rank: int) -> RankPlan:
             found=type(own).__name__,
             hint="with enable_plan_caching, use a planner that no other writer has used",
         )
-    return own
+    return KEPT_PLANS.take(own, rank=rank)
 
 
 def planned_target(

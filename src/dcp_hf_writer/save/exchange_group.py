@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import AllgatherOptions, PrefixStore  # type: ignore[attr-defined]
 
 from dcp_hf_writer.save.failure_explanations import explain_broken_exchange
+from dcp_hf_writer.save.wait_for_ranks import wait_for_ranks
 from dcp_hf_writer.torch_seam.default_store import default_store
 from dcp_hf_writer.torch_seam.unsupported_torch import unsupported_torch
 
@@ -39,13 +39,6 @@ if TYPE_CHECKING:
     Numbers = npt.NDArray[np.int64]
 
 _log = logging.getLogger(__name__)
-
-_POLL_S = 0.01
-
-# Seconds between two looks for ranks that failed, for each rank of the save: a look takes one
-# request for each rank, and all ranks look.
-_LOOK_S_OF_RANK = 0.005
-_SHORTEST_LOOK_S = 0.5
 
 # gloo needs some time limit, and less than this would not let it begin.
 _SHORTEST_WAIT_S = 0.001
@@ -243,7 +236,13 @@ def _meet(attempt: Attempt, records: Rendezvous, save_id: str) -> _Kept:
         if kept is not None:
             store.add(f"kept/{kept.name}", 1)
         store.add("arrived", 1)
-        _await_all(attempt, records, store)
+        wait_for_ranks(
+            attempt,
+            records,
+            lambda: bool(store.add("arrived", 0) >= member.world_size),
+            late="a rank did not come to the exchange",
+            round_name="the exchange",
+        )
         if kept is not None and store.add(f"kept/{kept.name}", 0) == member.world_size:
             return kept
         if member.is_coordinator:
@@ -281,26 +280,3 @@ def _gloo(store: Any, rank: int, size: int, limit: timedelta) -> Any:
             hint='use a build of torch with gloo, or pass strategy="direct"',
         )
     return make(store, rank, size, limit)
-
-
-def _await_all(attempt: Attempt, records: Rendezvous, store: Any) -> None:
-    """Wait until all ranks have arrived.
-
-    Raises:
-        RankLostError: If they do not arrive by the deadline.
-        SaveAbortedError: If one of them failed before it arrived.
-    """
-    every_s = max(_SHORTEST_LOOK_S, _LOOK_S_OF_RANK * attempt.member.world_size)
-    look_at = time.monotonic() + every_s
-    while store.add("arrived", 0) < attempt.member.world_size:
-        if not attempt.context.left_s():
-            msg = "a rank did not come to the exchange"
-            raise explain_broken_exchange(attempt, TimeoutError(msg))
-        attempt.check()
-        if time.monotonic() > look_at:
-            failed = records.failed_ranks(attempt.member.count)
-            if failed:
-                msg = f"{', '.join(failed)} failed before the exchange"
-                raise explain_broken_exchange(attempt, RuntimeError(msg))
-            look_at = time.monotonic() + every_s
-        time.sleep(_POLL_S)

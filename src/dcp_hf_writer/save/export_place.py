@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import ConfigError
-from dcp_hf_writer.storage.store_urls import shown_url
+from dcp_hf_writer.storage.store_urls import is_url, shown_url
 
 if TYPE_CHECKING:
     from dcp_hf_writer.save.store_access import StoreAccess
@@ -54,7 +54,7 @@ class ExportPlace:
         Raises:
             ConfigError: If one does.
         """
-        one, two = f"{self.path}/", f"{shown_url(target) if '://' in target else target}/"
+        one, two = f"{self.path}/", f"{shown_url(target) if is_url(target) else target}/"
         if one.startswith(two) or two.startswith(one):
             msg = "HFExport(path=...) and the path of the writer lie within each other"
             hint = "leave path out: the export goes into the checkpoint"

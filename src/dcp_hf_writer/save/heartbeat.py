@@ -24,6 +24,9 @@ _log = logging.getLogger(__name__)
 
 VERSION = 1
 
+MAX_HEARTBEAT_NBYTES = 1 << 20
+"""Readers read no more of a heartbeat, whatever lies in its place."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pace:

@@ -340,13 +340,11 @@ class WritePhase:
 
     def _jobs(self, files: Sequence[int], *, is_dcp_last: bool) -> list[int | None]:
         """Return this rank's files in rotated order; `None` stands for its DCP file."""
-        if self.half == "hf":
-            start = self.own.host_rank * len(files) // max(self.own.host_size, 1)
-            return [*files[start:], *files[:start]]
-        jobs: list[int | None] = [*files] if is_dcp_last else [None, *files]
+        own_dcp: list[int | None] = [] if self.half == "hf" else [None]
+        jobs: list[int | None] = [*files] if is_dcp_last else [*own_dcp, *files]
         start = self.own.host_rank * len(jobs) // max(self.own.host_size, 1)
         rotated = jobs[start:] + jobs[:start]
-        return [*rotated, None] if is_dcp_last else rotated
+        return [*rotated, *own_dcp] if is_dcp_last else rotated
 
     def _shared_block_nbytes(self) -> int | None:
         """Return the size of the disk blocks that the halves share; `None` if they share none."""

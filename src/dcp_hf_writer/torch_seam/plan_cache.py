@@ -187,10 +187,15 @@ def is_from_cache(plans: Iterable[SavePlan]) -> bool:
     return any(id(plan) in kept for plan in plans)
 
 
+def uses_cache(planner: SavePlanner) -> bool:
+    """Whether a planner uses torch's plan caches."""
+    return bool(getattr(planner, "_enable_plan_caching", False))
+
+
 def without_cache(planner: SavePlanner) -> SavePlanner:
     """Return a copy of a planner that neither reads torch's caches nor writes to them."""
     fresh = copy.copy(planner)
-    if getattr(fresh, "_enable_plan_caching", False):
+    if uses_cache(fresh):
         fresh._enable_plan_caching = False  # type: ignore[attr-defined]  # noqa: SLF001
     return fresh
 
