@@ -6,13 +6,13 @@ No collective runs: a record waits for nobody, and a wait here names the rank th
 from __future__ import annotations
 
 import json
-import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import CheckpointError
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.save.failure_explanations import explain_broken_exchange
+from dcp_hf_writer.save.wait_for_ranks import wait_for_ranks
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -20,14 +20,6 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.global_plan import RankPlan
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.rank_progress import Rendezvous
-
-_FIRST_POLL_S = 0.0005
-_LONGEST_POLL_S = 0.02
-
-# Seconds between two looks for ranks that are gone, for each rank of the host: a look takes one
-# request for each of them.
-_LOOK_S_OF_RANK = 0.005
-_SHORTEST_LOOK_S = 0.25
 
 
 class HostMeeting:
@@ -85,38 +77,25 @@ class HostMeeting:
         except CheckpointError:
             # Some of our own errors are RuntimeErrors too.
             raise
-        except (RuntimeError, TimeoutError) as error:
+        except RuntimeError as error:
             raise explain_broken_exchange(self._attempt, error) from error
 
     def _gather(self, what: str, mine: Any) -> list[Any]:
         self._store.set(f"{what}/{self.me}", json.dumps(mine))
         self._store.add(what, 1)
         self._steps.append(what)
-        self._await_all(what)
+        wait_for_ranks(
+            self._attempt,
+            self._records,
+            lambda: self._store.add(what, 0) == len(self._ranks),
+            late="a rank of this host did not say where its columns are",
+            round_name="the ranks of the host met",
+            among=self._ranks,
+        )
         return [
             mine if index == self.me else json.loads(self._store.get(f"{what}/{index}"))
             for index in range(len(self._ranks))
         ]
-
-    def _await_all(self, what: str) -> None:
-        pause_s, every_s = _FIRST_POLL_S, max(_SHORTEST_LOOK_S, _LOOK_S_OF_RANK * len(self._ranks))
-        look_at = time.monotonic() + every_s
-        while self._store.add(what, 0) < len(self._ranks):
-            if not self._attempt.context.left_s():
-                msg = "a rank of this host did not say where its columns are"
-                raise TimeoutError(msg)
-            self._attempt.check()
-            if time.monotonic() > look_at:
-                self._look()
-                look_at = time.monotonic() + every_s
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_POLL_S)
-
-    def _look(self) -> None:
-        gone = self._records.gone_ranks(self._attempt.member.count, self._ranks)
-        if gone:
-            msg = f"{', '.join(gone)} failed before the ranks of the host met"
-            raise RuntimeError(msg)
 
     def leave(self) -> None:
         """Say that this rank has read all records; the last rank to leave removes them."""

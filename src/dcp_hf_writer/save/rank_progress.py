@@ -196,27 +196,16 @@ class Rendezvous:
             return None
         return f"rank {one['rank']} ({one['host']}, pid {one['pid']}): {one['why']}"
 
-    def failed_ranks(self, count: int) -> list[str]:
-        """Return the other ranks that have failed in a save, as text.
-
-        Args:
-            count: The save, as this rank counts saves.
-        """
-        return [
-            f"rank {rank} ({one.host}, pid {one.pid})"
-            for rank, one in self.progress().items()
-            if rank != self._me and one is not None and one.count == count and one.phase == "failed"
-        ]
-
-    def gone_ranks(self, count: int, ranks: Sequence[int]) -> list[str]:
+    def failed_ranks(self, count: int, ranks: Sequence[int] | None = None) -> list[str]:
         """Return the ranks that have failed in a save, or whose process is gone, as text.
 
         Args:
             count: The save, as this rank counts saves.
-            ranks: Ranks within the process group of the save, all on this host.
+            ranks: Ranks within the process group of the save; `None` stands for all.
         """
         found = []
-        for rank, one in self.progress([self._members[rank] for rank in ranks]).items():
+        asked = None if ranks is None else [self._members[rank] for rank in ranks]
+        for rank, one in self.progress(asked).items():
             if rank == self._me or one is None:
                 continue
             process = Owner.from_json(one.process)

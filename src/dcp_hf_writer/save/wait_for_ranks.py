@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from dcp_hf_writer.save.failure_explanations import explain_broken_exchange
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.rank_progress import Rendezvous
@@ -19,7 +19,7 @@ _PART_OF_WAIT = 0.1
 _SHORTEST_PAUSE_S = 0.001
 _LONGEST_PAUSE_S = 0.5
 
-# Seconds between two looks for ranks that have failed. A look reads a record of every rank, so it
+# Seconds between two looks for ranks that have failed. A look reads a record of each rank, so it
 # comes less often where there are many.
 _LOOK_S_OF_RANK = 0.005
 _SHORTEST_LOOK_S = 0.5
@@ -32,6 +32,7 @@ def wait_for_ranks(
     *,
     late: str,
     round_name: str,
+    among: Sequence[int] | None = None,
 ) -> None:
     """Wait until the records of a round are there.
 
@@ -41,13 +42,15 @@ def wait_for_ranks(
         are_there: Asks the store for the records; called again and again.
         late: What a rank did not do if the deadline passes, for the error.
         round_name: What the ranks meet for, for the error.
+        among: Ranks within the process group of the save that take part; `None` stands for all.
 
     Raises:
         RankLostError: If they are not there by the deadline.
         SaveAbortedError: If a rank failed before.
         RuntimeError: If the store fails.
     """
-    every_s = max(_SHORTEST_LOOK_S, _LOOK_S_OF_RANK * attempt.member.world_size)
+    ranks = attempt.member.world_size if among is None else len(among)
+    every_s = max(_SHORTEST_LOOK_S, _LOOK_S_OF_RANK * ranks)
     began = time.monotonic()
     look_at = began + every_s
     while not are_there():
@@ -55,7 +58,7 @@ def wait_for_ranks(
             raise explain_broken_exchange(attempt, TimeoutError(late))
         attempt.check()
         if time.monotonic() > look_at:
-            failed = records.failed_ranks(attempt.member.count)
+            failed = records.failed_ranks(attempt.member.count, among)
             if failed:
                 msg = f"{', '.join(failed)} failed before {round_name}"
                 raise explain_broken_exchange(attempt, RuntimeError(msg))
