@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -152,21 +153,28 @@ def test_block_about_a_trainer_leaves_checkpoints(
 
 
 def torchrun(ranks: int, code: str, directory: Path, *arguments: str) -> str:
-    """Run a script on a number of ranks in a directory; return what it prints."""
+    """Run a script on a number of ranks in a directory; return what the ranks print.
+
+    Each rank prints to a file of its own: in one pipe, the lines of two ranks can run together.
+    """
     script = directory / "train.py"
     script.write_text(code)
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    done = subprocess.run(
-        [sys.executable, *launcher, str(script), *arguments],
-        cwd=directory,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    with tempfile.TemporaryDirectory() as logs:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        launcher += ["--redirects=1", f"--log-dir={logs}"]
+        done = subprocess.run(
+            [sys.executable, *launcher, str(script), *arguments],
+            cwd=directory,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=240,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        printed = sorted(Path(logs).glob("*/attempt_0/*/stdout.log"))
+        assert len(printed) == ranks
+        return "".join(path.read_text() for path in printed)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import random
 
 import pytest
 
-from dcp_hf_writer.storage.s3_bodies import BodyDigest, BufferBody
+from dcp_hf_writer.storage.s3_bodies import BodyDigest, BufferBody, has_etag_of_parts
 
 DATA = random.Random(0).randbytes(3_000_000)
 PIECES = [memoryview(DATA)[:10], memoryview(b""), memoryview(DATA)[10:2_000_000]]
@@ -73,3 +73,19 @@ def test_etag_is_no_digest_when_it_comes_twice_for_the_same_bytes() -> None:
     digest = BodyDigest(PIECES)
     verdicts = [digest.compare({"ETag": OTHER}, crc32=None) for _ in range(2)]
     assert verdicts == ["other", "unknown"]
+
+
+def test_etag_of_an_object_made_of_parts_names_its_parts_in_order() -> None:
+    md5 = [hashlib.md5(piece, usedforsecurity=False) for piece in (b"first", b"last")]
+    etags = [f'"{one.hexdigest()}"' for one in md5]
+    whole = hashlib.md5(md5[0].digest() + md5[1].digest(), usedforsecurity=False).hexdigest()
+    assert has_etag_of_parts({"ETag": f'"{whole.upper()}-2"'}, etags)
+    assert not has_etag_of_parts({"ETag": f'"{whole}-2"'}, etags[::-1])
+    assert not has_etag_of_parts({"ETag": f'"{whole}-1"'}, etags)
+    assert not has_etag_of_parts({"ETag": f'"{whole}"'}, etags)
+    assert not has_etag_of_parts({}, etags)
+
+
+def test_etags_that_are_no_digests_prove_nothing() -> None:
+    whole = hashlib.md5(b"", usedforsecurity=False).hexdigest()
+    assert not has_etag_of_parts({"ETag": f"{whole}-1"}, ["opaque"])

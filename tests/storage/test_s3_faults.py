@@ -130,6 +130,15 @@ def test_part_is_sent_again_when_its_answer_is_lost(
     assert s3_bucket.content("step/a") == PART + LAST
 
 
+def test_complete_asks_for_no_object_when_its_answer_names_the_digest_of_the_parts(
+    s3_bucket: S3Bucket, s3_proxy: FaultProxy, store: ObjectStore
+) -> None:
+    save_parts(store)
+    assert s3_proxy.count("POST", COMPLETE) == 1
+    assert s3_proxy.count("HEAD") == 0
+    assert s3_bucket.content("step/a") == PART + LAST
+
+
 def test_complete_succeeds_when_its_answer_is_lost(
     s3_bucket: S3Bucket, s3_proxy: FaultProxy, store: ObjectStore
 ) -> None:

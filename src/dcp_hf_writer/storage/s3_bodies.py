@@ -124,6 +124,27 @@ class BodyDigest:
         return "other"
 
 
+def has_etag_of_parts(answer: Mapping[str, Any], etags: Sequence[str]) -> bool:
+    """Whether the answer to a completed upload names the digest of exactly these parts.
+
+    Args:
+        answer: The answer.
+        etags: ETag of each part, in order.
+
+    Returns:
+        False also if the store's ETags are no digests: then the answer proves nothing.
+
+    Source:
+        Amazon S3 does not document it: the ETag of an object made of parts is the MD5 digest of
+        their MD5 digests, then `-` and their number. Other servers do the same.
+    """
+    digests = [etag.strip('"').lower() for etag in etags]
+    if not all(map(_MD5.fullmatch, digests)):
+        return False
+    joined = hashlib.md5(bytes.fromhex("".join(digests)), usedforsecurity=False)
+    return _etag(answer) == f"{joined.hexdigest()}-{len(digests)}"
+
+
 def _etag(answer: Mapping[str, Any]) -> str:
     return str(answer.get("ETag", "")).strip('"').lower()
 
