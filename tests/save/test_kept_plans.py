@@ -367,7 +367,9 @@ def test_layout_is_planned_each_time_when_the_planner_plans_globally_itself(tmp_
 
 
 def part(plan_id: str, dcp: object = None) -> RankPlan:
-    return RankPlan(dcp, plan_id, 0, 1, (), {}, {}, ())
+    return RankPlan(
+        dcp, plan_id, (0,), 0, shares_rows=False, files=(), targets={}, once={}, tied=()
+    )
 
 
 def kept_by(plans: KeptPlans, rank: int) -> tuple[str, ...]:
