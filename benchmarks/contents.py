@@ -34,7 +34,7 @@ class Written:
     distcp: int
     """DCP's data files."""
     tensors: int
-    """Data of the safetensors files without their headers, unfinished shards included."""
+    """Data of the model's safetensors files without their headers, unfinished shards included."""
 
 
 def count_bytes(directory: str) -> Written:
@@ -46,7 +46,9 @@ def count_bytes(directory: str) -> Written:
             size = os.stat(path).st_size
             total += size
             distcp += size if name.endswith(".distcp") else 0
-            tensors += size - _header_nbytes(path) if name.endswith(".safetensors") else 0
+            # Our own digests have the same format, and a directory to themselves.
+            is_model = name.endswith(".safetensors") and os.path.basename(parent) != "dcp-hf"
+            tensors += size - _header_nbytes(path) if is_model else 0
     return Written(total, distcp, tensors)
 
 

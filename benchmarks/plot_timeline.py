@@ -140,7 +140,8 @@ def _row(axis: Axes, title: str, one: Drawn, plain_s: float, end_s: float) -> No
         )
     axis.axvline(plain_s, color=_INK, lw=1, ls=":")
     axis.text(
-        one.loop_s + 0.012 * end_s,
+        # A stall may come after the loop, for the second of two saves.
+        max(one.loop_s, *(end for _, end in one.stalls), 0.0) + 0.012 * end_s,
         _TRAINING,
         f"waited {one.waited_s:.2f} s",
         va="center",
