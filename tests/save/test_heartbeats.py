@@ -16,7 +16,7 @@ from dcp_hf_writer import HFDualWriter
 from dcp_hf_writer.formats.names_on_disk import HEARTBEATS_NAME
 from dcp_hf_writer.manager.saves_in_flight import saves_in_flight
 from dcp_hf_writer.save import commit
-from dcp_hf_writer.save.heartbeat import Heartbeat
+from dcp_hf_writer.save.progress_heartbeat import Heartbeat
 from support.named_bytes import EXPORT, sharded_state
 from support.ranks import run_ranks, spawn_ranks
 from support.slow_saves import Gate, save_through_gate, wait_for_heartbeats

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from dcp_hf_writer.save.heartbeat import Heartbeat
+    from dcp_hf_writer.save.progress_heartbeat import Heartbeat
 
 LIMIT_S = 60.0
 _POLL_S = 0.02

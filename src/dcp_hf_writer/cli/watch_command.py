@@ -18,7 +18,7 @@ from dcp_hf_writer.errors import ConfigError
 from dcp_hf_writer.manager.saves_in_flight import saves_in_flight
 from dcp_hf_writer.manager.watch_saves import SaveWatch
 from dcp_hf_writer.preflight import check_options
-from dcp_hf_writer.save.heartbeat import STORE_PACE
+from dcp_hf_writer.save.progress_heartbeat import STORE_PACE
 from dcp_hf_writer.storage.paths_as_written import plain_path
 from dcp_hf_writer.storage.store_urls import is_url
 from dcp_hf_writer.storage.wrong_paths import is_checkpoint

@@ -6,7 +6,7 @@ import os
 import threading
 from typing import TYPE_CHECKING, Final
 
-from dcp_hf_writer.save.heartbeat import replace_file
+from dcp_hf_writer.save.progress_heartbeat import replace_file
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

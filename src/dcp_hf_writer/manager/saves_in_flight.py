@@ -13,8 +13,8 @@ from dcp_hf_writer.formats.names_on_disk import (
     MANIFEST_NAME,
     RECORD_NAME,
 )
-from dcp_hf_writer.save.heartbeat import MAX_HEARTBEAT_NBYTES, Heartbeat
 from dcp_hf_writer.save.owner_process import Owner, OwnerState, owner_state
+from dcp_hf_writer.save.progress_heartbeat import MAX_HEARTBEAT_NBYTES, Heartbeat
 from dcp_hf_writer.save.replace_target import read_json
 
 

@@ -9,7 +9,7 @@ from dcp_hf_writer.errors import CorruptCheckpointError
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, RECORD_NAME, rank_of_heartbeat
 from dcp_hf_writer.manager.saves_in_flight import PublishedSave, SaveInFlight
 from dcp_hf_writer.plan.parse_manifest import MAX_MANIFEST_NBYTES, parse_manifest
-from dcp_hf_writer.save.heartbeat import MAX_HEARTBEAT_NBYTES, Heartbeat
+from dcp_hf_writer.save.progress_heartbeat import MAX_HEARTBEAT_NBYTES, Heartbeat
 from dcp_hf_writer.save.store_record import StoreRecord
 from dcp_hf_writer.storage.object_contract import Patience
 from dcp_hf_writer.storage.open_store import open_store

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from dcp_hf_writer.manager.saves_in_flight import PublishedSave, SaveInFlight
-    from dcp_hf_writer.save.heartbeat import Heartbeat
+    from dcp_hf_writer.save.progress_heartbeat import Heartbeat
 
 EndedAs = Literal["published", "failed", "dead"]
 

@@ -19,7 +19,7 @@ from dcp_hf_writer.errors import (
 from dcp_hf_writer.save import save_log
 from dcp_hf_writer.save.commit_state import CommitState
 from dcp_hf_writer.save.finished_save import FinishedSave, SaveReports, outcome_of
-from dcp_hf_writer.save.heartbeat import ByteCount, HeartbeatWriter
+from dcp_hf_writer.save.progress_heartbeat import ByteCount, HeartbeatWriter
 from dcp_hf_writer.save.rank_progress import Progress
 from dcp_hf_writer.save.save_context import Membership, SentFacts
 from dcp_hf_writer.storage.object_contract import Patience

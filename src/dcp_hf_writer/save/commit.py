@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import CommitError, NodeLocalPathError, StorageError, WriteError
 from dcp_hf_writer.formats.names_on_disk import HEARTBEATS_NAME, INCOMPLETE, RECORD_NAME
-from dcp_hf_writer.save.heartbeat import replace_file
 from dcp_hf_writer.save.owner_process import Owner, mark_active, mark_ended, new_save_id
+from dcp_hf_writer.save.progress_heartbeat import replace_file
 from dcp_hf_writer.save.recover_targets import recover_parent
 from dcp_hf_writer.save.replace_target import (
     DISCARDED_SUFFIX,

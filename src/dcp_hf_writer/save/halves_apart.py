@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.rank_report import RankReport
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.export_assets import Assets
-    from dcp_hf_writer.save.heartbeat import Pace
+    from dcp_hf_writer.save.progress_heartbeat import Pace
     from dcp_hf_writer.save.save_target import Publication, RankWrites
 
 _log = logging.getLogger(__name__)

@@ -39,11 +39,11 @@ from dcp_hf_writer.save.attempt import LONGEST_CLEAN_UP_S
 from dcp_hf_writer.save.dcp_half import metadata_writer
 from dcp_hf_writer.save.export_cells import ExportUpload
 from dcp_hf_writer.save.export_failures import export_error, nbytes_of
-from dcp_hf_writer.save.heartbeat import STORE_PACE, Pace
 from dcp_hf_writer.save.object_parts import PART_NBYTES, part_nbytes_of
 from dcp_hf_writer.save.object_sizes import check_sizes
 from dcp_hf_writer.save.object_write_phase import ObjectWritePhase
 from dcp_hf_writer.save.owner_process import Owner, mark_ended
+from dcp_hf_writer.save.progress_heartbeat import STORE_PACE, Pace
 from dcp_hf_writer.save.save_target import SaveTarget
 from dcp_hf_writer.save.store_record import StoreRecord, remove_leftovers, save_id_in
 from dcp_hf_writer.save.take_prefix import take_prefix, taken

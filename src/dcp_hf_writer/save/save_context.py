@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.errors import CheckpointError
     from dcp_hf_writer.save.finished_save import ReportHook
-    from dcp_hf_writer.save.heartbeat import Pace
+    from dcp_hf_writer.save.progress_heartbeat import Pace
     from dcp_hf_writer.save.rank_progress import Rendezvous
     from dcp_hf_writer.staging.slab import StagedInfo
     from dcp_hf_writer.torch_seam.caller_frames import Planned, RunningSave

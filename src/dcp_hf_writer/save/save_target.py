@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from dcp_hf_writer.save.heartbeat import Pace
+from dcp_hf_writer.save.progress_heartbeat import Pace
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
