@@ -145,7 +145,7 @@ CASES: dict[str, Case] = {
         for rank, name, number, nth in (
             # The first writes of the coordinator are the headers; those are of the plan.
             (0, "pwrite", errno.ENOSPC, 4),
-            (0, "pwrite", errno.EIO, 10),
+            (0, "pwrite", errno.EIO, 6),
             (1, "pwrite", errno.ENOSPC, 1),
             (1, "pwrite", errno.EDQUOT, 2),
             (1, "pwrite", errno.EIO, 5),
