@@ -43,7 +43,12 @@ _KNOWN: dict[Any, tuple[str, ...]] = {
     ChunkStorageMetadata: ("offsets", "sizes"),
     TensorProperties: ("dtype", "layout", "requires_grad", "memory_format", "pin_memory"),
 }
-_IS_KNOWN = all(tuple(f.name for f in fields(kind)) == names for kind, names in _KNOWN.items())
+# torch 2.15 added strides.
+_ALSO_KNOWN = {TensorProperties: (*_KNOWN[TensorProperties], "strides")}
+_IS_KNOWN = all(
+    tuple(f.name for f in fields(kind)) in {names, _ALSO_KNOWN.get(kind, names)}
+    for kind, names in _KNOWN.items()
+)
 
 # Version 2 writes equal values as equal bytes; later versions also write which objects are shared.
 _MARSHAL_VERSION = 2
@@ -132,11 +137,12 @@ def _value(item: WriteItem) -> tuple[Any, ...]:
     shown: tuple[Any, ...] = ()
     if data is not None:
         chunk, kind = data.chunk, data.properties
+        strides = getattr(kind, "strides", None)
         parts += [data, chunk, kind]
         shown = (
             *(tuple(chunk.offsets), tuple(chunk.sizes), tuple(data.size)),
             *(str(kind.dtype), str(kind.layout), kind.requires_grad),
-            *(str(kind.memory_format), kind.pin_memory),
+            *(str(kind.memory_format), kind.pin_memory, strides and tuple(strides)),
         )
     if pickled is not None:
         parts.append(pickled)
