@@ -169,12 +169,13 @@ def _legend(axis: Axes) -> None:
         "training step": _STEP,
         "training waits": _STALL,
         "save in the background": _PEER,
+        "the same, by HFDualWriter": _OURS,
     }
     axis.legend(
         handles=[Patch(color=colour, label=label) for label, colour in kinds.items()],
         loc="lower right",
         bbox_to_anchor=(1, 1.0),
-        ncols=3,
+        ncols=4,
         fontsize=8.5,
         frameon=False,
     )

@@ -17,7 +17,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from dcp_hf_writer import HFDualWriter, verify
+from dcp_hf_writer import HFDualWriter, HFExport, verify
 from support.page_scripts import PAGES
 from support.ranks import run_ranks
 from support.stock_readers import load_dcp
@@ -83,14 +83,19 @@ def test_recipe_leaves_a_checkpoint(title: str, tmp_path: Path) -> None:
 def test_first_block_of_the_readme_saves(tmp_path: Path) -> None:
     run_ranks(run_first_block, 1, str(tmp_path))
     assert verify(tmp_path / "ckpt" / "step-100").ok
+    served = AutoModelForCausalLM.from_pretrained(tmp_path / "ckpt" / "step-100" / "hf")
+    assert served.config.architectures == ["LlamaForCausalLM"]
 
 
 def run_first_block(rank: int, world_size: int, directory: str) -> None:
     os.chdir(directory)
+    model = tiny_model()
     names = {
         "dcp": dcp,
         "HFDualWriter": HFDualWriter,
-        "state_dict": {"model": {"w": torch.ones(2)}},
+        "HFExport": HFExport,
+        "model": model,
+        "state_dict": {"model": model.state_dict()},
     }
     (code,) = blocks("README.md")["first"]
     exec(code, names)  # noqa: S102 - the point of the test

@@ -102,6 +102,39 @@ def test_inspect_shows_where_the_tensors_of_a_pattern_are(models: Path) -> None:
     assert dcp_hf("inspect", path, "--key", "(").code == 2
 
 
+def test_inspect_says_that_the_dcp_half_cannot_be_loaded(models: Path, tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(models / "llama" / "live", damaged)
+    (damaged / ".metadata").unlink()
+    found = dcp_hf("inspect", damaged)
+    assert found.code == 1
+    assert "DCP half: .metadata is missing" in found.out
+
+
+def test_inspect_and_report_say_what_is_at_a_wrong_path(run: Path) -> None:
+    for command in ("inspect", "report"):
+        nothing = dcp_hf(command, run / "step-100")
+        assert nothing.code == 3
+        assert "there is no checkpoint at this path" in nothing.err
+        assert "step-4" in nothing.err
+        whole_run = dcp_hf(command, run)
+        assert whole_run.code == 3
+        assert "pass one of the checkpoints in it" in whole_run.err
+
+
+@pytest.mark.parametrize("columns", [80, 40])
+def test_report_cuts_no_number(models: Path, columns: int) -> None:
+    path = models / "llama" / "live"
+    told = answer("report", path)
+    found = dcp_hf("report", path, columns=columns)
+    words = found.out.split()
+    for rank in told["ranks"]:
+        for phase, seconds in rank["seconds"].items():
+            assert seconds <= 0 or f"{seconds:.3f}" in words, phase
+    if columns == 80:
+        assert max(map(len, found.out.splitlines()[1:])) <= 80
+
+
 def test_diff_names_every_kind_of_difference(tmp_path: Path) -> None:
     a = {"same": torch.arange(4.0), "only_a": torch.ones(1), "shape": torch.ones(2, 3)}
     b = {"same": torch.arange(4.0), "only_b": torch.ones(1), "shape": torch.ones(3, 2)}

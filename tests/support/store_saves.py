@@ -109,9 +109,14 @@ def save_kinds(
             "weights": "once" if kind.endswith("once") else "both",
             "host_budget_bytes": 1 << 20,
         }
-        targets = ((store.at(kind), dict(store.storage_options)), (str(root / kind), None))
-        for target, storage_options in targets:
-            writer = HFDualWriter(target, storage_options=storage_options, share="off", **options)
+        # Each rank writes its own bytes, as on a store: the digests files tell who wrote which.
+        local = {"strategy": "direct", "share": "off"}
+        targets: tuple[tuple[str, dict[str, Any]], ...] = (
+            (store.at(kind), {"storage_options": dict(store.storage_options)}),
+            (str(root / kind), local),
+        )
+        for target, of_target in targets:
+            writer = HFDualWriter(target, **options, **of_target)
             try:
                 if rank_is_async(kind):
                     dcp.async_save(state, storage_writer=writer).result()

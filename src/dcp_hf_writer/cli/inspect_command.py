@@ -12,7 +12,7 @@ from dcp_hf_writer.check.check_dcp import items_by_file
 from dcp_hf_writer.cli import exit_codes
 from dcp_hf_writer.cli.key_pattern import compile_pattern
 from dcp_hf_writer.cli.plain_text import count, duration, shape, size
-from dcp_hf_writer.cli.run_command import Outcome, line, line_of_rest, row, table
+from dcp_hf_writer.cli.run_command import Outcome, line, line_of_rest, print_table, row, table
 from dcp_hf_writer.digests.stored_digests import StoredDigests
 from dcp_hf_writer.formats.names_on_disk import METADATA_NAME, rank_of_dcp_file
 from dcp_hf_writer.formats.parse_dcp_metadata import paths_in
@@ -22,6 +22,7 @@ from dcp_hf_writer.load.hf_directory import open_hf_directory
 from dcp_hf_writer.load.read_manifest import manifest_of
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.open_inputs import OpenInputs
+from dcp_hf_writer.storage.wrong_paths import wrong_path_errors
 
 if TYPE_CHECKING:
     import re
@@ -47,7 +48,8 @@ def inspect_checkpoint(path: str, pattern: str | None) -> Outcome:
     """
     matches = compile_pattern(pattern)
     files = open_directory(path)
-    names = files.names()
+    with wrong_path_errors(files.path, path):
+        names = files.names()
     metadata = read_dcp_metadata(files) if METADATA_NAME in names else None
     manifest = manifest_of(files)
     directory, subdir = _export(path, files, manifest, is_dcp=metadata is not None)
@@ -61,13 +63,18 @@ def inspect_checkpoint(path: str, pattern: str | None) -> Outcome:
         "tensors": None,
     }
     if matches is None:
-        return Outcome(value)
+        return Outcome(value, exit_codes.PROBLEM if _lacks_dcp(value) else exit_codes.OK)
     found = [
         *([] if metadata is None else _dcp_tensors(metadata, matches)),
         *([] if directory is None else _hf_tensors(directory, files, manifest, matches)),
     ]
     value["tensors"] = found
     return Outcome(value, exit_codes.OK if found else exit_codes.PROBLEM)
+
+
+def _lacks_dcp(value: dict[str, Any]) -> bool:
+    """Whether the manifest tells of a DCP half, and DCP's metadata is missing."""
+    return value["dcp"] is None and any(one["dcp_nbytes"] for one in value["ranks"])
 
 
 def _export(
@@ -229,8 +236,12 @@ def show_checkpoint(value: dict[str, Any], console: Console) -> None:
         return
     if value["dcp"] is not None:
         _show_dcp(value["dcp"], console)
+    elif _lacks_dcp(value):
+        line(console, f"\nDCP half: {METADATA_NAME} is missing, so nothing can load it", "bold red")
     if value["hf"] is not None:
         _show_hf(value["hf"], console)
+    elif value["save"] is not None and value["save"]["other_half"] is None:
+        line(console, "\nno HuggingFace half")
     if value["ranks"]:
         _show_ranks(value["ranks"], console)
 
@@ -260,13 +271,13 @@ def _show_dcp(dcp: dict[str, Any], console: Console) -> None:
     for name, entry in dcp["entries"].items():
         many = (f"{entry[key]:,}" for key in ("tensors", "chunks", "parameters"))
         row(made, name, *many, size(entry["nbytes"]), entry["values"], _dtypes(entry["dtypes"]))
-    console.print(made)
+    print_table(console, made)
     numbers = ("bytes", "items", "rank")
     made = table("file", *numbers, numbers=numbers)
     for file in dcp["files"][:_FILES_SHOWN]:
         rank = "-" if file["rank"] is None else file["rank"]
         row(made, file["name"], size(file["nbytes"]), file["items"], rank)
-    console.print(made)
+    print_table(console, made)
     line_of_rest(console, dcp["files"], _FILES_SHOWN, "files")
 
 
@@ -282,7 +293,7 @@ def _show_hf(hf: dict[str, Any], console: Console) -> None:
     made = table("file", *numbers, numbers=numbers)
     for file in hf["files"][:_FILES_SHOWN]:
         row(made, file["name"], size(file["nbytes"]), file["tensors"])
-    console.print(made)
+    print_table(console, made)
     line_of_rest(console, hf["files"], _FILES_SHOWN, "files")
 
 
@@ -292,7 +303,7 @@ def _show_ranks(ranks: list[dict[str, Any]], console: Console) -> None:
     made = table(*numbers, numbers=numbers)
     for one in ranks[:_FILES_SHOWN]:
         row(made, one["rank"], size(one["dcp_nbytes"]), size(one["hf_nbytes"]))
-    console.print(made)
+    print_table(console, made)
     line_of_rest(console, ranks, _FILES_SHOWN, "ranks")
 
 

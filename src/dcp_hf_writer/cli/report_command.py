@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.cli.inspect_command import bytes_by_rank
 from dcp_hf_writer.cli.plain_text import duration, rate, size
-from dcp_hf_writer.cli.run_command import Outcome, line, line_of_rest, row, table
+from dcp_hf_writer.cli.run_command import Outcome, line, line_of_rest, print_table, row, table
 from dcp_hf_writer.errors import ConfigError, ReadError
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
 from dcp_hf_writer.load.read_manifest import manifest_of
 from dcp_hf_writer.storage.open_directory import open_directory
 from dcp_hf_writer.storage.posix_outputs import write_errors
+from dcp_hf_writer.storage.store_urls import is_url
+from dcp_hf_writer.storage.wrong_paths import hint_for, is_checkpoint
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -41,11 +43,16 @@ def report(path: str, *, plot: str | None, page: str | None, trace: str | None) 
     files = open_directory(path)
     manifest = manifest_of(files)
     if manifest is None:
+        is_other = is_url(files.path) or is_checkpoint(files.path)
         raise ReadError(
-            "there is no report of the save, because there is no manifest",
+            "there is no report of the save, because there is no manifest"
+            if is_other
+            else "there is no checkpoint at this path",
             path=files.path,
             expected=MANIFEST_NAME,
-            hint="only checkpoints of HFDualWriter have one",
+            hint="only checkpoints of HFDualWriter have one"
+            if is_other
+            else hint_for(files.path, path),
         )
     nbytes = {one["rank"]: one for one in bytes_by_rank(manifest)}
     ranks = [
@@ -98,16 +105,17 @@ def show_report(value: dict[str, Any], console: Console) -> None:
     step = "" if value["step"] is None else f"step {value['step']}, "
     line(
         console,
-        f"{step}{size(value['nbytes'])} in {duration(total)} ({rate(value['nbytes'], total)}), "
-        f"save {value['save_id']}",
+        f"{step}{size(value['nbytes'])} in {duration(total)} ({rate(value['nbytes'], total)})",
     )
+    line(console, f"save {value['save_id']}")
+    line(console, "seconds of each rank in each phase, and the bytes that it wrote:")
     phases = _phases(value)
     columns = ("rank", *phases, "bytes", "rate")
     made = table(*columns, numbers=columns)
     for one in value["ranks"][:_SHOWN]:
         times = (f"{one['seconds'].get(name, 0.0):.3f}" for name in phases)
         row(made, one["rank"], *times, size(one["dcp_nbytes"] + one["hf_nbytes"]), _rate(one))
-    console.print(made)
+    print_table(console, made)
     line_of_rest(console, value["ranks"], _SHOWN, "ranks")
     own = {n: s for n, s in value["coordinator"].items() if n in {"metadata", "finish"}}
     if own:

@@ -111,14 +111,32 @@ def table(*columns: str, numbers: Sequence[str] = ()) -> Table:
             column,
             justify="right" if is_number else "left",
             no_wrap=is_number,
+            min_width=max(map(len, column.split()), default=0),
             overflow="fold",
         )
     return made
 
 
+def print_table(console: Console, made: Table) -> None:
+    """Print a table without cutting a number, however narrow the terminal is.
+
+    If the table is too wide, the heads of its numbers take several lines. If that is not enough,
+    its lines are longer than those of the terminal.
+    """
+    if console.measure(made).maximum >= console.width:
+        for column in made.columns:
+            if column.no_wrap:
+                column.header = str(column.header).replace(" ", "\n")
+    console.print(made, crop=False)
+
+
 def row(into: Table, *cells: object, style: str = "") -> None:
     """Add a row; text from storage cannot control the terminal."""
-    into.add_row(*(Text(printable(str(cell)), style=style) for cell in cells))
+    texts = [Text(printable(str(cell)), style=style) for cell in cells]
+    for column, text in zip(into.columns, texts, strict=True):
+        if column.no_wrap:
+            column.min_width = max(column.min_width or 0, text.cell_len)
+    into.add_row(*texts)
 
 
 def line(console: Console, text: str, style: str = "") -> None:

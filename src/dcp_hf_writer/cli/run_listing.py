@@ -7,7 +7,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.cli import exit_codes, plain_text
-from dcp_hf_writer.cli.run_command import Outcome, line, row, table
+from dcp_hf_writer.cli.run_command import Outcome, line, print_table, row, table
 from dcp_hf_writer.errors import ConfigError
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME, METADATA_NAME
 from dcp_hf_writer.manager.open_run import open_run
@@ -151,7 +151,7 @@ def _show_table(steps: list[dict[str, Any]], latest: int | None, console: Consol
             ", ".join(marks),
             style=_STYLES[step["state"]],
         )
-    console.print(made)
+    print_table(console, made)
 
 
 def _described(run: RunStorage | RemoteRun, stored: StoredStep) -> dict[str, Any]:

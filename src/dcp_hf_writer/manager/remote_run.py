@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import CheckpointError
 from dcp_hf_writer.formats.names_on_disk import INCOMPLETE
+from dcp_hf_writer.manager.check_run_root import check_run_root
 from dcp_hf_writer.manager.quick_check import QuickCheck
 from dcp_hf_writer.manager.run_storage import Leftover, StepNotes, StoredStep, parse_notes
 from dcp_hf_writer.manager.step_names import DELETED_PREFIX, NOTES
@@ -35,17 +36,20 @@ class RemoteRun:
             names: How the run names the directories of its steps.
 
         Raises:
-            ConfigError: If fsspec does not support the protocol.
+            ConfigError: If fsspec does not support the protocol, or if this is the place of a
+                checkpoint, and not of a run.
             ReadError: If there is no such directory, or it cannot be listed.
         """
         self.root = root.rstrip("/")
         self._names = names
         self._files = open_directory(root)
         self._sizes: dict[str, dict[str, int]] = {}
-        for name, nbytes in self._files.tree().items():
+        tree = self._files.tree()
+        for name, nbytes in tree.items():
             directory, slash, within = name.partition("/")
             if slash:
                 self._sizes.setdefault(directory, {})[within] = nbytes
+        check_run_root(self.root, tree, has_steps=bool(self._named()))
 
     def listing(self, *, newest_only: bool = False) -> list[StoredStep]:
         """Return the step directories, by step; of one step, the snapshot comes first.

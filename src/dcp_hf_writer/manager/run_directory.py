@@ -10,6 +10,7 @@ import uuid
 
 from dcp_hf_writer.errors import CheckpointError, ReadError, WriteError
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
+from dcp_hf_writer.manager.check_run_root import check_run_root
 from dcp_hf_writer.manager.local_leftovers import local_leftovers
 from dcp_hf_writer.manager.quick_check import QuickCheck
 from dcp_hf_writer.manager.run_storage import (
@@ -56,6 +57,7 @@ class RunDirectory(RunStorage):
             newest_only: Stop at the newest whole checkpoint: older ones are left out.
 
         Raises:
+            ConfigError: If this is the directory of a checkpoint, and not of a run.
             ReadError: If the directory of the run exists and cannot be listed.
         """
         found: list[StoredStep] = []
@@ -71,7 +73,7 @@ class RunDirectory(RunStorage):
     def _list(self) -> list[str]:
         try:
             with os.scandir(self.root) as entries:
-                return [e.name for e in entries if e.is_dir(follow_symlinks=False)]
+                is_directory = {e.name: e.is_dir(follow_symlinks=False) for e in entries}
         except FileNotFoundError:
             return []
         except OSError as error:
@@ -79,6 +81,9 @@ class RunDirectory(RunStorage):
             raise ReadError(
                 msg, phase="read", path=self.root, found=error.strerror, errno=error.errno
             ) from error
+        names = [name for name, is_one in is_directory.items() if is_one]
+        check_run_root(self.root, is_directory, has_steps=bool(self.named(names)))
+        return names
 
     def _look(self, step: int, name: str, *, is_snapshot: bool) -> StoredStep:
         path = os.path.join(self.root, name)
@@ -105,8 +110,10 @@ class RunDirectory(RunStorage):
         """Create the directory of the run and its notes, and check that both can be written.
 
         Raises:
+            ConfigError: If this is the directory of a checkpoint, and not of a run.
             WriteError: If the file system refuses.
         """
+        self._list()
         make_directories(os.path.join(self.root, NOTES))
         probe = os.path.join(self.root, NOTES, f"probe-{uuid.uuid4().hex}")
         with write_errors(self.root):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import CheckpointError, ConfigError, TargetExistsError
 from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
+from dcp_hf_writer.manager.check_run_root import check_run_root
 from dcp_hf_writer.manager.quick_check import QuickCheck
 from dcp_hf_writer.manager.run_storage import (
     Address,
@@ -97,12 +98,21 @@ class RunOnStore(RunStorage):
         return Patience(time.monotonic() + self._answer_s)
 
     def tree(self) -> Tree:
-        """Return the size of every object by a fresh listing, page after page."""
+        """Return the size of every object by a fresh listing, page after page.
+
+        Raises:
+            ConfigError: If this is the prefix of a checkpoint, and not of a run.
+            StorageError: If the store refuses.
+        """
         found: Tree = {}
+        at_root: set[str] = set()
         for facts in self._store.objects("", patience=self._patience()):
             name, slash, within = facts.key.partition("/")
             if slash and within:
                 found.setdefault(name, {})[within] = facts.nbytes
+            else:
+                at_root.add(name)
+        check_run_root(self.root, at_root, has_steps=bool(self.named(list(found))))
         return found
 
     def listing(self, *, newest_only: bool = False) -> list[StoredStep]:
