@@ -89,8 +89,9 @@ def _run(console: Console, root: str, *, kept: bool) -> int:
     console.print(_tree(last, root))
     passed = all(proof.passed for proof in proofs)
     verdict = "[bold green]All proofs passed[/]" if passed else "[bold red]A proof failed[/]"
-    where = f"kept in {root}" if kept else "nothing is left behind; --keep DIR keeps it"
-    console.print(f"\n{verdict} in {time.monotonic() - start:.0f} s; {where}.")
+    where = f"kept in {root}" if kept else "nothing is left behind; add -- --keep DIR to keep it"
+    took = f"the whole demo took {time.monotonic() - start:.0f} s"
+    console.print(f"\n{verdict}; {took}; {where}.")
     return 0 if passed else 1
 
 
@@ -99,7 +100,7 @@ def _announce(console: Console) -> None:
         "[bold]One save, two formats, while training goes on[/]\n"
         f"all-MiniLM-L6-v2 trains with FSDP2 and AdamW on {RANKS} ranks. Every {SAVE_EVERY} steps "
         "it is saved in the background: by HFDualWriter (DCP + HuggingFace) and by torch (DCP "
-        "only) in turns. Fresh processes then prove what is on disk. One to two minutes.\n"
+        "only) in turns. Fresh processes then prove what is on disk. That takes about two minutes.\n"
     )
 
 
@@ -144,10 +145,10 @@ def _table(saves: list[list[dict[str, Any]]]) -> Table:
     ours, torch = (_summary(saves, writer) for writer in ("ours", "torch"))
     counted = sum(s["writer"] == "ours" for s in saves[0]) - 1
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column(f"median of {counted} saves each")
+    table.add_column(f"median of {counted} saves each, after one to warm up")
     for name in _NAMES.values():
         table.add_column(name, justify="right")
-    table.add_column("ratio", justify="right")
+    table.add_column("ours / torch", justify="right")
 
     def row(name: str, unit: str, key: str, scale: float = 1.0, digits: int = 2) -> None:
         mine, other = (f"{s[key] * scale:.{digits}f} {unit}" for s in (ours, torch))
