@@ -100,7 +100,7 @@ def _announce(console: Console) -> None:
         "[bold]One save, two formats, while training goes on[/]\n"
         f"all-MiniLM-L6-v2 trains with FSDP2 and AdamW on {RANKS} ranks. Every {SAVE_EVERY} steps "
         "it is saved in the background: by HFDualWriter (DCP + HuggingFace) and by torch (DCP "
-        "only) in turns. Fresh processes then prove what is on disk. That takes about two minutes.\n"
+        "only) in turns. Fresh processes then prove what is on disk. It takes two minutes.\n"
     )
 
 
