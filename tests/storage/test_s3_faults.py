@@ -59,6 +59,11 @@ def put(store: ObjectStore, data: bytes = b"data", seconds: float = 60) -> bool:
     return store.put("a", views(data), token=TOKEN, patience=patience(seconds))
 
 
+def connect(store: ObjectStore) -> None:
+    """Let the store make its client now: that can take longer than the deadline of a test."""
+    assert store.facts_of("nothing", patience=patience()) is None
+
+
 def save_parts(store: ObjectStore, seconds: float = 60) -> None:
     upload = store.begin_upload("a", token=TOKEN, patience=patience())
     parts = send_all(store, upload, [PART, LAST])
@@ -85,6 +90,7 @@ def test_call_ends_at_the_deadline_when_the_server_always_fails(
     s3_bucket: S3Bucket, s3_proxy: FaultProxy, store: ObjectStore, status: int, code: str
 ) -> None:
     # S1, S2
+    connect(store)
     fault = s3_proxy.add("answer", "PUT", OBJECT, status=status, code=code, times=math.inf)
     begun = time.monotonic()
     with pytest.raises(SaveTimeoutError, match=f"{status} {code}") as raised:
@@ -275,6 +281,7 @@ def test_call_ends_at_the_deadline_when_the_body_is_slow(
     s3_proxy: FaultProxy, store: ObjectStore
 ) -> None:
     # S9: 80 pieces of 64 KiB, so at least 40 seconds.
+    connect(store)
     fault = s3_proxy.add("slow", "PUT", OBJECT, delay_s=0.5)
     begun = time.monotonic()
     with pytest.raises(SaveTimeoutError):
