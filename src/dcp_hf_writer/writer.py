@@ -365,13 +365,13 @@ class HFDualWriter(StorageWriter, SlabStager):
             CheckpointError: If the DCP half failed on this rank, or if the save was given up.
         """
         attempt = self._current()
-        if attempt.view.planned.planner is not planner:
-            raise other_planner("save", rank=attempt.rank)
-        PLAN_CACHE.end_plan(planner)
-        own = own_part(plan, rank=attempt.rank)
         attempt.check_world()
         attempt.seconds.setdefault("plan", time.monotonic() - attempt.context.began)
         try:
+            if attempt.view.planned.planner is not planner:
+                raise other_planner("save", rank=attempt.rank)  # noqa: TRY301 - others must hear
+            PLAN_CACHE.end_plan(planner)
+            own = own_part(plan, rank=attempt.rank)
             target = planned_target(attempt, own, self._target_of)
             attempt.post("write")
             target.check_visible(attempt)

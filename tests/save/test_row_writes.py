@@ -213,5 +213,5 @@ def test_slab_that_was_given_to_another_save_fails_the_write(tmp_path: Path) -> 
         slabs.open(parts[0].places)
         write_rows(file, shares[0], slabs, BounceBuffer(), nothing)
         ranks[1].slab.begin_turn()
-        with pytest.raises(SaveAbortedError, match="given to a save 1 times"):
+        with pytest.raises(SaveAbortedError, match="filled for save 1"):
             write_rows(file, shares[0], slabs, BounceBuffer(), nothing)

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from dcp_hf_writer import verify
 from dcp_hf_writer.save.owner_process import host_id
+from support.faults import Strike, hits
 from support.hosts import Host, two_hosts, why_no_hosts
 from support.log_lines import log_lines
 from support.ranks import run_ranks
@@ -24,13 +25,10 @@ WORLD_SIZE = 4
 PORT = 29571
 
 
-def save_on_hosts(
-    rank: int, world_size: int, hosts: tuple[Host, Host], store: Store, shared: str
-) -> tuple[str, str, list[str | None], str]:
-    """Move to a host, join the others over the link, and save to the store and to the directory."""
+def move(rank: int, world_size: int, hosts: tuple[Host, Host]) -> None:
+    """Move this rank to its host, and join the others over the link."""
     dist.destroy_process_group()
-    host = hosts[rank // 2]
-    host.join()
+    hosts[rank // 2].join()
     dist.init_process_group(
         "gloo",
         init_method=f"tcp://{hosts[0].address}:{PORT}",
@@ -38,6 +36,13 @@ def save_on_hosts(
         world_size=world_size,
         timeout=timedelta(seconds=60),
     )
+
+
+def save_on_hosts(
+    rank: int, world_size: int, hosts: tuple[Host, Host], store: Store, shared: str
+) -> tuple[str, str, list[str | None], str]:
+    """Move to a host, join the others over the link, and save to the store and to the directory."""
+    move(rank, world_size, hosts)
     lines = log_lines()
     # ext4 is one page cache here. Two clients of a network file system would have two.
     errors = [
@@ -85,3 +90,30 @@ def test_ranks_of_two_hosts_write_the_files_of_one_host(tmp_path: Path) -> None:
             assert found[name] == expected[name], name
     report = verify(tmp_path / "shared" / "step-1")
     assert report.ok, str(report)
+
+
+def fail_before_the_meeting(
+    rank: int, world_size: int, hosts: tuple[Host, Host], root: Path
+) -> str | None:
+    move(rank, world_size, hosts)
+    with Strike(rank=1, point="before rows", action="raise").installed(rank, root):
+        return save_step(Store(str(root)), "step-1", 1)
+
+
+@pytest.mark.timeout(120)
+def test_rank_that_fails_before_its_host_meets_is_the_one_that_is_named(tmp_path: Path) -> None:
+    """The ranks of the other host do not take part in the meeting: they are not lost."""
+    reason = why_no_hosts(tmp_path)
+    if reason is not None:
+        pytest.skip(reason)
+    root = tmp_path / "run"
+    root.mkdir()
+    with two_hosts(tmp_path) as hosts:
+        errors = run_ranks(fail_before_the_meeting, WORLD_SIZE, hosts, root, timeout_s=90)
+    assert hits(root) == ["1 raise before rows"]
+    for error in errors:
+        assert error is not None
+        assert "injected at before rows" in error or "rank 1 (host-a" in error
+        assert "RankLostError" not in error
+        assert "host-b" not in error
+    assert not (root / "step-1").exists()

@@ -96,7 +96,7 @@ def test_slab_of_a_later_save_is_found_out() -> None:
         lease.release()
         slabs.check_turns()
         again = pool.acquire(100, what="step", deadline=0.0, before_growth=lambda: None)[0]
-        with pytest.raises(SaveAbortedError, match="given to a save 2 times"):
+        with pytest.raises(SaveAbortedError, match="filled for save 2"):
             slabs.check_turns()
         assert again.slab is lease.slab
 

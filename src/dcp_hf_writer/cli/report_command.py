@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from rich.console import Console
 
-PHASES = ("stage", "plan", "prepare", "slot wait", "write dcp", "write hf", "sync")
+PHASES = ("stage", "plan", "prepare", "row wait", "slot wait", "write dcp", "write hf", "sync")
 """Phases of a rank, in their order; a phase that a manifest adds comes last."""
 
 _WRITING = ("write dcp", "write hf", "sync")

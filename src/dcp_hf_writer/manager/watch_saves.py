@@ -22,12 +22,13 @@ EndedAs = Literal["published", "failed", "dead"]
 
 # A rank goes through these in this order; the save as a whole is where its slowest rank is.
 _PHASES = (
-    *("plan", "prepare", "write", "reuse", "slot wait", "write dcp", "write hf", "sync"),
-    *("written", "finish", "checksums", "metadata", "failed"),
+    *("plan", "prepare", "write", "reuse", "row wait", "slot wait"),
+    *("write dcp", "write hf", "sync", "written"),
+    *("finish", "checksums", "metadata", "failed"),
 )
 _DONE = frozenset({"written", "finish", "checksums", "metadata", "failed"})
 # A rank that waits for its turn, or for others, makes no progress of its own.
-_MAY_REST = _DONE | {"reuse", "slot wait"}
+_MAY_REST = _DONE | {"reuse", "row wait", "slot wait"}
 
 # The rate is that of the last seconds: a device has bursts and pauses.
 _WINDOW_S = 5.0

@@ -99,15 +99,17 @@ def column_shard(
     if len(runs.loops) != 1 or runs.nbytes > MAX_RUN_NBYTES or dtype == "F4":
         return None
     ((count, stride),) = runs.loops
+    # Specs may hold numbers of numpy, which JSON does not know.
+    extents, strides = tuple(map(int, extents)), tuple(map(int, strides))
     if count < _FEWEST_RUNS:
         return None
     one = ColumnShard(
-        *(key, file, dtype, runs.start, runs.nbytes, count, stride),
+        *(key, file, dtype, int(runs.start), int(runs.nbytes), int(count), int(stride)),
         *(held_dtype, offset, extents, strides),
     )
     row_extents, row_strides = _merged(extents[: one.row_loops], strides[: one.row_loops])
     return ColumnShard(
-        *(key, file, dtype, runs.start, runs.nbytes, count, stride, held_dtype, offset),
+        *(key, file, dtype, one.start, one.nbytes, one.count, one.stride, held_dtype, offset),
         (*row_extents, *extents[one.row_loops :]),
         (*row_strides, *strides[one.row_loops :]),
     )

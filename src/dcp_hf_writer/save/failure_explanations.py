@@ -94,6 +94,33 @@ def explain_broken_exchange(attempt: Attempt, error: BaseException) -> Checkpoin
     )
 
 
+def explain_failed_ranks(
+    attempt: Attempt, failed: Sequence[str], gone: Sequence[str], *, round_name: str
+) -> CheckpointError:
+    """Return the error for a save in which ranks ended that this one waits for.
+
+    The save is given up. Nobody asks the other ranks: some of them may not take part in the round.
+
+    Args:
+        attempt: The save.
+        failed: Ranks that have failed, as text.
+        gone: Ranks whose process is gone, as text.
+        round_name: What this rank waited for.
+    """
+    attempt.give_up()
+    outcome = _outcome_at(attempt, attempt.phase)
+    if not failed:
+        return _lost(attempt, gone, phase=attempt.phase, outcome=outcome)
+    return SaveAbortedError(
+        "another rank failed while this one waited for it",
+        rank=attempt.rank,
+        phase=attempt.phase,
+        path=attempt.target,
+        found=f"{', '.join((*failed, *gone))} failed before {round_name}; {outcome}",
+        hint="look at the errors of the other ranks",
+    )
+
+
 def check_world(lease: Lease, world: SaveWorld, *, target: str) -> None:
     """Check that the process group of a save is still there; called when the save begins.
 

@@ -6,6 +6,7 @@ No collective runs: a record waits for nobody, and a wait here names the rank th
 from __future__ import annotations
 
 import json
+import logging
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
     from dcp_hf_writer.plan.global_plan import RankPlan
     from dcp_hf_writer.save.attempt import Attempt
     from dcp_hf_writer.save.rank_progress import Rendezvous
+
+
+_log = logging.getLogger(__name__)
 
 
 class HostMeeting:
@@ -108,4 +112,5 @@ class HostMeeting:
             for key in (*self._steps, "left"):
                 self._store.delete_key(key)
         except RuntimeError as error:
-            raise explain_broken_exchange(self._attempt, error) from error
+            # The ranks have agreed; what stays are a few bytes for each rank.
+            _log.info("could not remove the records of a meeting from the store: %s", error)

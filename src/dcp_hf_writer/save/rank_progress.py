@@ -196,23 +196,28 @@ class Rendezvous:
             return None
         return f"rank {one['rank']} ({one['host']}, pid {one['pid']}): {one['why']}"
 
-    def failed_ranks(self, count: int, ranks: Sequence[int] | None = None) -> list[str]:
-        """Return the ranks that have failed in a save, or whose process is gone, as text.
+    def failed_ranks(
+        self, count: int, ranks: Sequence[int] | None = None
+    ) -> tuple[list[str], list[str]]:
+        """Return the ranks that have failed in a save, and those whose process is gone, as text.
 
         Args:
             count: The save, as this rank counts saves.
             ranks: Ranks within the process group of the save; `None` stands for all.
         """
-        found = []
+        failed: list[str] = []
+        gone: list[str] = []
         asked = None if ranks is None else [self._members[rank] for rank in ranks]
         for rank, one in self.progress(asked).items():
             if rank == self._me or one is None:
                 continue
             process = Owner.from_json(one.process)
-            has_failed = one.count == count and one.phase == "failed"
-            if has_failed or (process is not None and process.is_dead()):
-                found.append(f"rank {rank} ({one.host}, pid {one.pid})")
-        return found
+            text = f"rank {rank} ({one.host}, pid {one.pid})"
+            if one.count == count and one.phase == "failed":
+                failed.append(text)
+            elif process is not None and process.is_dead():
+                gone.append(text)
+        return failed, gone
 
     def part_of_store(self, name: str) -> Any:
         """Return a part of the store for the keys of one purpose."""

@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING
 
-from dcp_hf_writer.save.failure_explanations import explain_broken_exchange
+from dcp_hf_writer.save.failure_explanations import (
+    explain_broken_exchange,
+    explain_failed_ranks,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -45,7 +48,7 @@ def wait_for_ranks(
         among: Ranks within the process group of the save that take part; `None` stands for all.
 
     Raises:
-        RankLostError: If they are not there by the deadline.
+        RankLostError: If they are not there by the deadline, or the process of a rank is gone.
         SaveAbortedError: If a rank failed before.
         RuntimeError: If the store fails.
     """
@@ -58,10 +61,9 @@ def wait_for_ranks(
             raise explain_broken_exchange(attempt, TimeoutError(late))
         attempt.check()
         if time.monotonic() > look_at:
-            failed = records.failed_ranks(attempt.member.count, among)
-            if failed:
-                msg = f"{', '.join(failed)} failed before {round_name}"
-                raise explain_broken_exchange(attempt, RuntimeError(msg))
+            failed, gone = records.failed_ranks(attempt.member.count, among)
+            if failed or gone:
+                raise explain_failed_ranks(attempt, failed, gone, round_name=round_name)
             look_at = time.monotonic() + every_s
         pause_s = (time.monotonic() - began) * _PART_OF_WAIT
         time.sleep(min(max(pause_s, _SHORTEST_PAUSE_S), _LONGEST_PAUSE_S))

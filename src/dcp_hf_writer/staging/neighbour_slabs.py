@@ -97,8 +97,8 @@ class NeighbourSlabs:
                     "the staging memory of another rank no longer holds what this save reads",
                     phase="write",
                     expected=f"slab {place.slab_id[:8]} of process {place.pid}, "
-                    f"given to a save {place.turn} times",
-                    found="another file" if turn is None else f"given to a save {turn} times",
+                    f"as filled for save {place.turn} of that process",
+                    found="another file" if turn is None else f"filled for save {turn}",
                     hint="that rank left this save; its error says why",
                 )
 
@@ -118,7 +118,8 @@ class NeighbourSlabs:
 
 
 def _mapped(place: SlabPlace) -> mmap.mmap:
-    fd = os.open(f"/proc/{place.pid}/fd/{place.fd}", os.O_RDWR | os.O_CLOEXEC)
+    flags = os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+    fd = os.open(f"/proc/{place.pid}/fd/{place.fd}", flags)
     try:
         expected = file_nbytes(place.nbytes)
         if os.fstat(fd).st_size != expected:

@@ -65,13 +65,19 @@ def _memory_file(data: bytes) -> int:
     return fd
 
 
+READ_AT_ONCE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+"""Flags to open a file of another process, which must not make this one wait."""
+
+
 def read_table(place: TablePlace) -> bytes:
     """Return the bytes that another process of this host shows.
 
     Raises:
         OSError: If this process may not read them, or something else is in their place.
     """
-    with open(f"/proc/{place.pid}/fd/{place.fd}", "rb", buffering=0) as file:
+    path = f"/proc/{place.pid}/fd/{place.fd}"
+    # In another pid namespace, this may be anything, such as a pipe that nobody writes to.
+    with open(os.open(path, READ_AT_ONCE), "rb", buffering=0) as file:
         data = file.read(place.nbytes) if os.fstat(file.fileno()).st_size == place.nbytes else b""
     if xxhash.xxh3_64_hexdigest(data) != place.digest:
         msg = f"process {place.pid} here is not the rank that told its columns"
