@@ -73,7 +73,7 @@ def test_report_writes_a_picture_a_page_and_a_trace(models: Path, tmp_path: Path
     spent = {e["name"]: e["dur"] / 1e6 for e in events if e["ph"] == "X"}
     assert spent.keys() == rank["seconds"].keys()
     assert abs(sum(spent.values()) - sum(rank["seconds"].values())) < 1e-6
-    assert "write hf" in dcp_hf("report", path).out
+    assert "write hf" in dcp_hf("report", path, columns=120).out
     assert answer("report", models / "llama" / "stock", code=3)["error"]["hint"] is not None
 
 

@@ -146,7 +146,8 @@ def save_without_descriptors(root: Path) -> tuple[Outcome, list[str]]:
     resources = Resources(root)
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     highest = max(int(fd) for fd in os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 2, limits[1]))
+    # One for the DCP half, one for the thread that tells the progress now and then.
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 3, limits[1]))
     struck = save(root, "step-2", 2)
     resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     # The files of the export are open side by side; the DCP half is one at a time.

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.tensor import init_device_mesh
 
 from dcp_hf_writer import HFDualWriter, HFExport
-from dcp_hf_writer.errors import ConfigError
+from dcp_hf_writer.errors import ConfigError, SaveAbortedError
 from support.own_errors import own_errors
 from support.ranks import run_ranks
 from support.small_states import state_of
@@ -73,8 +73,10 @@ def save_apart_from_the_plan_cache(rank: int, world_size: int, root: Path) -> li
 def test_a_rank_is_told_at_once_when_the_plan_comes_from_the_cache(tmp_path: Path) -> None:
     for *before, (errors, seconds) in run_ranks(save_apart_from_the_plan_cache, 2, tmp_path):
         assert [errors for errors, _ in before] == [[], [], []]
-        assert [type(error) for error in errors] == [ConfigError]
-        assert f"rank 1: {tmp_path / 'apart-1'}" in str(errors[0])
+        # Rank 0 may wait for the other one, and then has an error of its own.
+        (told,) = (error for error in errors if not isinstance(error, SaveAbortedError))
+        assert type(told) is ConfigError
+        assert f"rank 1: {tmp_path / 'apart-1'}" in str(told)
         assert seconds < AT_ONCE_S
     assert sorted(os.listdir(tmp_path)) == ["step-0", "step-1", "step-2"]
 
