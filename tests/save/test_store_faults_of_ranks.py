@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
 
+    from torch.distributed.device_mesh import DeviceMesh
+
     from support.fault_proxy import FaultProxy
     from support.s3_servers import S3Bucket, S3Server
 
@@ -132,11 +134,8 @@ def save_all(rank: int, world_size: int, store: Store, root: Path, names: list[s
     for name in ["step-1", *names]:
         # The clean-up threads of clients come and go with the first saves.
         resources = Resources(root, with_slots=False)
-        value = float(name.rpartition("-")[2])
-        whole = torch.full((ROWS, COLUMNS), value)
-        model = {"w": distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)}
         begun = time.monotonic()
-        error = save(store, name, model)
+        error = save(store, name, mesh)
         seconds = time.monotonic() - begun
         leaked = resources.leaked()
         ones = torch.ones(())
@@ -146,7 +145,10 @@ def save_all(rank: int, world_size: int, store: Store, root: Path, names: list[s
     return found[1:]
 
 
-def save(store: Store, name: str, model: dict[str, Any]) -> str | None:
+def save(store: Store, name: str, mesh: DeviceMesh) -> str | None:
+    """Save a step, whose values are its number; return the type and text of the error."""
+    whole = torch.full((ROWS, COLUMNS), float(name.rpartition("-")[2]))
+    model = {"w": distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)}
     writer = HFDualWriter(
         store.at(name),
         export=HFExport(assets={"config.json": CONFIG}),
@@ -163,12 +165,7 @@ def save(store: Store, name: str, model: dict[str, Any]) -> str | None:
 
 def save_again(rank: int, world_size: int, store: Store, names: list[str]) -> list[str | None]:
     mesh = init_device_mesh("cpu", (world_size,))
-    errors = []
-    for name in names:
-        whole = torch.full((ROWS, COLUMNS), float(name.rpartition("-")[2]))
-        model = {"w": distribute_tensor(whole, mesh, [Shard(0)], src_data_rank=None)}
-        errors.append(save(store, name, model))
-    return errors
+    return [save(store, name, mesh) for name in names]
 
 
 def check_whole(store: Store, name: str) -> None:

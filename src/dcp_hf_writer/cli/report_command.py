@@ -43,17 +43,7 @@ def report(path: str, *, plot: str | None, page: str | None, trace: str | None) 
     files = open_directory(path)
     manifest = manifest_of(files)
     if manifest is None:
-        is_other = is_url(files.path) or is_checkpoint(files.path)
-        raise ReadError(
-            "there is no report of the save, because there is no manifest"
-            if is_other
-            else "there is no checkpoint at this path",
-            path=files.path,
-            expected=MANIFEST_NAME,
-            hint="only checkpoints of HFDualWriter have one"
-            if is_other
-            else hint_for(files.path, path),
-        )
+        raise _no_report(files.path, path)
     nbytes = {one["rank"]: one for one in bytes_by_rank(manifest)}
     ranks = [
         {
@@ -81,6 +71,23 @@ def report(path: str, *, plot: str | None, page: str | None, trace: str | None) 
     if trace is not None:
         _write(trace, json.dumps(_trace(value)))
     return Outcome(value)
+
+
+def _no_report(place: str, given: str) -> ReadError:
+    """Make the error for a place without a manifest; `given` is its path as the user gave it."""
+    if is_url(place) or is_checkpoint(place):
+        return ReadError(
+            "there is no report of the save, because there is no manifest",
+            path=place,
+            expected=MANIFEST_NAME,
+            hint="only checkpoints of HFDualWriter have one",
+        )
+    return ReadError(
+        "there is no checkpoint at this path",
+        path=place,
+        expected=MANIFEST_NAME,
+        hint=hint_for(place, given),
+    )
 
 
 def _in_order(seconds: Mapping[str, float]) -> dict[str, float]:

@@ -105,7 +105,7 @@ def explain_failed_ranks(
         attempt: The save.
         failed: Ranks that have failed, as text.
         gone: Ranks whose process is gone, as text.
-        round_name: What this rank waited for.
+        round_name: What follows "failed before" in the error; see `wait_for_ranks`.
     """
     attempt.give_up()
     outcome = _outcome_at(attempt, attempt.phase)

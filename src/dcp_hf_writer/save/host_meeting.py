@@ -92,7 +92,7 @@ class HostMeeting:
             self._attempt,
             self._records,
             lambda: self._store.add(what, 0) == len(self._ranks),
-            late="a rank of this host did not say where its columns are",
+            late="a rank of this host did not come to the meeting about whole rows",
             round_name="the ranks of the host met",
             among=self._ranks,
         )

@@ -19,6 +19,7 @@ from multiprocessing.reduction import DupFd, ForkingPickler
 from typing import TYPE_CHECKING, Any
 
 from dcp_hf_writer.errors import SaveAbortedError
+from dcp_hf_writer.staging.memory_files import memory_file
 
 if TYPE_CHECKING:
     from dcp_hf_writer.mapping.hf_export import HFExport
@@ -51,11 +52,8 @@ class SentExport:
         with self._lock:
             if self._memory is None:
                 data = pickle.dumps((self.export, self.assets))
-                fd = os.memfd_create("dcp-hf-export", os.MFD_CLOEXEC)
+                fd = memory_file("dcp-hf-export", data)
                 weakref.finalize(self, os.close, fd)
-                written = 0
-                while written < len(data):
-                    written += os.pwrite(fd, memoryview(data)[written:], written)
                 self._memory = fd, len(data), hashlib.sha256(data).hexdigest()
             return self._memory
 

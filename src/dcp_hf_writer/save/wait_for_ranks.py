@@ -44,7 +44,7 @@ def wait_for_ranks(
         records: Tells which ranks have failed.
         are_there: Asks the store for the records; called again and again.
         late: What a rank did not do if the deadline passes, for the error.
-        round_name: What the ranks meet for, for the error.
+        round_name: What follows "failed before" in the error, such as "the comparison ended".
         among: Ranks within the process group of the save that take part; `None` stands for all.
 
     Raises:

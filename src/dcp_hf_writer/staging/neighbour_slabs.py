@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from dcp_hf_writer.errors import SaveAbortedError
+from dcp_hf_writer.staging.memory_files import open_of_process
 from dcp_hf_writer.staging.slab_mark import file_nbytes, turn_in
 
 if TYPE_CHECKING:
@@ -118,8 +119,7 @@ class NeighbourSlabs:
 
 
 def _mapped(place: SlabPlace) -> mmap.mmap:
-    flags = os.O_RDWR | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-    fd = os.open(f"/proc/{place.pid}/fd/{place.fd}", flags)
+    fd = open_of_process(place.pid, place.fd, os.O_RDWR)
     try:
         expected = file_nbytes(place.nbytes)
         if os.fstat(fd).st_size != expected:

@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
+from dcp_hf_writer.staging.memory_files import memory_file, open_of_process
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -42,7 +44,7 @@ def shared_table(data: bytes) -> Iterator[TablePlace | None]:
         Where they are; `None` if this system does not let the process make a memory file.
     """
     try:
-        fd = _memory_file(data)
+        fd = memory_file("dcp-hf-columns", data)
     except OSError as error:
         _log.info("could not make a memory file of %d bytes: %s", len(data), error)
         yield None
@@ -53,31 +55,14 @@ def shared_table(data: bytes) -> Iterator[TablePlace | None]:
         os.close(fd)
 
 
-def _memory_file(data: bytes) -> int:
-    fd = os.memfd_create("dcp-hf-columns", os.MFD_CLOEXEC)
-    try:
-        view = memoryview(data)
-        while view:
-            view = view[os.write(fd, view) :]
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd
-
-
-READ_AT_ONCE = os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
-"""Flags to open a file of another process, which must not make this one wait."""
-
-
 def read_table(place: TablePlace) -> bytes:
     """Return the bytes that another process of this host shows.
 
     Raises:
         OSError: If this process may not read them, or something else is in their place.
     """
-    path = f"/proc/{place.pid}/fd/{place.fd}"
-    # In another pid namespace, this may be anything, such as a pipe that nobody writes to.
-    with open(os.open(path, READ_AT_ONCE), "rb", buffering=0) as file:
+    fd = open_of_process(place.pid, place.fd, os.O_RDONLY)
+    with open(fd, "rb", buffering=0) as file:
         data = file.read(place.nbytes) if os.fstat(file.fileno()).st_size == place.nbytes else b""
     if xxhash.xxh3_64_hexdigest(data) != place.digest:
         msg = f"process {place.pid} here is not the rank that told its columns"
