@@ -15,6 +15,7 @@ import ctypes
 import mmap
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -116,7 +117,7 @@ def set_scheduler(root: str, scheduler: str) -> None:
         msg = f"{root} is on {os.path.basename(path)}, which is no loop device"
         raise SystemExit(msg)
     device = os.path.join("/dev", os.path.basename(path))
-    subprocess.run(["losetup", "--direct-io=on", device], check=True)
+    subprocess.run([shutil.which("losetup") or "losetup", "--direct-io=on", device], check=True)
     with open(os.path.join(path, "queue", "scheduler"), "w", encoding="ascii") as file:
         file.write(scheduler)
 
