@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from dcp_hf_writer.errors import LayoutError
 from dcp_hf_writer.tensors.dtype_names import ITEMSIZE, SORT_RANK
@@ -21,10 +20,11 @@ MAX_HEADER_NBYTES = 100_000_000
 
 _LENGTH_NBYTES = 8
 
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
-@dataclass(frozen=True, slots=True)
-class HFTensor:
-    """One tensor of the export."""
+
+class HFTensor(NamedTuple):
+    """One tensor of the export. An export has tens of thousands: a named tuple is cheap to make."""
 
     key: str
     """HuggingFace name."""
@@ -32,12 +32,18 @@ class HFTensor:
     """Name of the safetensors dtype."""
     shape: Shape
     """Shape in torch elements; `()` for a scalar."""
-    nbytes: int = field(init=False, compare=False)
+    nbytes: int
     """Size of the data in bytes."""
 
-    def __post_init__(self) -> None:
-        """Compute `nbytes` once, because planning reads it many times."""
-        object.__setattr__(self, "nbytes", math.prod(self.shape) * ITEMSIZE[self.dtype])
+    @classmethod
+    def of(cls, key: str, dtype: str, shape: Shape) -> HFTensor:
+        """Return a tensor, with the size that its dtype and shape give it."""
+        return cls(key, dtype, shape, nbytes_of(dtype, shape))
+
+
+def nbytes_of(dtype: str, shape: Shape) -> int:
+    """Return the size of a tensor's data in bytes."""
+    return math.prod(shape) * ITEMSIZE[dtype]
 
 
 def in_file_order(tensors: Sequence[HFTensor]) -> list[HFTensor]:
@@ -68,19 +74,21 @@ def encode_header(
     Source:
         safetensors README, "Format".
     """
-    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    entries = [f'"__metadata__":{_json({"format": "pt", **metadata})}']
     starts: dict[str, int] = {}
     position = 0
-    for tensor in tensors:
-        stop = position + tensor.nbytes
-        starts[tensor.key] = position
-        entries[tensor.key] = {
-            "dtype": tensor.dtype,
-            "shape": list(stored_shape(tensor.dtype, tensor.shape, key=tensor.key)),
-            "data_offsets": [position, stop],
-        }
+    # Most tensors of a model have one of a few forms, whose JSON is encoded once.
+    forms: dict[tuple[str, Shape], str] = {}
+    for key, dtype, shape, nbytes in tensors:
+        form = forms.get((dtype, shape))
+        if form is None:
+            stored = list(stored_shape(dtype, shape, key=key))
+            form = forms[dtype, shape] = f'"dtype":{_json(dtype)},"shape":{_json(stored)}'
+        stop = position + nbytes
+        starts[key] = position
+        entries.append(f'{_json(key)}:{{{form},"data_offsets":[{position},{stop}]}}')
         position = stop
-    body = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    body = f"{{{','.join(entries)}}}".encode()
     body += b" " * (-(_LENGTH_NBYTES + len(body)) % align)
     if len(body) > MAX_HEADER_NBYTES:
         msg = "the header of an output file is larger than readers accept"

@@ -5,15 +5,16 @@ Pure: values in, values out.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dcp_hf_writer.errors import CoverageError, LayoutError, SpecError
 from dcp_hf_writer.excerpts import MOST_NAMES, some_of
-from dcp_hf_writer.formats.encode_safetensors_header import HFTensor
-from dcp_hf_writer.mapping.load_spec import LoadSpec
+from dcp_hf_writer.formats.encode_safetensors_header import HFTensor, nbytes_of
+from dcp_hf_writer.mapping.load_spec import whole_part
 from dcp_hf_writer.tensors.boxes import Box, BoxTable, Shape, tiling_fault
 from dcp_hf_writer.tensors.dtypes import CASTABLE, safetensors_name
 from dcp_hf_writer.tensors.strided_copies import Copy, coverage_fault, hf_box, hf_loops
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.mapping.load_spec import LoadSpec, SpecPart
 
 # safetensors reserves this key: its library writes a tensor of this name but cannot read it back.
 _RESERVED = "__metadata__"
@@ -45,8 +47,7 @@ class RuntimeTensor:
     """The parts that the ranks write, each element once."""
 
 
-@dataclass(frozen=True, slots=True)
-class AssignedTensor:
+class AssignedTensor(NamedTuple):
     """A HuggingFace tensor of the export, and where its elements come from."""
 
     tensor: HFTensor
@@ -100,20 +101,27 @@ def assign_keys(
     # not a key of another tensor that happens to be equal.
     dropped_keys = dropped.keys() - {tensor.name for tensor in tensors}
     assigned: dict[str, AssignedTensor] = {}
+    # The parts of a stack of experts have one form. Its size is computed once.
+    size_of: dict[tuple[str, Shape], int] = {}
     for tensor in tensors:
         if tensor.name in dropped:
             continue
         spec = export.spec_by_fqn.get(tensor.name)
-        if spec is None:
-            spec = LoadSpec(tensor.name, (tensor.name,), tensor.shape)
         _check_tensor(tensor, spec)
-        for part in spec.parts:
-            if part.key in dropped_keys:
-                continue
-            dtype = safetensors_name(_on_disk(tensor, spec, part.key, export, keep), fqn=tensor.fqn)
-            wanted = HFTensor(part.key, dtype, part.shape)
-            known = assigned.setdefault(part.key, AssignedTensor(wanted, []))
-            if known.tensor != wanted:
+        parts = (whole_part(tensor.name, tensor.shape),) if spec is None else spec.parts
+        parts = tuple(part for part in parts if part.key not in dropped_keys)
+        for part, dtype in zip(
+            parts, _dtypes_on_disk(tensor, spec, parts, export, keep), strict=True
+        ):
+            key, shape = part.key, part.shape
+            nbytes = size_of.get((dtype, shape))
+            if nbytes is None:
+                nbytes = size_of[dtype, shape] = nbytes_of(dtype, shape)
+            wanted = HFTensor(key, dtype, shape, nbytes)
+            known = assigned.get(key)
+            if known is None:
+                known = assigned[key] = AssignedTensor(wanted, [])
+            elif known.tensor != wanted:
                 _refuse_other(known, wanted, tensor.fqn, part.copies)
             known.parts.append((tensor.fqn, part.copies))
     _check_all_whole(assigned.values())
@@ -124,11 +132,12 @@ def _check_all_whole(assigned: Iterable[AssignedTensor]) -> None:
     # The layers of a model share their `copies` objects. Checking each object once is enough.
     checked: set[tuple[int, Shape]] = set()
     for one in assigned:
-        what = id(one.parts[0][1]), one.tensor.shape
-        if len(one.parts) > 1 or what not in checked:
-            _check_whole(one)
         if len(one.parts) == 1:
+            what = id(one.parts[0][1]), one.tensor.shape
+            if what in checked:
+                continue
             checked.add(what)
+        _check_whole(one)
 
 
 def _check_whole(one: AssignedTensor) -> None:
@@ -188,23 +197,28 @@ def _refuse_two(known: AssignedTensor, fqn: str) -> None:
     )
 
 
-def _on_disk(
+def _dtypes_on_disk(
     tensor: RuntimeTensor,
-    spec: LoadSpec,
-    key: str,
+    spec: LoadSpec | None,
+    parts: Sequence[SpecPart],
     export: HFExport,
-    keep: Iterable[re.Pattern[str]],
-) -> torch.dtype:
-    wanted = spec.dtype or export.dtype
+    keep: Sequence[re.Pattern[str]],
+) -> Iterable[str]:
+    """Return the safetensors dtype of each part of a tensor."""
+    if not parts:
+        return ()
+    wanted = (spec and spec.dtype) or export.dtype
     if wanted is None or tensor.dtype not in CASTABLE or isinstance(wanted, str):
-        return tensor.dtype
-    if spec.dtype is None and any(pattern.search(key) for pattern in keep):
-        return tensor.dtype
-    return wanted
+        return itertools.repeat(safetensors_name(tensor.dtype, fqn=tensor.fqn), len(parts))
+    cast = safetensors_name(wanted, fqn=tensor.fqn)
+    if not keep or (spec and spec.dtype):
+        return itertools.repeat(cast, len(parts))
+    own = safetensors_name(tensor.dtype, fqn=tensor.fqn)
+    return [own if any(pattern.search(part.key) for pattern in keep) else cast for part in parts]
 
 
-def _check_tensor(tensor: RuntimeTensor, spec: LoadSpec) -> None:
-    if spec.global_shape != tensor.shape:
+def _check_tensor(tensor: RuntimeTensor, spec: LoadSpec | None) -> None:
+    if spec is not None and spec.global_shape != tensor.shape:
         msg = "the shape in a spec is not the shape of its tensor"
         raise SpecError(
             msg,
@@ -235,13 +249,11 @@ def check_keys(assigned: Sequence[AssignedTensor], export: HFExport) -> None:
             they are not the keys in `export.expect_keys`.
     """
     keys = {one.tensor.key for one in assigned}
-    for key in keys:
-        if not key or key == _RESERVED:
-            _refuse_key(key, "a HuggingFace key is reserved or empty", repr(key))
-        try:
-            key.encode()
-        except UnicodeEncodeError:
-            _refuse_key(key, "a HuggingFace key is not valid Unicode", repr(key))
+    for key in sorted(keys & {"", _RESERVED}):
+        _refuse_key(key, "a HuggingFace key is reserved or empty", repr(key))
+    if not _is_unicode("".join(keys)):
+        key = min(key for key in keys if not _is_unicode(key))
+        _refuse_key(key, "a HuggingFace key is not valid Unicode", repr(key))
     if not keys:
         msg = "the model's entry holds no tensors to export"
         raise LayoutError(
@@ -258,6 +270,14 @@ def check_keys(assigned: Sequence[AssignedTensor], export: HFExport) -> None:
             expected=f"also {_some(expected - keys)}" if expected - keys else None,
             found=f"unexpected {_some(keys - expected)}" if keys - expected else None,
         )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _some(names: Iterable[str]) -> str:

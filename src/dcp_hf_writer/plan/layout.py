@@ -6,6 +6,7 @@ of the export. Every rank gets the same result from the same input.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -111,7 +112,7 @@ def _place(
     groups: Mapping[str, Sequence[AssignedTensor]], export: HFExport, tied: Mapping[str, str]
 ) -> Layout:
     files: list[PlannedFile] = []
-    targets: dict[str, list[PartTarget]] = {}
+    targets: defaultdict[str, list[PartTarget]] = defaultdict(list)
     for number, (name, group) in enumerate(groups.items()):
         ordered = in_file_order([one.tensor for one in group])
         header, starts = encode_header(
@@ -119,14 +120,10 @@ def _place(
         )
         nbytes = len(header) + sum(tensor.nbytes for tensor in ordered)
         files.append(PlannedFile(name, header, nbytes, tuple(t.key for t in ordered)))
-        for one in group:
-            tensor = one.tensor
-            for fqn, copies in one.parts:
-                targets.setdefault(fqn, []).append(
-                    PartTarget(
-                        tensor.key, number, starts[tensor.key], tensor.dtype, tensor.shape, copies
-                    )
-                )
+        for (key, dtype, shape, _), parts in group:
+            start = starts[key]
+            for fqn, copies in parts:
+                targets[fqn].append(PartTarget(key, number, start, dtype, shape, copies))
     return Layout(
         files=tuple(files),
         targets={fqn: tuple(parts) for fqn, parts in targets.items()},
