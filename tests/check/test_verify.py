@@ -408,7 +408,7 @@ def test_what_readers_pass_over_in_a_hub_directory_is_a_warning(tmp_path: Path) 
 def test_packed_and_scalar_tensors_of_a_hub_directory_are_counted_as_torch_counts(
     tmp_path: Path,
 ) -> None:
-    tensors = [HFTensor.of("scalar", "F32", ()), HFTensor.of("packed", "F4", (3, 4))]
+    tensors = [HFTensor("scalar", "F32", ()), HFTensor("packed", "F4", (3, 4))]
     header, _ = encode_header(tensors, metadata={}, align=8)
     (tmp_path / "model.safetensors").write_bytes(header + bytes(16))
     index = {"total_size": 16, "total_parameters": 13}

@@ -34,7 +34,7 @@ TENSORS = st.dictionaries(
     ).filter(lambda kind: kind[0] != "F4" or kind[1]),
     min_size=1,
     max_size=8,
-).map(lambda found: [HFTensor.of(key, dtype, shape) for key, (dtype, shape) in found.items()])
+).map(lambda found: [HFTensor(key, dtype, shape) for key, (dtype, shape) in found.items()])
 
 
 def filled(tensor: HFTensor) -> torch.Tensor:
@@ -82,7 +82,7 @@ def test_data_put_at_the_starts_is_what_the_library_reads(
 def test_names_sort_by_their_bytes_when_characters_lie_beyond_the_first_plane() -> None:
     # In UTF-16, as some languages sort, the second would come first.
     names = ["\uffee", "\U0001f600"]
-    tensors = [HFTensor.of(name, "F32", (1,)) for name in reversed(names)]
+    tensors = [HFTensor(name, "F32", (1,)) for name in reversed(names)]
     assert [tensor.key for tensor in in_file_order(tensors)] == names
 
 
@@ -100,7 +100,7 @@ def test_header_limit_is_that_of_the_library() -> None:
 def test_header_is_refused_when_it_is_larger_than_readers_accept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    tensors = [HFTensor.of(f"layers.{i}", "F32", (1,)) for i in range(3)]
+    tensors = [HFTensor(f"layers.{i}", "F32", (1,)) for i in range(3)]
     header, _ = encode_header(tensors, metadata={}, align=8)
     # The length field does not count.
     monkeypatch.setattr(encode_safetensors_header, "MAX_HEADER_NBYTES", len(header) - 8)

@@ -89,7 +89,7 @@ def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:
 
 
 def test_header_that_we_encode_is_read() -> None:
-    tensors = in_file_order([HFTensor.of(name, name, (3, 4)) for name in TORCH_BY_NAME])
+    tensors = in_file_order([HFTensor(name, name, (3, 4)) for name in TORCH_BY_NAME])
     header, starts = encode_header(tensors, metadata={"run": "one"}, align=4096)
     nbytes = len(header) + sum(tensor.nbytes for tensor in tensors)
     found = parse_header(header, file_nbytes=nbytes, path="x")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from dcp_hf_writer.errors import LayoutError
 from dcp_hf_writer.tensors.dtype_names import ITEMSIZE, SORT_RANK
@@ -23,8 +24,29 @@ _LENGTH_NBYTES = 8
 _json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
-class HFTensor(NamedTuple):
-    """One tensor of the export. An export has tens of thousands: a named tuple is cheap to make."""
+class HeaderEntry(Protocol):
+    """What a header says of a tensor."""
+
+    @property
+    def key(self) -> str:
+        """HuggingFace name."""
+
+    @property
+    def dtype(self) -> str:
+        """Name of the safetensors dtype."""
+
+    @property
+    def shape(self) -> Shape:
+        """Shape in torch elements; `()` for a scalar."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class HFTensor:
+    """One tensor of a file."""
 
     key: str
     """HuggingFace name."""
@@ -32,13 +54,11 @@ class HFTensor(NamedTuple):
     """Name of the safetensors dtype."""
     shape: Shape
     """Shape in torch elements; `()` for a scalar."""
-    nbytes: int
-    """Size of the data in bytes."""
 
-    @classmethod
-    def of(cls, key: str, dtype: str, shape: Shape) -> HFTensor:
-        """Return a tensor, with the size that its dtype and shape give it."""
-        return cls(key, dtype, shape, nbytes_of(dtype, shape))
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return nbytes_of(self.dtype, self.shape)
 
 
 def nbytes_of(dtype: str, shape: Shape) -> int:
@@ -46,7 +66,10 @@ def nbytes_of(dtype: str, shape: Shape) -> int:
     return math.prod(shape) * ITEMSIZE[dtype]
 
 
-def in_file_order(tensors: Sequence[HFTensor]) -> list[HFTensor]:
+Entry = TypeVar("Entry", bound=HeaderEntry)
+
+
+def in_file_order(tensors: Sequence[Entry]) -> list[Entry]:
     """Sort tensors as safetensors does: by dtype, widest first, then by name.
 
     Names compare as UTF-8 bytes, as Rust strings do.
@@ -55,7 +78,7 @@ def in_file_order(tensors: Sequence[HFTensor]) -> list[HFTensor]:
 
 
 def encode_header(
-    tensors: Sequence[HFTensor], *, metadata: Mapping[str, str], align: int
+    tensors: Sequence[HeaderEntry], *, metadata: Mapping[str, str], align: int
 ) -> tuple[bytes, dict[str, int]]:
     """Encode the header of one output file.
 
@@ -79,12 +102,13 @@ def encode_header(
     position = 0
     # Most tensors of a model have one of a few forms, whose JSON is encoded once.
     forms: dict[tuple[str, Shape], str] = {}
-    for key, dtype, shape, nbytes in tensors:
+    for tensor in tensors:
+        key, dtype, shape = tensor.key, tensor.dtype, tensor.shape
         form = forms.get((dtype, shape))
         if form is None:
             stored = list(stored_shape(dtype, shape, key=key))
             form = forms[dtype, shape] = f'"dtype":{_json(dtype)},"shape":{_json(stored)}'
-        stop = position + nbytes
+        stop = position + tensor.nbytes
         starts[key] = position
         entries.append(f'{_json(key)}:{{{form},"data_offsets":[{position},{stop}]}}')
         position = stop

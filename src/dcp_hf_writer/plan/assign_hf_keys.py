@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dcp_hf_writer.errors import CoverageError, LayoutError, SpecError
 from dcp_hf_writer.excerpts import MOST_NAMES, some_of
-from dcp_hf_writer.formats.encode_safetensors_header import HFTensor, nbytes_of
+from dcp_hf_writer.formats.encode_safetensors_header import nbytes_of
 from dcp_hf_writer.mapping.load_spec import whole_part
 from dcp_hf_writer.tensors.boxes import Box, BoxTable, Shape, tiling_fault
 from dcp_hf_writer.tensors.dtypes import CASTABLE, safetensors_name
@@ -21,6 +21,7 @@ from dcp_hf_writer.tensors.strided_copies import Copy, coverage_fault, hf_box, h
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     import torch
 
@@ -50,8 +51,14 @@ class RuntimeTensor:
 class AssignedTensor(NamedTuple):
     """A HuggingFace tensor of the export, and where its elements come from."""
 
-    tensor: HFTensor
-    """Its key, dtype and shape on disk."""
+    key: str
+    """HuggingFace name."""
+    dtype: str
+    """safetensors dtype on disk."""
+    shape: Shape
+    """Shape on disk."""
+    nbytes: int
+    """Size of its data in bytes."""
     parts: list[tuple[str, tuple[Copy, ...]]]
     """FQN of each runtime tensor that supplies elements, and the copies that take them over."""
 
@@ -109,20 +116,19 @@ def assign_keys(
         spec = export.spec_by_fqn.get(tensor.name)
         _check_tensor(tensor, spec)
         parts = (whole_part(tensor.name, tensor.shape),) if spec is None else spec.parts
-        parts = tuple(part for part in parts if part.key not in dropped_keys)
-        for part, dtype in zip(
-            parts, _dtypes_on_disk(tensor, spec, parts, export, keep), strict=True
-        ):
+        if dropped_keys:
+            parts = tuple(part for part in parts if part.key not in dropped_keys)
+        dtypes = _dtypes_on_disk(tensor, spec, parts, export, keep)
+        for part, dtype in zip(parts, dtypes, strict=True):
             key, shape = part.key, part.shape
             nbytes = size_of.get((dtype, shape))
             if nbytes is None:
                 nbytes = size_of[dtype, shape] = nbytes_of(dtype, shape)
-            wanted = HFTensor(key, dtype, shape, nbytes)
             known = assigned.get(key)
             if known is None:
-                known = assigned[key] = AssignedTensor(wanted, [])
-            elif known.tensor != wanted:
-                _refuse_other(known, wanted, tensor.fqn, part.copies)
+                known = assigned[key] = AssignedTensor(key, dtype, shape, nbytes, [])
+            elif known.dtype != dtype or known.shape != shape:
+                _refuse_other(known, part, dtype, tensor.fqn)
             known.parts.append((tensor.fqn, part.copies))
     _check_all_whole(assigned.values())
     return list(assigned.values())
@@ -130,19 +136,19 @@ def assign_keys(
 
 def _check_all_whole(assigned: Iterable[AssignedTensor]) -> None:
     # The layers of a model share their `copies` objects. Checking each object once is enough.
-    checked: set[tuple[int, Shape]] = set()
+    checked: dict[int, Shape] = {}
     for one in assigned:
         if len(one.parts) == 1:
-            what = id(one.parts[0][1]), one.tensor.shape
-            if what in checked:
+            copies = id(one.parts[0][1])
+            if checked.get(copies) == one.shape:
                 continue
-            checked.add(what)
+            checked[copies] = one.shape
         _check_whole(one)
 
 
 def _check_whole(one: AssignedTensor) -> None:
     """Refuse a HuggingFace tensor if one of its elements has no source, or more than one."""
-    shape = one.tensor.shape
+    shape = one.shape
     copies = [copy for _, copies in one.parts for copy in copies]
     if len(one.parts) > 1 and math.prod(shape) in {
         sum(copy.numel for copy in copies) for _, copies in one.parts
@@ -164,34 +170,32 @@ def _check_whole(one: AssignedTensor) -> None:
             msg,
             phase="plan",
             fqn=fqns[0] if len(fqns) == 1 else some_of(sorted(fqns), most=MOST_NAMES),
-            key=one.tensor.key,
+            key=one.key,
             expected=f"pieces that tile {list(shape)}",
             found=fault,
         )
 
 
-def _refuse_other(
-    known: AssignedTensor, wanted: HFTensor, fqn: str, copies: Sequence[Copy]
-) -> None:
+def _refuse_other(known: AssignedTensor, part: SpecPart, dtype: str, fqn: str) -> None:
     """Refuse a runtime tensor whose part does not fit the HuggingFace tensor of the same key."""
-    is_part = sum(copy.numel for copy in copies) < math.prod(wanted.shape)
-    if not is_part or known.tensor.shape != wanted.shape:
+    is_part = sum(copy.numel for copy in part.copies) < math.prod(part.shape)
+    if not is_part or known.shape != part.shape:
         _refuse_two(known, fqn)
     msg = "runtime tensors of different dtypes make up one HuggingFace tensor"
     raise LayoutError(
         msg,
         phase="plan",
         fqn=fqn,
-        key=wanted.key,
-        expected=f"{known.tensor.dtype}, the dtype of {known.parts[0][0]!r}",
-        found=wanted.dtype,
+        key=part.key,
+        expected=f"{known.dtype}, the dtype of {known.parts[0][0]!r}",
+        found=dtype,
         hint="give them one dtype with HFExport(dtype=...) or with the dtype of their LoadSpecs",
     )
 
 
 def _refuse_two(known: AssignedTensor, fqn: str) -> None:
     _refuse_key(
-        known.tensor.key,
+        known.key,
         "two runtime tensors have the same HuggingFace key",
         f"{known.parts[0][0]!r} and {fqn!r}",
     )
@@ -241,14 +245,17 @@ def _check_tensor(tensor: RuntimeTensor, spec: LoadSpec | None) -> None:
         )
 
 
-def check_keys(assigned: Sequence[AssignedTensor], export: HFExport) -> None:
+def check_keys(keys: AbstractSet[str], export: HFExport) -> None:
     """Refuse keys that safetensors cannot hold, and keys other than the expected ones.
+
+    Args:
+        keys: All keys of the export.
+        export: Options of the export.
 
     Raises:
         LayoutError: If a key is empty, reserved or not valid Unicode, if there are no keys, or if
             they are not the keys in `export.expect_keys`.
     """
-    keys = {one.tensor.key for one in assigned}
     for key in sorted(keys & {"", _RESERVED}):
         _refuse_key(key, "a HuggingFace key is reserved or empty", repr(key))
     if not _is_unicode("".join(keys)):

@@ -103,9 +103,10 @@ def plan_layout(
     is_sorted = export.is_in_natural_order or (sort and export.order == "auto")
     ordered = sorted(tensors, key=natural_order) if is_sorted else list(tensors)
     assigned = assign_keys(ordered, export, dropped)
-    check_keys(assigned, export)
+    keys = {one.key for one in assigned}
+    check_keys(keys, export)
     files = fill_files(assigned, export, file_of_key)
-    return _place(files, export, tied_keys(dropped, {one.tensor.key for one in assigned}, export))
+    return _place(files, export, tied_keys(dropped, keys, export))
 
 
 def _place(
@@ -114,13 +115,13 @@ def _place(
     files: list[PlannedFile] = []
     targets: defaultdict[str, list[PartTarget]] = defaultdict(list)
     for number, (name, group) in enumerate(groups.items()):
-        ordered = in_file_order([one.tensor for one in group])
+        ordered = in_file_order(group)
         header, starts = encode_header(
             ordered, metadata=export.metadata or {}, align=export.header_align
         )
         nbytes = len(header) + sum(tensor.nbytes for tensor in ordered)
         files.append(PlannedFile(name, header, nbytes, tuple(t.key for t in ordered)))
-        for (key, dtype, shape, _), parts in group:
+        for key, dtype, shape, _, parts in group:
             start = starts[key]
             for fqn, copies in parts:
                 targets[fqn].append(PartTarget(key, number, start, dtype, shape, copies))

@@ -6,7 +6,6 @@ Pure: values in, values out.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import LayoutError
@@ -54,14 +53,14 @@ def _units(
     """Yield the size in bytes and the tensors of each unit that stays in one file, in order."""
     alone = assigned
     if export.groups is not None:
-        by_key = {one.tensor.key: one for one in assigned}
+        by_key = {one.key: one for one in assigned}
         for group in export.groups:
             unit = [by_key.pop(key) for key in group if key in by_key]
             if unit:
-                yield sum(one.tensor.nbytes for one in unit), unit
+                yield sum(one.nbytes for one in unit), unit
         alone = list(by_key.values())
     for one in alone:
-        yield one.tensor.nbytes, (one,)
+        yield one.nbytes, (one,)
 
 
 def _greedy_files(
@@ -94,7 +93,7 @@ def _greedy_files(
 def _files_like(
     assigned: Sequence[AssignedTensor], file_of_key: Mapping[str, str]
 ) -> dict[str, list[AssignedTensor]]:
-    missing = [one.tensor.key for one in assigned if one.tensor.key not in file_of_key]
+    missing = [one.key for one in assigned if one.key not in file_of_key]
     if missing:
         msg = "keys of the export are not in the index of `like`"
         raise LayoutError(
@@ -106,7 +105,7 @@ def _files_like(
         )
     files: dict[str, list[AssignedTensor]] = {}
     for one in assigned:
-        files.setdefault(file_of_key[one.tensor.key], []).append(one)
+        files.setdefault(file_of_key[one.key], []).append(one)
     return dict(sorted(files.items()))
 
 
@@ -119,20 +118,19 @@ def encode_index(
     """Return `model.safetensors.index.json`; `None` if one file holds everything."""
     if list(groups) == [single_file or SINGLE_NAME]:
         return None
-    nbytes: Counter[str] = Counter()
+    nbytes: dict[str, int] = {}
     lines: dict[str, str] = {}
     for name, group in groups.items():
         encoded_name = _json(name)
         for one in group:
-            key, dtype, _, size = one.tensor
-            nbytes[dtype] += size
-            lines[key] = f"{_json(key)}: {encoded_name}"
+            nbytes[one.dtype] = nbytes.get(one.dtype, 0) + one.nbytes
+            lines[one.key] = f"{_json(one.key)}: {encoded_name}"
     if total_parameters is None:
         total_parameters = sum(size // ITEMSIZE[dtype] for dtype, size in nbytes.items())
     # As `json.dumps` with `indent=2`, which runs in Python and takes several times as long.
     weight_map = ",\n    ".join([lines[key] for key in sorted(lines)])
     return (
         f'{{\n  "metadata": {{\n    "total_parameters": {_json(total_parameters)},\n'
-        f'    "total_size": {_json(nbytes.total())}\n  }},\n'
+        f'    "total_size": {_json(sum(nbytes.values()))}\n  }},\n'
         f'  "weight_map": {{\n    {weight_map}\n  }}\n}}\n'
     ).encode()

@@ -128,7 +128,7 @@ def encode_digests(digests: RankDigests, rank: int) -> tuple[bytes, DigestsFile]
         "dcp.digest": digests.dcp_digest,
     }
     tensors = in_file_order(
-        [HFTensor.of(name, dtype, columns[name].shape) for name, dtype in _COLUMNS.items()]
+        [HFTensor(name, dtype, columns[name].shape) for name, dtype in _COLUMNS.items()]
     )
     header, _ = encode_header(tensors, metadata={"dcp-hf": "digests"}, align=8)
     data = b"".join(
