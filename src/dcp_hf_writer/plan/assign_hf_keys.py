@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.mapping.load_spec import LoadSpec, SpecPart
 
+Source = tuple[str, tuple[Copy, ...]]
+"""FQN of a runtime tensor, and the copies that take over elements of it."""
+
 # safetensors reserves this key: its library writes a tensor of this name but cannot read it back.
 _RESERVED = "__metadata__"
 
@@ -49,7 +52,11 @@ class RuntimeTensor:
 
 
 class AssignedTensor(NamedTuple):
-    """A HuggingFace tensor of the export, and where its elements come from."""
+    """A HuggingFace tensor of the export, and where its elements come from.
+
+    An export has tens of thousands of these, hence few objects for each: a large number of new ones
+    makes Python's collector go through all objects of the process.
+    """
 
     key: str
     """HuggingFace name."""
@@ -59,8 +66,17 @@ class AssignedTensor(NamedTuple):
     """Shape on disk."""
     nbytes: int
     """Size of its data in bytes."""
-    parts: list[tuple[str, tuple[Copy, ...]]]
-    """FQN of each runtime tensor that supplies elements, and the copies that take them over."""
+    fqn: str
+    """FQN of the first runtime tensor that supplies elements."""
+    copies: tuple[Copy, ...]
+    """The copies that take over its elements."""
+    others: list[Source] | None = None
+    """The other runtime tensors that supply elements; `None` if there are none."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """All runtime tensors that supply elements: FQN and copies of each."""
+        return (self.fqn, self.copies), *(self.others or ())
 
 
 def natural_order(tensor: RuntimeTensor) -> list[tuple[Any, ...]]:
@@ -126,10 +142,15 @@ def assign_keys(
                 nbytes = size_of[dtype, shape] = nbytes_of(dtype, shape)
             known = assigned.get(key)
             if known is None:
-                known = assigned[key] = AssignedTensor(key, dtype, shape, nbytes, [])
-            elif known.dtype != dtype or known.shape != shape:
+                assigned[key] = AssignedTensor(key, dtype, shape, nbytes, tensor.fqn, part.copies)
+                continue
+            if known.dtype != dtype or known.shape != shape:
                 _refuse_other(known, part, dtype, tensor.fqn)
-            known.parts.append((tensor.fqn, part.copies))
+            source = tensor.fqn, part.copies
+            if known.others is None:
+                assigned[key] = known._replace(others=[source])
+            else:
+                known.others.append(source)
     _check_all_whole(assigned.values())
     return list(assigned.values())
 
@@ -138,8 +159,8 @@ def _check_all_whole(assigned: Iterable[AssignedTensor]) -> None:
     # The layers of a model share their `copies` objects. Checking each object once is enough.
     checked: dict[int, Shape] = {}
     for one in assigned:
-        if len(one.parts) == 1:
-            copies = id(one.parts[0][1])
+        if not one.others:
+            copies = id(one.copies)
             if checked.get(copies) == one.shape:
                 continue
             checked[copies] = one.shape
@@ -149,11 +170,11 @@ def _check_all_whole(assigned: Iterable[AssignedTensor]) -> None:
 def _check_whole(one: AssignedTensor) -> None:
     """Refuse a HuggingFace tensor if one of its elements has no source, or more than one."""
     shape = one.shape
-    copies = [copy for _, copies in one.parts for copy in copies]
-    if len(one.parts) > 1 and math.prod(shape) in {
-        sum(copy.numel for copy in copies) for _, copies in one.parts
+    copies = [copy for _, copies in one.sources for copy in copies]
+    if one.others and math.prod(shape) in {
+        sum(copy.numel for copy in copies) for _, copies in one.sources
     }:
-        _refuse_two(one, one.parts[1][0])
+        _refuse_two(one, one.others[0][0])
     boxes = [hf_box(copy) for copy in copies]
     if len(boxes) == 1 and boxes[0] is not None and boxes[0].sizes == shape:
         return
@@ -164,7 +185,7 @@ def _check_whole(one: AssignedTensor) -> None:
         else coverage_fault([(copy.hf_start, hf_loops(copy)) for copy in copies], shape)
     )
     if fault is not None:
-        fqns = [fqn for fqn, _ in one.parts]
+        fqns = [fqn for fqn, _ in one.sources]
         msg = "the specs do not supply each element of a HuggingFace tensor exactly once"
         raise SpecError(
             msg,
@@ -187,7 +208,7 @@ def _refuse_other(known: AssignedTensor, part: SpecPart, dtype: str, fqn: str) -
         phase="plan",
         fqn=fqn,
         key=part.key,
-        expected=f"{known.dtype}, the dtype of {known.parts[0][0]!r}",
+        expected=f"{known.dtype}, the dtype of {known.fqn!r}",
         found=dtype,
         hint="give them one dtype with HFExport(dtype=...) or with the dtype of their LoadSpecs",
     )
@@ -197,7 +218,7 @@ def _refuse_two(known: AssignedTensor, fqn: str) -> None:
     _refuse_key(
         known.key,
         "two runtime tensors have the same HuggingFace key",
-        f"{known.parts[0][0]!r} and {fqn!r}",
+        f"{known.fqn!r} and {fqn!r}",
     )
 
 

@@ -121,10 +121,11 @@ def _place(
         )
         nbytes = len(header) + sum(tensor.nbytes for tensor in ordered)
         files.append(PlannedFile(name, header, nbytes, tuple(t.key for t in ordered)))
-        for key, dtype, shape, _, parts in group:
-            start = starts[key]
-            for fqn, copies in parts:
-                targets[fqn].append(PartTarget(key, number, start, dtype, shape, copies))
+        for one in group:
+            place = one.key, number, starts[one.key], one.dtype, one.shape
+            targets[one.fqn].append(PartTarget(*place, one.copies))
+            for fqn, copies in one.others or ():
+                targets[fqn].append(PartTarget(*place, copies))
     return Layout(
         files=tuple(files),
         targets={fqn: tuple(parts) for fqn, parts in targets.items()},

@@ -44,7 +44,6 @@ def planned_tensors(plans: Iterable[SavePlan]) -> dict[str, PlannedTensor]:
     # Only this loop visits every item of every rank, so its time grows with the job. It reads each
     # attribute once: most of the time is spent on fetching the objects from memory.
     found: dict[str, PlannedTensor] = {}
-    columns: dict[str, tuple[TensorWriteData, list[int], list[Shape], list[Shape]]] = {}
     for rank, plan in enumerate(plans):
         paths = plan.planner_data if isinstance(plan.planner_data, dict) else {}
         for item in plan.items:
@@ -52,17 +51,18 @@ def planned_tensors(plans: Iterable[SavePlan]) -> dict[str, PlannedTensor]:
             if data is None:
                 continue
             fqn = item.index.fqn
-            known = columns.get(fqn)
-            if known is None:
-                known = columns[fqn] = data, [], [], []
-                found[fqn] = PlannedTensor(data, tuple(paths.get(fqn, (fqn,))), *known[1:])
-            first, ranks, offsets, sizes = known
-            if data.size != first.size or (data.properties.dtype is not first.properties.dtype):
-                raise _unlike(fqn, found[fqn], data, rank)
+            tensor = found.get(fqn)
+            if tensor is None:
+                path = tuple(paths.get(fqn, (fqn,)))
+                tensor = found[fqn] = PlannedTensor(data, path, [], [], [])
+            elif data.size != tensor.data.size or (
+                data.properties.dtype is not tensor.data.properties.dtype
+            ):
+                raise _unlike(fqn, tensor, data, rank)
             chunk = data.chunk
-            ranks.append(rank)
-            offsets.append(chunk.offsets)
-            sizes.append(chunk.sizes)
+            tensor.ranks.append(rank)
+            tensor.offsets.append(chunk.offsets)
+            tensor.sizes.append(chunk.sizes)
     return found
 
 
