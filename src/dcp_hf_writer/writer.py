@@ -104,6 +104,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         host_budget_bytes: int = 256 << 20,
         report_to: ReportHook | Sequence[ReportHook] | None = None,
         mirror: str | MirrorTo | None = None,
+        page_cache: Literal["newest", "all"] = "newest",
     ) -> None:
         """Set up a writer. Writes no file, and starts nothing.
 
@@ -135,6 +136,7 @@ class HFDualWriter(StorageWriter, SlabStager):
                 the end of each save, published or failed. An error of one is logged.
             mirror: URL of a store, or `MirrorTo(url, ...)`: where to upload the checkpoint from its
                 local files, in the background, once it is committed.
+            page_cache: `"newest"` drops older checkpoints from the page cache while a save writes.
 
         Raises:
             ConfigError: If an option cannot be used as given, or `like` is no model directory.
@@ -158,6 +160,7 @@ class HFDualWriter(StorageWriter, SlabStager):
         self.strategy = strategy
         self.timeout_s = timeout_s
         self.host_budget_bytes = host_budget_bytes
+        self.page_cache = page_cache
         place = export_place(options)
         self._stores = stores_of(options, place)
         self.path = self._path_of(path)

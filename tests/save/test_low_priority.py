@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import signal
 import threading
 import weakref
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -18,9 +20,22 @@ from dcp_hf_writer import HFDualWriter, WriteSlots
 from dcp_hf_writer.errors import ConfigError
 from dcp_hf_writer.save.low_priority import run_at_low_priority
 from dcp_hf_writer.save.write_phase import WritePhase
+from dcp_hf_writer.storage import linux_calls
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+# Class 2, level 7, as ioprio_get(2) tells it.
+BEST_EFFORT_7 = 2 << 13 | 7
+
+
+def io_priority_of_thread() -> int:
+    # The number of ioprio_get(2) follows that of ioprio_set(2) on each of these machines.
+    number = linux_calls._IOPRIO_SET[os.uname().machine] + 1
+    found = ctypes.CDLL(None, use_errno=True).syscall(ctypes.c_long(number), 1, 0)
+    assert found >= 0, os.strerror(ctypes.get_errno())
+    return int(found)
 
 
 def nice_of_thread() -> int:
@@ -68,6 +83,30 @@ def test_a_save_in_the_background_writes_at_a_lower_priority(
     loaded = {"weight": torch.zeros(6)}
     dcp.load(loaded, checkpoint_id=tmp_path / "step-1")
     assert torch.equal(loaded["weight"], STATE["weight"])
+
+
+def test_the_files_get_durable_at_a_lower_priority_of_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: set[tuple[str, int, int]] = set()
+    fsync = os.fsync
+
+    def noted(fd: int) -> None:
+        name = os.path.basename(os.readlink(f"/proc/self/fd/{fd}"))
+        found.add((name, nice_of_thread() - base, io_priority_of_thread()))
+        fsync(fd)
+
+    base, usual = nice_of_thread(), io_priority_of_thread()
+    monkeypatch.setattr(os, "fsync", noted)
+    writer = HFDualWriter(tmp_path / "step-1", slots=GENTLE)
+    dcp.async_save(STATE, storage_writer=writer).result()
+    gentle = min(5, 19 - base)
+    assert {one for one in found if one[0].endswith((".distcp", ".safetensors"))} == {
+        ("__0_0.distcp", gentle, BEST_EFFORT_7),
+        ("model.safetensors", gentle, BEST_EFFORT_7),
+        ("digests-00000.safetensors", gentle, BEST_EFFORT_7),
+    }
+    assert io_priority_of_thread() == usual
 
 
 def test_training_keeps_its_priority(tmp_path: Path) -> None:
@@ -120,6 +159,17 @@ def test_a_save_that_linux_gives_no_lower_priority_goes_on(
     monkeypatch.setattr(os, "setpriority", refuse)
     assert run_at_low_priority(nice_of_thread, nice=5, stop=never) == nice_of_thread()
     assert "runs at the priority of training" in caplog.text
+
+
+@pytest.mark.parametrize("machine", ["x86_64", "a machine of its own"])
+def test_a_save_that_gets_no_lower_io_priority_goes_on(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, machine: str
+) -> None:
+    # The kernel knows no call of this number.
+    monkeypatch.setattr(linux_calls, "_IOPRIO_SET", {"x86_64": 100000})
+    monkeypatch.setattr(os, "uname", lambda: SimpleNamespace(machine=machine))
+    assert run_at_low_priority(lambda: 3, nice=5, stop=never) == 3
+    assert "at the I/O priority of training: " in caplog.text
 
 
 def test_an_interpreter_that_starts_no_threads_writes_in_the_calling_thread(

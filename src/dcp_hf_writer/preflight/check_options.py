@@ -129,6 +129,7 @@ def check_writer(options: Mapping[str, Any]) -> None:
     check_word("staging", options["staging"], ("blocking", "overlap"))
     check_word("on_export_error", options["on_export_error"], ("raise", "warn"))
     check_word("share", options["share"], ("auto", "off"))
+    check_word("page_cache", options["page_cache"], ("newest", "all"))
     check_word("strategy", options["strategy"], ("auto", "direct", "exchange"))
     check_flag("overwrite", options["overwrite"])
     check_seconds("timeout_s", options["timeout_s"])

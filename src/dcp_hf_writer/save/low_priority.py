@@ -7,6 +7,8 @@ import os
 import threading
 from typing import TYPE_CHECKING, TypeVar
 
+from dcp_hf_writer.storage.linux_calls import lower_io_priority
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -79,10 +81,17 @@ def _starts(thread: threading.Thread) -> bool:
 
 
 def lower_priority(nice: int) -> None:
-    """Add `nice` to the nice value of the calling thread; it may not be able to undo that."""
+    """Add `nice` to the nice value of the calling thread, and lower its I/O priority.
+
+    The thread may not be able to undo that.
+    """
     thread = threading.get_native_id()
     try:
         # Linux sets the value of one thread: setpriority(2), "C library/kernel differences".
         os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + nice)
     except OSError as error:
         _log.warning("a save runs at the priority of training: %s", error)
+    try:
+        lower_io_priority()
+    except OSError as error:
+        _log.warning("a save reads and writes at the I/O priority of training: %s", error)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from dcp_hf_writer.failpoints import reach
 from dcp_hf_writer.formats.names_on_disk import DIGESTS_DIRECTORY
 from dcp_hf_writer.save import coordinator
+from dcp_hf_writer.save.cached_steps import CACHED_STEPS
 from dcp_hf_writer.save.checksums import add_checksums
 from dcp_hf_writer.save.dcp_half import metadata_writer
 from dcp_hf_writer.save.given_writer import finish_given_writer
@@ -55,6 +56,8 @@ class LocalOptions:
     """How the ranks write files that they share."""
     mirror: MirrorTo | None = None
     """Where the checkpoint is uploaded once it is committed."""
+    page_cache: Literal["newest", "all"] = "newest"
+    """Whether older checkpoints of this process leave the page cache."""
     reuse: str | None = None
     """Path of an earlier checkpoint whose files may be used again."""
 
@@ -67,7 +70,13 @@ class LocalOptions:
             mirror: The mirror of this save.
         """
         return cls(
-            writer.dcp_writer, writer.slots, writer.share, writer.strategy, mirror, writer.reuse
+            dcp_writer=writer.dcp_writer,
+            slots=writer.slots,
+            share=writer.share,
+            strategy=writer.strategy,
+            mirror=mirror,
+            page_cache=writer.page_cache,
+            reuse=writer.reuse,
         )
 
 
@@ -173,7 +182,19 @@ class PosixTarget(SaveTarget):
             half=writes.half,
             previous=self._previous,
         )
-        return run_at_low_priority(phase.run, nice=self._nice(attempt), stop=attempt.give_up)
+        nice, files = self._nice(attempt), attempt.open_files()
+
+        def write() -> list[WriteResult]:
+            if nice:
+                files.renew_threads()
+            if self.options.page_cache == "newest":
+                for path in CACHED_STEPS.take_outdated(self.target):
+                    files.drop_from_page_cache(path)
+            return phase.run()
+
+        results = run_at_low_priority(write, nice=nice, stop=attempt.give_up)
+        CACHED_STEPS.note(self.target, (os.path.relpath(path, self.path) for path in files.paths))
+        return results
 
     def _nice(self, attempt: Attempt) -> int:
         """Return by how much to lower the priority of the thread that writes; 0 for not at all."""

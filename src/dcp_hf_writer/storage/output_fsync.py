@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import SaveTimeoutError
+from dcp_hf_writer.storage.page_cache import drop_from_page_cache
 
 if TYPE_CHECKING:
     from dcp_hf_writer.storage.posix_outputs import OutputFile
+
+_log = logging.getLogger(__name__)
 
 # An fsync mostly waits for the device. If a few run at once, the device can merge their work.
 _SYNC_THREADS = 4
@@ -24,6 +29,22 @@ class OpenFiles:
         self._pool = ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="dcp-hf-sync")
         self._open: dict[str, OutputFile] = {}
         self._syncing: list[tuple[Future[None], OutputFile]] = []
+        self.paths: list[str] = []
+        """Paths of the files that `sync` got."""
+
+    def renew_threads(self) -> None:
+        """Fsync what comes from now on in new threads, which get the priority of the caller."""
+        self._pool.shutdown(wait=False)
+        self._pool = ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="dcp-hf-sync")
+
+    def drop_from_page_cache(self, path: str) -> None:
+        """Drop a file of an earlier save from the page cache in the background.
+
+        An error is only logged: nothing depends on it.
+        """
+        # If the interpreter is exiting, no thread starts, and nobody needs the memory either.
+        with contextlib.suppress(RuntimeError):
+            self._pool.submit(_drop_or_log, path)
 
     def keep(self, file: OutputFile) -> OutputFile:
         """Keep a file open until `take` returns it by its path."""
@@ -48,6 +69,7 @@ class OpenFiles:
             else:
                 future.set_result(None)
         self._syncing.append((future, file))
+        self.paths.append(file.path)
 
     def sync_kept(self) -> None:
         """Fsync and close all files that are still kept."""
@@ -95,6 +117,13 @@ class OpenFiles:
         for future, file in self._syncing:
             if future.cancelled():
                 file.discard()
+
+
+def _drop_or_log(path: str) -> None:
+    try:
+        drop_from_page_cache(path)
+    except OSError as error:
+        _log.info("%s stays in the page cache: %s", path, error)
 
 
 def _sync_and_close(file: OutputFile) -> None:
