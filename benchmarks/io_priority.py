@@ -15,6 +15,7 @@ import ctypes
 import mmap
 import os
 import random
+import shutil
 import statistics
 import subprocess
 import sys
@@ -105,13 +106,18 @@ def measure(root: str, nbytes: int, prepare: Callable[[], None]) -> tuple[float,
 
 
 def set_scheduler(root: str, scheduler: str) -> None:
-    """Give the device of a directory a scheduler; only for a loop device."""
+    """Give the device of a directory a scheduler; only for a loop device.
+
+    The device then leaves out the page cache of the file system below it.
+    """
     status = os.stat(root)
     device = f"{os.major(status.st_dev)}:{os.minor(status.st_dev)}"
     path = os.path.realpath(f"/sys/dev/block/{device}")
     if not os.path.basename(path).startswith("loop"):
         msg = f"{root} is on {os.path.basename(path)}, which is no loop device"
         raise SystemExit(msg)
+    device = os.path.join("/dev", os.path.basename(path))
+    subprocess.run([shutil.which("losetup") or "losetup", "--direct-io=on", device], check=True)
     with open(os.path.join(path, "queue", "scheduler"), "w", encoding="ascii") as file:
         file.write(scheduler)
 

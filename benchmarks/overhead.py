@@ -44,6 +44,7 @@ WAYS = {
     "torch_id": "torch async_save by path alone\nwrites DCP",
     "ours": "HFDualWriter\nwrites DCP + HuggingFace",
     "nice": "HFDualWriter, slots=WriteSlots(nice=10)\nwrites DCP + HuggingFace",
+    "all": 'HFDualWriter, page_cache="all"\nwrites DCP + HuggingFace',
     "overlap": 'HFDualWriter, staging="overlap"\nwrites DCP + HuggingFace',
 }
 TIMEOUT_S = 600
@@ -132,6 +133,7 @@ class BusyLoop:
         return {
             "ours": HFDualWriter(self.directory, **options),
             "nice": HFDualWriter(self.directory, slots=WriteSlots(nice=10), **options),
+            "all": HFDualWriter(self.directory, page_cache="all", **options),
             "overlap": overlapping,
         }
 
