@@ -266,7 +266,13 @@ def _options() -> argparse.Namespace:
     parser.add_argument(
         "--fsdp",
         default="1,2,4,8,16",
-        help=f"FSDP ranks of `deepseek`, times {EXPERT_RANKS} expert-parallel ones [1,2,4,8,16]",
+        help="FSDP ranks of `deepseek`, times its expert-parallel ones [1,2,4,8,16]",
+    )
+    parser.add_argument(
+        "--expert-ranks",
+        type=int,
+        default=EXPERT_RANKS,
+        help=f"its expert-parallel ranks [{EXPERT_RANKS}]",
     )
     parser.add_argument(
         "--layers", type=int, default=67, help="its layers; 61 in the real one [67]"
@@ -289,7 +295,7 @@ def main() -> None:
     print(machine)
     if options.finish:
         for fsdp in _numbers(options.fsdp):
-            print_finish(options.layers, deepseek.Mesh(EXPERT_RANKS, fsdp))
+            print_finish(options.layers, deepseek.Mesh(options.expert_ranks, fsdp))
         return
     print_compiling(options.spec_layers)
     print(
@@ -304,7 +310,7 @@ def main() -> None:
     specs = deepseek.compile_specs(deepseek.expert_pieces(options.layers))
     of_ranks: list[list[SavePlan]] = [[], []]
     for fsdp in _numbers(options.fsdp):
-        mesh = deepseek.Mesh(EXPERT_RANKS, fsdp)
+        mesh = deepseek.Mesh(options.expert_ranks, fsdp)
         plans = arrived(deepseek.local_plans(options.layers, mesh))
         sample, *of_ranks = measure("deepseek", plans, HFExport(specs=specs), options.rounds)
         samples.append(sample)

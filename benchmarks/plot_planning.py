@@ -16,7 +16,7 @@ _TITLE = {
     "deepseek": "DeepSeek-V3, 64 x FSDP, {hf_tensors:,} HF tensors",
     "dense": "dense, {hf_tensors:,} HF tensors",
 }
-_BAR, _AIM = 0.15, 0.05
+_BAR, _AIM = 0.1, 0.05
 
 
 def draw(samples: Sequence[Sample], machine: str, path: str) -> None:

@@ -108,7 +108,7 @@ def _publish(
     root: str,
     results: list[Result],
 ) -> None:
-    bars = judge(results, workload, ranks=options.ranks)
+    bars = judge(results, workload, ranks=options.ranks, fs_type=file_system(root))
     print(render_table(results))
     if options.soak and not any(r.memory and r.memory.peak for r in results):
         print("  (no peak memory: this system does not let a process reset its VmHWM)")

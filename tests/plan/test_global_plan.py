@@ -296,6 +296,43 @@ def test_ranks_of_a_host_meet_when_they_may_hold_parts_of_the_same_rows(
     assert found[-1].host_ranks == tuple(members)
 
 
+def test_ranks_of_a_host_meet_when_one_of_the_tensors_that_are_cut_alike_is_transposed() -> None:
+    plans = [
+        plan_of([write_item("model.v", SHAPE, part), write_item("model.w", SHAPE, part)])
+        for part in ROWS
+    ]
+    found = [one.storage_data.shares_rows for one in prepared(planned(plans, specs=[TURNED]))]
+    assert found == [True, True]
+
+
+def experts_of(layer: int) -> LoadSpec:
+    pieces = [Piece(f"{layer}.{e}", (4,), ((4, 1, 1),), start=4 * e) for e in range(SHAPE[0])]
+    return LoadSpec(f"{layer}.experts", global_shape=SHAPE, pieces=pieces)
+
+
+def test_ranks_get_the_experts_of_each_layer_that_they_hold() -> None:
+    # Rank 0 holds experts that are dealt out in the first layer, and the first ones in the second.
+    dealt = [[Box((e, 0), (1, 4)) for e in range(rank, 6, 2)] for rank in range(2)]
+    plans = [
+        plan_of(
+            [
+                *(write_item("model.0.experts", SHAPE, chunk) for chunk in dealt[rank]),
+                write_item("model.1.experts", SHAPE, ROWS[rank]),
+            ]
+        )
+        for rank in range(2)
+    ]
+    plan = planned(plans, specs=[experts_of(0), experts_of(1)])
+    keys = [
+        {fqn: [part.key for part in parts] for fqn, parts in one.storage_data.targets.items()}
+        for one in prepared(plan)
+    ]
+    assert keys == [
+        {"model.0.experts": ["0.0", "0.2", "0.4"], "model.1.experts": ["1.0", "1.1", "1.2"]},
+        {"model.0.experts": ["0.1", "0.3", "0.5"], "model.1.experts": ["1.3", "1.4", "1.5"]},
+    ]
+
+
 def test_plan_of_a_rank_survives_the_way_to_it_and_names_no_save() -> None:
     plan = prepared(planned([plan_of([write_item("model.a", (2,))])]))[0]
     assert pickle.loads(pickle.dumps(plan)) == plan

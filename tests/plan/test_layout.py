@@ -387,6 +387,34 @@ def test_index_ends_with_a_line_end_and_is_sorted() -> None:
     ]
 
 
+INDEXED = st.dictionaries(
+    st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=6).filter(
+        lambda name: name != "__metadata__"
+    ),
+    st.sampled_from([torch.float64, torch.bfloat16, torch.uint8]),
+    min_size=2,
+    max_size=6,
+)
+
+
+@settings(deadline=None)
+@given(INDEXED, st.none() | st.integers(0, 10**12))
+def test_index_is_what_json_makes_of_it(
+    dtypes: dict[str, torch.dtype], total_parameters: int | None
+) -> None:
+    tensors = [one(name, (2, 3), dtype) for name, dtype in dtypes.items()]
+    layout = plan_layout(
+        tensors, HFExport(max_shard_size=1, total_parameters=total_parameters), tied=()
+    )
+    metadata = {
+        "total_parameters": 6 * len(dtypes) if total_parameters is None else total_parameters,
+        "total_size": sum(6 * dtype.itemsize for dtype in dtypes.values()),
+    }
+    weight_map = {key: file.name for file in layout.files for key in file.keys}
+    index = {"metadata": metadata, "weight_map": weight_map}
+    assert layout.index == (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
 # Dtypes
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from dcp_hf_writer import LoadSpec
 from dcp_hf_writer.mapping.load_spec import Piece
 from dcp_hf_writer.plan.layout import PartTarget
-from dcp_hf_writer.plan.regions import TargetTable, chunk_regions
+from dcp_hf_writer.plan.regions import RowIndex, TargetTable, chunk_regions
 from dcp_hf_writer.tensors.boxes import Box
 from dcp_hf_writer.tensors.strided_copies import Copy, copies_of, copy_of_box
 
@@ -63,7 +63,7 @@ def test_table_finds_every_region(data: st.DataObject) -> None:
         assert set(table.regions(chunk)) == set(chunk_regions(chunk, targets))
     if shape:
         rows = {(c.offsets[0], c.offsets[0] + c.sizes[0]) for c in chunks if c.numel}
-        near = table.near_rows(frozenset(rows))
+        near = [targets[i] for i in RowIndex(targets).near_rows(frozenset(rows))]
         assert len({one.key for one in near}) == len(near)
         needed = {r.target.key for chunk in chunks for r in chunk_regions(chunk, targets)}
         assert needed <= {one.key for one in near}
@@ -76,13 +76,16 @@ def test_block_of_one_expert_is_looked_for_in_its_own_keys_alone() -> None:
         for half, name in enumerate(("gate", "up"))
     ]
     spec = LoadSpec("gate_up", global_shape=(EXPERTS, 4, 3), pieces=pieces)
-    table = TargetTable([target(part.key, part.shape, part.copies) for part in spec.parts])
+    targets = [target(part.key, part.shape, part.copies) for part in spec.parts]
+    table = TargetTable(targets)
     for expert in range(EXPERTS):
         chunk = Box((expert, 0, 0), (1, 4, 3))
         assert {t.key for t in table.near(chunk)} == {f"{expert}.gate", f"{expert}.up"}
     # Every second one, as ranks hold experts that are dealt out.
-    near = table.near_rows(frozenset((e, e + 1) for e in range(0, EXPERTS, 2)))
-    assert {t.key.partition(".")[0] for t in near} == {str(e) for e in range(0, EXPERTS, 2)}
+    near = RowIndex(targets).near_rows(frozenset((e, e + 1) for e in range(0, EXPERTS, 2)))
+    assert {targets[i].key.partition(".")[0] for i in near} == {
+        str(e) for e in range(0, EXPERTS, 2)
+    }
 
 
 def test_scalar_goes_to_all_of_its_targets() -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from dcp_hf_writer.errors import LayoutError
 from dcp_hf_writer.tensors.dtype_names import ITEMSIZE, SORT_RANK
@@ -21,10 +21,32 @@ MAX_HEADER_NBYTES = 100_000_000
 
 _LENGTH_NBYTES = 8
 
+_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+
+
+class HeaderEntry(Protocol):
+    """What a header says of a tensor."""
+
+    @property
+    def key(self) -> str:
+        """HuggingFace name."""
+
+    @property
+    def dtype(self) -> str:
+        """Name of the safetensors dtype."""
+
+    @property
+    def shape(self) -> Shape:
+        """Shape in torch elements; `()` for a scalar."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class HFTensor:
-    """One tensor of the export."""
+    """One tensor of a file."""
 
     key: str
     """HuggingFace name."""
@@ -32,15 +54,22 @@ class HFTensor:
     """Name of the safetensors dtype."""
     shape: Shape
     """Shape in torch elements; `()` for a scalar."""
-    nbytes: int = field(init=False, compare=False)
-    """Size of the data in bytes."""
 
-    def __post_init__(self) -> None:
-        """Compute `nbytes` once, because planning reads it many times."""
-        object.__setattr__(self, "nbytes", math.prod(self.shape) * ITEMSIZE[self.dtype])
+    @property
+    def nbytes(self) -> int:
+        """Size of the data in bytes."""
+        return nbytes_of(self.dtype, self.shape)
 
 
-def in_file_order(tensors: Sequence[HFTensor]) -> list[HFTensor]:
+def nbytes_of(dtype: str, shape: Shape) -> int:
+    """Return the size of a tensor's data in bytes."""
+    return math.prod(shape) * ITEMSIZE[dtype]
+
+
+Entry = TypeVar("Entry", bound=HeaderEntry)
+
+
+def in_file_order(tensors: Sequence[Entry]) -> list[Entry]:
     """Sort tensors as safetensors does: by dtype, widest first, then by name.
 
     Names compare as UTF-8 bytes, as Rust strings do.
@@ -49,7 +78,7 @@ def in_file_order(tensors: Sequence[HFTensor]) -> list[HFTensor]:
 
 
 def encode_header(
-    tensors: Sequence[HFTensor], *, metadata: Mapping[str, str], align: int
+    tensors: Sequence[HeaderEntry], *, metadata: Mapping[str, str], align: int
 ) -> tuple[bytes, dict[str, int]]:
     """Encode the header of one output file.
 
@@ -68,19 +97,22 @@ def encode_header(
     Source:
         safetensors README, "Format".
     """
-    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
+    entries = [f'"__metadata__":{_json({"format": "pt", **metadata})}']
     starts: dict[str, int] = {}
     position = 0
+    # Most tensors of a model have one of a few forms, whose JSON is encoded once.
+    forms: dict[tuple[str, Shape], str] = {}
     for tensor in tensors:
+        key, dtype, shape = tensor.key, tensor.dtype, tensor.shape
+        form = forms.get((dtype, shape))
+        if form is None:
+            stored = list(stored_shape(dtype, shape, key=key))
+            form = forms[dtype, shape] = f'"dtype":{_json(dtype)},"shape":{_json(stored)}'
         stop = position + tensor.nbytes
-        starts[tensor.key] = position
-        entries[tensor.key] = {
-            "dtype": tensor.dtype,
-            "shape": list(stored_shape(tensor.dtype, tensor.shape, key=tensor.key)),
-            "data_offsets": [position, stop],
-        }
+        starts[key] = position
+        entries.append(f'{_json(key)}:{{{form},"data_offsets":[{position},{stop}]}}')
         position = stop
-    body = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    body = f"{{{','.join(entries)}}}".encode()
     body += b" " * (-(_LENGTH_NBYTES + len(body)) % align)
     if len(body) > MAX_HEADER_NBYTES:
         msg = "the header of an output file is larger than readers accept"

@@ -163,7 +163,7 @@ class LoadSpec:
     def _plain_parts(self) -> tuple[SpecPart, ...]:
         origin = self.origin_shape
         if len(self.hf_keys) == 1:
-            return (_part(self.hf_keys[0], whole(origin)),)
+            return (whole_part(self.hf_keys[0], origin),)
         dim, parts, start = self.fused_dim, [], 0
         for key, size in zip(self.hf_keys, self._part_sizes(), strict=True):
             offsets = tuple(start if d == dim else 0 for d in range(len(origin)))
@@ -272,6 +272,16 @@ def _joined(copies: Sequence[tuple[Copy, ...]]) -> tuple[Copy, ...]:
     # Return the tuple itself, not a copy: specs of equal layers share it, and `plan` checks each
     # shared tuple once.
     return copies[0] if len(copies) == 1 else tuple(itertools.chain.from_iterable(copies))
+
+
+def whole_part(key: str, shape: Shape) -> SpecPart:
+    """Return the part of a tensor that is exported whole, from its first index on.
+
+    Args:
+        key: HuggingFace name.
+        shape: Shape of the HuggingFace tensor.
+    """
+    return _part(key, whole(shape))
 
 
 def _part(key: str, box: Box) -> SpecPart:

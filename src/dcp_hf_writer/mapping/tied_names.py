@@ -167,6 +167,8 @@ def checked_ties(
         LayoutError: If a tie leads to another tie, to an unknown name, or to a tensor of another
             shape.
     """
+    if not tied:
+        return {}
     keys = {key for spec in export.spec_by_fqn.values() for key in spec.hf_keys}
     known, kept = shapes.keys() | keys, set(tied.values())
     shape_of = {name: s for name, s in shapes.items() if name not in export.spec_by_fqn}

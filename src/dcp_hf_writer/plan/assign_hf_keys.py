@@ -5,25 +5,31 @@ Pure: values in, values out.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dcp_hf_writer.errors import CoverageError, LayoutError, SpecError
 from dcp_hf_writer.excerpts import MOST_NAMES, some_of
-from dcp_hf_writer.formats.encode_safetensors_header import HFTensor
-from dcp_hf_writer.mapping.load_spec import LoadSpec
+from dcp_hf_writer.formats.encode_safetensors_header import nbytes_of
+from dcp_hf_writer.mapping.load_spec import whole_part
 from dcp_hf_writer.tensors.boxes import Box, BoxTable, Shape, tiling_fault
 from dcp_hf_writer.tensors.dtypes import CASTABLE, safetensors_name
 from dcp_hf_writer.tensors.strided_copies import Copy, coverage_fault, hf_box, hf_loops
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Set as AbstractSet
 
     import torch
 
     from dcp_hf_writer.mapping.hf_export import HFExport
+    from dcp_hf_writer.mapping.load_spec import LoadSpec, SpecPart
+
+Source = tuple[str, tuple[Copy, ...]]
+"""FQN of a runtime tensor, and the copies that take over elements of it."""
 
 # safetensors reserves this key: its library writes a tensor of this name but cannot read it back.
 _RESERVED = "__metadata__"
@@ -45,14 +51,32 @@ class RuntimeTensor:
     """The parts that the ranks write, each element once."""
 
 
-@dataclass(frozen=True, slots=True)
-class AssignedTensor:
-    """A HuggingFace tensor of the export, and where its elements come from."""
+class AssignedTensor(NamedTuple):
+    """A HuggingFace tensor of the export, and where its elements come from.
 
-    tensor: HFTensor
-    """Its key, dtype and shape on disk."""
-    parts: list[tuple[str, tuple[Copy, ...]]]
-    """FQN of each runtime tensor that supplies elements, and the copies that take them over."""
+    An export has tens of thousands of these, hence few objects for each: a large number of new ones
+    makes Python's collector go through all objects of the process.
+    """
+
+    key: str
+    """HuggingFace name."""
+    dtype: str
+    """safetensors dtype on disk."""
+    shape: Shape
+    """Shape on disk."""
+    nbytes: int
+    """Size of its data in bytes."""
+    fqn: str
+    """FQN of the first runtime tensor that supplies elements."""
+    copies: tuple[Copy, ...]
+    """The copies that take over its elements."""
+    others: list[Source] | None = None
+    """The other runtime tensors that supply elements; `None` if there are none."""
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """All runtime tensors that supply elements: FQN and copies of each."""
+        return (self.fqn, self.copies), *(self.others or ())
 
 
 def natural_order(tensor: RuntimeTensor) -> list[tuple[Any, ...]]:
@@ -100,45 +124,57 @@ def assign_keys(
     # not a key of another tensor that happens to be equal.
     dropped_keys = dropped.keys() - {tensor.name for tensor in tensors}
     assigned: dict[str, AssignedTensor] = {}
+    # The parts of a stack of experts have one form. Its size is computed once.
+    size_of: dict[tuple[str, Shape], int] = {}
     for tensor in tensors:
         if tensor.name in dropped:
             continue
         spec = export.spec_by_fqn.get(tensor.name)
-        if spec is None:
-            spec = LoadSpec(tensor.name, (tensor.name,), tensor.shape)
         _check_tensor(tensor, spec)
-        for part in spec.parts:
-            if part.key in dropped_keys:
+        parts = (whole_part(tensor.name, tensor.shape),) if spec is None else spec.parts
+        if dropped_keys:
+            parts = tuple(part for part in parts if part.key not in dropped_keys)
+        dtypes = _dtypes_on_disk(tensor, spec, parts, export, keep)
+        for part, dtype in zip(parts, dtypes, strict=True):
+            key, shape = part.key, part.shape
+            nbytes = size_of.get((dtype, shape))
+            if nbytes is None:
+                nbytes = size_of[dtype, shape] = nbytes_of(dtype, shape)
+            known = assigned.get(key)
+            if known is None:
+                assigned[key] = AssignedTensor(key, dtype, shape, nbytes, tensor.fqn, part.copies)
                 continue
-            dtype = safetensors_name(_on_disk(tensor, spec, part.key, export, keep), fqn=tensor.fqn)
-            wanted = HFTensor(part.key, dtype, part.shape)
-            known = assigned.setdefault(part.key, AssignedTensor(wanted, []))
-            if known.tensor != wanted:
-                _refuse_other(known, wanted, tensor.fqn, part.copies)
-            known.parts.append((tensor.fqn, part.copies))
+            if known.dtype != dtype or known.shape != shape:
+                _refuse_other(known, part, dtype, tensor.fqn)
+            source = tensor.fqn, part.copies
+            if known.others is None:
+                assigned[key] = known._replace(others=[source])
+            else:
+                known.others.append(source)
     _check_all_whole(assigned.values())
     return list(assigned.values())
 
 
 def _check_all_whole(assigned: Iterable[AssignedTensor]) -> None:
     # The layers of a model share their `copies` objects. Checking each object once is enough.
-    checked: set[tuple[int, Shape]] = set()
+    checked: dict[int, Shape] = {}
     for one in assigned:
-        what = id(one.parts[0][1]), one.tensor.shape
-        if len(one.parts) > 1 or what not in checked:
-            _check_whole(one)
-        if len(one.parts) == 1:
-            checked.add(what)
+        if not one.others:
+            copies = id(one.copies)
+            if checked.get(copies) == one.shape:
+                continue
+            checked[copies] = one.shape
+        _check_whole(one)
 
 
 def _check_whole(one: AssignedTensor) -> None:
     """Refuse a HuggingFace tensor if one of its elements has no source, or more than one."""
-    shape = one.tensor.shape
-    copies = [copy for _, copies in one.parts for copy in copies]
-    if len(one.parts) > 1 and math.prod(shape) in {
-        sum(copy.numel for copy in copies) for _, copies in one.parts
+    shape = one.shape
+    copies = [copy for _, copies in one.sources for copy in copies]
+    if one.others and math.prod(shape) in {
+        sum(copy.numel for copy in copies) for _, copies in one.sources
     }:
-        _refuse_two(one, one.parts[1][0])
+        _refuse_two(one, one.others[0][0])
     boxes = [hf_box(copy) for copy in copies]
     if len(boxes) == 1 and boxes[0] is not None and boxes[0].sizes == shape:
         return
@@ -149,62 +185,65 @@ def _check_whole(one: AssignedTensor) -> None:
         else coverage_fault([(copy.hf_start, hf_loops(copy)) for copy in copies], shape)
     )
     if fault is not None:
-        fqns = [fqn for fqn, _ in one.parts]
+        fqns = [fqn for fqn, _ in one.sources]
         msg = "the specs do not supply each element of a HuggingFace tensor exactly once"
         raise SpecError(
             msg,
             phase="plan",
             fqn=fqns[0] if len(fqns) == 1 else some_of(sorted(fqns), most=MOST_NAMES),
-            key=one.tensor.key,
+            key=one.key,
             expected=f"pieces that tile {list(shape)}",
             found=fault,
         )
 
 
-def _refuse_other(
-    known: AssignedTensor, wanted: HFTensor, fqn: str, copies: Sequence[Copy]
-) -> None:
+def _refuse_other(known: AssignedTensor, part: SpecPart, dtype: str, fqn: str) -> None:
     """Refuse a runtime tensor whose part does not fit the HuggingFace tensor of the same key."""
-    is_part = sum(copy.numel for copy in copies) < math.prod(wanted.shape)
-    if not is_part or known.tensor.shape != wanted.shape:
+    is_part = sum(copy.numel for copy in part.copies) < math.prod(part.shape)
+    if not is_part or known.shape != part.shape:
         _refuse_two(known, fqn)
     msg = "runtime tensors of different dtypes make up one HuggingFace tensor"
     raise LayoutError(
         msg,
         phase="plan",
         fqn=fqn,
-        key=wanted.key,
-        expected=f"{known.tensor.dtype}, the dtype of {known.parts[0][0]!r}",
-        found=wanted.dtype,
+        key=part.key,
+        expected=f"{known.dtype}, the dtype of {known.fqn!r}",
+        found=dtype,
         hint="give them one dtype with HFExport(dtype=...) or with the dtype of their LoadSpecs",
     )
 
 
 def _refuse_two(known: AssignedTensor, fqn: str) -> None:
     _refuse_key(
-        known.tensor.key,
+        known.key,
         "two runtime tensors have the same HuggingFace key",
-        f"{known.parts[0][0]!r} and {fqn!r}",
+        f"{known.fqn!r} and {fqn!r}",
     )
 
 
-def _on_disk(
+def _dtypes_on_disk(
     tensor: RuntimeTensor,
-    spec: LoadSpec,
-    key: str,
+    spec: LoadSpec | None,
+    parts: Sequence[SpecPart],
     export: HFExport,
-    keep: Iterable[re.Pattern[str]],
-) -> torch.dtype:
-    wanted = spec.dtype or export.dtype
+    keep: Sequence[re.Pattern[str]],
+) -> Iterable[str]:
+    """Return the safetensors dtype of each part of a tensor."""
+    if not parts:
+        return ()
+    wanted = (spec and spec.dtype) or export.dtype
     if wanted is None or tensor.dtype not in CASTABLE or isinstance(wanted, str):
-        return tensor.dtype
-    if spec.dtype is None and any(pattern.search(key) for pattern in keep):
-        return tensor.dtype
-    return wanted
+        return itertools.repeat(safetensors_name(tensor.dtype, fqn=tensor.fqn), len(parts))
+    cast = safetensors_name(wanted, fqn=tensor.fqn)
+    if not keep or (spec and spec.dtype):
+        return itertools.repeat(cast, len(parts))
+    own = safetensors_name(tensor.dtype, fqn=tensor.fqn)
+    return [own if any(pattern.search(part.key) for pattern in keep) else cast for part in parts]
 
 
-def _check_tensor(tensor: RuntimeTensor, spec: LoadSpec) -> None:
-    if spec.global_shape != tensor.shape:
+def _check_tensor(tensor: RuntimeTensor, spec: LoadSpec | None) -> None:
+    if spec is not None and spec.global_shape != tensor.shape:
         msg = "the shape in a spec is not the shape of its tensor"
         raise SpecError(
             msg,
@@ -227,21 +266,22 @@ def _check_tensor(tensor: RuntimeTensor, spec: LoadSpec) -> None:
         )
 
 
-def check_keys(assigned: Sequence[AssignedTensor], export: HFExport) -> None:
+def check_keys(keys: AbstractSet[str], export: HFExport) -> None:
     """Refuse keys that safetensors cannot hold, and keys other than the expected ones.
+
+    Args:
+        keys: All keys of the export.
+        export: Options of the export.
 
     Raises:
         LayoutError: If a key is empty, reserved or not valid Unicode, if there are no keys, or if
             they are not the keys in `export.expect_keys`.
     """
-    keys = {one.tensor.key for one in assigned}
-    for key in keys:
-        if not key or key == _RESERVED:
-            _refuse_key(key, "a HuggingFace key is reserved or empty", repr(key))
-        try:
-            key.encode()
-        except UnicodeEncodeError:
-            _refuse_key(key, "a HuggingFace key is not valid Unicode", repr(key))
+    for key in sorted(keys & {"", _RESERVED}):
+        _refuse_key(key, "a HuggingFace key is reserved or empty", repr(key))
+    if not _is_unicode("".join(keys)):
+        key = min(key for key in keys if not _is_unicode(key))
+        _refuse_key(key, "a HuggingFace key is not valid Unicode", repr(key))
     if not keys:
         msg = "the model's entry holds no tensors to export"
         raise LayoutError(
@@ -258,6 +298,14 @@ def check_keys(assigned: Sequence[AssignedTensor], export: HFExport) -> None:
             expected=f"also {_some(expected - keys)}" if expected - keys else None,
             found=f"unexpected {_some(keys - expected)}" if keys - expected else None,
         )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _some(names: Iterable[str]) -> str:

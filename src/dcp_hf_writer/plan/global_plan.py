@@ -25,14 +25,15 @@ from dcp_hf_writer.mapping.tied_names import shared_groups, tie_fault
 from dcp_hf_writer.mapping.wrapped_names import unwrapped_names
 from dcp_hf_writer.plan.assign_hf_keys import RuntimeTensor
 from dcp_hf_writer.plan.layout import Layout, PartTarget, plan_layout
-from dcp_hf_writer.plan.regions import TargetTable
+from dcp_hf_writer.plan.planned_tensors import PlannedTensor, planned_tensors
+from dcp_hf_writer.plan.rank_targets import hosts_that_share_rows, targets_by_rank
 from dcp_hf_writer.plan.weights_once import targets_stored_once
 from dcp_hf_writer.tensors.boxes import BoxTable, Shape
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping, Sequence
 
-    from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData
+    from torch.distributed.checkpoint.planner import SavePlan
 
     from dcp_hf_writer.mapping.architecture import Architecture
     from dcp_hf_writer.mapping.hf_export import HFExport
@@ -111,22 +112,6 @@ class KeptPart:
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedTensor:
-    """What all ranks together write of one tensor. A job has millions of items, hence columns."""
-
-    data: TensorWriteData
-    """Shape and dtype, from the first item."""
-    path: Path
-    """Keys that lead to it in the state dict."""
-    ranks: list[int]
-    """Rank that writes each chunk."""
-    offsets: list[Shape]
-    """First indices of each chunk."""
-    sizes: list[Shape]
-    """Extents of each chunk."""
-
-
-@dataclass(frozen=True, slots=True)
 class GlobalPlan:
     """The result of global planning, kept by the coordinator."""
 
@@ -191,9 +176,9 @@ def plan_globally(
     hosts = tuple(fact.host for fact in facts)
     without = GlobalPlan(plans, None, uuid.uuid4().hex, options, hosts, {}, {}, ())
     if export is None:
-        _planned_tensors(plans)  # for its check of what the ranks plan under one name
+        planned_tensors(plans)  # for its check of what the ranks plan under one name
         return without
-    planned = _planned_tensors(plans)
+    planned = planned_tensors(plans)
     paths = {fqn: tensor.path for fqn, tensor in planned.items()}
     if holds_nothing_to_export(paths, export):
         return replace(without, left_out=tuple(left_out_of_model(paths, (), ())))
@@ -245,10 +230,11 @@ def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
         of_host.setdefault(host, []).append(rank)
     ranks_of_host = {host: tuple(ranks) for host, ranks in of_host.items()}
     seen: Counter[str] = Counter()
-    with_rows = hosts_that_share_rows(plan)
     files = () if plan.layout is None else tuple((f.name, f.nbytes) for f in plan.layout.files)
-    targets = _by_rank({} if plan.layout is None else plan.layout.targets, plan)
-    once = _by_rank(plan.once, plan)
+    exported = {} if plan.layout is None else plan.layout.targets
+    with_rows = hosts_that_share_rows(exported, plan.tensors, plan.hosts)
+    targets = targets_by_rank(exported, plan.tensors, world_size=len(plan.hosts))
+    once = targets_by_rank(plan.once, plan.tensors, world_size=len(plan.hosts))
     result = []
     for rank, (host, prepared) in enumerate(zip(plan.hosts, dcp, strict=True)):
         data = RankPlan(
@@ -265,57 +251,6 @@ def rank_plans(plan: GlobalPlan, dcp: Sequence[SavePlan]) -> list[SavePlan]:
         seen[host] += 1
         result.append(replace(prepared, storage_data=data))
     return result
-
-
-def hosts_that_share_rows(plan: GlobalPlan) -> set[str]:
-    """Return the hosts with several ranks that may hold parts of the same rows of a file.
-
-    A rank does if its shard of a tensor is cut on another dimension than the first one, or if the
-    file does not store the tensor's dimensions in their order.
-    """
-    found: set[str] = set()
-    for fqn, parts in () if plan.layout is None else plan.layout.targets.items():
-        tensor = plan.tensors[fqn]
-        if len(tensor.ranks) == 1:
-            continue
-        inner, is_turned = tensor.data.size[1:], any(map(_is_turned, parts))
-        ranks = {
-            rank
-            for rank, sizes in zip(tensor.ranks, tensor.sizes, strict=True)
-            if is_turned or sizes[1:] != inner
-        }
-        hosts = Counter(plan.hosts[rank] for rank in ranks)
-        found.update(host for host, count in hosts.items() if count > 1)
-    return found
-
-
-def _is_turned(part: PartTarget) -> bool:
-    """Whether the rows of a file are not rows of the runtime tensor."""
-    dims = [[loop.dim for loop in copy.loops] for copy in part.copies]
-    return any(one != sorted(one) for one in dims)
-
-
-def _by_rank(
-    targets: Mapping[str, tuple[PartTarget, ...]], plan: GlobalPlan
-) -> list[dict[str, tuple[PartTarget, ...]]]:
-    """Return for each rank the targets near the rows that it writes.
-
-    A rank that holds one expert of a layer does not get the targets of the other experts.
-    """
-    found: list[dict[str, tuple[PartTarget, ...]]] = [{} for _ in plan.plans]
-    for fqn, parts in targets.items():
-        tensor = plan.tensors[fqn]
-        if len(parts) == 1 or not tensor.data.size:
-            for rank in tensor.ranks:
-                found[rank][fqn] = parts
-            continue
-        table = TargetTable(parts)
-        rows: dict[int, set[tuple[int, int]]] = {}
-        for rank, offsets, sizes in zip(tensor.ranks, tensor.offsets, tensor.sizes, strict=True):
-            rows.setdefault(rank, set()).add((offsets[0], offsets[0] + sizes[0]))
-        for rank, wanted in rows.items():
-            found[rank][fqn] = table.near_rows(frozenset(wanted))
-    return found
 
 
 def options_fingerprint(
@@ -343,50 +278,6 @@ def _facts(plan: SavePlan) -> LocalFacts:
             hint="with enable_plan_caching, use a planner that no other writer has used",
         )
     return facts
-
-
-def _planned_tensors(plans: Iterable[SavePlan]) -> dict[str, PlannedTensor]:
-    """Collect for each tensor what all ranks write.
-
-    Raises:
-        PlanningError: If ranks plan different dtypes or shapes for one tensor.
-    """
-    # Only this loop visits every item of every rank, so its time grows with the job. It reads each
-    # attribute once: most of the time is spent on fetching the objects from memory.
-    found: dict[str, PlannedTensor] = {}
-    for rank, plan in enumerate(plans):
-        paths = plan.planner_data if isinstance(plan.planner_data, dict) else {}
-        for item in plan.items:
-            data = item.tensor_data
-            if data is None:
-                continue
-            fqn = item.index.fqn
-            tensor = found.get(fqn)
-            if tensor is None:
-                path = tuple(paths.get(fqn, (fqn,)))
-                tensor = found[fqn] = PlannedTensor(data, path, [], [], [])
-            elif data.size != tensor.data.size or (
-                data.properties.dtype is not tensor.data.properties.dtype
-            ):
-                raise _unlike(fqn, tensor, data, rank)
-            chunk = data.chunk
-            tensor.ranks.append(rank)
-            tensor.offsets.append(chunk.offsets)
-            tensor.sizes.append(chunk.sizes)
-    return found
-
-
-def _unlike(fqn: str, tensor: PlannedTensor, data: TensorWriteData, rank: int) -> PlanningError:
-    first = tensor.data
-    return PlanningError(
-        "ranks hold shards of different dtype or shape under one name",
-        phase="plan",
-        fqn=fqn,
-        expected=f"{first.properties.dtype} of shape {list(first.size)}, as on rank "
-        f"{tensor.ranks[0]}",
-        found=f"{data.properties.dtype} of shape {list(data.size)} on rank {rank}",
-        hint="give the tensor one dtype and shape on all ranks, or a name of its own on each",
-    )
 
 
 def _runtime_tensors(

@@ -6,6 +6,7 @@ of the export. Every rank gets the same result from the same input.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -102,31 +103,29 @@ def plan_layout(
     is_sorted = export.is_in_natural_order or (sort and export.order == "auto")
     ordered = sorted(tensors, key=natural_order) if is_sorted else list(tensors)
     assigned = assign_keys(ordered, export, dropped)
-    check_keys(assigned, export)
+    keys = {one.key for one in assigned}
+    check_keys(keys, export)
     files = fill_files(assigned, export, file_of_key)
-    return _place(files, export, tied_keys(dropped, {one.tensor.key for one in assigned}, export))
+    return _place(files, export, tied_keys(dropped, keys, export))
 
 
 def _place(
     groups: Mapping[str, Sequence[AssignedTensor]], export: HFExport, tied: Mapping[str, str]
 ) -> Layout:
     files: list[PlannedFile] = []
-    targets: dict[str, list[PartTarget]] = {}
+    targets: defaultdict[str, list[PartTarget]] = defaultdict(list)
     for number, (name, group) in enumerate(groups.items()):
-        ordered = in_file_order([one.tensor for one in group])
+        ordered = in_file_order(group)
         header, starts = encode_header(
             ordered, metadata=export.metadata or {}, align=export.header_align
         )
         nbytes = len(header) + sum(tensor.nbytes for tensor in ordered)
         files.append(PlannedFile(name, header, nbytes, tuple(t.key for t in ordered)))
         for one in group:
-            tensor = one.tensor
-            for fqn, copies in one.parts:
-                targets.setdefault(fqn, []).append(
-                    PartTarget(
-                        tensor.key, number, starts[tensor.key], tensor.dtype, tensor.shape, copies
-                    )
-                )
+            place = one.key, number, starts[one.key], one.dtype, one.shape
+            targets[one.fqn].append(PartTarget(*place, one.copies))
+            for fqn, copies in one.others or ():
+                targets[fqn].append(PartTarget(*place, copies))
     return Layout(
         files=tuple(files),
         targets={fqn: tuple(parts) for fqn, parts in targets.items()},

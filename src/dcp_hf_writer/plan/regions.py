@@ -24,17 +24,51 @@ if TYPE_CHECKING:
     from dcp_hf_writer.tensors.boxes import Box, ByteRuns
 
 
-class TargetTable:
-    """Finds the targets of one runtime tensor by the rows of a chunk."""
+class RowIndex:
+    """Finds, by rows of one runtime tensor, the numbers of the targets that take elements there.
+
+    It holds for all tensors whose targets have the same copies, such as the stacks of experts.
+    """
 
     def __init__(self, targets: Sequence[PartTarget]) -> None:
         """Sort the targets by the rows of the runtime tensor that they take elements from."""
         spans = [(*_rows(target), i) for i, target in enumerate(targets)]
         spans.sort()
-        self._targets = tuple(targets[i] for _, _, i in spans)
+        self.numbers = [i for _, _, i in spans]
         self._first = [first for first, _, _ in spans]
         self._last = list(itertools.accumulate((last for _, last, _ in spans), max))
-        self._known: dict[frozenset[tuple[int, int]], tuple[PartTarget, ...]] = {}
+        self._known: dict[frozenset[tuple[int, int]], tuple[int, ...]] = {}
+
+    def near(self, first: int, stop: int) -> range:
+        """Return positions in `numbers`: those of all targets with elements in `[first, stop)`.
+
+        There may be a few others among them.
+        """
+        return range(bisect.bisect_left(self._last, first), bisect.bisect_left(self._first, stop))
+
+    def near_rows(self, rows: frozenset[tuple[int, int]]) -> tuple[int, ...]:
+        """Return the numbers of all targets with elements in some rows, and possibly a few others.
+
+        Args:
+            rows: For each chunk, its first row and one past its last row.
+
+        Returns:
+            Each number once, in the order of the rows.
+        """
+        found = self._known.get(rows)
+        if found is None:
+            places = sorted({i for first, stop in rows for i in self.near(first, stop)})
+            found = self._known[rows] = tuple(self.numbers[i] for i in places)
+        return found
+
+
+class TargetTable:
+    """Finds the targets of one runtime tensor by the rows of a chunk."""
+
+    def __init__(self, targets: Sequence[PartTarget]) -> None:
+        """Sort the targets by the rows of the runtime tensor that they take elements from."""
+        self._index = RowIndex(targets)
+        self._targets = tuple(targets[i] for i in self._index.numbers)
 
     def __len__(self) -> int:
         """Return the number of targets."""
@@ -45,28 +79,12 @@ class TargetTable:
         if not chunk.offsets:
             return self._targets
         first = chunk.offsets[0]
-        start, stop = self._span(first, first + chunk.sizes[0])
-        return self._targets[start:stop]
-
-    def near_rows(self, rows: frozenset[tuple[int, int]]) -> tuple[PartTarget, ...]:
-        """Return all targets that have elements in some rows, each once, and possibly a few others.
-
-        Args:
-            rows: For each chunk, its first row and one past its last row.
-        """
-        # Ranks that share these rows get the same tuple.
-        found = self._known.get(rows)
-        if found is None:
-            numbers = sorted({i for first, stop in rows for i in range(*self._span(first, stop))})
-            found = self._known[rows] = tuple(self._targets[i] for i in numbers)
-        return found
+        found = self._index.near(first, first + chunk.sizes[0])
+        return self._targets[found.start : found.stop]
 
     def regions(self, chunk: Box) -> list[Region]:
         """Cut a chunk as `chunk_regions` does, looking only at the targets near it."""
         return chunk_regions(chunk, self.near(chunk))
-
-    def _span(self, first: int, stop: int) -> tuple[int, int]:
-        return bisect.bisect_left(self._last, first), bisect.bisect_left(self._first, stop)
 
 
 def _rows(target: PartTarget) -> tuple[int, int]:

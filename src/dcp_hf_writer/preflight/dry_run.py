@@ -53,8 +53,8 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.errors import ExportError
     from dcp_hf_writer.mapping.hf_export import HFExport
-    from dcp_hf_writer.plan.global_plan import PlannedTensor
     from dcp_hf_writer.plan.layout import Layout
+    from dcp_hf_writer.plan.planned_tensors import PlannedTensor
     from dcp_hf_writer.plan.regions import Region
 
 

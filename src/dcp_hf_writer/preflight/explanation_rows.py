@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
     from dcp_hf_writer.mapping.hf_export import HFExport
     from dcp_hf_writer.mapping.load_spec import LoadSpec
-    from dcp_hf_writer.plan.global_plan import GlobalPlan, PlannedTensor
+    from dcp_hf_writer.plan.global_plan import GlobalPlan
     from dcp_hf_writer.plan.layout import PartTarget
+    from dcp_hf_writer.plan.planned_tensors import PlannedTensor
     from dcp_hf_writer.tensors.boxes import Shape
 
     Way = Literal["direct", "cast", "strided"]
