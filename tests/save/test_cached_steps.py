@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,10 +15,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dcp_hf_writer import HFDualWriter, failpoints
+from dcp_hf_writer import HFDualWriter, HFExport, failpoints
 from dcp_hf_writer.errors import CheckpointError, ConfigError
-from dcp_hf_writer.save.cached_steps import CachedSteps
-from dcp_hf_writer.storage.output_fsync import OpenFiles
+from dcp_hf_writer.formats.names_on_disk import MANIFEST_NAME
+from dcp_hf_writer.save import cached_steps
+from dcp_hf_writer.save.cached_steps import CACHED_STEPS, CachedSteps, Series
 from support.cached_pages import cached_nbytes, require_page_cache, wait_until_dropped
 from support.ranks import run_ranks
 
@@ -82,16 +85,157 @@ def test_one_writer_for_all_steps_does_the_same(run: Path) -> None:
     assert_cached(run / "step-2")
 
 
+def publish(step: Path) -> None:
+    step.mkdir(parents=True)
+    (step / MANIFEST_NAME).touch()
+
+
+def wait_for_drops(steps: CachedSteps = CACHED_STEPS) -> None:
+    if steps._dropping is not None:
+        steps._dropping.join(30)
+        assert not steps._dropping.is_alive()
+
+
 def test_all_leaves_the_page_cache_to_the_kernel(
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dropped: list[str] = []
-    monkeypatch.setattr(OpenFiles, "drop_from_page_cache", lambda _, path: dropped.append(path))
+    wait_for_drops()
+    monkeypatch.setattr(cached_steps, "drop_from_page_cache", dropped.append)
     for number in (1, 2, 3):
         save(run / f"step-{number}", page_cache="all")
+    wait_for_drops()
     assert dropped == []
     save(run / "step-4")
+    wait_for_drops()
     assert {Path(path).parts[len(run.parts)] for path in dropped} == {"step-1", "step-2"}
+
+
+def test_a_file_system_that_does_not_answer_keeps_no_save_waiting(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    answers, asked = threading.Event(), []
+
+    def hang(path: str) -> None:
+        asked.append(path)
+        assert answers.wait(60)
+        raise OSError(path)
+
+    wait_for_drops()
+    monkeypatch.setattr(cached_steps, "drop_from_page_cache", hang)
+    caplog.set_level(logging.INFO, "dcp_hf_writer")
+    try:
+        for number in range(1, 7):
+            save(run / f"step-{number}", timeout_s=50)
+        assert not answers.is_set()
+        drops = [one for one in threading.enumerate() if one.name == "dcp-hf-drop"]
+        assert len(drops) == len(asked) == 1
+    finally:
+        answers.set()
+        wait_for_drops()
+    assert "stays in the page cache" in caplog.text
+    save(run / "step-7")
+    wait_for_drops()
+    assert {Path(path).parts[len(run.parts)] for path in asked} == {
+        f"step-{number}" for number in range(1, 6)
+    }
+
+
+def test_a_directory_whose_state_nobody_tells_keeps_no_other_save_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps, asked, answers = CachedSteps(), threading.Event(), threading.Event()
+
+    def hang(path: str) -> bool:
+        asked.set()
+        assert answers.wait(60)
+        return False
+
+    monkeypatch.setattr(cached_steps, "_is_published", hang)
+    for number in (1, 2):
+        steps.note(str(tmp_path / "dead" / f"step-{number}"), ["a"])
+    steps.drop_outdated(str(tmp_path / "dead" / "step-3"))
+    try:
+        assert asked.wait(60)
+        for number in (1, 2, 3):
+            steps.drop_outdated(str(tmp_path / "run" / f"step-{number}"))
+            steps.note(str(tmp_path / "run" / f"step-{number}"), ["a"])
+    finally:
+        answers.set()
+    wait_for_drops(steps)
+
+
+def test_an_interpreter_that_starts_no_threads_drops_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = CachedSteps()
+    for number in (1, 2):
+        steps.note(str(tmp_path / f"step-{number}"), ["a"])
+
+    def refuse(_: threading.Thread) -> None:
+        msg = "can't start new thread at interpreter shutdown"
+        raise RuntimeError(msg)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        steps.drop_outdated(str(tmp_path / "step-3"))
+    assert steps._dropping is None
+    steps.drop_outdated(str(tmp_path / "step-3"))
+    wait_for_drops(steps)
+    assert steps._dropping is not None
+
+
+def test_a_forked_child_may_save_too(tmp_path: Path) -> None:
+    with CACHED_STEPS._lock:
+        child = os.fork()
+        if not child:
+            # A child that waits for the lock of its parent ends by SIGALRM.
+            signal.alarm(20)
+            CACHED_STEPS.note(str(tmp_path / "step-1"), ["a"])
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
+def test_exports_and_dcp_halves_in_one_directory_are_series_of_their_own(tmp_path: Path) -> None:
+    steps = CachedSteps()
+    for number in (1, 2):
+        for name in ("export", "step"):
+            steps.note(str(tmp_path / f"{name}-{number}"), ["a"], is_export=name == "export")
+            publish(tmp_path / f"{name}-{number}")
+    for name in ("export", "step"):
+        outdated = steps.take_outdated(Series(str(tmp_path), is_export=name == "export"))
+        assert outdated == [str(tmp_path / f"{name}-1" / "a")]
+
+
+def test_each_half_that_lies_apart_drops_its_own_files(run: Path) -> None:
+    for number in (1, 2, 3):
+        export = HFExport(path=str(run / "exports" / str(number)))
+        save(run / "steps" / str(number), export=export)
+        wait_for_drops()
+    for halves in ("steps/{}/*.distcp", "exports/{}/*.safetensors"):
+        wait_until_dropped(run.glob(halves.format(1)))
+        newest = list(run.glob(halves.format(2)))
+        assert newest
+        for path in newest:
+            assert cached_nbytes(path) >= path.stat().st_size, path
+
+
+def test_a_directory_that_was_there_before_a_failed_save_is_no_checkpoint(run: Path) -> None:
+    def fail(point: str) -> None:
+        if point == "before rename":
+            msg = "injected"
+            raise CheckpointError(msg)
+
+    for number in (1, 2):
+        save(run / f"step-{number}")
+    (run / "step-3").mkdir()
+    failpoints.set_hook(fail)
+    with pytest.raises(CheckpointException, match="injected"):
+        dcp.save(STATE, storage_writer=HFDualWriter(run / "step-3"))
+    failpoints.set_hook(None)
+    save(run / "step-4")
+    wait_for_drops()
+    assert_cached(run / "step-2")
 
 
 def test_a_failed_save_does_not_make_the_newest_checkpoint_leave(run: Path) -> None:
@@ -120,6 +264,7 @@ def test_a_deleted_checkpoint_is_no_error(run: Path, caplog: pytest.LogCaptureFi
     shutil.rmtree(run / "step-1")
     with caplog.at_level(logging.INFO, "dcp_hf_writer"):
         save(run / "step-3")
+        wait_for_drops()
     assert "page cache" not in caplog.text
 
 
@@ -167,18 +312,18 @@ def test_memory_of_what_was_written_is_bounded(tmp_path: Path) -> None:
     for number in range(100):
         steps.note(str(tmp_path / f"run-{number}" / "step"), ["a"])
         steps.note(str(tmp_path / "run" / f"step-{number}"), ["a"])
-    os.mkdir(tmp_path / "run")
-    os.mkdir(tmp_path / "run" / "step-99")
-    outdated = steps.take_outdated(str(tmp_path / "run" / "step-100"))
+    publish(tmp_path / "run" / "step-99")
+    series = Series(str(tmp_path / "run"), is_export=False)
+    outdated = steps.take_outdated(series)
     assert outdated == [str(tmp_path / "run" / f"step-{n}" / "a") for n in range(92, 99)]
-    assert steps.take_outdated(str(tmp_path / "run" / "step-101")) == []
-    os.makedirs(tmp_path / "run-0" / "step")
-    assert steps.take_outdated(str(tmp_path / "run-0" / "next")) == []
+    assert steps.take_outdated(series) == []
+    publish(tmp_path / "run-0" / "step")
+    assert steps.take_outdated(Series(str(tmp_path / "run-0"), is_export=False)) == []
 
 
 def test_a_checkpoint_that_is_replaced_counts_once(tmp_path: Path) -> None:
     steps = CachedSteps()
-    os.mkdir(tmp_path / "latest")
+    publish(tmp_path / "latest")
     for _ in range(3):
-        assert steps.take_outdated(str(tmp_path / "latest")) == []
+        assert steps.take_outdated(Series(str(tmp_path), is_export=False)) == []
         steps.note(str(tmp_path / "latest"), ["a"])

@@ -239,6 +239,21 @@ def test_place_of_the_export_within_the_checkpoint_or_around_it_is_refused(
         HFDualWriter(tmp_path / "step-1", export=HFExport(path=os.path.normpath(tmp_path / path)))
 
 
+def test_place_of_the_export_beside_the_checkpoint_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "link").symlink_to("run")
+    for parent in ("run", "link"):
+        with pytest.raises(ConfigError, match="in the same directory"):
+            HFDualWriter(
+                tmp_path / "run" / "step-1", export=HFExport(path=str(tmp_path / parent / "serve"))
+            )
+    # Another path of the same writer may lie elsewhere.
+    export = HFExport(path=str(tmp_path / "serve" / "step-1"))
+    writer = HFDualWriter(tmp_path / "run" / "step-1", export=export)
+    with pytest.raises(ConfigError, match="within each other"):
+        writer.reset(tmp_path / "serve" / "step-2")
+
+
 def test_options_of_the_export_are_checked() -> None:
     with pytest.raises(ConfigError, match="path and subdir"):
         HFExport(path="s3://bucket/serve", subdir="weights")

@@ -38,6 +38,12 @@ def io_priority_of_thread() -> int:
     return int(found)
 
 
+def set_io_priority_of_thread(value: int) -> None:
+    number = linux_calls._IOPRIO_SET[os.uname().machine]
+    found = ctypes.CDLL(None, use_errno=True).syscall(ctypes.c_long(number), 1, 0, value)
+    assert found == 0, os.strerror(ctypes.get_errno())
+
+
 def nice_of_thread() -> int:
     return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
 
@@ -159,6 +165,19 @@ def test_a_save_that_linux_gives_no_lower_priority_goes_on(
     monkeypatch.setattr(os, "setpriority", refuse)
     assert run_at_low_priority(nice_of_thread, nice=5, stop=never) == nice_of_thread()
     assert "runs at the priority of training" in caplog.text
+
+
+def test_a_thread_of_the_class_for_idle_devices_keeps_it() -> None:
+    found = []
+
+    def body() -> None:
+        set_io_priority_of_thread(3 << 13)
+        found.append(run_at_low_priority(io_priority_of_thread, nice=5, stop=never))
+
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert [one >> 13 for one in found] == [3]
 
 
 @pytest.mark.parametrize("machine", ["x86_64", "a machine of its own"])

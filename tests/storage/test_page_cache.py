@@ -52,6 +52,13 @@ def test_a_file_that_is_gone_is_no_error(tmp_path: Path) -> None:
     drop_from_page_cache(str(tmp_path / "gone"))
 
 
+def test_what_is_no_file_is_no_error(tmp_path: Path) -> None:
+    # A named pipe without a writer would keep an ordinary open waiting.
+    os.mkfifo(tmp_path / "pipe")
+    drop_from_page_cache(str(tmp_path / "pipe"))
+    drop_from_page_cache(str(tmp_path))
+
+
 def test_a_link_is_not_followed(file: Path, tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(file)

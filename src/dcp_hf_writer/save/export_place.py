@@ -31,7 +31,7 @@ class ExportPlace:
 
         Raises:
             ConfigError: If the name of `first` is not a part of this place, or several: then the
-                place of the export of another checkpoint cannot be told.
+                place of the export of another checkpoint cannot be told. Also as `check_apart`.
         """
         if path == first:
             return self
@@ -46,10 +46,14 @@ class ExportPlace:
                 hint="make a new writer for each step, or name the step in both paths",
             )
         parts[parts.index(name)] = os.path.basename(path)
-        return replace(self, path=self.access.note("/".join(parts) + question + query))
+        place = replace(self, path=self.access.note("/".join(parts) + question + query))
+        place.check_apart(path)
+        return place
 
     def check_apart(self, target: str) -> None:
-        """Check that neither half lies within the other one.
+        """Check that neither half lies within the other one, and that no directory holds both.
+
+        Each half is written in a directory beside its place whose name is the id of the save.
 
         Raises:
             ConfigError: If one does.
@@ -59,3 +63,11 @@ class ExportPlace:
             msg = "HFExport(path=...) and the path of the writer lie within each other"
             hint = "leave path out: the export goes into the checkpoint"
             raise ConfigError(msg, path=self.path, expected=f"a place apart from {two}", hint=hint)
+        if is_url(self.path) or is_url(target):
+            return
+        mine, other = (os.path.realpath(os.path.dirname(path)) for path in (self.path, target))
+        if mine == other:
+            msg = "HFExport(path=...) and the path of the writer are in the same directory"
+            hint = "put exports into a directory of their own, or leave path out"
+            expected = f"a place outside {other}"
+            raise ConfigError(msg, path=self.path, expected=expected, hint=hint)

@@ -183,17 +183,19 @@ class PosixTarget(SaveTarget):
             previous=self._previous,
         )
         nice, files = self._nice(attempt), attempt.open_files()
+        is_export = writes.half == "hf"
 
         def write() -> list[WriteResult]:
             if nice:
                 files.renew_threads()
             if self.options.page_cache == "newest":
-                for path in CACHED_STEPS.take_outdated(self.target):
-                    files.drop_from_page_cache(path)
+                CACHED_STEPS.drop_outdated(self.target, is_export=is_export)
             return phase.run()
 
         results = run_at_low_priority(write, nice=nice, stop=attempt.give_up)
-        CACHED_STEPS.note(self.target, (os.path.relpath(path, self.path) for path in files.paths))
+        own = os.path.join(self.path, "")
+        names = (path.removeprefix(own) for path in files.paths if path.startswith(own))
+        CACHED_STEPS.note(self.target, names, is_export=is_export)
         return results
 
     def _nice(self, attempt: Attempt) -> int:

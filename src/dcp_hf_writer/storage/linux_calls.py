@@ -13,7 +13,8 @@ _RENAME_NOREPLACE = 1
 _RENAME_EXCHANGE = 2
 _FICLONERANGE = 0x4020940D
 
-# Numbers of ioprio_set(2), which has no function in the C library, by `os.uname().machine`.
+# Numbers of ioprio_set(2), which has no function in the C library, by `os.uname().machine`. The
+# number of ioprio_get(2) is the next one on each of these machines.
 _IOPRIO_SET = {
     "x86_64": 251,
     "aarch64": 30,
@@ -24,6 +25,7 @@ _IOPRIO_SET = {
 }
 _IOPRIO_WHO_PROCESS = 1
 _LOWEST_BEST_EFFORT = 2 << 13 | 7
+_IDLE_CLASS = 3
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -78,8 +80,9 @@ def clone_range(source: int, start: int, nbytes: int, fd: int, offset: int) -> N
 def lower_io_priority() -> None:
     """Give the calling thread, and threads that it starts, the lowest of the usual I/O priorities.
 
-    The block device must have a scheduler that heeds priorities, such as BFQ. The class for idle
-    devices is no choice: a save would not end while training reads.
+    The block device must have a scheduler that heeds priorities, such as BFQ. A thread of the class
+    for idle devices (`ionice -c 3`) keeps it. This function does not choose that class: a save
+    would not end while training reads.
 
     Raises:
         UnsupportedCallError: If this package does not know the call on this kind of processor, or
@@ -92,6 +95,9 @@ def lower_io_priority() -> None:
     number = _IOPRIO_SET.get(os.uname().machine)
     if number is None:
         raise UnsupportedCallError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    found = _libc.syscall(ctypes.c_long(number + 1), _IOPRIO_WHO_PROCESS, 0)
+    if found >> 13 == _IDLE_CLASS:
+        return
     call = ctypes.c_long(number)
     if _libc.syscall(call, _IOPRIO_WHO_PROCESS, 0, _LOWEST_BEST_EFFORT) != 0:
         _fail(ctypes.get_errno(), None)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
 import os
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
 
 from dcp_hf_writer.errors import SaveTimeoutError
-from dcp_hf_writer.storage.page_cache import drop_from_page_cache
 
 if TYPE_CHECKING:
     from dcp_hf_writer.storage.posix_outputs import OutputFile
-
-_log = logging.getLogger(__name__)
 
 # An fsync mostly waits for the device. If a few run at once, the device can merge their work.
 _SYNC_THREADS = 4
@@ -36,15 +31,6 @@ class OpenFiles:
         """Fsync what comes from now on in new threads, which get the priority of the caller."""
         self._pool.shutdown(wait=False)
         self._pool = ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="dcp-hf-sync")
-
-    def drop_from_page_cache(self, path: str) -> None:
-        """Drop a file of an earlier save from the page cache in the background.
-
-        An error is only logged: nothing depends on it.
-        """
-        # If the interpreter is exiting, no thread starts, and nobody needs the memory either.
-        with contextlib.suppress(RuntimeError):
-            self._pool.submit(_drop_or_log, path)
 
     def keep(self, file: OutputFile) -> OutputFile:
         """Keep a file open until `take` returns it by its path."""
@@ -115,15 +101,9 @@ class OpenFiles:
         for path in list(self._open):
             self._open.pop(path).discard()
         for future, file in self._syncing:
-            if future.cancelled():
+            # Some may wait in threads from before `renew_threads`.
+            if future.cancel():
                 file.discard()
-
-
-def _drop_or_log(path: str) -> None:
-    try:
-        drop_from_page_cache(path)
-    except OSError as error:
-        _log.info("%s stays in the page cache: %s", path, error)
 
 
 def _sync_and_close(file: OutputFile) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 
 
 def drop_from_page_cache(path: str) -> None:
@@ -12,7 +13,7 @@ def drop_from_page_cache(path: str) -> None:
     with several names stays too: the other name may belong to a newer checkpoint.
 
     Args:
-        path: The file. If it is gone, nothing happens.
+        path: The file. If it is gone, or is no regular file, nothing happens.
 
     Raises:
         OSError: If the file cannot be opened, or the kernel refuses.
@@ -23,7 +24,8 @@ def drop_from_page_cache(path: str) -> None:
     except FileNotFoundError:
         return
     try:
-        if os.fstat(fd).st_nlink == 1:
+        found = os.fstat(fd)
+        if stat.S_ISREG(found.st_mode) and found.st_nlink == 1:
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     finally:
         os.close(fd)
