@@ -152,7 +152,7 @@ def test_leftovers_of_dead_saves_go_and_nothing_else(tmp_path: Path) -> None:
     saved(store, (1,))
     dead, running, young = in_fresh_process(fresh_owner), new_save_id(), new_save_id()
     old = "20200101T000000-12345678-1-abc"
-    mark_active(running)
+    mark_active(running, store.url)
     try:
         leave_save(store, "step-2", dead, young)
         leave_save(store, "step-3", Owner.me(), running)

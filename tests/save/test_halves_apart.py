@@ -12,8 +12,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, verify
+from dcp_hf_writer import HFDualReader, HFDualWriter, HFExport, failpoints, verify
 from dcp_hf_writer.errors import ConfigError, CorruptCheckpointError, ReadError
+from dcp_hf_writer.save.recover_targets import recover_parent
 from support.fault_proxy import fault_proxy
 from support.faults import Strike
 from support.halves_apart import KINDS, Halves, save_apart
@@ -126,6 +127,27 @@ def test_error_before_the_commit_removes_the_published_export(
     assert halves.files(halves.dcp, "step-1") == {}
     assert halves.files(halves.hf, "step-1") == {}
     assert bucket.open_uploads() == []
+
+
+def test_the_dcp_half_is_no_leftover_once_the_export_is_published(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    found: list[list[str]] = []
+
+    def begin_other_save(point: str) -> None:
+        if point == "export published":
+            # What another save of this process does first, in a thread of its own.
+            recover_parent(str(run), str(run / "step-2"))
+            found.append(os.listdir(run))
+
+    failpoints.set_hook(begin_other_save)
+    export = HFExport(path=tmp_path / "exports" / "step-1")
+    try:
+        writer = HFDualWriter(run / "step-1", export=export)
+        dcp.save({"model": {"a": torch.ones(3)}}, storage_writer=writer)
+    finally:
+        failpoints.set_hook(None)
+    assert [name.startswith(".incomplete-") for name in found[0]] == [True]
+    assert verify(run / "step-1").ok
 
 
 @pytest.mark.timeout(120)

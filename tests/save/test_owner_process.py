@@ -123,7 +123,7 @@ def test_id_tells_that_its_save_is_over_once_its_process_is_gone() -> None:
 
 def test_id_of_this_process_tells_that_its_save_is_over_once_it_has_ended() -> None:
     save_id = new_save_id()
-    mark_active(save_id)
+    mark_active(save_id, "run")
     assert not is_over_here(save_id)
     mark_ended(save_id)
     assert is_over_here(save_id)
@@ -136,11 +136,24 @@ def test_id_of_elsewhere_tells_nothing(save_id: str) -> None:
 
 def test_save_of_this_process_is_abandoned_once_it_has_ended() -> None:
     save_id = new_save_id()
-    mark_active(save_id)
+    mark_active(save_id, "run")
     assert is_abandoned(save_id, Owner.me()) is False
     mark_ended(save_id)
     mark_ended(save_id)
     assert is_abandoned(save_id, Owner.me()) is True
+
+
+def test_save_whose_halves_lie_apart_is_over_when_both_have_ended() -> None:
+    save_id = new_save_id()
+    mark_active(save_id, "run")
+    mark_active(save_id, "exports")
+    for _ in range(2):
+        mark_ended(save_id, "exports")
+        assert is_abandoned(save_id, Owner.me()) is False
+        assert not is_over_here(save_id)
+    mark_ended(save_id, "run")
+    assert is_abandoned(save_id, Owner.me()) is True
+    assert is_over_here(save_id)
 
 
 def test_save_of_another_process_is_abandoned_when_that_is_dead() -> None:

@@ -101,7 +101,7 @@ class StagingDirectory:
         make_directories(parent)
         recover_parent(parent, self.target)
         check_target(self.target, overwrite=overwrite, new_files=new_files, world_size=world_size)
-        mark_active(self.save_id)
+        mark_active(self.save_id, self.path)
         try:
             _probe_once(parent, self.save_id)
             with write_errors(self.path):
@@ -234,7 +234,7 @@ class StagingDirectory:
     def keep(self) -> None:
         """Keep what is left of the directory; the next save decides again whether to remove it."""
         _kept.add(self.save_id)
-        mark_ended(self.save_id)
+        mark_ended(self.save_id, self.path)
 
     def remove(self) -> None:
         """Remove what is left of the directory, unless `keep` was called; safe to call twice."""
@@ -246,7 +246,7 @@ class StagingDirectory:
         if os.path.lexists(record) and saved_id(self.target) == self.save_id:
             # Published, but not tidied up: files of others may be left in the directory.
             self.keep()
-        mark_ended(self.save_id)
+        mark_ended(self.save_id, self.path)
         if self.save_id in _kept:
             return
         if not os.path.lexists(record):

@@ -246,7 +246,7 @@ class MirrorUpload:
         except CheckpointError as error:
             _log.info("%s does not say that its upload ended: %s", self.store.url, error)
         finally:
-            mark_ended(self.record.save_id)
+            mark_ended(self.record.save_id, self.store.url)
 
 
 def _is_mine(record: StoreRecord) -> bool:

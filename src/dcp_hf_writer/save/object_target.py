@@ -392,7 +392,7 @@ class ObjectTarget(SaveTarget):
 
     def _forget_record(self, patience: Patience) -> None:
         self._record = None
-        mark_ended(self.save_id)
+        mark_ended(self.save_id, self.store.url)
         try:
             self.store.delete([RECORD_NAME], patience=patience)
         except CheckpointError as error:
@@ -413,7 +413,7 @@ class ObjectTarget(SaveTarget):
         record, self._record = self._record, None
         if record is None:
             return
-        mark_ended(self.save_id)
+        mark_ended(self.save_id, self.store.url)
         patience = self._clean_up_patience()
         try:
             if self.is_committed():

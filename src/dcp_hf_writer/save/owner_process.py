@@ -134,7 +134,8 @@ def _stat_of(pid: int) -> list[str] | None:
         return None
 
 
-_active: set[str] = set()
+_active: dict[str, set[str]] = {}
+"""The places that each running save of this process writes to, by the id of the save."""
 _active_lock = threading.Lock()
 
 
@@ -186,16 +187,23 @@ def _host_tag() -> str:
     return hashlib.sha256((host_id() + _pid_namespace()).encode()).hexdigest()[:8]
 
 
-def mark_active(save_id: str) -> None:
-    """Record that a save of this process is running."""
+def mark_active(save_id: str, place: str) -> None:
+    """Record that a save of this process writes to a place; halves that lie apart have two."""
     with _active_lock:
-        _active.add(save_id)
+        _active.setdefault(save_id, set()).add(place)
 
 
-def mark_ended(save_id: str) -> None:
-    """Record that a save of this process has ended, whether it succeeded or failed."""
+def mark_ended(save_id: str, place: str | None = None) -> None:
+    """Record that a save of this process has ended, whether it succeeded or failed.
+
+    Args:
+        save_id: Its id.
+        place: Where it has ended; it goes on in its other places. `None`: everywhere.
+    """
     with _active_lock:
-        _active.discard(save_id)
+        left = _active.pop(save_id, set()) - {place}
+        if left and place is not None:
+            _active[save_id] = left
 
 
 def is_abandoned(save_id: str, owner: Owner) -> bool | None:

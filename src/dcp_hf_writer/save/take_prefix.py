@@ -34,7 +34,7 @@ def take_prefix(store: ObjectStore, record: StoreRecord, patience: Patience) -> 
     existing = {facts.key for facts in store.objects("", patience=patience)}
     earlier = StoreRecord.read(store, patience) if RECORD_NAME in existing else None
     _check_free(existing, earlier, record)
-    mark_active(record.save_id)
+    mark_active(record.save_id, store.url)
     try:
         if earlier is not None and earlier.save_id == record.save_id:
             abort_uploads(store, earlier, patience)
@@ -42,7 +42,7 @@ def take_prefix(store: ObjectStore, record: StoreRecord, patience: Patience) -> 
             remove_leftovers(store, earlier, existing, patience)
         _put_record(store, record, patience, is_first=earlier is None)
     except BaseException:
-        mark_ended(record.save_id)
+        mark_ended(record.save_id, store.url)
         raise
 
 
