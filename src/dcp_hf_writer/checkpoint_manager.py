@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dcp_hf_writer.errors import CheckpointError, ConfigError
 from dcp_hf_writer.manager.check_host import check_save, check_start
-from dcp_hf_writer.manager.failure_policy import rules_of
 from dcp_hf_writer.manager.on_signal import OnSignal, SignalHandlers
 from dcp_hf_writer.manager.open_run import open_run
 from dcp_hf_writer.manager.own_group import OwnGroup
@@ -22,7 +21,6 @@ from dcp_hf_writer.manager.run_content import RunContent
 from dcp_hf_writer.manager.run_mirror import RunMirror, housekeeper_of
 from dcp_hf_writer.manager.run_saves import RunSaves, SaveOptions
 from dcp_hf_writer.manager.save_calls import SaveCalls
-from dcp_hf_writer.manager.save_report import as_callbacks
 from dcp_hf_writer.manager.save_schedule import DueSave, schedule_of
 from dcp_hf_writer.manager.shared_root import prepare_shared_root
 from dcp_hf_writer.manager.step_names import StepNames
@@ -105,6 +103,7 @@ class CheckpointManager:
         allow_pickled_objects: bool = False,
         storage_options: dict[str, Any] | None = None,
         mirror: str | MirrorTo | None = None,
+        page_cache: Literal["newest", "all"] = "newest",
     ) -> None:
         """Prepare a run: make its directory and its process group, and check that they work.
 
@@ -150,6 +149,7 @@ class CheckpointManager:
             storage_options: Options for a URL, as fsspec takes them, such as credentials.
             mirror: URL of a store, or `MirrorTo(url, ...)`: where to upload each step of a local
                 run once it is committed, in the background. `restore` looks there too.
+            page_cache: As in `HFDualWriter`.
 
         Raises:
             ConfigError: If an option cannot be used as given.
@@ -158,7 +158,8 @@ class CheckpointManager:
             RankLostError: If a rank does not make its manager.
         """
         global _managers  # noqa: PLW0603 - one counter per process
-        given = writer_options(locals())
+        given = dict(locals())
+        shared = writer_options(given)
         check_word("checkpointer", checkpointer, ("thread", "process"))
         check_seconds("late_after_s", late_after_s)
         check_flag("save_rng", save_rng)
@@ -177,21 +178,15 @@ class CheckpointManager:
             weights=weights,
             allow_pickled_objects=allow_pickled_objects,
             step_to_reuse=reuse_of(reuse, self._directory),
-            options=given,
+            options=shared,
             mirror=self._mirror,
         )
         self._world = World.current()
-        options = SaveOptions(
-            partial(check_save, self._world, self._writers.export_files),
-            self._writers.writer,
-            timeout_s,
-            rules_of(on_failure),
-            as_callbacks("on_saved", on_saved),
-            as_callbacks("on_exported", on_exported),
-            checkpointer == "process",
-            planner,
-            late_after_s,
-            self._writers.subdir,
+        options = SaveOptions.of(
+            given,
+            look=partial(check_save, self._world, self._writers.export_files),
+            make_writer=self._writers.writer,
+            export_subdir=self._writers.subdir,
         )
         self._writers.writer(self._directory.path_of(0), has_export=True)
         _managers += 1

@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from dcp_hf_writer.manager.run_storage import Address
 
 
-_SHARED = ("staging", "slots", "strategy", "timeout_s", "host_budget_bytes", "report_to")
+_SHARED = (
+    *("staging", "slots", "strategy", "timeout_s", "host_budget_bytes", "report_to"),
+    "page_cache",
+)
 
 
 def writer_options(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,16 +16,17 @@ from dcp_hf_writer.errors import (
     RankLostError,
     SaveTimeoutError,
 )
-from dcp_hf_writer.manager.failure_policy import FailureRules, SaveFailure
+from dcp_hf_writer.manager.failure_policy import FailureRules, SaveFailure, rules_of
 from dcp_hf_writer.manager.kept_snapshot import KeptSnapshot
 from dcp_hf_writer.manager.on_signal import stop_process_group
 from dcp_hf_writer.manager.pending_save import PendingSave, SaveRequest, SaveTools
+from dcp_hf_writer.manager.save_report import as_callbacks
 from dcp_hf_writer.save.rank_progress import MEETING
 from dcp_hf_writer.staging.staged_state_dict import failed_state_dict, staging_error
 from dcp_hf_writer.torch_seam.checkpointer_process import end_checkpointer_process
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
     from concurrent.futures import Future
 
     from torch.distributed.checkpoint.planner import SavePlanner
@@ -61,6 +62,39 @@ class SaveOptions:
     planner: SavePlanner | None
     late_after_s: float
     export_subdir: str
+
+    @classmethod
+    def of(
+        cls,
+        given: Mapping[str, Any],
+        *,
+        look: Callable[..., None],
+        make_writer: Callable[..., Any],
+        export_subdir: str,
+    ) -> SaveOptions:
+        """Take and check the options of a manager that only its saves need.
+
+        Args:
+            given: Each option of the manager by its name.
+            look: As the field.
+            make_writer: As the field.
+            export_subdir: Directory of the export within a checkpoint.
+
+        Raises:
+            ConfigError: If an option cannot be used as given.
+        """
+        return cls(
+            look,
+            make_writer,
+            given["timeout_s"],
+            rules_of(given["on_failure"]),
+            as_callbacks("on_saved", given["on_saved"]),
+            as_callbacks("on_exported", given["on_exported"]),
+            given["checkpointer"] == "process",
+            given["planner"],
+            given["late_after_s"],
+            export_subdir,
+        )
 
 
 class RunSaves:
