@@ -64,3 +64,37 @@ def test_new_threads_leave_no_fsync_out(tmp_path: Path, monkeypatch: pytest.Monk
     assert files.join(deadline=time.monotonic() + 60) == []
     assert len(synced) == _MANY + 1
     files.close()
+
+
+def test_a_file_is_made_durable_once_if_no_more_threads_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`ThreadPoolExecutor.submit` queues the work before it finds that no thread starts."""
+    answers, synced, fsync, start = threading.Event(), [], os.fsync, threading.Thread.start
+    started: list[threading.Thread] = []
+
+    def wait_in_the_thread(fd: int) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            assert answers.wait(60)
+        synced.append(fd)
+        fsync(fd)
+
+    def start_one(thread: threading.Thread) -> None:
+        if started:
+            msg = "can't start new thread"
+            raise RuntimeError(msg)
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(os, "fsync", wait_in_the_thread)
+    monkeypatch.setattr(threading.Thread, "start", start_one)
+    files = OpenFiles()
+    outputs = [OutputFile(str(tmp_path / str(n)), create=True) for n in range(3)]
+    fds = [output._fd for output in outputs]
+    for output in outputs:
+        files.sync(output)
+    answers.set()
+    assert files.join(deadline=time.monotonic() + 60) == []
+    files.close()
+    started[0].join(60)
+    assert sorted(synced) == sorted(fds)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ class OpenFiles:
         """Start without files; threads start with the first fsync."""
         self._pool = ThreadPoolExecutor(_SYNC_THREADS, thread_name_prefix="dcp-hf-sync")
         self._open: dict[str, OutputFile] = {}
-        self._syncing: list[tuple[Future[None], OutputFile]] = []
+        self._syncing: list[_Fsync] = []
         self.paths: list[str] = []
         """Paths of the files that `sync` got."""
 
@@ -43,18 +44,14 @@ class OpenFiles:
 
     def sync(self, file: OutputFile) -> None:
         """Fsync and close a file in the background; `join` reports errors."""
+        fsync = _Fsync(file)
         try:
-            future = self._pool.submit(_sync_and_close, file)
+            self._pool.submit(fsync.run)
         except RuntimeError:
-            # The interpreter is exiting. It waits for saves in flight but starts no new threads.
-            future = Future()
-            try:
-                _sync_and_close(file)
-            except Exception as error:  # noqa: BLE001 - `join` reports it
-                future.set_exception(error)
-            else:
-                future.set_result(None)
-        self._syncing.append((future, file))
+            # No thread starts: the interpreter is exiting, or the system allows no more threads.
+            # The pool may have queued it for a thread that is there.
+            fsync.run()
+        self._syncing.append(fsync)
         self.paths.append(file.path)
 
     def sync_kept(self) -> None:
@@ -74,16 +71,15 @@ class OpenFiles:
         Raises:
             SaveTimeoutError: If they are not done by the deadline.
         """
-        futures = [future for future, _ in self._syncing]
-        wait(futures, timeout=max(0.0, deadline - time.monotonic()))
-        stuck = [file.path for future, file in self._syncing if not future.done()]
+        wait([one.done for one in self._syncing], timeout=max(0.0, deadline - time.monotonic()))
+        stuck = [one.file.path for one in self._syncing if not one.done.done()]
         if stuck:
             msg = "files could not be made durable by the deadline of the save"
             raise SaveTimeoutError(
                 msg, phase="write", path=stuck[0], found=f"{len(stuck)} files still in fsync"
             )
         syncing, self._syncing = self._syncing, []
-        ended = [(file.path, future.exception()) for future, file in syncing]
+        ended = [(one.file.path, one.done.exception()) for one in syncing]
         return [(path, error) for path, error in ended if error is not None]
 
     def discard_below(self, path: str) -> None:
@@ -100,12 +96,32 @@ class OpenFiles:
         self._pool.shutdown(wait=False, cancel_futures=True)
         for path in list(self._open):
             self._open.pop(path).discard()
-        for future, file in self._syncing:
+        for one in self._syncing:
             # Some may wait in threads from before `renew_threads`.
-            if future.cancel():
-                file.discard()
+            if one.cancel():
+                one.file.discard()
 
 
-def _sync_and_close(file: OutputFile) -> None:
-    with file:
-        file.sync()
+class _Fsync:
+    """The fsync of one file. Several threads may try it; the first one does it."""
+
+    def __init__(self, file: OutputFile) -> None:
+        self.file = file
+        self.done: Future[None] = Future()
+        self._begun = threading.Lock()
+
+    def run(self) -> None:
+        """Fsync and close the file, unless that has begun or was cancelled."""
+        if not self._begun.acquire(blocking=False):
+            return
+        try:
+            with self.file:
+                self.file.sync()
+        except BaseException as error:  # noqa: BLE001 - `join` reports it
+            self.done.set_exception(error)
+        else:
+            self.done.set_result(None)
+
+    def cancel(self) -> bool:
+        """Keep it from beginning; returns `False` if it has begun."""
+        return self._begun.acquire(blocking=False)
