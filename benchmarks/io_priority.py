@@ -19,7 +19,6 @@ import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from typing import TYPE_CHECKING
@@ -27,7 +26,7 @@ from typing import TYPE_CHECKING
 from dcp_hf_writer.save.low_priority import lower_priority
 from dcp_hf_writer.storage import linux_calls
 from machine import describe_machine
-from performance_page import Root, make_xfs
+from performance_page import root_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -155,15 +154,11 @@ def main() -> int:
     if options.mounted:
         run_all(options.mounted, options)
         return 0
-    with tempfile.TemporaryDirectory(prefix="io-priority-") as directory:
-        image, mount = os.path.join(directory, "image"), os.path.join(directory, "mount")
-        os.mkdir(mount)
-        problem = make_xfs(image)
-        if problem is not None:
-            print(f"no file system to measure on: {problem}", file=sys.stderr)
+    with root_of("xfs") as root:
+        if root is None:
             return 1
-        inner = [sys.executable, __file__, *sys.argv[1:], "--mounted", mount]
-        return subprocess.run(Root(mount, image).command(inner), check=False).returncode
+        inner = [sys.executable, __file__, *sys.argv[1:], "--mounted", root.path]
+        return subprocess.run(root.command(inner), check=False).returncode
 
 
 if __name__ == "__main__":

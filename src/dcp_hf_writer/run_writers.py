@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 
 _SHARED = (
-    *("staging", "slots", "strategy", "timeout_s", "host_budget_bytes", "report_to"),
+    "staging",
+    "slots",
+    "strategy",
+    "timeout_s",
+    "host_budget_bytes",
+    "report_to",
     "page_cache",
 )
 

@@ -93,7 +93,8 @@ class CachedSteps:
             try:
                 self._dropping.start()
             except RuntimeError:
-                # The interpreter is exiting and starts no threads; nobody needs the memory either.
+                # The interpreter is exiting, or the system allows no more threads. A later save
+                # tries again.
                 self._dropping = None
 
     def _drop(self, series: Series) -> None:
